@@ -1,0 +1,9 @@
+"""Block-diffusion language models (LLaDA2.0, arXiv 2512.15745) in JAX, from AR checkpoints, on TPU pods.
+
+The public surface; everything else may move.
+"""
+
+from llada_jax.attention.visibility import block_diffusion_mask
+from llada_jax.model.forward import denoise, forward
+
+__all__ = ["block_diffusion_mask", "denoise", "forward"]

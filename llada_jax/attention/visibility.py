@@ -1,0 +1,165 @@
+"""What each query may see: one interval of the clean keys and one interval of the noisy keys.
+
+Every mask of the project has this form, so a mask is four integers per query and never an [L, L] array. Block size,
+document boundaries and the phase of the curriculum are then run-time values of one compiled program. The dense oracle,
+the blockwise path and the kernels all read these intervals.
+
+Documents are runs of equal segment ids. Segment 0 is padding: a padding position sees only itself, nothing sees it.
+Blocks count from the start of the row (`block_origin="global"`, Eq. 3 of the paper: b(k) = floor(k / B), intersected
+with the document) or from the start of each document (`block_origin="document"`).
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+BLOCK_ORIGINS = ("global", "document")
+
+
+@flax.struct.dataclass
+class Visibility:
+    """Half-open key intervals of each query; an empty interval has start >= end.
+
+    clean_start, clean_end, noisy_start, noisy_end: [batch, queries] int32. The keys are laid out noisy first: key
+    j < num_noisy is noisy key j, key num_noisy + j is clean key j.
+    """
+
+    clean_start: jax.Array
+    clean_end: jax.Array
+    noisy_start: jax.Array
+    noisy_end: jax.Array
+    num_noisy: int = flax.struct.field(pytree_node=False)
+
+
+@flax.struct.dataclass
+class Layout:
+    """Where each position of a row lies. All [batch, length] int32, half-open, in row indices.
+
+    A block ends where its document ends, so the last block of a document may be short.
+    """
+
+    document_start: jax.Array
+    document_end: jax.Array
+    block_start: jax.Array
+    block_end: jax.Array
+
+
+def layout(segment_ids: jax.Array, block_size: jax.Array | int, block_origin: str = "global") -> Layout:
+    """Document and block bounds of each position.
+
+    segment_ids [batch, length] int; block_size may be traced. Raises ValueError on an unknown block_origin.
+    """
+    if block_origin not in BLOCK_ORIGINS:
+        raise ValueError(f"block_origin={block_origin!r}, expected one of {BLOCK_ORIGINS}")
+    length = segment_ids.shape[1]
+    index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), segment_ids.shape)
+    # A padding position is a document of its own.
+    differs = (segment_ids[:, 1:] != segment_ids[:, :-1]) | (segment_ids[:, 1:] == 0)
+    first = jnp.pad(differs, ((0, 0), (1, 0)), constant_values=True)
+    last = jnp.pad(differs, ((0, 0), (0, 1)), constant_values=True)
+    start = jax.lax.cummax(jnp.where(first, index, 0), axis=1)
+    end = jax.lax.cummin(jnp.where(last, index + 1, length), axis=1, reverse=True)
+    origin = start if block_origin == "document" else jnp.zeros_like(start)
+    block_size = jnp.asarray(block_size, jnp.int32)
+    block = origin + (index - origin) // block_size * block_size
+    # block_size may be as large as int32 allows ("one block"): keep the sum in range.
+    block_end = jnp.minimum(end, block + jnp.minimum(block_size, length))
+    return Layout(start, end, jnp.maximum(block, start), block_end)
+
+
+def block_causal(where: Layout) -> Visibility:
+    """One stream of clean tokens: each sees its document up to the end of its own block.
+
+    Block size 1 is causal attention, block size = length is bidirectional attention (MDLM, Eq. 4). B = 2:
+
+        q\\k 0 1 2 3
+        0   x x . .
+        1   x x . .
+        2   x x x x
+        3   x x x x
+    """
+    nothing = jnp.zeros_like(where.block_end)
+    return Visibility(where.document_start, where.block_end, nothing, nothing, num_noisy=0)
+
+
+def block_diffusion(where: Layout) -> Visibility:
+    """The two-stream mask of Eq. 3 over [x_t | x_0], noisy half first. L = 4, B = 2:
+
+              noisy    clean
+        q\\k   0 1 2 3  0 1 2 3
+        n0    x x . .  . . . .     a noisy token sees its own noisy block ...
+        n1    x x . .  . . . .
+        n2    . . x x  x x . .     ... and the clean blocks before it
+        n3    . . x x  x x . .
+        c0    . . . .  x x . .     a clean token sees clean blocks up to its own
+        c1    . . . .  x x . .
+        c2    . . . .  x x x x
+        c3    . . . .  x x x x
+
+    all within one document. Queries and keys both have length 2L.
+    """
+    nothing = jnp.zeros_like(where.block_end)
+
+    def both(noisy, clean):
+        return jnp.concatenate([noisy, clean], axis=1)
+
+    return Visibility(
+        clean_start=both(where.document_start, where.document_start),
+        clean_end=both(where.block_start, where.block_end),
+        noisy_start=both(where.block_start, nothing),
+        noisy_end=both(where.block_end, nothing),
+        num_noisy=where.block_end.shape[1],
+    )
+
+
+def window(starts: jax.Array, block_size: int) -> Visibility:
+    """Decoding: the queries are one block per row, its own keys are the noisy ones, the cache holds the clean ones.
+
+    starts [batch] int32: number of cached positions the block may see (all before it).
+    """
+    zeros = jnp.zeros((starts.shape[0], block_size), jnp.int32)
+    return Visibility(zeros, zeros + starts[:, None], zeros, zeros + block_size, num_noisy=block_size)
+
+
+def dense_mask(visibility: Visibility, num_keys: int) -> jax.Array:
+    """The mask as bool [batch, queries, num_keys]; for the dense oracle, pictures and tests."""
+    key = jnp.arange(num_keys)
+    noisy = key < visibility.num_noisy
+    position = jnp.where(noisy, key, key - visibility.num_noisy)[None, None]
+
+    def inside(start, end):
+        return (position >= start[..., None]) & (position < end[..., None])
+
+    return jnp.where(
+        noisy[None, None],
+        inside(visibility.noisy_start, visibility.noisy_end),
+        inside(visibility.clean_start, visibility.clean_end),
+    )
+
+
+def block_diffusion_mask(length: int, block_size: int, segment_ids=None, block_origin: str = "global") -> np.ndarray:
+    """The mask of Eq. 3 as numpy bool [2 * length, 2 * length], rows and columns noisy half first.
+
+    segment_ids: int [length]; 0 is padding, documents count from 1 and are contiguous. None: one document.
+    Raises ValueError when a size is not positive or segment_ids has another length or a divided document.
+    """
+    if length < 1 or block_size < 1:
+        raise ValueError(f"length={length} and block_size={block_size} must be positive")
+    segments = np.ones(length, np.int32) if segment_ids is None else np.asarray(segment_ids, np.int32)
+    if segments.shape != (length,):
+        raise ValueError(f"segment_ids has shape {segments.shape}, expected ({length},)")
+    check_contiguous(segments[None])
+    where = layout(jnp.asarray(segments)[None], block_size, block_origin)
+    return np.asarray(dense_mask(block_diffusion(where), 2 * length)[0])
+
+
+def check_contiguous(segment_ids: np.ndarray) -> None:
+    """Raises ValueError when a document of [batch, length] segment_ids is not one contiguous run, or an id is < 0."""
+    if segment_ids.min(initial=0) < 0:
+        raise ValueError(f"segment_ids holds {segment_ids.min()}; 0 is padding and documents count from 1")
+    for row, segments in enumerate(segment_ids):
+        runs = segments[np.flatnonzero(np.diff(segments, prepend=-1))]
+        runs = runs[runs > 0]
+        if len(np.unique(runs)) != len(runs):
+            raise ValueError(f"segment_ids: row {row} has a document in several pieces")

@@ -1,0 +1,60 @@
+"""Errors that a user can mend, and the frame every command runs in.
+
+A command prints such an error as one line and exits with code 2; a traceback means a defect of ours.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import flags
+
+
+class InputError(ValueError):
+    """The user's input is wrong. The message is one line that names the file, field or value."""
+
+
+def run(main: Callable[[Sequence[str]], int | None]) -> None:
+    """Parses absl flags, calls `main(argv)` and exits: 0 (or main's int), 2 on bad input, 130 on Ctrl-C."""
+    sys.exit(_run(main))
+
+
+def _run(main: Callable[[Sequence[str]], int | None]) -> int:
+    try:
+        argv = _parse_flags(sys.argv)
+        if argv is None:
+            return 0
+        return main(argv) or 0
+    except InputError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _parse_flags(argv: Sequence[str]) -> Sequence[str] | None:
+    """Returns the positional arguments, or None once --help has been answered. Raises InputError on a bad flag."""
+    flags.FLAGS.set_gnu_getopt(True)
+    if any(arg in ("-h", "-help", "--help", "--helpfull") for arg in argv[1:]):
+        main_module = sys.modules["__main__"]
+        print((main_module.__doc__ or "").strip() + "\n")
+        print(_flags_help(main_module))
+        return None
+    try:
+        rest = flags.FLAGS(argv)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        # ml_collections reports an unknown config key or a value of the wrong type as a plain Python error.
+        raise InputError(_first_line(error)) from error
+    if len(rest) > 1:
+        raise InputError(f"unexpected argument {rest[1]!r}; --help lists the flags")
+    return rest
+
+
+def _flags_help(main_module) -> str:
+    path = getattr(main_module, "__file__", None) or sys.argv[0]
+    return "Flags:\n" + (flags.FLAGS.module_help(path) or flags.FLAGS.main_module_help())
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    return text.strip().splitlines()[0] if text.strip() else type(error).__name__

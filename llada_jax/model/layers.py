@@ -1,0 +1,71 @@
+"""RMSNorm, rotary embedding (with YaRN and Llama 3 scaling) and SwiGLU."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llada_jax.model.config import ModelConfig, RopeScaling
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """weight * x / rms(x): normalised in float32, cast back to x's dtype, then scaled. x [..., channels]."""
+    x32 = x.astype(jnp.float32)
+    normal = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return jnp.expand_dims(weight.astype(x.dtype), range(x.ndim - 1)) * normal.astype(x.dtype)
+
+
+def swiglu(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
+    """down(silu(gate x) * up x). x [..., embed]; gate, up [embed, mlp]; down [mlp, embed]."""
+    return (jax.nn.silu(x @ gate) * (x @ up)) @ down
+
+
+def rope_angles(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """cos and sin, float32 [batch, length, rotary_dim / 2], of positions [batch, length] int."""
+    frequencies, scale = rope_frequencies(config)
+    angles = positions.astype(jnp.float32)[..., None] * jnp.asarray(frequencies)[None, None]
+    return jnp.cos(angles) * scale, jnp.sin(angles) * scale
+
+
+def rope_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
+    """Angle per position of each rotated channel pair, float32 [rotary_dim / 2], and the factor on cos and sin."""
+    d = config.rotary_dim
+    inverse = 1.0 / config.rope_theta ** (np.arange(0, d, 2, dtype=np.float64) / d)
+    scaling, scale = config.rope_scaling, 1.0
+    if scaling is not None and scaling.kind == "yarn":
+        inverse, scale = _yarn(inverse, config.rope_theta, scaling), 0.1 * math.log(scaling.factor) + 1.0
+    elif scaling is not None:
+        inverse = _llama3(inverse, scaling)
+    return inverse.astype(np.float32), scale
+
+
+def _yarn(inverse: np.ndarray, theta: float, scaling: RopeScaling) -> np.ndarray:
+    """YaRN (arXiv 2309.00071): slow channels are interpolated, fast ones kept, a linear ramp between."""
+    d = 2 * len(inverse)
+
+    def channel(rotations: float) -> float:
+        return d * math.log(scaling.original_length / (2 * math.pi * rotations)) / (2 * math.log(theta))
+
+    low, high = max(math.floor(channel(32)), 0), min(math.ceil(channel(1)), d - 1)
+    ramp = np.clip((np.arange(d // 2) - low) / max(high - low, 1e-3), 0, 1)
+    return inverse / scaling.factor * ramp + inverse * (1 - ramp)
+
+
+def _llama3(inverse: np.ndarray, scaling: RopeScaling) -> np.ndarray:
+    """Llama 3.1's rescaling: long wavelengths divided by `factor`, short ones kept, a smooth step between."""
+    rotations = scaling.original_length * inverse / (2 * np.pi)  # over the original context
+    span = scaling.high_freq_factor - scaling.low_freq_factor
+    smooth = np.clip((rotations - scaling.low_freq_factor) / span, 0, 1)
+    return inverse / scaling.factor * (1 - smooth) + inverse * smooth
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates the first rotary_dim channels of each head, in halves (NeoX order); the rest pass through.
+
+    x [batch, length, heads, head_dim]; cos, sin [batch, length, rotary_dim / 2].
+    """
+    cos, sin = cos[:, :, None].astype(x.dtype), sin[:, :, None].astype(x.dtype)
+    half = cos.shape[-1]
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)

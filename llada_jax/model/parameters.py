@@ -1,0 +1,246 @@
+"""The parameters of a model: one declaration each, from which everything else derives.
+
+`declare(config)` gives a `Parameter` for every weight: shape, logical axes, initialiser and its name in a Hugging Face
+checkpoint. Initialisation, abstract shapes (for ahead-of-time compilation), shardings, checkpoint leaves and both
+directions of the converter read these declarations and nothing else.
+
+Two forms of the same weights:
+  in memory:     a tree {"embedding", "dense": {...}, "sparse": {...}, "final_norm", "head"}; the layers of a group
+                 are stacked along a leading axis, for `lax.scan`.
+  in checkpoints: a flat dict with one leaf per layer, "layers.007.query", experts of a layer together [E, in, out].
+Matrices are stored [in, out], ready for `x @ w`; Hugging Face stores [out, in].
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from llada_jax.model.config import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """Declaration of one weight (of one layer).
+
+    hf_name: name in a Hugging Face checkpoint; {layer} and {expert} are filled in.
+    hf_rows: the rows of that tensor that are ours, when several weights are fused in one; None means all.
+    matrix:  True: Hugging Face holds the transpose of our [in, out]; False: the same element order.
+    decayed: weight decay applies. trainable: the optimizer may change it.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    hf_name: str
+    init: str = "normal"  # "normal" (std initializer_range) | "ones" | "zeros"
+    hf_rows: tuple[int, int] | None = None
+    matrix: bool = False
+    trainable: bool = True
+
+    @property
+    def decayed(self) -> bool:
+        return self.init == "normal"
+
+    @property
+    def per_expert(self) -> bool:
+        return "{expert}" in self.hf_name
+
+
+Declarations = dict[str, "Parameter | dict[str, Parameter]"]
+
+
+def declare(config: ModelConfig) -> Declarations:
+    """The declarations of every weight of the model; those of a layer group are per layer (not stacked)."""
+    c = config
+    fused = c.architecture in ("bailing_moe", "llada2_moe")
+    embedding_name = "model.word_embeddings.weight" if fused else "model.embed_tokens.weight"
+    declarations: Declarations = {
+        "embedding": Parameter((c.vocab_size, c.hidden_size), ("vocab", "embed"), embedding_name),
+        "final_norm": Parameter((c.hidden_size,), (None,), "model.norm.weight", "ones"),
+    }
+    if not c.tie_word_embeddings or c.stores_tied_head:
+        declarations["head"] = Parameter(
+            (c.hidden_size, c.vocab_size), ("embed", "vocab"), "lm_head.weight", matrix=True,
+            trainable=not c.tie_word_embeddings,
+        )  # fmt: skip
+    for group in c.layer_groups:
+        attention = _fused_attention(c) if fused else _attention(c)
+        mlp = _experts(c) if group == "sparse" else _mlp(c)
+        layer = _layer_norms(c) | attention | mlp
+        declarations[group] = {
+            name: dataclasses.replace(p, hf_name="model.layers.{layer}." + p.hf_name) for name, p in layer.items()
+        }
+    return declarations
+
+
+def _layer_norms(c: ModelConfig) -> dict[str, Parameter]:
+    return {
+        "attention_norm": Parameter((c.hidden_size,), (None,), "input_layernorm.weight", "ones"),
+        "mlp_norm": Parameter((c.hidden_size,), (None,), "post_attention_layernorm.weight", "ones"),
+    }
+
+
+def _attention(c: ModelConfig) -> dict[str, Parameter]:
+    """Llama and Qwen: separate projections."""
+    d, h, kv, hd = c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim
+    weights = {
+        "query": Parameter((d, h, hd), ("embed", "heads", None), "self_attn.q_proj.weight", matrix=True),
+        "key": Parameter((d, kv, hd), ("embed", "kv_heads", None), "self_attn.k_proj.weight", matrix=True),
+        "value": Parameter((d, kv, hd), ("embed", "kv_heads", None), "self_attn.v_proj.weight", matrix=True),
+        "output": Parameter((h, hd, d), ("heads", None, "embed"), "self_attn.o_proj.weight", matrix=True),
+    }
+    if c.qkv_bias:
+        weights |= {
+            "query_bias": Parameter((h, hd), ("heads", None), "self_attn.q_proj.bias", "zeros"),
+            "key_bias": Parameter((kv, hd), ("kv_heads", None), "self_attn.k_proj.bias", "zeros"),
+            "value_bias": Parameter((kv, hd), ("kv_heads", None), "self_attn.v_proj.bias", "zeros"),
+        }
+    if c.qk_norm:
+        weights |= {
+            "query_norm": Parameter((hd,), (None,), "self_attn.q_norm.weight", "ones"),
+            "key_norm": Parameter((hd,), (None,), "self_attn.k_norm.weight", "ones"),
+        }
+    return weights
+
+
+def _fused_attention(c: ModelConfig) -> dict[str, Parameter]:
+    """Ling and LLaDA2: one query_key_value tensor whose rows are all queries, then all keys, then all values."""
+    rows = {"query": (0, c.num_heads), "key": (c.num_heads, c.num_kv_heads)}
+    rows["value"] = (c.num_heads + c.num_kv_heads, c.num_kv_heads)
+    names = {"output": "attention.dense.weight", "query_norm": "attention.query_layernorm.weight",
+             "key_norm": "attention.key_layernorm.weight"}  # fmt: skip
+    weights = {}
+    for name, parameter in _attention(c).items():
+        if name in rows:
+            first, heads = rows[name]
+            hf_rows = (first * c.head_dim, (first + heads) * c.head_dim)
+            changes = dict(hf_name="attention.query_key_value.weight", hf_rows=hf_rows)
+        else:
+            changes = dict(hf_name=names[name])
+        weights[name] = dataclasses.replace(parameter, **changes)
+    return weights
+
+
+def _swiglu(d: int, width: int, prefix: str, experts: tuple[int, ...] = ()) -> dict[str, Parameter]:
+    axis = ("experts",) if experts else ()
+    up = (experts + (d, width), axis + ("embed", "mlp"))
+    down = (experts + (width, d), axis + ("mlp", "embed"))
+    return {
+        "gate": Parameter(*up, f"{prefix}.gate_proj.weight", matrix=True),
+        "up": Parameter(*up, f"{prefix}.up_proj.weight", matrix=True),
+        "down": Parameter(*down, f"{prefix}.down_proj.weight", matrix=True),
+    }
+
+
+def _mlp(c: ModelConfig) -> dict[str, Parameter]:
+    return _swiglu(c.hidden_size, c.intermediate_size, "mlp")
+
+
+def _experts(c: ModelConfig) -> dict[str, Parameter]:
+    d, e, width = c.hidden_size, c.num_experts, c.moe_intermediate_size
+    weights = {"router": Parameter((d, e), ("embed", None), "mlp.gate.weight", matrix=True)}
+    if c.expert_bias:
+        # Ling adjusts it by expert load, never by gradient.
+        weights["expert_bias"] = Parameter((e,), (None,), "mlp.gate.expert_bias", "zeros", trainable=False)
+    weights |= _swiglu(d, width, "mlp.experts.{expert}", experts=(e,))
+    if c.num_shared_experts:
+        shared = _swiglu(d, width * c.num_shared_experts, "mlp.shared_experts")
+        weights |= {f"shared_{name}": parameter for name, parameter in shared.items()}
+    return weights
+
+
+def is_parameter(x) -> bool:
+    return isinstance(x, Parameter)
+
+
+def stacked_map(function, config: ModelConfig):
+    """Tree of `function(declaration, leading)`, leading being () or (layers of the group,)."""
+    groups = config.layer_groups
+
+    def visit(name, node):
+        leading = (len(groups[name]),) if name in groups else ()
+        return jax.tree.map(lambda p: function(p, leading), node, is_leaf=is_parameter)
+
+    return {name: visit(name, node) for name, node in declare(config).items()}
+
+
+def abstract(config: ModelConfig, dtype=jnp.float32):
+    """Tree of jax.ShapeDtypeStruct, stacked as in memory."""
+    return stacked_map(lambda p, leading: jax.ShapeDtypeStruct(leading + p.shape, dtype), config)
+
+
+def logical_axes(config: ModelConfig):
+    """Tree of logical axis names, stacked as in memory; `sharding.spec` maps them to mesh axes."""
+    return stacked_map(lambda p, leading: ("layers",) * len(leading) + p.axes, config)
+
+
+def trainable(config: ModelConfig):
+    return stacked_map(lambda p, _: p.trainable, config)
+
+
+def decayed(config: ModelConfig):
+    return stacked_map(lambda p, _: p.decayed, config)
+
+
+def initialize(config: ModelConfig, key: jax.Array, dtype=jnp.float32):
+    """Random weights: N(0, initializer_range), ones for norms, zeros for biases."""
+    leaves, treedef = jax.tree.flatten(stacked_map(lambda p, leading: (p, leading), config), is_leaf=_is_pair)
+    keys = jax.random.split(key, len(leaves))
+
+    def draw(key, pair):
+        parameter, leading = pair
+        shape = leading + parameter.shape
+        if parameter.init == "normal":
+            return (config.initializer_range * jax.random.normal(key, shape)).astype(dtype)
+        return jnp.full(shape, 1.0 if parameter.init == "ones" else 0.0, dtype)
+
+    return jax.tree.unflatten(treedef, [draw(k, pair) for k, pair in zip(keys, leaves, strict=True)])
+
+
+def _is_pair(x) -> bool:
+    return isinstance(x, tuple) and is_parameter(x[0])
+
+
+def count(config: ModelConfig) -> int:
+    """Number of scalars."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract(config)))
+
+
+def leaf_name(name: str, layer: int | None = None) -> str:
+    """Name of a checkpoint leaf: "final_norm", or "layers.007.query"."""
+    return name if layer is None else f"layers.{layer:03d}.{name}"
+
+
+def leaves(config: ModelConfig) -> dict[str, tuple[Parameter, int | None]]:
+    """Every checkpoint leaf: {leaf name: (declaration, layer or None)}, in a fixed order."""
+    groups = config.layer_groups
+    flat = {}
+    for name, node in declare(config).items():
+        if name not in groups:
+            flat[leaf_name(name)] = (node, None)
+    for group, layers in groups.items():
+        for layer in layers:
+            for name, parameter in declare(config)[group].items():
+                flat[leaf_name(name, layer)] = (parameter, layer)
+    return flat
+
+
+def unstack(tree, config: ModelConfig) -> dict:
+    """In-memory tree -> flat dict with one leaf per layer (as in checkpoints). Works on any tree of that structure."""
+    groups = config.layer_groups
+    flat = {leaf_name(name): value for name, value in tree.items() if name not in groups}
+    for group, layers in groups.items():
+        for row, layer in enumerate(layers):
+            flat |= {leaf_name(name, layer): value[row] for name, value in tree[group].items()}
+    return flat
+
+
+def stack(flat: dict, config: ModelConfig):
+    """Inverse of unstack; leaves may be numpy or jax arrays."""
+    groups = config.layer_groups
+    tree = {name: flat[leaf_name(name)] for name in declare(config) if name not in groups}
+    for group, layers in groups.items():
+        names = declare(config)[group]
+        tree[group] = {name: jnp.stack([flat[leaf_name(name, layer)] for layer in layers]) for name in names}
+    return tree
