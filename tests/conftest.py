@@ -1,10 +1,36 @@
 """Eight fake CPU devices, strict rank promotion, and the golden checkpoints."""
 
 import os
+import re
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+GOLDENS = Path(__file__).parent / "data" / "goldens"
+GEN_KEY = re.compile(r"gen_p(\d+)_g(\d+)_b(\d+)_s(\d+)_t([\d.]+)_e(\d)_eos(\d+)")
+EDIT_KEY = re.compile(r"edit_p(\d+)_g(\d+)_b(\d+)_t([\d.]+)_et([\d.]+)_ps(\d+)_e(\d)_eos(\d+)")
+
+
+@pytest.fixture(scope="session")
+def golden(tmp_path_factory):
+    """golden(name) -> (checkpoint as loaded after import, arrays of golden.npz)."""
+    loaded = {}
+
+    def load(name: str):
+        if name not in loaded:
+            from llada_jax.interop.convert import import_checkpoint
+            from llada_jax.training.checkpoint import load_checkpoint
+
+            out = tmp_path_factory.mktemp("goldens") / name
+            import_checkpoint(str(GOLDENS / name), str(out))
+            loaded[name] = load_checkpoint(str(out)), dict(np.load(GOLDENS / name / "golden.npz"))
+        return loaded[name]
+
+    return load

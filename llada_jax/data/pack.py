@@ -1,0 +1,227 @@
+"""Packs documents into rows of a fixed number of tokens, stored as ArrayRecord shards.
+
+A packed dataset is a folder of `rows-00000.array_record` … shards and a `dataset.json`, which is written last: a
+folder without it is incomplete. `progress.json` says how far an interrupted run came, and the next run goes on
+from there and ends in the same bytes.
+"""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple, TextIO
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from llada_jax.data import text
+from llada_jax.data.progress import progress_lines
+from llada_jax.data.rows import FORMAT, encode_row, read_json
+from llada_jax.errors import InputError
+from llada_jax.interop.tokenizer import Tokenizer
+
+_BATCH_DOCUMENTS = 512
+_BATCH_CHARACTERS = 1 << 20
+
+
+class _Packed(NamedTuple):
+    """A finished row and where to resume after it: `taken` tokens of the document at `source` are in rows already."""
+
+    record: bytes
+    tokens: int
+    documents: int
+    source: tuple[int, int]
+    taken: int
+
+
+def pack(
+    source: str,
+    tokenizer: Tokenizer,
+    out: str,
+    length: int,
+    *,
+    field: str = "text",
+    patterns: Sequence[str] = (),
+    block_align: int = 1,
+    rows_per_shard: int = 65536,
+    log: TextIO | None = None,
+) -> dict:
+    """Tokenises the documents under `source` and packs them greedily into rows of `length` tokens under `out`.
+
+    Every document is followed by the tokenizer's end-of-sequence token, if it has one; a document of no tokens is
+    left out. A document that crosses the end of a row is split, and its continuation is a document of its own in
+    the next row. No token is dropped: the last row is padded. `block_align` makes every document start at a
+    multiple of it inside its row, with padding in between. Progress lines go to `log`.
+
+    Returns the contents of dataset.json. A run over a complete dataset with the same settings changes nothing; an
+    interrupted one is continued. Raises InputError on bad input and when `out` was begun with other settings.
+    """
+    if length < 1 or rows_per_shard < 1:
+        raise InputError(f"length {length} and rows_per_shard {rows_per_shard} must be at least 1")
+    if block_align < 1 or length % block_align:
+        raise InputError(f"block_align {block_align} must be at least 1 and divide length {length}")
+    files = text.list_files(source, patterns)
+    settings = {
+        "format": FORMAT,
+        "length": length,
+        "block_align": block_align,
+        "rows_per_shard": rows_per_shard,
+        "field": field,
+        "patterns": list(patterns),
+        "tokenizer_digest": tokenizer.digest,
+        "eos_id": tokenizer.eos_id,
+        "source_files": [[file.name, file.bytes] for file in files],
+    }
+    dataset_path, progress_path = os.path.join(out, "dataset.json"), os.path.join(out, "progress.json")
+    if (dataset := read_json(dataset_path)) is not None:
+        _check_settings(dataset_path, dataset, settings)
+        if log is not None:
+            print(f"{out}: already complete", file=log)
+        return dataset
+    state = _resume(progress_path, settings)
+    _make_folder(out)
+    with progress_lines(files, tuple(state["source"]), state["tokens"], log) as report:
+        state = _write_shards(files, tokenizer, out, settings, state, report)
+    if not state["shards"]:
+        raise InputError(f"{source}: empty dataset, every document is empty")
+    dataset = settings | {
+        "rows": sum(rows for _, rows in state["shards"]),
+        **{name: state[name] for name in ("tokens", "documents", "shards", "digest")},
+    }
+    _write_json(dataset_path, dataset)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(progress_path)
+    return dataset
+
+
+def _resume(path: str, settings: dict) -> dict:
+    """The state in progress.json, or that of a run which has packed nothing yet."""
+    state = {"source": [0, 0], "taken": 0, "shards": [], "tokens": 0, "documents": 0, "digest": ""}
+    progress = read_json(path)
+    if progress is None:
+        return state
+    _check_settings(path, progress, settings)
+    return {name: progress[name] for name in state}
+
+
+def _write_shards(
+    files: Sequence[text.SourceFile], tokenizer: Tokenizer, out: str, settings: dict, state: dict, report: Callable
+) -> dict:
+    """Writes every shard that follows `state`, recording progress after each; returns the final state."""
+    documents = text.iter_documents(files, settings["field"], tuple(state["source"]))
+    tokenised = _tokenise(documents, tokenizer)
+    rows = _pack_rows(tokenised, settings["length"], settings["block_align"], tokenizer.eos_id or 0, state["taken"])
+    # islice takes no row beyond its shard, so that a full shard is kept even if the next document cannot be read.
+    while first := next(rows, None):
+        name = f"rows-{len(state['shards']):05d}.array_record"
+        unfinished = os.path.join(out, name + ".tmp")
+        # Grain reads rows one by one, so every record is a chunk of its own.
+        writer = ArrayRecordWriter(unfinished, "group_size:1")
+        count = 0
+        try:
+            for row in itertools.chain([first], itertools.islice(rows, settings["rows_per_shard"] - 1)):
+                writer.write(row.record)
+                count += 1
+                state = _advance(state, row)
+                report(row.source, state["documents"], state["tokens"])
+        finally:
+            writer.close()
+        _publish(unfinished, os.path.join(out, name))
+        state = state | {"shards": [*state["shards"], [name, count]]}
+        _write_json(os.path.join(out, "progress.json"), settings | state)
+    return state
+
+
+def _advance(state: dict, row: _Packed) -> dict:
+    """The state after one more row. The digest is a chain over records: a hash object would not survive a restart."""
+    return state | {
+        "source": list(row.source),
+        "taken": row.taken,
+        "tokens": state["tokens"] + row.tokens,
+        "documents": state["documents"] + row.documents,
+        "digest": hashlib.sha256(bytes.fromhex(state["digest"]) + row.record).hexdigest(),
+    }
+
+
+def _tokenise(
+    documents: Iterable[tuple[int, int, str]], tokenizer: Tokenizer
+) -> Iterator[tuple[tuple[int, int], np.ndarray]]:
+    """Yields (source, ids [n] int32) for every document, the end-of-sequence token included."""
+    end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+
+    def encode(batch):
+        for (file, offset, _), ids in zip(batch, tokenizer.encode_batch([body for *_, body in batch]), strict=True):
+            yield (file, offset), np.asarray(ids + end if ids else [], np.int32)
+
+    batch, characters = [], 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document[2])
+        if len(batch) == _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
+            yield from encode(batch)
+            batch, characters = [], 0
+    if batch:
+        yield from encode(batch)
+
+
+def _pack_rows(
+    documents: Iterable[tuple[tuple[int, int], np.ndarray]], length: int, align: int, pad_id: int, skip: int
+) -> Iterator[_Packed]:
+    """Yields full rows, then the padded rest; the first `skip` tokens of the first document are left out."""
+    pieces: list[tuple[int, np.ndarray, tuple[int, int], bool]] = []  # (start, ids, source, begins a document)
+    start, source, taken = 0, (0, 0), 0
+
+    def finish() -> _Packed:
+        ids = np.full(length, pad_id, np.int32)
+        for begin, part, _, _ in pieces:
+            ids[begin : begin + len(part)] = part
+        lengths = [len(part) for _, part, _, _ in pieces]
+        record = encode_row(ids, [piece[0] for piece in pieces], lengths, [piece[2] for piece in pieces])
+        return _Packed(record, sum(lengths), sum(piece[3] for piece in pieces), source, taken)
+
+    for source, ids in documents:
+        taken, skip = skip, 0
+        while taken < len(ids):
+            part = ids[taken : taken + length - start]
+            pieces.append((start, part, source, taken == 0))
+            taken += len(part)
+            start += len(part) + -len(part) % align  # `start` and `length` are multiples of `align`
+            if start == length:
+                yield finish()
+                pieces, start = [], 0
+    if pieces:
+        yield finish()
+
+
+def _check_settings(path: str, stored: dict, settings: dict) -> None:
+    for name, wanted in settings.items():
+        found = stored.get(name)
+        if found == wanted:
+            continue
+        if name == "source_files" and isinstance(found, list):
+            differing = sorted({tuple(file) for file in found} ^ {tuple(file) for file in wanted})
+            raise InputError(f"{path}: source_files differ, first at {differing[0][0]}; take another output folder")
+        raise InputError(f"{path}: {name} is {found!r} there but {wanted!r} now; take another output folder")
+
+
+def _make_folder(path: str) -> None:
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
+
+
+def _write_json(path: str, value: dict) -> None:
+    with open(path + ".tmp", "w", encoding="utf-8") as stream:
+        json.dump(value, stream, indent=1, ensure_ascii=False)
+        stream.write("\n")
+    _publish(path + ".tmp", path)
+
+
+def _publish(unfinished: str, path: str) -> None:
+    """Gives a finished file its name, its bytes safely on disk before."""
+    with open(unfinished, "rb") as stream:
+        os.fsync(stream.fileno())
+    os.replace(unfinished, path)

@@ -1,0 +1,154 @@
+"""The training objectives: BDLM (Eq. 1), MDLM (Eq. 2) and, as their block-size-1 case, AR.
+
+    L = E_t E_{x_t} [ -alpha'_t / (1 - alpha_t)  sum_i 1[x_t^i = MASK]  -log p(x_0^i | x_t^k, x_0^{<k}) ] / tokens
+
+BDLM: the noisy block k sees itself and the clean blocks before it, in one pass over [x_t | x_0]. MDLM: one block, no
+clean half. All share one forward pass and one reduction. `prepare` draws the noise and knows the normaliser before any
+forward pass, so that micro-batches can be weighted exactly.
+"""
+
+import dataclasses
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from llada_jax.attention import visibility as vis
+from llada_jax.diffusion.noise import Masking, NoiseSpec, complement, draw_masking, mask_tokens
+from llada_jax.errors import InputError
+from llada_jax.model import head
+from llada_jax.model.alignment import predictable
+from llada_jax.model.config import ModelConfig
+from llada_jax.model.forward import Execution, denoised_hidden
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """time_weight: "elbo" is -alpha'_t / (1 - alpha_t) = 1 / t, "uniform" is 1. normalizer: the loss is divided by the
+    number of "tokens" that could be masked, or of those "masked". complementary: each row also comes with the inverse
+    mask. block_origin: "global" (Eq. 3) or "document".
+    """
+
+    noise: NoiseSpec = NoiseSpec()
+    time_weight: str = "elbo"
+    normalizer: str = "tokens"
+    complementary: bool = False
+    block_origin: str = "global"
+
+    def __post_init__(self):
+        for field, choices in (
+            ("time_weight", ("elbo", "uniform")),
+            ("normalizer", ("tokens", "masked")),
+            ("block_origin", vis.BLOCK_ORIGINS),
+        ):
+            if getattr(self, field) not in choices:
+                raise InputError(f"objective.{field}={getattr(self, field)!r}, expected one of {', '.join(choices)}")
+
+
+@flax.struct.dataclass
+class Example:
+    """A batch with its noise drawn. All [batch, length]; keys [batch].
+
+    weights float32: of each token's negative log-likelihood, zero where not supervised, normalised by nothing yet.
+    """
+
+    clean: jax.Array
+    noisy: jax.Array
+    masked: jax.Array
+    eligible: jax.Array
+    weights: jax.Array
+    positions: jax.Array
+    where: vis.Layout
+    keys: jax.Array
+
+
+@flax.struct.dataclass
+class Sums:
+    """Sums over a batch, float32 scalars: of weighted nll, of nll and correctness over supervised tokens, and of
+    supervised and eligible tokens.
+    """
+
+    weighted: jax.Array
+    nll: jax.Array
+    correct: jax.Array
+    supervised: jax.Array
+    eligible: jax.Array
+
+
+def prepare(
+    tokens, segment_ids, supervised, keys, block_size, config: ModelConfig, objective: Objective, halves="both"
+) -> Example:
+    """Draws the noise of a batch.
+
+    tokens, segment_ids [batch, length] int; supervised [batch, length] bool: tokens that may be masked and scored;
+    keys [batch]; block_size a traced or concrete int. halves as in schedule.Phase. A complementary objective returns
+    2 * batch rows, the inverses after the originals.
+    """
+    where = vis.layout(segment_ids, block_size, objective.block_origin)
+    eligible = predictable(where, segment_ids, config.alignment) & supervised
+    if halves == "clean":
+        masking = Masking(eligible, jnp.ones(tokens.shape))
+    else:
+        masking = draw_masking(keys, eligible, where, objective.noise)
+    if objective.complementary and halves != "clean":
+        inverse = complement(masking, eligible)
+        masking, tokens, eligible, where, keys = jax.tree.map(
+            lambda a, b: jnp.concatenate([a, b]),
+            (masking, tokens, eligible, where, keys),
+            (inverse, tokens, eligible, where, keys),
+        )
+    weights = masking.masked.astype(jnp.float32)
+    if objective.time_weight == "elbo":
+        weights = jnp.where(masking.masked, weights / jnp.where(masking.masked, masking.rate, 1), 0)
+    return Example(
+        clean=tokens,
+        noisy=tokens if halves == "clean" else mask_tokens(tokens, masking, config.mask_token_id),
+        masked=masking.masked,
+        eligible=eligible,
+        weights=weights,
+        positions=jnp.arange(tokens.shape[1])[None] - where.document_start,
+        where=where,
+        keys=keys,
+    )
+
+
+def normalizer(example: Example, objective: Objective) -> jax.Array:
+    """What the summed loss is divided by: at least 1, so that a step without a supervised token has loss zero."""
+    counted = example.eligible if objective.normalizer == "tokens" else example.masked
+    return jnp.maximum(counted.sum().astype(jnp.float32), 1.0)
+
+
+def score(
+    params, config: ModelConfig, example: Example, halves="both", execution=Execution(), embedding_noise_std=None
+) -> tuple[Sums, head.TokenScores]:
+    """One forward pass: the sums that the loss and the metrics are made of, and the scores of each token.
+
+    embedding_noise_std: standard deviation (a scalar, may be traced) of the Gaussian noise on the embedding output of
+    masked tokens (Section 7.1), or None.
+    """
+    noisy = None if halves == "clean" else example.noisy
+    clean = None if halves == "noisy" else example.clean
+    added = None
+    if embedding_noise_std is not None and noisy is not None:
+        added = _embedding_noise(example, embedding_noise_std, config.hidden_size)
+    hidden = denoised_hidden(params, config, noisy, clean, example.where, example.positions, execution, added)
+    scores = head.token_scores(hidden, example.clean, example.masked, head.head_matrix(params, config))
+    return Sums(
+        weighted=(scores.nll * example.weights).sum(),
+        nll=scores.nll.sum(),
+        correct=scores.correct.sum(),
+        supervised=example.masked.sum().astype(jnp.float32),
+        eligible=example.eligible.sum().astype(jnp.float32),
+    ), scores
+
+
+def _embedding_noise(example: Example, std: jax.Array, width: int) -> jax.Array:
+    """Independent Gaussian noise where a token is masked, zero elsewhere: [batch, length, width] float32."""
+    shape = example.masked.shape[1], width
+
+    def draw():
+        keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(example.keys)
+        unit = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+        return jnp.where(example.masked[..., None], std * unit, 0.0)
+
+    return jax.lax.cond(std > 0, draw, lambda: jnp.zeros(example.masked.shape[:1] + shape))

@@ -1,0 +1,74 @@
+"""Warmup-Stable-Decay: the block size of every training step (Section 4.1).
+
+Warm-up grows the blocks 1 -> 4 -> 32 -> 64 -> L, the stable phase trains full-sequence MDLM without the clean half, and
+decay shrinks the blocks L -> ... -> 32. Block size is data: the curriculum compiles to two programs, with and without
+the clean half.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+from llada_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """steps steps of one block size. halves: "both" [x_t | x_0], "noisy" x_t alone (MDLM), "clean" x_0 alone (AR)."""
+
+    name: str
+    block_size: int
+    steps: int
+    halves: str
+
+
+def wsd(
+    length: int,
+    warmup: Sequence[tuple[int, int]],
+    stable_steps: int,
+    decay: Sequence[tuple[int, int]],
+) -> tuple[Phase, ...]:
+    """The phases of the curriculum; warmup and decay are (block size, steps) pairs.
+
+    Raises InputError when a block size does not divide the length or a number of steps is negative.
+    """
+    phases = [_both("warmup", length, *pair) for pair in warmup]
+    phases.append(Phase("stable", length, stable_steps, "noisy"))
+    phases += [_both("decay", length, *pair) for pair in decay]
+    return _checked(phases, length)
+
+
+def constant(length: int, block_size: int, steps: int) -> tuple[Phase, ...]:
+    """One block size throughout; block size = length is MDLM."""
+    return _checked([_both("train", length, block_size, steps)], length)
+
+
+def autoregressive(length: int, steps: int) -> tuple[Phase, ...]:
+    """Next-token prediction: block size 1 with every token masked, of which only the clean half matters."""
+    return _checked([Phase("ar", 1, steps, "clean")], length)
+
+
+def _both(name: str, length: int, block_size: int, steps: int) -> Phase:
+    # With one block the noisy half never sees the clean one, which need not be computed.
+    return Phase(name, block_size, steps, "noisy" if block_size == length else "both")
+
+
+def _checked(phases: list[Phase], length: int) -> tuple[Phase, ...]:
+    for phase in phases:
+        if phase.steps < 0:
+            raise InputError(f"schedule: {phase.name} at block size {phase.block_size} has {phase.steps} steps")
+        if phase.block_size < 1 or length % phase.block_size:
+            raise InputError(f"schedule: {phase.name} block size {phase.block_size} does not divide length {length}")
+    return tuple(phase for phase in phases if phase.steps)
+
+
+def total_steps(phases: Sequence[Phase]) -> int:
+    return sum(phase.steps for phase in phases)
+
+
+def phase_at(phases: Sequence[Phase], step: int) -> Phase:
+    """The phase of a step, counted from 0. Raises IndexError past the end."""
+    for phase in phases:
+        if step < phase.steps:
+            return phase
+        step -= phase.steps
+    raise IndexError(f"the schedule has {total_steps(phases)} steps")

@@ -1,0 +1,251 @@
+"""Import: a Hugging Face folder or a GGUF file -> a checkpoint of ours, with a mask token where one is to be had."""
+
+import dataclasses
+import math
+import os
+import re
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from llada_jax.errors import InputError
+from llada_jax.interop import gguf, hf_config, huggingface, tokenizer
+from llada_jax.model import parameters
+from llada_jax.model.config import ModelConfig
+from llada_jax.training import checkpoint
+
+CONVERTER_VERSION = 1
+_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+# LLaDA2's padded vocabulary and mask; in Ling's chat tokenizer the same id is <|role_end|>.
+_LLADA2_VOCAB, _LLADA2_MASK = 157_184, 156_895
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What is to be imported, read from headers and metadata only."""
+
+    config: ModelConfig
+    hf: dict  # config.json as it was found
+    tensors: dict[str, huggingface.StoredTensor]
+    tokenizer_files: dict[str, bytes]
+    paths: list[Path]
+    notices: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskChoice:
+    """The mask token chosen (config.mask_token_id, perhaps None) and what it changes."""
+
+    config: ModelConfig
+    tokenizer_files: dict[str, bytes]
+    appended: bool  # the embedding and head get one row more
+    notices: list[str]
+
+
+def import_checkpoint(
+    source: str,
+    out: str,
+    dtype: str | None = None,
+    alignment: str | None = None,
+    mask_token_id: int | None = None,
+    add_mask_token: bool = False,
+) -> None:
+    """Writes `source` (a Hugging Face folder or a .gguf file) as a checkpoint at `out` and prints a summary.
+
+    dtype: "float32" or "bfloat16", by default that of each stored tensor; a float32 expert bias is never cast.
+    alignment: "same" or "shifted", by default what the architecture was trained with.
+    mask_token_id, add_mask_token: for a model without a mask token; see `choose_mask`.
+
+    Raises InputError, naming the file, tensor or flag, before anything is written.
+    """
+    begun = time.monotonic()
+    _check_flags(dtype, alignment, mask_token_id, add_mask_token)
+    found = read_source(source)
+    plans = huggingface.plan_leaves(found.tensors, found.config)
+    config = found.config if alignment is None else found.config.replace(alignment=alignment)
+    mask = choose_mask(config, found.tokenizer_files, mask_token_id, add_mask_token)
+    notices = [*found.notices, *mask.notices]
+    for notice in notices:
+        print(f"notice: {notice}")
+    target = None if dtype is None else _DTYPES[dtype]
+    leaves = huggingface.iter_leaves(plans, target)
+    dtypes = sorted({huggingface.leaf_dtype(plan, target).name for plan in plans})
+    lineage = {
+        "source": os.path.abspath(source),
+        "source_files": {path.name: path.stat().st_size for path in found.paths},
+        "converter_version": CONVERTER_VERSION,
+        "dtype": dtypes,
+        "hf_config": found.hf,
+        "notices": notices,
+    }
+    checkpoint.write_weights(
+        out,
+        mask.config,
+        append_mean_row(leaves) if mask.appended else leaves,
+        mask.tokenizer_files,
+        lineage,
+        total_bytes=sum(math.prod(p.parameter.shape) * huggingface.leaf_dtype(p, target).itemsize for p in plans),
+    )
+    c = mask.config
+    print(
+        f"{out}: {c.architecture}, {parameters.count(c):,} parameters, {' and '.join(dtypes)}, "
+        f"alignment {c.alignment}, mask token id {c.mask_token_id}, {time.monotonic() - begun:.1f} s"
+    )
+
+
+def _check_flags(dtype, alignment, mask_token_id, add_mask_token) -> None:
+    if dtype is not None and dtype not in _DTYPES:
+        raise InputError(f"--dtype={dtype}, expected one of {', '.join(_DTYPES)}")
+    if alignment not in (None, "same", "shifted"):
+        raise InputError(f"--alignment={alignment}, expected same or shifted")
+    if mask_token_id is not None and add_mask_token:
+        raise InputError("--mask_token_id and --add_mask_token exclude each other")
+
+
+# --- the source ----------------------------------------------------------------------------------------------------
+
+
+def read_source(source: str) -> Source:
+    """Opens and checks a source. Raises InputError naming the file or field at fault."""
+    path = Path(source)
+    if path.is_file() and path.suffix == ".gguf":
+        return _read_gguf(path)
+    if path.is_file():
+        raise InputError(f"{source}: expected a folder with config.json, or a .gguf file")
+    if not path.is_dir():
+        raise InputError(f"{source}: no such folder or file (a model of the hub must be downloaded first)")
+    if not (path / "config.json").is_file():
+        ggufs = sorted(path.glob("*.gguf"))
+        raise InputError(f"{source}: no config.json" + (f"; pass the file {ggufs[0].name} instead" if ggufs else ""))
+    return _read_folder(path)
+
+
+def _read_folder(folder: Path) -> Source:
+    hf = _read_json(folder, "config.json")
+    generation = _read_json(folder, "generation_config.json")
+    eos = generation.get("eos_token_id")
+    config = hf_config.from_hf(hf if eos is None else hf | {"eos_token_id": eos})
+    tensors = huggingface.open_weights(folder)
+    predictors = hf.get("num_nextn_predict_layers") or 0
+    tensors, notices = huggingface.drop_unused(tensors, config, predictors)
+    if config.tie_word_embeddings and "lm_head.weight" in tensors:
+        config = config.replace(stores_tied_head=True)
+    files = tokenizer.read_files(folder)
+    if not files:
+        notices.append(f"no tokenizer.json in {folder}: the checkpoint will have no tokenizer")
+    paths = [folder / "config.json", *huggingface.find_weights(folder)[0]]
+    return Source(config, hf, tensors, files, paths, notices)
+
+
+def _read_gguf(path: Path) -> Source:
+    file = gguf.open_gguf(path)
+    config = gguf.model_config(file)
+    files = gguf.tokenizer_files(file)
+    return Source(config, hf_config.to_hf(config), gguf.open_weights(file, config), files, [path], [])
+
+
+def _read_json(folder: Path, name: str) -> dict:
+    path = folder / name
+    try:
+        return tokenizer.read_json({name: path.read_bytes()} if path.is_file() else {}, name, str(folder))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
+
+
+# --- the mask token ------------------------------------------------------------------------------------------------
+
+
+def choose_mask(config: ModelConfig, files: dict[str, bytes], mask_token_id: int | None, add: bool) -> MaskChoice:
+    """The mask token of an imported model, recorded in the tokenizer's files too; also fills in eos and pad from them.
+
+    In this order: the tokenizer's own; `mask_token_id` or config.json's; LLaDA2's known id when there is no tokenizer;
+    with `add`, the first id that the tokenizer leaves unused inside a padded embedding, or else one new row; none.
+    Raises InputError if two of them disagree, or an id is out of range or names another token.
+    """
+    names = tokenizer.from_files(files) if files else None
+    config, notices = _with_special_ids(config, names)
+    declared, source = _declared_mask(config, names, notices)
+    if declared is not None and mask_token_id not in (None, declared):
+        raise InputError(f"--mask_token_id={mask_token_id}, but {source} says that the mask token is {declared}")
+    chosen = declared if mask_token_id is None else mask_token_id
+    if chosen is not None:
+        _check_mask_id(config, names, chosen, source if mask_token_id is None else "--mask_token_id")
+        if add:
+            notices.append(f"no mask token added: {source} has one, id {chosen}")
+        elif names is None and chosen == _LLADA2_MASK and source is None:
+            notices.append(f"no tokenizer to check id {chosen}: <|mask|> in LLaDA2, <|role_end|> in Ling's chat models")
+    appended = False
+    if chosen is None and add:
+        used = set(range(config.vocab_size)) if names is None else set(names.backend.get_vocab().values())
+        chosen = next((i for i in range(config.vocab_size) if i not in used), config.vocab_size)
+        appended = chosen == config.vocab_size
+        _check_mask_name(names, chosen, "--add_mask_token")
+        what = "appended to the embedding" if appended else "an id that the tokenizer does not use"
+        notices.append(f"mask token {chosen}: {what}")
+    if chosen is None:
+        notices.append("no mask token: --mask_token_id=N or --add_mask_token gives one; without, only `forward` works")
+    elif files and names.mask_id is None:
+        files = tokenizer.with_mask(files, chosen)
+    vocab_size = config.vocab_size + int(appended)
+    return MaskChoice(config.replace(vocab_size=vocab_size, mask_token_id=chosen), files, appended, notices)
+
+
+def _with_special_ids(config: ModelConfig, names: tokenizer.Tokenizer | None) -> tuple[ModelConfig, list[str]]:
+    if names is None:
+        return config, []
+    last = max(names.backend.get_vocab().values())
+    notices = []
+    if last >= config.vocab_size:
+        notices.append(f"the tokenizer has ids up to {last}, the embedding only {config.vocab_size} rows")
+    ids = {"eos_token_id": names.eos_id, "pad_token_id": names.pad_id}
+    missing = {f: i for f, i in ids.items() if getattr(config, f) is None and i is not None and i < config.vocab_size}
+    return config.replace(**missing), notices
+
+
+def _declared_mask(config: ModelConfig, names, notices: list[str]) -> tuple[int | None, str | None]:
+    """(id, who says so) of the mask token that the source itself has."""
+    own = None if names is None else names.mask_id
+    if own is not None:
+        if config.mask_token_id not in (None, own):
+            raise InputError(f"config.json: mask_token_id={config.mask_token_id}, but the tokenizer's mask is {own}")
+        return own, "the tokenizer"
+    if config.mask_token_id is not None:
+        return config.mask_token_id, "config.json"
+    if config.architecture == "llada2_moe" and config.vocab_size == _LLADA2_VOCAB:
+        if names is None:
+            notices.append(f"no tokenizer: mask token id {_LLADA2_MASK}, as LLaDA2's tokenizers have it, is assumed")
+            return _LLADA2_MASK, "the LLaDA2 vocabulary"
+        name = names.id_to_token(_LLADA2_MASK)
+        notices.append(f"not LLaDA2's tokenizer: id {_LLADA2_MASK}, LLaDA2's mask, is {name!r} in it")
+    return None, None
+
+
+def _check_mask_id(config: ModelConfig, names, mask_id: int, source: str) -> None:
+    if not 0 <= mask_id < config.vocab_size:
+        raise InputError(f"{source}: mask token id {mask_id} is not below vocab_size={config.vocab_size}")
+    _check_mask_name(names, mask_id, source)
+
+
+def _check_mask_name(names: tokenizer.Tokenizer | None, mask_id: int, source: str) -> None:
+    name = None if names is None else names.id_to_token(mask_id)
+    # "[gMASK]" is another thing: it marks where generation begins.
+    if name is not None and mask_id != names.mask_id and not re.search(r"(?<![a-z])mask(?![a-z])", name.lower()):
+        raise InputError(
+            f"{source}: id {mask_id} is {name!r} in this tokenizer, not a mask; use --add_mask_token or an unused id"
+        )
+
+
+def append_mean_row(leaves: Iterable[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
+    """Adds one row to the embedding and one column to the head: the mean of those that exist.
+
+    AR training drives the rows of unused ids towards zero; the mean keeps the scale that the norms expect.
+    """
+    for name, leaf in leaves:
+        if name in ("embedding", "head"):
+            axis = 0 if name == "embedding" else 1
+            mean = np.mean(leaf, axis=axis, keepdims=True, dtype=np.float32).astype(leaf.dtype)
+            leaf = np.concatenate([leaf, mean], axis)
+        yield name, leaf

@@ -1,0 +1,322 @@
+"""Hugging Face config.json <-> ModelConfig. What our forward pass cannot honour is refused, never dropped."""
+
+import math
+
+from llada_jax.errors import InputError
+from llada_jax.model.config import ModelConfig, RopeScaling
+
+# Class name in `architectures` -> our architecture. Ling 1 shares Ling 2's model_type, so the class name decides.
+_CLASSES = {
+    "LlamaForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+    "BailingMoeV2ForCausalLM": "bailing_moe",
+    "LLaDA2MoeModelLM": "llada2_moe",
+}
+_MODEL_TYPES = {name: name for name in ("llama", "qwen2", "qwen3", "qwen3_moe", "bailing_moe", "llada2_moe")} | {
+    "bailing_moe_v2": "bailing_moe",
+    "llada2_moe_veomni": "llada2_moe",
+}
+
+_QWEN = {"max_position_embeddings": 32_768, "num_key_value_heads": 32}
+_QWEN_MOE = {"num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768}
+_LING = {"n_group": 8, "topk_group": 4, "norm_topk_prob": True, "moe_router_enable_expert_bias": True}
+# Defaults of the configuration classes: what a key means when config.json lacks it.
+_DEFAULTS = {
+    "llama": {"max_position_embeddings": 2048},
+    "qwen2": _QWEN,
+    "qwen3": _QWEN | {"head_dim": 128},
+    "qwen3_moe": _QWEN | _QWEN_MOE | {"norm_topk_prob": False},
+    "bailing_moe": _LING
+    | {"max_position_embeddings": 32_768, "rope_theta": 600_000.0, "num_key_value_heads": 4, "head_dim": 128}
+    | {"num_experts": 256, "num_experts_per_tok": 8, "num_shared_experts": 1, "moe_intermediate_size": 512}
+    | {"first_k_dense_replace": 1, "routed_scaling_factor": 1.0},
+    "llada2_moe": _LING
+    | {"max_position_embeddings": 16_384, "rms_norm_eps": 1e-5}
+    | {"num_experts": 16, "num_experts_per_tok": 2, "num_shared_experts": 0}
+    | {"first_k_dense_replace": 0, "routed_scaling_factor": 2.5},
+}
+
+# Field -> the values that our forward pass computes; None (or no such key) is always one of them.
+_HONOURED = {
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "use_sliding_window": (False,),
+    "quantization_config": (),
+    "final_logit_softcapping": (),
+    "attn_logit_softcapping": (),
+}
+_HONOURED_MOE = {"decoder_sparse_step": (1,), "mlp_only_layers": ([],)}
+_HONOURED_LING = {
+    "use_bias": (False,),
+    "use_qkv_bias": (False,),
+    "norm_head": (False,),
+    "norm_softmax": (False,),
+    "score_function": ("sigmoid",),
+    "expert_capacity": (0,),  # LLaDA2.2 routes whole blocks of tokens
+}
+
+
+def architecture_of(hf: dict) -> str:
+    """Our name of the architecture. Raises InputError listing the supported ones."""
+    names, model_type = hf.get("architectures") or [], hf.get("model_type")
+    if names and names[0] in _CLASSES:
+        return _CLASSES[names[0]]
+    if not names and model_type in _MODEL_TYPES:
+        return _MODEL_TYPES[model_type]
+    found = f"architectures={names!r}" if names else f"model_type={model_type!r}"
+    raise InputError(f"config.json: {found} is not supported; supported: {', '.join(_CLASSES)}")
+
+
+def from_hf(hf: dict) -> ModelConfig:
+    """ModelConfig of a config.json. AR architectures get alignment "shifted", LLaDA2 "same".
+
+    Raises InputError naming the field: a missing or malformed one, or a value that the forward pass cannot honour.
+    """
+    architecture = architecture_of(hf)
+    ling = architecture in ("bailing_moe", "llada2_moe")
+    _refuse_unsupported(hf, architecture)
+    hf = _DEFAULTS[architecture] | {key: value for key, value in hf.items() if value is not None}
+    heads = _integer(hf, "num_attention_heads")
+    hidden = _integer(hf, "hidden_size")
+    head_dim = _integer(hf, "head_dim", hidden // max(heads, 1))
+    theta, scaling, partial = _rope(hf)
+    pad = _token(hf, "pad_token_id")
+    eos = _token(hf, "eos_token_id")
+    return ModelConfig(
+        architecture=architecture,
+        vocab_size=_integer(hf, "vocab_size"),
+        hidden_size=hidden,
+        num_layers=_integer(hf, "num_hidden_layers"),
+        num_heads=heads,
+        # The LLaDA2 class has no usable default.
+        num_kv_heads=_integer(hf, "num_key_value_heads", None if architecture == "llada2_moe" else heads),
+        head_dim=head_dim,
+        intermediate_size=_integer(hf, "intermediate_size"),
+        rms_norm_eps=_number(hf, "rms_norm_eps", 1e-6),
+        rope_theta=theta,
+        rotary_dim=_rotary_dim(hf, architecture, head_dim, partial),
+        rope_scaling=scaling,
+        max_position_embeddings=_integer(hf, "max_position_embeddings"),
+        qkv_bias=architecture == "qwen2",
+        # LLaDA2 always normalises, whatever `use_qk_norm` says (its class default is false).
+        qk_norm=ling or architecture in ("qwen3", "qwen3_moe"),
+        tie_word_embeddings=_boolean(hf, "tie_word_embeddings", False),
+        initializer_range=_number(hf, "initializer_range", 0.02),
+        alignment="same" if architecture == "llada2_moe" else "shifted",
+        mask_token_id=_token(hf, "mask_token_id"),
+        # The Ling family's config.json often holds no eos: it is the pad token.
+        eos_token_id=pad if ling and eos is None else eos,
+        pad_token_id=pad,
+        **_experts(hf, architecture),
+    )
+
+
+def _experts(hf: dict, architecture: str) -> dict:
+    if architecture in ("llama", "qwen2", "qwen3"):
+        return {}
+    per_token = _integer(hf, "num_experts_per_tok")
+    # transformers 5 may write the count under its other name.
+    name = "num_local_experts" if "num_local_experts" in hf else "num_experts"
+    fields = {
+        "num_experts": _integer(hf, name),
+        "num_experts_per_token": per_token,
+        "moe_intermediate_size": _integer(hf, "moe_intermediate_size"),
+        "normalize_expert_weights": _boolean(hf, "norm_topk_prob"),
+    }
+    if architecture == "qwen3_moe":
+        return fields
+    return fields | {
+        "num_shared_experts": _integer(hf, "num_shared_experts"),
+        "num_dense_layers": _integer(hf, "first_k_dense_replace"),
+        "router": "sigmoid",
+        "expert_bias": _boolean(hf, "moe_router_enable_expert_bias"),
+        "num_groups": _integer(hf, "n_group"),
+        "num_selected_groups": _integer(hf, "topk_group"),
+        "normalize_expert_weights": per_token > 1,  # the reference does not read norm_topk_prob
+        "routed_scaling_factor": _number(hf, "routed_scaling_factor"),
+    }
+
+
+def _refuse_unsupported(hf: dict, architecture: str) -> None:
+    honoured = dict(_HONOURED)
+    if architecture == "qwen3_moe":
+        honoured |= _HONOURED_MOE
+    if architecture in ("bailing_moe", "llada2_moe"):
+        honoured |= _HONOURED_LING
+    for field, values in honoured.items():
+        value = hf.get(field)
+        if value is not None and value not in values:
+            raise _unsupported(field, value)
+    if architecture == "bailing_moe" and hf.get("use_qk_norm") is False:
+        raise _unsupported("use_qk_norm", False)
+    for kind in hf.get("layer_types") or []:
+        if kind != "full_attention":
+            raise _unsupported("layer_types", kind)
+
+
+def _unsupported(field: str, value) -> InputError:
+    return InputError(f"config.json: {field}={value!r} is not supported")
+
+
+def _rope(hf: dict) -> tuple[float, RopeScaling | None, float | None]:
+    """(theta, scaling, partial rotary factor); transformers 5 keeps all three in `rope_parameters`."""
+    field = "rope_parameters" if hf.get("rope_parameters") else "rope_scaling"
+    values = hf.get(field) or {}
+    if not isinstance(values, dict) or any(isinstance(value, dict) for value in values.values()):
+        raise _unsupported(field, values)
+    values = {key: value for key, value in values.items() if value is not None}
+    partial = _number(hf | values, "partial_rotary_factor", 0) or None
+    return _number(hf | values, "rope_theta", 10_000.0), _rope_scaling(field, values, hf), partial
+
+
+def _rope_scaling(field: str, values: dict, hf: dict) -> RopeScaling | None:
+    kind = values.get("rope_type", values.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind not in ("yarn", "llama3"):
+        raise _unsupported(f"{field}.rope_type", kind)
+    factor = _number(values, "factor")
+    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", "original_max_position_embeddings"}
+    if kind == "llama3":
+        frequencies = {name: _number(values, name) for name in ("low_freq_factor", "high_freq_factor")}
+        known |= set(frequencies)
+    else:
+        frequencies = {}
+        known |= _check_yarn_defaults(field, values, factor)
+    for name in sorted(set(values) - known):
+        raise _unsupported(f"{field}.{name}", values[name])
+    length = _integer(values, "original_max_position_embeddings", hf.get("max_position_embeddings"))
+    return RopeScaling(kind, factor, length, **frequencies)
+
+
+def _check_yarn_defaults(field: str, values: dict, factor: float) -> set[str]:
+    """Returns YaRN's optional fields. Raises InputError if one differs from its default."""
+    scale = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
+    defaults = {"attention_factor": scale, "beta_fast": 32, "beta_slow": 1, "truncate": True}
+    for name, default in defaults.items():
+        if name in values and not math.isclose(_number(values, name), default, rel_tol=1e-6):
+            raise _unsupported(f"{field}.{name}", values[name])
+    if values.get("mscale") and values.get("mscale_all_dim"):  # only the two together change the scale
+        raise _unsupported(f"{field}.mscale_all_dim", values["mscale_all_dim"])
+    return {*defaults, "mscale", "mscale_all_dim"}
+
+
+def _rotary_dim(hf: dict, architecture: str, head_dim: int, partial: float | None) -> int:
+    """Ling-1T gives only rotary_dim, others only partial_rotary_factor, LLaDA2 both."""
+    given = _integer(hf, "rotary_dim", 0)
+    if partial is None:
+        return given or (head_dim // 2 if architecture == "llada2_moe" else head_dim)
+    rotary_dim = int(head_dim * partial)
+    if given and given != rotary_dim:
+        raise InputError(f"config.json: rotary_dim={given} contradicts partial_rotary_factor={partial}")
+    if rotary_dim != head_dim and architecture not in ("bailing_moe", "llada2_moe"):
+        raise _unsupported("partial_rotary_factor", partial)
+    return rotary_dim
+
+
+def _field(hf: dict, name: str, default):
+    value = hf.get(name, default)
+    if value is None:
+        raise InputError(f"config.json: {name} is missing")
+    return value
+
+
+def _integer(hf: dict, name: str, default=None) -> int:
+    value = _field(hf, name, default)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InputError(f"config.json: {name}={value!r}, expected an integer")
+    return value
+
+
+def _number(hf: dict, name: str, default=None) -> float:
+    value = _field(hf, name, default)
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise InputError(f"config.json: {name}={value!r}, expected a number")
+    return float(value)
+
+
+def _boolean(hf: dict, name: str, default=None) -> bool:
+    value = _field(hf, name, default)
+    if not isinstance(value, bool):
+        raise InputError(f"config.json: {name}={value!r}, expected true or false")
+    return value
+
+
+def _token(hf: dict, name: str) -> int | None:
+    """An id, the first of a list of ids, or None; some checkpoints write -1 for none."""
+    value = hf.get(name)
+    if isinstance(value, list):
+        value = value[0] if value else None
+    if value is None or value == -1:
+        return None
+    return _integer({name: value}, name)
+
+
+def to_hf(config: ModelConfig) -> dict:
+    """config.json of a model; `from_hf(to_hf(config)) == config` but for alignment and stores_tied_head."""
+    c = config
+    class_name = next(name for name, architecture in _CLASSES.items() if architecture == c.architecture)
+    hf = {
+        "architectures": [class_name],
+        "model_type": c.architecture,
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.hidden_size,
+        "intermediate_size": c.intermediate_size,
+        "num_hidden_layers": c.num_layers,
+        "num_attention_heads": c.num_heads,
+        "num_key_value_heads": c.num_kv_heads,
+        "head_dim": c.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": c.rms_norm_eps,
+        "rope_theta": c.rope_theta,
+        "rope_scaling": _rope_scaling_to_hf(c.rope_scaling),
+        "max_position_embeddings": c.max_position_embeddings,
+        "initializer_range": c.initializer_range,
+        "tie_word_embeddings": c.tie_word_embeddings,
+        "eos_token_id": c.eos_token_id,
+        "pad_token_id": c.pad_token_id,
+    }
+    if c.mask_token_id is not None:
+        hf["mask_token_id"] = c.mask_token_id
+    return hf | _experts_to_hf(c)
+
+
+def _rope_scaling_to_hf(scaling: RopeScaling | None) -> dict | None:
+    if scaling is None:
+        return None
+    hf = {"rope_type": scaling.kind, "factor": scaling.factor}
+    hf["original_max_position_embeddings"] = scaling.original_length
+    if scaling.kind == "llama3":
+        hf |= {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
+    return hf
+
+
+def _experts_to_hf(c: ModelConfig) -> dict:
+    if not c.is_moe:
+        return {}
+    hf = {
+        "num_experts": c.num_experts,
+        "num_experts_per_tok": c.num_experts_per_token,
+        "moe_intermediate_size": c.moe_intermediate_size,
+        "norm_topk_prob": c.normalize_expert_weights,
+    }
+    if c.architecture == "qwen3_moe":
+        return hf | {"decoder_sparse_step": 1, "mlp_only_layers": []}
+    return hf | {
+        "num_shared_experts": c.num_shared_experts,
+        "first_k_dense_replace": c.num_dense_layers,
+        "n_group": c.num_groups,
+        "topk_group": c.num_selected_groups,
+        "routed_scaling_factor": c.routed_scaling_factor,
+        "score_function": "sigmoid",
+        "router_dtype": "fp32",
+        "moe_router_enable_expert_bias": c.expert_bias,
+        "partial_rotary_factor": c.rotary_dim / c.head_dim,
+        "rotary_dim": c.rotary_dim,
+        "use_qk_norm": True,
+        "use_bias": False,
+        "use_qkv_bias": False,
+    }

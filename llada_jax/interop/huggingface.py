@@ -1,0 +1,304 @@
+"""Tensors of a Hugging Face checkpoint -> a stream of our checkpoint leaves, one at a time.
+
+Names, shapes and transforms come from `parameters.leaves(config)`. `plan_leaves` checks every name and shape from the
+files' headers; after that `iter_leaves` can only fail on a disk error.
+"""
+
+import collections
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path, PurePosixPath
+
+import ml_dtypes
+import numpy as np
+
+from llada_jax.errors import InputError
+from llada_jax.model import parameters
+from llada_jax.model.config import ModelConfig
+from llada_jax.model.parameters import Parameter
+
+_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+_NAMES_SHOWN = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file: `read` gives its whole value, often a memory map of it."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    file: str
+    read: Callable[[], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafPlan:
+    """One leaf to write and the tensors it is made of: one, or one per expert."""
+
+    name: str
+    parameter: Parameter
+    sources: tuple[StoredTensor, ...]
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.sources[0].dtype
+
+
+# --- files ---------------------------------------------------------------------------------------------------------
+
+
+def find_weights(folder: Path) -> tuple[list[Path], dict[str, Path]]:
+    """(weight files in order, {tensor name: shard} of the index or {}): one file, or the shards of an index.
+
+    Symbolic links are followed (the hub's cache is made of them). Raises InputError naming a file that is missing, or
+    an index entry that leads out of the folder.
+    """
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        single, index = folder / name, folder / f"{name}.index.json"
+        if single.is_file():
+            return [single], {}
+        if index.is_file():
+            shards = _read_index(index)
+            return list(dict.fromkeys(shards.values())), shards
+    raise InputError(f"{folder}: no model.safetensors, model.safetensors.index.json, or pytorch_model.bin")
+
+
+def open_weights(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a checkpoint folder, from the headers only.
+
+    Raises InputError naming the file that is missing, truncated or inconsistent with the index.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    paths, shards = find_weights(folder)
+    for path in paths:
+        found = _open_torch(path) if path.suffix == ".bin" else open_safetensors(path)
+        if twice := sorted(set(found) & set(tensors)):
+            raise InputError(f"{path}: tensor {twice[0]} is also in {tensors[twice[0]].file}")
+        if absent := sorted(name for name, shard in shards.items() if shard == path and name not in found):
+            raise InputError(f"{path}: tensor {absent[0]} is missing, which the index says is here")
+        tensors |= found
+    return tensors
+
+
+def _read_index(index: Path) -> dict[str, Path]:
+    """{tensor name: shard}."""
+    try:
+        weight_map = json.loads(index.read_bytes())["weight_map"]
+        named = {str(name): str(file) for name, file in weight_map.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{index}: not an index of shards ({type(error).__name__}: {error})") from error
+    shards = {}
+    for file in dict.fromkeys(named.values()):
+        # Checked by name: resolving would follow the links of the hub's cache out of the folder.
+        if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts or "\\" in file:
+            raise InputError(f"{index}: {file!r} leads out of the folder")
+        shards[file] = index.parent / file
+        if not shards[file].is_file():
+            raise InputError(f"{shards[file]}: missing shard, named in {index.name}")
+    return {name: shards[file] for name, file in named.items()}
+
+
+def open_safetensors(path: Path) -> dict[str, StoredTensor]:
+    """Tensors of one file. Raises InputError if it is truncated, malformed or holds another dtype than F32/F16/BF16."""
+    header, start = _read_header(path)
+    size = path.stat().st_size
+    tensors = {}
+    for name, entry in header.items():
+        try:
+            dtype, shape = entry["dtype"], tuple(int(n) for n in entry["shape"])
+            first, last = (int(n) for n in entry["data_offsets"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path}: malformed header entry of {name}") from error
+        if dtype not in _DTYPES:
+            raise InputError(f"{path}: {name} has dtype {dtype}; supported: {', '.join(_DTYPES)}")
+        if min(shape, default=0) < 0 or last - first != math.prod(shape) * _DTYPES[dtype].itemsize or first < 0:
+            raise InputError(f"{path}: {name} has {last - first} bytes, not those of shape {list(shape)}")
+        if start + last > size:
+            raise InputError(f"{path}: truncated, {size} bytes where its header needs at least {start + last}")
+        tensors[name] = _mapped(path, _DTYPES[dtype], shape, start + first)
+    return tensors
+
+
+def _read_header(path: Path) -> tuple[dict, int]:
+    """(header without metadata, offset of the data)."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            text = file.read(min(length, size))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
+    if 8 + length > size:
+        raise InputError(f"{path}: truncated, {size} bytes where its header needs at least {8 + length}")
+    try:
+        header = json.loads(text)
+        return {name: entry for name, entry in header.items() if name != "__metadata__"}, 8 + length
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise InputError(f"{path}: not a safetensors file ({error})") from error
+
+
+def _mapped(path: Path, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> StoredTensor:
+    def read():
+        if math.prod(shape) == 0:
+            return np.empty(shape, dtype)
+        return np.memmap(path, dtype, "r", offset, shape)
+
+    return StoredTensor(shape, dtype, str(path), read)
+
+
+def _open_torch(path: Path) -> dict[str, StoredTensor]:
+    try:
+        import torch
+    except ImportError as error:
+        raise InputError(f"{path}: reading .bin files needs torch; install it or convert to safetensors") from error
+    dtypes = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # pickle, zip and torch errors
+        raise InputError(f"{path}: {error}") from error
+
+    def reader(tensor, dtype):
+        return lambda: tensor.contiguous().view(torch.uint8).numpy().view(dtype).reshape(tuple(tensor.shape))
+
+    tensors = {}
+    for name, tensor in state.items():
+        if tensor.dtype not in dtypes:
+            raise InputError(f"{path}: {name} has dtype {tensor.dtype}; supported: {', '.join(_DTYPES)}")
+        dtype = _DTYPES[dtypes[tensor.dtype]]
+        tensors[name] = StoredTensor(tuple(tensor.shape), dtype, str(path), reader(tensor, dtype))
+    return tensors
+
+
+# --- leaves --------------------------------------------------------------------------------------------------------
+
+
+def stored_shape(parameter: Parameter) -> tuple[int, ...]:
+    """Shape in a Hugging Face checkpoint of one tensor (of one expert); with hf_rows, of our rows of it."""
+    shape, axes = parameter.shape, parameter.axes
+    if parameter.per_expert:
+        shape, axes = shape[1:], axes[1:]
+    if parameter.matrix:
+        inputs = 1 if axes[0] == "embed" else len(shape) - 1
+        return math.prod(shape[inputs:]), math.prod(shape[:inputs])
+    return (math.prod(shape),) if parameter.hf_name.endswith(".bias") else shape
+
+
+def source_name(parameter: Parameter, layer: int | None, expert: int | None = None) -> str:
+    """The tensor's name; the experts' common tensor (dFactory's merged form) without `expert`."""
+    name = parameter.hf_name
+    if parameter.per_expert and expert is None:
+        name = name.replace(".{expert}", "").removesuffix(".weight")
+    return name.format(layer=layer, expert=expert)
+
+
+def drop_unused(tensors: dict[str, StoredTensor], config: ModelConfig, mtp_layers: int = 0) -> tuple[dict, list[str]]:
+    """(tensors without rotary buffers and multi-token-prediction layers, notices).
+
+    Such a layer follows the model's own and is counted by num_nextn_predict_layers or recognised by its eh_proj.
+    """
+    layer_of = {name: int(match[1]) for name in tensors if (match := re.match(r"model\.layers\.(\d+)\.", name))}
+    predictors = {layer for name, layer in layer_of.items() if name.endswith(".eh_proj.weight")}
+    predictors |= set(range(config.num_layers, config.num_layers + mtp_layers))
+    dropped = {n for n, layer in layer_of.items() if layer >= config.num_layers and layer in predictors}
+    buffers = {name for name in tensors if name.endswith("rotary_emb.inv_freq")}
+    notices = []
+    if dropped:
+        layers = ", ".join(str(layer) for layer in sorted({layer_of[name] for name in dropped}))
+        notices.append(f"dropped {len(dropped)} tensors of multi-token prediction (layer {layers})")
+    return {name: t for name, t in tensors.items() if name not in dropped | buffers}, notices
+
+
+def plan_leaves(tensors: dict[str, StoredTensor], config: ModelConfig) -> list[LeafPlan]:
+    """The sources of every leaf, in the order of `parameters.leaves`.
+
+    Raises InputError naming a tensor that is missing, unexpected or of the wrong shape, and its file.
+    """
+    unclaimed = set(tensors)
+    rows = _rows_claimed(config)
+    plans = []
+    for name, (parameter, layer) in parameters.leaves(config).items():
+        names = [source_name(parameter, layer)]
+        shape = stored_shape(parameter)
+        if parameter.per_expert and names[0] in tensors:
+            shape = parameter.shape[:1] + shape
+        elif parameter.per_expert:
+            names = [source_name(parameter, layer, expert) for expert in range(parameter.shape[0])]
+        elif parameter.hf_rows:
+            shape = (rows[names[0]], *shape[1:])
+        for source in names:
+            _check_source(tensors, source, shape)
+        sources = tuple(tensors[source] for source in names)
+        if len({source.dtype for source in sources}) > 1:
+            raise InputError(f"the experts of {source_name(parameter, layer)} are stored in several dtypes")
+        plans.append(LeafPlan(name, parameter, sources))
+        unclaimed.difference_update(names)
+    if unclaimed:
+        raise InputError(f"unexpected tensor {_some(unclaimed)}: the config declares no such parameter")
+    return plans
+
+
+def _rows_claimed(config: ModelConfig) -> dict[str, int]:
+    """Rows of every fused tensor: those of all the leaves that are cut from it."""
+    rows: dict[str, int] = collections.Counter()
+    for parameter, layer in parameters.leaves(config).values():
+        if parameter.hf_rows:
+            rows[source_name(parameter, layer)] += parameter.hf_rows[1] - parameter.hf_rows[0]
+    return rows
+
+
+def _check_source(tensors: dict[str, StoredTensor], name: str, shape: tuple[int, ...]) -> None:
+    if name not in tensors:
+        raise InputError(f"missing tensor {name}, expected with shape {list(shape)}")
+    found = tensors[name]
+    if found.shape != shape:
+        raise InputError(f"{found.file}: {name} has shape {list(found.shape)}, expected {list(shape)}")
+
+
+def _some(names: Iterable[str]) -> str:
+    names = sorted(names)
+    more = len(names) - _NAMES_SHOWN
+    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def leaf_dtype(plan: LeafPlan, dtype: np.dtype | None) -> np.dtype:
+    """The dtype to write: the stored one unless `dtype` is given. A float32 expert bias stays float32: the router
+    compares scores that a lower precision would tie."""
+    keep = plan.name.endswith(".expert_bias") and plan.dtype == np.float32
+    return plan.dtype if dtype is None or keep else np.dtype(dtype)
+
+
+def iter_leaves(plans: Iterable[LeafPlan], dtype: np.dtype | None = None) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields (leaf name, C-contiguous array in our layout), keeping none: the consumer decides how many live."""
+    for plan in plans:
+        yield plan.name, _read_leaf(plan, leaf_dtype(plan, dtype))
+
+
+def _read_leaf(plan: LeafPlan, dtype: np.dtype) -> np.ndarray:
+    parameter = plan.parameter
+    if not parameter.per_expert:
+        return _convert(plan.sources[0].read(), parameter, dtype).reshape(parameter.shape)
+    leaf = np.empty(parameter.shape, dtype)
+    merged = plan.sources[0].read() if len(plan.sources[0].shape) == 3 else None
+    for expert in range(len(leaf)):
+        value = plan.sources[expert].read() if merged is None else merged[expert]
+        leaf[expert] = _convert(value, parameter, dtype)
+    return leaf
+
+
+def _convert(value: np.ndarray, parameter: Parameter, dtype: np.dtype) -> np.ndarray:
+    if parameter.hf_rows:
+        value = value[slice(*parameter.hf_rows)]
+    if parameter.matrix:
+        return _transpose(value, dtype)
+    return np.array(value, dtype)
+
+
+def _transpose(matrix: np.ndarray, dtype: np.dtype, rows: int = 64) -> np.ndarray:
+    """A transposed copy, by strips of rows: 4 times as fast as numpy's own on matrices beyond the cache."""
+    result = np.empty(matrix.shape[::-1], dtype)
+    for first in range(0, len(matrix), rows):
+        result[:, first : first + rows] = matrix[first : first + rows].T
+    return result

@@ -1,0 +1,36 @@
+"""Trains a model by the stages of LLaDA2.0.
+
+python -m llada_jax.train --config=configs/wsd.py:MODEL --workdir=DIR [--config.FIELD=VALUE ...]
+
+MODEL is a preset (tiny, tiny_moe, smollm2_135m, llada2_mini, ...); the config file says which options it takes.
+A second run over the same DIR resumes from its newest checkpoint.
+"""
+
+from absl import flags
+from ml_collections import config_flags
+
+from llada_jax import errors
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Training config, FILE.py:MODEL[,option=N].", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints and metrics; made if it does not exist.")
+
+
+def main(argv) -> None:
+    del argv
+    if _CONFIG.value is None or not _WORKDIR.value:
+        raise errors.InputError("--config=FILE.py:MODEL and --workdir=DIR are required; see --help")
+    from llada_jax.training.loop import train  # importing jax takes seconds: not before the flags are right
+
+    train(_config(), _WORKDIR.value)
+
+
+def _config():
+    try:
+        _CONFIG.value.model  # a file that could not be read shows at the first use
+        return _CONFIG.value
+    except OSError as error:
+        raise errors.InputError(f"--config={_CONFIG.config_filename}: {str(error).strip().splitlines()[-1].strip()}") from error
+
+
+if __name__ == "__main__":
+    errors.run(main)

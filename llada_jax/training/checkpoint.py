@@ -1,0 +1,278 @@
+"""Weights checkpoints: streaming write, verified load. The files are described in checkpoint_files.py.
+
+A converted model and a step of a training run have the same layout; a step only adds files. Wherever a path is asked
+for, it may be a checkpoint, or a workdir (or its checkpoints/ folder), which stands for its newest intact step.
+"""
+
+import contextlib
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from llada_jax.errors import InputError
+from llada_jax.model import parameters
+from llada_jax.model.config import ModelConfig
+from llada_jax.training import checkpoint_arrays as arrays
+from llada_jax.training import checkpoint_files as files
+from llada_jax.training.checkpoint_files import DamagedError
+from llada_jax.training.progress import byte_progress
+
+T = TypeVar("T")
+
+
+class Model(NamedTuple):
+    """A loaded checkpoint. `params` is the tree of parameters.abstract(config)."""
+
+    config: ModelConfig
+    params: dict
+    tokenizer: object | None  # interop.tokenizer.Tokenizer
+    lineage: dict
+
+
+def write_weights(
+    out: str | os.PathLike,
+    config: ModelConfig,
+    leaves: Iterable[tuple[str, np.ndarray]],
+    tokenizer_files: dict[str, bytes],
+    lineage: dict,
+    total_bytes: int | None = None,
+) -> None:
+    """Writes a checkpoint from a stream of (leaf name, array), holding one leaf at a time.
+
+    The names and shapes must be those of parameters.leaves(config), in any order. Until all is written and flushed the
+    files are in a hidden directory beside `out` (on an object store: in `out`, still without digests.json); a failure
+    removes them. total_bytes: size of all leaves, for the progress bar; by default leaf after leaf is counted.
+    Raises InputError when `out` exists, or a leaf is missing, unknown, given twice or of another shape.
+    """
+    out = epath.Path(out)
+    with replacing(out) as directory:
+        write_header(directory, config, tokenizer_files, lineage)
+        writer = files.TensorWriter(directory / "params")
+        entries = {}
+        with byte_progress(f"writing {out}", total_bytes) as advance:
+            for name, array in _checked(leaves, config):
+                entries[name] = writer.write(name, array)
+                advance(array.nbytes)
+        writer.close()
+        files.finish(directory, {"params": entries})
+
+
+def write_header(directory: epath.Path, config: ModelConfig, tokenizer_files: dict[str, bytes], lineage: dict) -> None:
+    """Writes config.json and tokenizer/."""
+    files.write_json(directory / "config.json", {"format": files.FORMAT, "model": config.to_dict(), "lineage": lineage})
+    for name, data in tokenizer_files.items():
+        (directory / "tokenizer").mkdir(exist_ok=True)
+        (directory / "tokenizer" / name).write_bytes(data)
+
+
+@contextlib.contextmanager
+def replacing(out: epath.Path) -> Iterator[epath.Path]:
+    """Yields a new directory that becomes `out` when the block ends, and is removed when it fails.
+
+    Raises InputError when `out` is there already (an empty directory is not in the way).
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        what = "exists already" if files.is_complete(out) or files.renames(out) else "holds an incomplete checkpoint"
+        raise InputError(f"{out}: {what}; remove it or choose another directory")
+    directory = out.parent / f".{out.name}.partial" if files.renames(out) else out
+    if directory != out and directory.exists():
+        print(f"removing {directory}, which an interrupted run left", file=sys.stderr)
+        directory.rmtree()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        yield directory
+        if directory != out:
+            directory.rename(out)
+    except BaseException:
+        directory.rmtree(missing_ok=True)
+        raise
+
+
+def _checked(leaves: Iterable[tuple[str, np.ndarray]], config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
+    missing = {name: parameter.shape for name, (parameter, _) in parameters.leaves(config).items()}
+    seen = set()
+    for name, array in leaves:
+        if name not in missing:
+            raise InputError(f'weights: leaf "{name}" is {"given twice" if name in seen else "not one of the model"}')
+        if tuple(array.shape) != missing[name]:
+            raise InputError(f'weights: leaf "{name}" has shape {list(array.shape)}, expected {list(missing[name])}')
+        del missing[name]
+        seen.add(name)
+        yield name, array
+    if missing:
+        raise InputError(f'weights: leaf "{next(iter(missing))}" and {len(missing) - 1} others are missing')
+
+
+# ---- finding
+
+
+def steps(directory: str | os.PathLike) -> list[int]:
+    """The complete steps of a checkpoints/ folder, oldest first."""
+    directory = epath.Path(directory)
+    if not directory.is_dir():
+        return []
+    numbers = [int(path.name) for path in directory.iterdir() if path.name.isdigit()]
+    return sorted(step for step in numbers if files.is_complete(directory / str(step)))
+
+
+def resolve(path: str | os.PathLike) -> epath.Path:
+    """The directory of the checkpoint that `path` stands for, its weights verified.
+
+    Raises InputError saying what is missing or damaged.
+    """
+
+    def check(directory: epath.Path) -> epath.Path:
+        _raise_first(_problems(directory, ("params",)))
+        return directory
+
+    return _newest_intact(path, check)
+
+
+def verify(path: str | os.PathLike) -> list[str]:
+    """What is wrong with the checkpoint in directory `path`, one line each; [] when all of it is as it was written."""
+    return list(_problems(epath.Path(path), files.TENSOR_FOLDERS))
+
+
+def _problems(directory: epath.Path, folders: Iterable[str]) -> Iterator[str]:
+    try:
+        digests = files.read_digests(directory)
+    except InputError as error:
+        yield str(error)
+        return
+    for name in digests.files:
+        try:
+            files.read_file(directory, digests, name)
+        except DamagedError as error:
+            yield str(error)
+    yield from files.verify_tensors(directory, digests, folders)
+
+
+def _raise_first(problems: Iterable[str]) -> None:
+    for problem in problems:
+        raise DamagedError(problem)
+
+
+def _newest_intact(path: str | os.PathLike, attempt: Callable[[epath.Path], T]) -> T:
+    """attempt(directory of the checkpoint); in a workdir, of the newest step for which it finds no damage."""
+    path = epath.Path(path)
+    found = candidates(path)
+    for directory in found:
+        try:
+            return attempt(directory)
+        except DamagedError as error:
+            if found == [path]:
+                raise
+            print(f"passing over step {directory.name}: {error}", file=sys.stderr)
+    raise InputError(f"{path}: none of its {len(found)} steps is intact")
+
+
+def candidates(path: str | os.PathLike) -> list[epath.Path]:
+    """[path] for a checkpoint; the complete steps of a workdir, newest first. Raises InputError when it is neither."""
+    path = epath.Path(path)
+    if not path.exists():
+        raise InputError(f"checkpoint {path}: no such directory")
+    if files.is_complete(path):
+        return [path]
+    for folder in (path / "checkpoints", path):
+        if found := steps(folder):
+            return [folder / str(step) for step in reversed(found)]
+    raise InputError(f"checkpoint {path}: neither a complete checkpoint (no {files.DIGESTS}) nor a workdir with steps")
+
+
+# ---- loading
+
+
+def read_config(path: str | os.PathLike) -> tuple[ModelConfig, dict]:
+    """(config, lineage). Raises InputError naming what is missing or damaged."""
+    return _newest_intact(path, _read_config)
+
+
+def load_tokenizer(path: str | os.PathLike):
+    """The interop.tokenizer.Tokenizer of a checkpoint, or None. Raises InputError naming a damaged file."""
+    return _newest_intact(path, _load_tokenizer)
+
+
+def load_params(path: str | os.PathLike, dtype=None, shardings=None, verify: bool = True) -> dict:
+    """The weights, as the tree of parameters.abstract(config).
+
+    dtype: floating weights are cast to it (expert_bias is not); None keeps what is stored. shardings: tree of
+    jax.sharding.Sharding with the structure of parameters.abstract: each process then reads the parts of its devices;
+    None puts whole arrays on the default device. Host memory beside the result is about one stacked weight.
+    Raises InputError naming the tensor when one is missing, cannot be read or has another digest than was written.
+    """
+    return _newest_intact(path, lambda directory: _load_params(directory, dtype, shardings, verify))
+
+
+def load_checkpoint(path: str | os.PathLike, dtype=None, verify: bool = True) -> Model:
+    """Config, weights (as load_params gives them), tokenizer or None, and lineage.
+
+    Raises InputError naming the file or tensor that is missing or damaged.
+    """
+
+    def load(directory: epath.Path) -> Model:
+        config, lineage = _read_config(directory)
+        tokenizer = _load_tokenizer(directory)
+        return Model(config, _load_params(directory, dtype, None, verify), tokenizer, lineage)
+
+    return _newest_intact(path, load)
+
+
+def _read_config(directory: epath.Path) -> tuple[ModelConfig, dict]:
+    values = json.loads(files.read_file(directory, files.read_digests(directory), "config.json"))
+    return ModelConfig.from_dict(values["model"]), values["lineage"]
+
+
+def read_tokenizer_files(directory: epath.Path) -> dict[str, bytes]:
+    """{file name: content} of tokenizer/, verified; {} without one."""
+    digests = files.read_digests(directory)
+    names = [name for name in digests.files if name.startswith("tokenizer/")]
+    return {name.removeprefix("tokenizer/"): files.read_file(directory, digests, name) for name in names}
+
+
+def _load_tokenizer(directory: epath.Path):
+    contents = read_tokenizer_files(directory)
+    if not contents:
+        return None
+    from llada_jax.interop.tokenizer import from_files
+
+    return from_files(contents, f"{directory}/tokenizer")
+
+
+def _load_params(directory: epath.Path, dtype, shardings, verify: bool) -> dict:
+    config, _ = _read_config(directory)
+    reader = files.TensorReader(directory, "params", files.read_digests(directory).tensors["params"])
+    for name, (parameter, _) in parameters.leaves(config).items():
+        if name not in reader.entries or reader.entries[name].shape != parameter.shape:
+            raise DamagedError(f'checkpoint {directory}: no tensor "{name}" of shape {list(parameter.shape)}')
+    names, treedef = jax.tree.flatten(arrays.stacked_names(config), is_leaf=arrays.is_names)
+    targets = [_target_dtype(reader, each, dtype) for each in names]
+    if shardings is None:
+        loaded = [arrays.read_whole(reader, each, to, verify) for each, to in zip(names, targets, strict=True)]
+        return jax.tree.unflatten(treedef, loaded)
+    where = jax.tree.leaves(shardings)
+    loaded = arrays.read_sharded(reader, list(zip(names, where, strict=True)), verify)
+    for i, to in enumerate(targets):
+        loaded[i] = arrays.cast_sharded(loaded[i], to)
+    return jax.tree.unflatten(treedef, loaded)
+
+
+def _target_dtype(reader: files.TensorReader, names: arrays.Names, dtype):
+    _, stored = arrays.stack_of(reader, names)
+    name = names if isinstance(names, str) else names[0]
+    if dtype is None or name.endswith("expert_bias") or not jnp.issubdtype(stored, jnp.floating):
+        return None
+    return jnp.dtype(dtype)
+
+
+def size(path: str | os.PathLike) -> tuple[int, int]:
+    """(number of tensors, bytes) of a checkpoint, as its digests.json says."""
+    entries = [e for folder in files.read_digests(epath.Path(path)).tensors.values() for e in folder.values()]
+    return len(entries), sum(math.prod(e.shape) * e.dtype.itemsize for e in entries)

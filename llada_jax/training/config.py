@@ -1,0 +1,176 @@
+"""The training configuration: every field with its default, and its translation into the objects of the package.
+
+A file in configs/ starts from `default_config` and changes fields; flags override: --config.optimizer.learning_rate=1e-4.
+"""
+
+from collections.abc import Sequence
+
+from ml_collections import ConfigDict
+
+from llada_jax.diffusion import schedule
+from llada_jax.diffusion.noise import NoiseSpec
+from llada_jax.diffusion.objectives import Objective
+from llada_jax.errors import InputError
+from llada_jax.model.config import PRESETS
+from llada_jax.model.forward import Execution
+
+
+def default_config(model: str) -> ConfigDict:
+    """All fields. Raises InputError on an unknown preset."""
+    if model not in PRESETS:
+        raise InputError(f"config: unknown model {model!r}; presets: {', '.join(PRESETS)}")
+    config = ConfigDict()
+    config.model = model
+    config.alignment = ""  # "same" or "shifted"; "" is the checkpoint's (or the preset's)
+    config.init_from = ""  # a checkpoint whose weights to start from; "" starts from random weights
+    config.seed = 0
+
+    config.data = data = ConfigDict()
+    data.path = ""  # rows made by tools/pack_data.py
+    data.source = ""  # or: a folder of text, packed once into data.cache
+    data.patterns = ()  # more files of data.source to read as plain text, e.g. ("*.py", "*.md")
+    data.tokenizer = ""  # for data.source: a folder; "" is init_from's; "bytes": one token a byte
+    data.cache = ""  # "" is WORKDIR/data
+    data.length = 256
+    data.held_out_rows = 16  # the last rows of the data are for evaluation only
+
+    config.batch = ConfigDict(dict(rows=8, micro_batches=1))
+
+    config.schedule = blocks = ConfigDict()
+    blocks.kind = "wsd"  # "wsd", "constant" (block_size) or "ar"
+    blocks.warmup_blocks = (1, 4, 32, 64)
+    blocks.warmup_steps = (20, 20, 20, 20)
+    blocks.stable_steps = 60
+    blocks.decay_blocks = (128, 64, 32)
+    blocks.decay_steps = (20, 20, 20)
+    blocks.block_size = 32
+    blocks.steps = 200
+
+    config.objective = objective = ConfigDict()
+    objective.time_weight = "elbo"  # -alpha'_t / (1 - alpha_t) = 1/t; or "uniform"
+    objective.normalizer = "tokens"  # or "masked"
+    objective.times = "block"  # one t per block, or per "sequence"
+    objective.rate_low = 1e-3
+    objective.rate_high = 1.0
+    objective.masking = "bernoulli"  # or "fixed_count"
+    objective.spread_times = False
+    objective.complementary = False
+    objective.block_origin = "global"  # Eq. 3, or "document"
+    objective.embedding_noise_std = 0.0  # Gaussian noise on masked embeddings (Section 7.1) ...
+    objective.embedding_noise_steps = 0  # ... for that many first steps
+
+    config.optimizer = optimizer = ConfigDict()
+    optimizer.learning_rate = 1e-3
+    optimizer.warmup_steps = 10
+    optimizer.decay_steps = 40  # the last steps, linearly down to learning_rate * end_fraction
+    optimizer.end_fraction = 0.1
+    optimizer.b1 = 0.9
+    optimizer.b2 = 0.95
+    optimizer.eps = 1e-8
+    optimizer.weight_decay = 0.1
+    optimizer.clip_norm = 1.0
+
+    config.mesh = ConfigDict(dict(data=-1, fsdp=1, expert=1, tensor=1))
+    config.execution = ConfigDict(dict(attention="dense", remat="none", dtype="float32"))
+
+    config.checkpoint = ConfigDict(dict(every_steps=50, keep_last=2))  # keep_last 0 keeps all
+    config.evaluation = ConfigDict(dict(every_steps=100, block_sizes=(1, 4, 32, 256), rows=8, samples=1))
+    config.log_every_steps = 10
+    return config.lock()
+
+
+def parse_argument(argument: str | None, default_model: str = "tiny") -> tuple[str, dict[str, int]]:
+    """Splits "MODEL[,option=value]..." of --config=FILE.py:ARGUMENT; options are integers."""
+    model, *options = (argument or default_model).split(",")
+    parsed = {}
+    for option in options:
+        name, equals, value = option.partition("=")
+        if not equals or not value.lstrip("-").isdigit():
+            raise InputError(f"config argument: {option!r}, expected option=INTEGER")
+        parsed[name] = int(value)
+    return model, parsed
+
+
+def refuse_unknown(options: dict, known: Sequence[str]) -> None:
+    if unknown := sorted(set(options) - set(known)):
+        raise InputError(f"config argument: unknown option {unknown[0]!r}; options: {', '.join(known)}")
+
+
+def phases(config: ConfigDict) -> tuple[schedule.Phase, ...]:
+    """The block-size schedule. Raises InputError naming the field."""
+    c, length = config.schedule, config.data.length
+    if c.kind == "ar":
+        result = schedule.autoregressive(length, c.steps)
+    elif c.kind == "constant":
+        result = schedule.constant(length, c.block_size, c.steps)
+    elif c.kind == "wsd":
+        result = schedule.wsd(length, _pairs(c, "warmup"), c.stable_steps, _pairs(c, "decay"))
+    else:
+        raise InputError(f'config.schedule.kind={c.kind!r}, expected "wsd", "constant" or "ar"')
+    if not result:
+        raise InputError("config.schedule: no steps")
+    return result
+
+
+def _pairs(c: ConfigDict, phase: str) -> list[tuple[int, int]]:
+    blocks, steps = c[f"{phase}_blocks"], c[f"{phase}_steps"]
+    if len(blocks) != len(steps):
+        raise InputError(
+            f"config.schedule.{phase}_steps has {len(steps)} entries, {phase}_blocks has {len(blocks)}: one each"
+        )
+    return list(zip(blocks, steps, strict=True))
+
+
+def objective(config: ConfigDict) -> Objective:
+    c = config.objective
+    noise = NoiseSpec(c.times, c.rate_low, c.rate_high, c.masking, c.spread_times)
+    return Objective(noise, c.time_weight, c.normalizer, c.complementary, c.block_origin)
+
+
+def execution(config: ConfigDict) -> Execution:
+    if config.execution.dtype not in ("float32", "bfloat16"):
+        raise InputError(f'config.execution.dtype={config.execution.dtype!r}, expected "float32" or "bfloat16"')
+    return Execution(**config.execution)
+
+
+_POSITIVE = (
+    "data.length", "data.held_out_rows", "batch.rows", "batch.micro_batches", "optimizer.learning_rate",
+    "optimizer.clip_norm", "optimizer.eps", "checkpoint.every_steps",
+    "evaluation.every_steps", "evaluation.rows", "evaluation.samples", "log_every_steps",
+)  # fmt: skip
+_NOT_NEGATIVE = (
+    "seed", "optimizer.warmup_steps", "optimizer.decay_steps", "optimizer.weight_decay", "optimizer.end_fraction",
+    "objective.embedding_noise_std", "objective.embedding_noise_steps", "checkpoint.keep_last",
+)  # fmt: skip
+
+
+def check(config: ConfigDict) -> None:
+    """Raises InputError naming the first field whose value is out of range."""
+
+    def value(field):
+        node = config
+        for part in field.split("."):
+            node = node[part]
+        return node
+
+    for field in _POSITIVE:
+        if not value(field) > 0:
+            raise InputError(f"config.{field}={value(field)!r}, expected more than 0")
+    for field in _NOT_NEGATIVE:
+        if not value(field) >= 0:
+            raise InputError(f"config.{field}={value(field)!r}, expected at least 0")
+    for field in ("optimizer.b1", "optimizer.b2"):
+        if not 0 <= value(field) < 1:
+            raise InputError(f"config.{field}={value(field)!r}, expected at least 0 and below 1")
+    if config.batch.rows % config.batch.micro_batches:
+        raise InputError(
+            f"config.batch.micro_batches={config.batch.micro_batches} does not divide batch.rows={config.batch.rows}"
+        )
+    if config.alignment not in ("", "same", "shifted"):
+        raise InputError(f'config.alignment={config.alignment!r}, expected "same", "shifted" or ""')
+    for block_size in config.evaluation.block_sizes:
+        if block_size < 1 or config.data.length % block_size:
+            raise InputError(
+                f"config.evaluation.block_sizes: {block_size} does not divide data.length={config.data.length}"
+            )
+    phases(config), objective(config), execution(config)

@@ -1,0 +1,109 @@
+"""What a run starts from: the model, its tokenizer and the rows of data."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from llada_jax.data.byte_tokenizer import byte_tokenizer
+from llada_jax.data.order import Batch, Rows
+from llada_jax.data.rows import read_dataset
+from llada_jax.errors import InputError
+from llada_jax.interop.tokenizer import Tokenizer, load_tokenizer
+from llada_jax.model import parameters
+from llada_jax.model.config import ModelConfig, preset
+from llada_jax.training import checkpoint
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """model: the resolved values; params: the weights to start from, or None for random ones."""
+
+    model: ModelConfig
+    tokenizer: Tokenizer | None
+    lineage: dict
+    rows: Rows
+    held_out: Batch
+
+
+def open_inputs(config: ConfigDict, workdir: Path) -> Inputs:
+    """Reads configs and opens data, no weights yet. Raises InputError naming what is missing or does not fit."""
+    model, tokenizer, lineage = _model(config)
+    path = _dataset(config, workdir, tokenizer)
+    data = config.data
+    stored = read_dataset(path)["rows"]
+    if stored <= data.held_out_rows:
+        raise InputError(
+            f"{path}: {stored} rows, of which data.held_out_rows={data.held_out_rows} are held out: none is left"
+        )
+    split = stored - data.held_out_rows
+    rows = Rows(path, config.seed, 0, split, expected_length=data.length)
+    held_out = Rows(path, config.seed, split, stored, shuffle=False, expected_length=data.length)
+    if (tokenizer is not None) and rows.dataset["tokenizer_digest"] != tokenizer.digest:
+        raise InputError(f"{path}: packed with another tokenizer than the checkpoint's")
+    return Inputs(model, tokenizer, lineage, rows, held_out.batch(0, min(config.evaluation.rows, len(held_out))))
+
+
+def initial_params(config: ConfigDict, model: ModelConfig, shardings):
+    """float32 weights: those of init_from, or random ones drawn on the devices."""
+    if config.init_from:
+        return checkpoint.load_params(config.init_from, dtype="float32", shardings=shardings)
+    key = jax.random.key(config.seed, impl="threefry2x32")
+    return jax.jit(lambda key: parameters.initialize(model, key), out_shardings=shardings)(key)
+
+
+def _model(config: ConfigDict) -> tuple[ModelConfig, Tokenizer | None, dict]:
+    expected = preset(config.model)
+    tokenizer, lineage = None, {}
+    model = expected
+    if config.init_from:
+        model, source = checkpoint.read_config(config.init_from)
+        lineage = {"init_from": str(config.init_from), "source": source}
+        for field in ("architecture", "hidden_size", "num_layers", "num_heads", "num_experts"):
+            if getattr(model, field) != getattr(expected, field):
+                raise InputError(
+                    f"config.init_from={config.init_from}: {field}={getattr(model, field)!r}, "
+                    f"but model {config.model!r} has {getattr(expected, field)!r}"
+                )
+        tokenizer = checkpoint.load_tokenizer(config.init_from)
+    elif config.data.tokenizer == "bytes":
+        if expected.vocab_size < 258 or None in (expected.eos_token_id, expected.mask_token_id):
+            raise InputError(f'config.data.tokenizer="bytes" does not fit model {config.model!r}')
+        tokenizer = byte_tokenizer(expected.eos_token_id, expected.mask_token_id)
+    elif config.data.tokenizer:
+        tokenizer = load_tokenizer(config.data.tokenizer)
+        mask_id = expected.mask_token_id if tokenizer.mask_id is None else tokenizer.mask_id
+        model = model.replace(mask_token_id=mask_id, eos_token_id=tokenizer.eos_id)
+    if config.alignment:
+        model = model.replace(alignment=config.alignment)
+    if config.schedule.kind == "ar" and model.alignment != "shifted":
+        raise InputError(f'config.alignment={model.alignment!r}: an AR model predicts the next token, set "shifted"')
+    if config.schedule.kind != "ar" and model.mask_token_id is None:
+        raise InputError(
+            f"{config.init_from or config.data.tokenizer or config.model}: no mask token; import the checkpoint with "
+            "--mask_token_id=N or --add_mask_token"
+        )
+    return model, tokenizer, lineage
+
+
+def _dataset(config: ConfigDict, workdir: Path, tokenizer: Tokenizer | None) -> str:
+    """Folder of packed rows; raw text is packed into the cache once, under a digest of what went in."""
+    data = config.data
+    if bool(data.path) == bool(data.source):
+        raise InputError(f"config.data: set one of path={data.path!r} and source={data.source!r}")
+    if data.path:
+        return data.path
+    if tokenizer is None:
+        raise InputError('config.data.tokenizer: packing data.source needs a tokenizer: a folder, or "bytes"')
+    from llada_jax.data.pack import pack  # parquet and jsonl readers are not needed when the rows exist
+    from llada_jax.data.text import list_files
+
+    files = [(file.name, file.bytes) for file in list_files(data.source, tuple(data.patterns))]
+    settings = json.dumps([files, data.length, tokenizer.digest]).encode()
+    cache = Path(data.cache) if data.cache else workdir / "data"
+    out = cache / hashlib.sha256(settings).hexdigest()[:16]
+    pack(data.source, tokenizer, str(out), data.length, patterns=tuple(data.patterns))
+    return str(out)

@@ -1,0 +1,36 @@
+"""AdamW with a warm-up, stable, decay learning rate."""
+
+import jax
+import optax
+from ml_collections import ConfigDict
+
+from llada_jax.model import parameters
+from llada_jax.model.config import ModelConfig
+
+
+def learning_rate(config: ConfigDict, total_steps: int) -> optax.Schedule:
+    """Linear warm-up, constant, linear decay over the last decay_steps to learning_rate * end_fraction."""
+    peak = config.learning_rate
+    warmup = min(config.warmup_steps, total_steps)
+    decay = min(config.decay_steps, total_steps - warmup)
+    return optax.join_schedules(
+        [
+            optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1)),
+            optax.constant_schedule(peak),
+            optax.linear_schedule(peak, peak * config.end_fraction, max(decay, 1)),
+        ],
+        [warmup, total_steps - decay],
+    )
+
+
+def make_optimizer(config: ConfigDict, model: ModelConfig, total_steps: int) -> optax.GradientTransformation:
+    """Clipped AdamW; norms and biases are not decayed. Weights that are not trainable have no gradient and no decay,
+    so they stay as they are.
+    """
+    decayed = jax.tree.map(lambda a, b: a and b, parameters.decayed(model), parameters.trainable(model))
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.scale_by_adam(config.b1, config.b2, config.eps),
+        optax.add_decayed_weights(config.weight_decay, decayed),
+        optax.scale_by_learning_rate(learning_rate(config, total_steps)),
+    )

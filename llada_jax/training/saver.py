@@ -1,0 +1,244 @@
+"""Checkpoints of a training run: written in the background, restored bit for bit or not at all.
+
+A step is a weights checkpoint (checkpoint_files.py) with the optimizer's state and the trainer's own values added. All
+processes of a run make the same calls; process 0 writes the small files, renames and deletes.
+"""
+
+import functools
+import json
+import os
+import re
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.sharding import NamedSharding, PartitionSpec
+
+from llada_jax.errors import InputError
+from llada_jax.model.config import ModelConfig
+from llada_jax.training import checkpoint, digest
+from llada_jax.training import checkpoint_arrays as arrays
+from llada_jax.training import checkpoint_files as files
+from llada_jax.training.checkpoint import steps
+from llada_jax.training.checkpoint_files import DamagedError
+
+__all__ = ["Saver", "restore", "steps"]
+
+_REPLICA_SLICE_BYTES = 4 * 2**20
+
+
+class Saver:
+    """Writes steps to `directory` (the checkpoints/ of a workdir), one at a time, in the background.
+
+    keep_last: older complete steps are deleted after each save; 0 keeps all. Leftovers of a run that died while it
+    was saving are deleted at once.
+    """
+
+    def __init__(self, directory: str | os.PathLike, keep_last: int = 0):
+        self._directory = epath.Path(directory)
+        self._keep_last = keep_last
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._checkpointer = _make_checkpointer()
+        if jax.process_index() == 0:
+            _remove_leftovers(self._directory)
+
+    def save(
+        self,
+        step: int,
+        params,
+        optimizer,
+        host_state: dict,
+        config: ModelConfig,
+        tokenizer_files: dict[str, bytes],
+        lineage: dict,
+    ) -> None:
+        """Starts saving; returns once everything has been copied off the devices.
+
+        params: the tree of parameters.abstract(config). optimizer: any pytree of arrays. host_state: what JSON can
+        hold. While it copies, the weights (not the optimizer) are on the devices twice. Raises InputError when the
+        step exists, and the error of the save before, if that failed.
+        """
+        self.wait()
+        target = self._directory / str(step)
+        if files.is_complete(target):
+            raise InputError(f"{target}: this step is saved already")
+        json.dumps(host_state)  # a mistake of the caller shows here, not in the background
+        trees = {"params": _unstack(params, config), "optimizer": _named(optimizer)}
+        trees = {folder: tree for folder, tree in trees.items() if tree}
+        entries = {"optimizer": {}} | {folder: _describe(tree) for folder, tree in trees.items()}
+        directory = self._directory / f".{step}.partial" if files.renames(target) else target
+        items = {folder: ocp.args.PyTreeSave(tree) for folder, tree in trees.items()}
+        self._checkpointer.save(directory, args=ocp.args.Composite(**items), force=True)
+
+        def finish():
+            try:
+                self._checkpointer.wait_until_finished()
+                if jax.process_index() == 0:
+                    checkpoint.write_header(directory, config, tokenizer_files, lineage)
+                    files.write_json(directory / "train_state.json", {"step": step, "host": host_state})
+                    files.finish(directory, entries)
+                    if directory != target:
+                        target.rmtree(missing_ok=True)  # incomplete, or save() would have refused
+                        directory.rename(target)
+                    _delete_old(self._directory, self._keep_last)
+            except BaseException as error:  # raised by wait(), in the caller's thread
+                self._error = error
+
+        self._thread = threading.Thread(target=finish, name=f"save-{step}")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Returns when the last save is complete for all processes. Raises its error, once."""
+        if self._thread is None:
+            return
+        self._thread.join()
+        error, self._thread, self._error = self._error, None, None
+        arrays.agree(error, f"{self._directory}: another process could not save")
+
+
+def _make_checkpointer() -> ocp.AsyncCheckpointer:
+    # Orbax shares the writing of replicated arrays among their replicas, with a compiled slice for each part: worth it
+    # for large arrays only. Compression would halve the rate and save little on weights.
+    array_handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_REPLICA_SLICE_BYTES)
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (jax.Array, array_handler), (np.ndarray, ocp.type_handlers.NumpyHandler())
+    )
+    handlers = {
+        folder: ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
+        for folder in files.TENSOR_FOLDERS
+    }
+    return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**handlers))
+
+
+def restore(
+    directory: str | os.PathLike, config: ModelConfig, abstract_params, abstract_optimizer, shardings
+) -> tuple[int, dict, object, dict] | None:
+    """(step, params, optimizer, host_state) of the newest intact step, exactly as saved; None if there is no step.
+
+    A step that is damaged is renamed to "<step>.damaged" and the one before is taken. abstract_*: trees of
+    jax.ShapeDtypeStruct; shardings: (tree for params, tree for optimizer) of jax.sharding.Sharding, any mesh.
+    Raises InputError when the step is of another model or another optimizer, or when every step is damaged.
+    """
+    directory = epath.Path(directory)
+    damaged = 0
+    while found := steps(directory):
+        step = directory / str(found[-1])
+        try:
+            return found[-1], *_restore(step, config, abstract_params, abstract_optimizer, shardings)
+        except DamagedError as error:
+            damaged += 1
+            if jax.process_index() == 0:
+                print(f"step {step.name} is damaged and set aside: {error}", flush=True)
+                _set_aside(step)
+            arrays.agree(None, "")  # nobody lists the steps before the rename
+    if damaged:
+        raise InputError(f"{directory}: none of its {damaged} steps is intact")
+    return None
+
+
+def leaf_names(tree) -> list[str]:
+    """Names under which the leaves of any pytree are stored, such as "0.mu.dense.query", in the leaves' order."""
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path in paths]
+    if len(set(names)) != len(names):
+        raise ValueError("two leaves of the tree have the same name")
+    return names
+
+
+def _named(tree) -> dict:
+    leaves = [leaf if isinstance(leaf, jax.Array) else np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+    return dict(zip(leaf_names(tree), leaves, strict=True))
+
+
+def _unstack(params, config: ModelConfig) -> dict:
+    """parameters.unstack in one program, every slice lying as its stack does."""
+    names = jax.tree.leaves(arrays.stacked_names(config), is_leaf=arrays.is_names)
+    named = dict(zip(names, map(jnp.asarray, jax.tree.leaves(params)), strict=True))
+    stacks = {layers: named.pop(layers) for layers in names if not isinstance(layers, str)}
+    rows = _split_function(tuple(_row_sharding(stack) for stack in stacks.values()))(tuple(stacks.values()))
+    for layers, arrays_of_layers in zip(stacks, rows, strict=True):
+        named |= zip(layers, arrays_of_layers, strict=True)
+    return named
+
+
+def _row_sharding(stack: jax.Array):
+    if not isinstance(stack.sharding, NamedSharding):
+        return stack.sharding
+    return NamedSharding(stack.sharding.mesh, PartitionSpec(*stack.sharding.spec[1:]))
+
+
+@functools.cache
+def _split_function(row_shardings: tuple):
+    return jax.jit(lambda stacks: tuple(tuple(stack) for stack in stacks), out_shardings=row_shardings)
+
+
+def _describe(tree: dict) -> dict[str, files.Entry]:
+    """Entries with digests computed on the devices, before anything is copied."""
+    on_device = {name: leaf for name, leaf in tree.items() if isinstance(leaf, jax.Array)}
+    found = dict(zip(on_device, digest.device_digests(list(on_device.values())), strict=True))
+    return {name: files.entry(leaf, found[name][0] if name in found else None) for name, leaf in tree.items()}
+
+
+def _restore(directory: epath.Path, config: ModelConfig, abstract_params, abstract_optimizer, shardings):
+    error = None
+    try:
+        digests = files.read_digests(directory)
+        stored, _ = checkpoint.read_config(directory)
+        host_state = json.loads(files.read_file(directory, digests, "train_state.json"))["host"]
+    except DamagedError as caught:
+        error = caught
+    arrays.agree(error, f"checkpoint {directory}: damaged, as another process found")
+    for field, value in stored.to_dict().items():
+        if value != (ours := config.to_dict()[field]):
+            raise InputError(f"checkpoint {directory}: its model has {field}={value!r}, this run {ours!r}")
+    names = jax.tree.leaves(arrays.stacked_names(config), is_leaf=arrays.is_names)
+    params = _restore_tree(directory, digests, "params", names, abstract_params, shardings[0])
+    names = leaf_names(abstract_optimizer)
+    return params, _restore_tree(directory, digests, "optimizer", names, abstract_optimizer, shardings[1]), host_state
+
+
+def _restore_tree(directory: epath.Path, digests: files.Digests, folder: str, names: list, abstract, shardings):
+    reader = files.TensorReader(directory, folder, digests.tensors[folder])
+    leaves, treedef = jax.tree.flatten(abstract)
+    wanted = {one for each in names for one in ([each] if isinstance(each, str) else each)}
+    if different := sorted(wanted ^ set(reader.entries)):
+        where = "only in this run" if different[0] in wanted else "only in the checkpoint"
+        raise InputError(f'checkpoint {directory}: {folder} do not match: "{different[0]}" is {where}')
+    for each, leaf in zip(names, leaves, strict=True):
+        shape, dtype = arrays.stack_of(reader, each)
+        if (shape, dtype) != (tuple(leaf.shape), leaf.dtype):
+            name = each if isinstance(each, str) else each[0]
+            raise InputError(
+                f'checkpoint {directory}: {folder} do not match: "{name}" makes {dtype} {list(shape)}, '
+                f"this run has {leaf.dtype} {list(leaf.shape)}"
+            )
+    loaded = arrays.read_sharded(reader, list(zip(names, jax.tree.leaves(shardings), strict=True)))
+    return jax.tree.unflatten(treedef, loaded)
+
+
+def _set_aside(step: epath.Path) -> None:
+    if not files.renames(step):
+        (step / files.DIGESTS).rename(step / f"{files.DIGESTS}.damaged")
+        return
+    taken = {path.name for path in step.parent.iterdir()}
+    names = (f"{step.name}.damaged{suffix}" for suffix in ("", *(f".{n}" for n in range(2, len(taken) + 3))))
+    step.rename(step.parent / next(name for name in names if name not in taken))
+
+
+def _remove_leftovers(directory: epath.Path) -> None:
+    if not directory.is_dir():
+        return
+    for path in directory.iterdir():
+        if re.match(r"\.\d+\.partial", path.name):
+            print(f"removing {path}, which an interrupted run left", flush=True)
+            path.rmtree()
+
+
+def _delete_old(directory: epath.Path, keep_last: int) -> None:
+    for step in steps(directory)[:-keep_last] if keep_last else []:
+        (directory / str(step) / files.DIGESTS).unlink()  # first: a half deleted step must not look complete
+        (directory / str(step)).rmtree()

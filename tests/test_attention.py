@@ -1,0 +1,134 @@
+"""Key intervals against a mask written cell by cell, and the blockwise path against the dense one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import llada_jax
+from llada_jax.attention import visibility as vis
+from llada_jax.attention.blockwise import blockwise_attention
+from llada_jax.attention.dense import dense_attention
+
+
+def reference_mask(segments, block_size, block_origin):
+    """Eq. 3, read literally."""
+    n = len(segments)
+    start = [next(j for j in range(i + 1) if all(segments[k] == segments[i] for k in range(j, i + 1))) for i in range(n)]
+    block = [(i - start[i] if block_origin == "document" else i) // block_size for i in range(n)]
+    mask = np.zeros((2 * n, 2 * n), bool)
+    for q in range(2 * n):
+        for k in range(2 * n):
+            i, j = q % n, k % n
+            if segments[i] == 0 or segments[j] == 0:
+                mask[q, k] = q == k
+            elif segments[i] == segments[j]:
+                noisy_q, noisy_k = q < n, k < n
+                mask[q, k] = (
+                    (noisy_q and noisy_k and block[i] == block[j])
+                    or (noisy_q and not noisy_k and block[i] > block[j])
+                    or (not noisy_q and not noisy_k and block[i] >= block[j])
+                )
+    return mask
+
+
+@st.composite
+def packed(draw):
+    lengths = draw(st.lists(st.integers(1, 7), min_size=1, max_size=4))
+    segments = [i + 1 for i, n in enumerate(lengths) for _ in range(n)]
+    segments += [0] * draw(st.integers(0, 3))
+    return np.array(segments), draw(st.integers(1, len(segments) + 3)), draw(st.sampled_from(vis.BLOCK_ORIGINS))
+
+
+@settings(max_examples=60, deadline=None)
+@given(packed())
+def test_mask_is_equation_3(case):
+    segments, block_size, origin = case
+    mask = llada_jax.block_diffusion_mask(len(segments), block_size, segments, origin)
+    assert np.array_equal(mask, reference_mask(segments, block_size, origin))
+
+
+def test_every_query_sees_something_and_nothing_sees_padding():
+    segments = np.array([1, 1, 1, 2, 2, 0, 0])
+    mask = llada_jax.block_diffusion_mask(7, 2, segments)
+    assert mask.any(1).all()
+    padding = np.tile(segments == 0, 2)
+    assert not mask[:, padding][~padding].any()
+
+
+def test_density_without_documents_is_a_quarter():
+    n, b = 64, 8
+    assert llada_jax.block_diffusion_mask(n, b).sum() == n * n + n * b
+
+
+def test_block_origins_differ_only_off_the_block_grid():
+    aligned, ragged = np.repeat([1, 2], [8, 4]), np.repeat([1, 2, 3], [5, 7, 4])
+    both = [llada_jax.block_diffusion_mask(12, 4, aligned, origin) for origin in vis.BLOCK_ORIGINS]
+    assert np.array_equal(*both)
+    both = [llada_jax.block_diffusion_mask(16, 4, ragged, origin) for origin in vis.BLOCK_ORIGINS]
+    assert (both[0] != both[1]).sum() == 24
+
+
+def test_block_size_is_data():
+    compiled = jax.jit(lambda segments, b: vis.dense_mask(vis.block_diffusion(vis.layout(segments, b)), 32))
+    for b in (1, 3, 16, 2**30):
+        mask = compiled(jnp.ones((1, 16), jnp.int32), b)[0]
+        assert np.array_equal(mask, llada_jax.block_diffusion_mask(16, b))
+    assert compiled._cache_size() == 1
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        ((0, 1), "length=0"),
+        ((4, 0), "block_size=0"),
+        ((4, 2, [1, 1, 2]), "segment_ids has shape"),
+        ((4, 2, [1, 2, 2, 1]), "several pieces"),
+        ((4, 2, [1, 1, -1, -1]), "-1"),
+        ((4, 2, None, "row"), "block_origin"),
+    ],
+)
+def test_bad_masks_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        llada_jax.block_diffusion_mask(*arguments)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    st.sampled_from([(1, 20), (3, 130), (2, 256)]), st.sampled_from([(4, 4), (4, 2), (6, 1)]), st.integers(1, 40),
+    st.booleans(), st.integers(0, 100),
+)  # fmt: skip
+def test_blockwise_equals_dense(shape, heads, block_size, two_streams, seed):
+    (batch, length), (heads, kv_heads) = shape, heads
+    rng = np.random.default_rng(seed)
+    segments = np.sort(rng.integers(1, 4, (batch, length)), axis=1)
+    where = vis.layout(jnp.asarray(segments), block_size)
+    visibility = vis.block_diffusion(where) if two_streams else vis.block_causal(where)
+    keys = (1 + two_streams) * length
+
+    def draw(n):
+        return jnp.asarray(rng.normal(size=(batch, keys, n, 8)), jnp.float32)
+
+    q, k, v, cotangent = draw(heads), draw(kv_heads), draw(kv_heads), draw(heads)
+    results = [
+        jax.value_and_grad(lambda q, k, v: (f(q, k, v, visibility) * cotangent).sum(), (0, 1, 2))(q, k, v)  # noqa: B023
+        for f in (dense_attention, blockwise_attention)
+    ]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=5e-5), *results)
+
+
+def test_blockwise_memory_grows_with_length_not_its_square():
+    def temporaries(function, length):
+        where = vis.layout(jnp.ones((1, length), jnp.int32), 32)
+        x = jax.ShapeDtypeStruct((1, 2 * length, 4, 32), jnp.float32)
+
+        def loss(q, k, v):
+            return function(q, k, v, vis.block_diffusion(where)).sum()
+
+        return jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x).compile().memory_analysis().temp_size_in_bytes
+
+    growth = temporaries(blockwise_attention, 2048) / temporaries(blockwise_attention, 1024)
+    assert growth < 2.5
+    assert temporaries(dense_attention, 2048) > 4 * temporaries(blockwise_attention, 2048)

@@ -1,0 +1,77 @@
+"""Rates, masks and their keys."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llada_jax.attention import visibility as vis
+from llada_jax.diffusion import noise
+from llada_jax.diffusion.noise import NoiseSpec
+from llada_jax.errors import InputError
+
+
+def draw(spec, rows=64, length=64, block_size=8, segments=None, eligible=None, first=0):
+    segments = jnp.ones((rows, length), jnp.int32) if segments is None else segments
+    eligible = segments > 0 if eligible is None else eligible
+    keys = noise.example_keys(0, jnp.arange(first, first + rows, dtype=jnp.uint32), jnp.zeros(rows, jnp.uint32))
+    return noise.draw_masking(keys, eligible, vis.layout(segments, block_size), spec)
+
+
+def test_one_rate_a_block_or_a_document_within_the_band():
+    blocks = np.asarray(draw(NoiseSpec(rate_low=0.3, rate_high=0.8)).rate)
+    assert 0.3 <= blocks.min() and blocks.max() <= 0.8
+    assert (np.ptp(blocks.reshape(64, 8, 8), axis=2) == 0).all()
+    assert len(np.unique(blocks[:, ::8])) == 64 * 8
+    segments = jnp.asarray(np.repeat([[1, 2]], [64], 0).repeat([20, 44], 1))
+    documents = np.asarray(draw(NoiseSpec("sequence"), segments=segments).rate)
+    assert (np.ptp(documents[:, :20], axis=1) == 0).all() and (documents[:, 0] != documents[:, 20]).all()
+
+
+@pytest.mark.parametrize("masking", ["bernoulli", "fixed_count"])
+def test_a_token_is_masked_at_its_rate(masking):
+    masking = draw(NoiseSpec(masking=masking), rows=2000)
+    weight = np.where(masking.masked, 1 / np.asarray(masking.rate), 0)
+    assert weight.mean() == pytest.approx(1, abs=0.02)  # E[1/t 1(masked)] = 1
+    assert np.asarray(masking.masked).mean() == pytest.approx(0.5 if masking else 0, abs=0.07)
+
+
+def test_fixed_count_masks_uniform_counts_of_eligible_tokens():
+    eligible = jnp.asarray(np.random.default_rng(0).random((3000, 16)) < 0.7)
+    segments = jnp.ones((3000, 16), jnp.int32)
+    m = draw(NoiseSpec(rate_low=0.0, masking="fixed_count"), 3000, 16, 8, segments, eligible)
+    assert not (np.asarray(m.masked) & ~np.asarray(eligible)).any()
+    for part in (slice(0, 8), slice(8, 16)):
+        n = np.asarray(eligible)[:, part].sum(1)
+        k = np.asarray(m.masked)[:, part].sum(1)
+        assert (k[n > 0] >= 1).all() and (k <= n).all()
+        rate = np.asarray(m.rate)[:, part][np.arange(3000), 0]
+        np.testing.assert_allclose(rate[n > 0], (k / np.maximum(n, 1))[n > 0], rtol=1e-6)
+        counts = np.bincount(k[n == 5], minlength=6)[1:]
+        assert counts.min() > 0.6 * counts.mean()
+
+
+def test_spread_rates_are_even_in_a_row_and_uniform_over_rows():
+    rate = np.asarray(draw(NoiseSpec(rate_low=0.0, spread=True), rows=500).rate)[:, ::8]
+    spacing = np.diff(np.sort(rate, axis=1), axis=1)
+    assert spacing.min() > 0.04 and abs(rate.mean() - 0.5) < 0.01
+    assert rate[:, 3].std() == pytest.approx(12**-0.5, rel=0.1)
+
+
+def test_noise_of_a_row_does_not_depend_on_its_batch():
+    whole, part = draw(NoiseSpec(), rows=8), draw(NoiseSpec(), rows=3, first=5)
+    assert np.array_equal(whole.masked[5:], part.masked)
+    other = noise.example_keys(0, jnp.uint32([5]), jnp.uint32([1]))
+    assert not np.array_equal(
+        noise.draw_masking(other, jnp.ones((1, 64), bool), vis.layout(jnp.ones((1, 64), jnp.int32), 8), NoiseSpec())
+        .masked[0],
+        whole.masked[5],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "values,message",
+    [({"times": "token"}, "times"), ({"masking": "x"}, "masking"), ({"rate_low": 0.9, "rate_high": 0.2}, "rate_low")],
+)
+def test_bad_values_are_refused(values, message):
+    with pytest.raises(InputError, match=message):
+        NoiseSpec(**values)

@@ -1,0 +1,116 @@
+"""Answers prompts by block diffusion.
+
+python tools/generate.py --checkpoint=DIR --prompt=TEXT
+python tools/generate.py --checkpoint=DIR --input=prompts.jsonl --output=answers.jsonl
+
+An input line is {"prompt": TEXT} or {"messages": [{"role": ..., "content": ...}, ...]}; its answer line adds "answer",
+"tokens" and "forward_passes". DIR: a converted checkpoint, a training step, or a workdir (its newest good step).
+"""
+
+import json
+import time
+from pathlib import Path
+
+from absl import flags
+
+from llada_jax import errors
+from llada_jax.errors import InputError
+
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of the checkpoint or workdir.")
+_PROMPT = flags.DEFINE_string("prompt", None, "Text to continue.")
+_CHAT = flags.DEFINE_bool("chat", False, "Put --prompt into the checkpoint's chat template, as the user's turn.")
+_INPUT = flags.DEFINE_string("input", None, "JSONL file of prompts.")
+_OUTPUT = flags.DEFINE_string("output", None, "JSONL file of answers, for --input.")
+_GEN_LENGTH = flags.DEFINE_integer("gen_length", 128, "Most tokens of an answer.")
+_BLOCK_LENGTH = flags.DEFINE_integer("block_length", 32, "Tokens decoded together.")
+_STEPS = flags.DEFINE_integer("steps", 32, "Most steps for a block.")
+_THRESHOLD = flags.DEFINE_float("threshold", 0.95, "Probability above which a token is accepted.")
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is argmax.")
+_TOP_K = flags.DEFINE_integer("top_k", None, "Draw among the k most probable tokens.")
+_TOP_P = flags.DEFINE_float("top_p", None, "Draw from the nucleus of this probability.")
+_EOS_EARLY_STOP = flags.DEFINE_bool("eos_early_stop", False, "Stop inside a block once the end is written.")
+_RULE = flags.DEFINE_string("rule", "llada2", "llada2 | llada2.1 (edits written tokens).")
+_EDITING_THRESHOLD = flags.DEFINE_float("editing_threshold", 0.5, "llada2.1: probability above which a token is edited.")
+_MAX_POST_STEPS = flags.DEFINE_integer("max_post_steps", 16, "llada2.1: most steps after a block is full.")
+_BATCH = flags.DEFINE_integer("batch", 8, "Prompts decoded together.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of the draws at temperature > 0.")
+
+
+def main(argv) -> None:
+    del argv
+    if not _CHECKPOINT.value or (_PROMPT.value is None) == (_INPUT.value is None):
+        raise InputError("--checkpoint=DIR and one of --prompt=TEXT and --input=FILE are required; see --help")
+    if _INPUT.value and not _OUTPUT.value:
+        raise InputError("--input needs --output=FILE")
+    rows = [{"prompt": _PROMPT.value}] if _INPUT.value is None else _read_rows(Path(_INPUT.value))
+
+    import jax  # after the flags are right: it takes seconds
+
+    from llada_jax.sampling.generate import GenerateConfig, generate
+    from llada_jax.training.checkpoint import load_checkpoint
+
+    config = GenerateConfig(
+        gen_length=_GEN_LENGTH.value, block_length=_BLOCK_LENGTH.value, steps=_STEPS.value,
+        threshold=_THRESHOLD.value, temperature=_TEMPERATURE.value, top_k=_TOP_K.value, top_p=_TOP_P.value,
+        eos_early_stop=_EOS_EARLY_STOP.value, rule=_RULE.value, editing_threshold=_EDITING_THRESHOLD.value,
+        max_post_steps=_MAX_POST_STEPS.value,
+    )  # fmt: skip
+    model = load_checkpoint(_CHECKPOINT.value)
+    if model.tokenizer is None:
+        raise InputError(f"{_CHECKPOINT.value}: no tokenizer")
+    prompts = [model.tokenizer.encode(_text(row, model.tokenizer)) for row in rows]
+    for start in range(0, len(rows), _BATCH.value):
+        part = prompts[start : start + _BATCH.value]
+        begin = time.perf_counter()
+        key = jax.random.fold_in(jax.random.key(_SEED.value), start)
+        out = generate(model.params, model.config, part, config, key)
+        seconds = time.perf_counter() - begin
+        for row, tokens, passes in zip(rows[start:], out.tokens, out.forward_passes, strict=False):
+            row["answer"] = model.tokenizer.decode(tokens, skip_special_tokens=True)
+            row["tokens"], row["forward_passes"] = len(tokens), int(passes)
+        if _INPUT.value:
+            print(f"{min(start + len(part), len(rows))}/{len(rows)} prompts, {seconds:.1f} s for the last {len(part)}")
+    if _INPUT.value:
+        _write_rows(Path(_OUTPUT.value), rows)
+    else:
+        row = rows[0]
+        print(row["prompt"] + row["answer"])
+        per_pass = row["tokens"] / max(row["forward_passes"], 1)
+        print(f"\n[{row['tokens']} tokens in {row['forward_passes']} forward passes: {per_pass:.2f} tokens per forward]")
+
+
+def _read_rows(path: Path) -> list[dict]:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}:{number}: malformed JSON ({error})") from error
+        if not isinstance(row, dict) or not (isinstance(row.get("prompt"), str) or isinstance(row.get("messages"), list)):
+            raise InputError(f'{path}:{number}: expected "prompt" (text) or "messages" (list)')
+        rows.append(row)
+    if not rows:
+        raise InputError(f"{path}: no prompts")
+    return rows
+
+
+def _text(row: dict, tokenizer) -> str:
+    if "messages" in row:
+        return tokenizer.apply_chat_template(row["messages"])
+    if _CHAT.value:
+        return tokenizer.apply_chat_template([{"role": "user", "content": row["prompt"]}])
+    return row["prompt"]
+
+
+def _write_rows(path: Path, rows: list[dict]) -> None:
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    temporary.replace(path)
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,32 @@
+"""Verifies a checkpoint: every tensor and file against the digests that were taken when it was written.
+
+    python tools/verify_checkpoint.py --checkpoint=DIR
+
+DIR: a converted checkpoint, one step of a training run, or a workdir (all its complete steps). Prints one line for each
+problem and exits with code 2, or "ok: ..." for each checkpoint. Tensors are read one by one.
+"""
+
+from absl import flags
+
+from llada_jax import errors
+from llada_jax.training import checkpoint
+
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Directory to verify.", required=True)
+
+
+def main(argv) -> int:
+    del argv
+    failed = False
+    for directory in checkpoint.candidates(_CHECKPOINT.value):
+        problems = checkpoint.verify(directory)
+        for problem in problems:
+            print(problem)
+        failed |= bool(problems)
+        if not problems:
+            tensors, size = checkpoint.size(directory)
+            print(f"ok: {tensors} tensors, {size / 2**30:.2f} GiB, {directory}")
+    return 2 if failed else 0
+
+
+if __name__ == "__main__":
+    errors.run(main)
