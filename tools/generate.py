@@ -30,7 +30,9 @@ _TOP_K = flags.DEFINE_integer("top_k", None, "Draw among the k most probable tok
 _TOP_P = flags.DEFINE_float("top_p", None, "Draw from the nucleus of this probability.")
 _EOS_EARLY_STOP = flags.DEFINE_bool("eos_early_stop", False, "Stop inside a block once the end is written.")
 _RULE = flags.DEFINE_string("rule", "llada2", "llada2 | llada2.1 (edits written tokens).")
-_EDITING_THRESHOLD = flags.DEFINE_float("editing_threshold", 0.5, "llada2.1: probability above which a token is edited.")
+_EDITING_THRESHOLD = flags.DEFINE_float(
+    "editing_threshold", 0.5, "llada2.1: probability above which a token is edited."
+)
 _MAX_POST_STEPS = flags.DEFINE_integer("max_post_steps", 16, "llada2.1: most steps after a block is full.")
 _BATCH = flags.DEFINE_integer("batch", 8, "Prompts decoded together.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the draws at temperature > 0.")
@@ -75,8 +77,8 @@ def main(argv) -> None:
     else:
         row = rows[0]
         print(row["prompt"] + row["answer"])
-        per_pass = row["tokens"] / max(row["forward_passes"], 1)
-        print(f"\n[{row['tokens']} tokens in {row['forward_passes']} forward passes: {per_pass:.2f} tokens per forward]")
+        tokens, passes = row["tokens"], row["forward_passes"]
+        print(f"\n[{tokens} tokens in {passes} forward passes: {tokens / max(passes, 1):.2f} tokens per forward]")
 
 
 def _read_rows(path: Path) -> list[dict]:
@@ -90,7 +92,8 @@ def _read_rows(path: Path) -> list[dict]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise InputError(f"{path}:{number}: malformed JSON ({error})") from error
-        if not isinstance(row, dict) or not (isinstance(row.get("prompt"), str) or isinstance(row.get("messages"), list)):
+        known = isinstance(row, dict) and (isinstance(row.get("prompt"), str) or isinstance(row.get("messages"), list))
+        if not known:
             raise InputError(f'{path}:{number}: expected "prompt" (text) or "messages" (list)')
         rows.append(row)
     if not rows:

@@ -113,12 +113,14 @@ class Rows:
                 raise ValueError(f"{len(row.ids)} tokens instead of {self.length}")
             return row
         except (RuntimeError, ValueError, IndexError) as error:
-            index = row_id
-            for shard, rows in self._shards:
-                if index < rows:
-                    break
-                index -= rows
-            raise InputError(f"{shard}: record {index} is corrupt ({error})") from error
+            raise InputError(f"{self._place(row_id)} is corrupt ({error})") from error
+
+    def _place(self, row_id: int) -> str:
+        for shard, rows in self._shards:
+            if row_id < rows:
+                return f"{shard}: record {row_id}"
+            row_id -= rows
+        raise IndexError(row_id)
 
 
 def prefetch(

@@ -121,9 +121,7 @@ def _iterate(params, config, program, requests, state: State) -> State:
     window = state.start[:, None] + jnp.arange(program.block_length)[None]
     block, masked = state.tokens[rows, window], state.masked[rows, window]
     visibility = vis.window(state.start, program.block_length)
-    hidden, computed = hidden_states(
-        params, config, block, window, visibility, program.execution, cache=state.cache
-    )
+    hidden, computed = hidden_states(params, config, block, window, visibility, program.execution, cache=state.cache)
     predicted, confidence = _predict(params, config, program, requests, state, hidden)
 
     denoising = ~state.complete & ~state.finished

@@ -107,9 +107,7 @@ def generate(
         eos_id=jnp.int32(eos_id),
         keys=jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(len(prompts))),
     )
-    program = Program(
-        g.rule, g.block_length, g.temperature > 0, g.top_k, g.eos_early_stop, g.max_post_steps, execution
-    )
+    program = Program(g.rule, g.block_length, g.temperature > 0, g.top_k, g.eos_early_stop, g.max_post_steps, execution)
     prefill_length = int(lengths.max()) // g.block_length * g.block_length
     state = decode(params, config, program, requests, tokens, masked, prefill_length)
     final = np.asarray(state.tokens)

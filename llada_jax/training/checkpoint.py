@@ -90,7 +90,7 @@ def replacing(out: epath.Path) -> Iterator[epath.Path]:
         directory.mkdir(parents=True, exist_ok=True)
         yield directory
         if directory != out:
-            directory.rename(out)
+            os.replace(directory, out)
     except BaseException:
         directory.rmtree(missing_ok=True)
         raise

@@ -61,6 +61,12 @@ def renames(path: epath.Path) -> bool:
     return "://" not in os.fspath(path)
 
 
+def absolute(path: str | os.PathLike) -> epath.Path:
+    """Orbax takes no other."""
+    path = os.fspath(path)
+    return epath.Path(path if "://" in path else os.path.abspath(path))
+
+
 def is_complete(directory: epath.Path) -> bool:
     return (directory / DIGESTS).exists()
 

@@ -1,6 +1,7 @@
 """The training configuration: every field with its default, and its translation into the objects of the package.
 
-A file in configs/ starts from `default_config` and changes fields; flags override: --config.optimizer.learning_rate=1e-4.
+A file in configs/ starts from `default_config` and changes fields; flags override them, as in
+--config.optimizer.learning_rate=1e-4.
 """
 
 from collections.abc import Sequence

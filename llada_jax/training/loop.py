@@ -64,9 +64,7 @@ def _run(config, phases, mesh, workdir: Path, inputs: Inputs, stop) -> None:
         return
 
     objective, execution = settings.objective(config), settings.execution(config)
-    train_step = make_train_step(
-        inputs.model, objective, execution, optimizer, config.seed, config.batch.micro_batches
-    )
+    train_step = make_train_step(inputs.model, objective, execution, optimizer, config.seed, config.batch.micro_batches)
     rates = learning_rate(config.optimizer, last_step)
     writer = MetricsWriter(workdir, first_step)
     progress = Progress(first_step, last_step, config.batch.rows * config.data.length)

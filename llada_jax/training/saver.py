@@ -38,7 +38,7 @@ class Saver:
     """
 
     def __init__(self, directory: str | os.PathLike, keep_last: int = 0):
-        self._directory = epath.Path(directory)
+        self._directory = files.absolute(directory)
         self._keep_last = keep_last
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Sets up .venv, lints, and runs the tests. Arguments go to pytest: bash tests/run.sh -k noise
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source tools/setup_venv.sh test
+
+ruff check .
+ruff format --check .
+python -m pytest -q -n "${TEST_PROCESSES:-2}" --dist loadfile "$@"
