@@ -6,7 +6,14 @@ import re
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        # Eight devices on two busy cores are slow to meet, not stuck.
+        "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+    ]
+)
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402

@@ -11,11 +11,12 @@ import jax
 import numpy as np
 import pytest
 
+from llada_jax.data.byte_tokenizer import byte_tokenizer
 from llada_jax.errors import InputError
 from llada_jax.model.config import PRESETS, preset
+from llada_jax.training import loop
 from llada_jax.training.checkpoint import load_checkpoint
 from llada_jax.training.config import default_config
-from llada_jax.training.loop import train
 
 ROOT = Path(__file__).parent.parent
 # Fields of metrics.jsonl that measure time.
@@ -43,6 +44,11 @@ def text(tmp_path_factory):
         sentence = f"document {i} says that the quick brown fox jumps over the lazy dog number {i}.\n"
         (folder / f"{i}.txt").write_text(sentence * (8 + i))
     return folder
+
+
+def train(config, workdir, devices=1):
+    loop.train(config, workdir, jax.devices()[:devices])
+    return metrics_of(workdir)
 
 
 def config_of(text, model="small", **changes):
@@ -78,20 +84,19 @@ def assert_same_checkpoint(a, b):
 @pytest.mark.parametrize("model", ["small", "small_moe"])
 def test_resumed_run_is_the_uninterrupted_one(text, tmp_path, model):
     config = config_of(text, model, objective__embedding_noise_std=0.1, objective__embedding_noise_steps=8)
-    one = jax.devices()[:1]
-    train(config, tmp_path / "whole", one)
-    train(config, tmp_path / "cut", one)
+    train(config, tmp_path / "whole")
+    train(config, tmp_path / "cut")
     # Lose what came after step 8, as a kill between two saves does, and part of a line of metrics.
     for step in (12, 14):
         path = tmp_path / "cut" / "checkpoints" / str(step)
         path.rename(tmp_path / f"lost-{step}")
     with open(tmp_path / "cut" / "metrics.jsonl", "a") as f:
         f.write('{"step": 14, "lo')
-    train(config, tmp_path / "cut", one)
+    train(config, tmp_path / "cut")
     for step in (12, 14):
         assert_same_checkpoint(*(tmp_path / run / "checkpoints" / str(step) for run in ("whole", "cut")))
     assert metrics_of(tmp_path / "cut") == metrics_of(tmp_path / "whole")
-    train(config, tmp_path / "cut", one)  # a run that is finished stays as it is
+    train(config, tmp_path / "cut")  # a run that is finished stays as it is
     assert metrics_of(tmp_path / "cut") == metrics_of(tmp_path / "whole")
 
 
@@ -127,30 +132,21 @@ def test_loss_falls_and_a_stage_starts_from_the_one_before(text, tmp_path):
 
 def test_gradient_accumulation_is_exact(text, tmp_path):
     runs = {}
-    for name, changes in {
-        "whole": {},
-        "parts": dict(batch__micro_batches=4, mesh__data=2, mesh__fsdp=1),
-    }.items():
-        devices = jax.devices()[: 2 if name == "parts" else 8]
-        config = config_of(text, objective__complementary=True, **changes)
-        runs[name] = _train_on(config, tmp_path / name, devices)
-    for a, b in zip(runs["whole"], runs["parts"], strict=True):
-        assert a.get("loss", a.get("nelbo")) == pytest.approx(b.get("loss", b.get("nelbo")), rel=2e-4)
-
-
-def _train_on(config, workdir, devices):
-    train(config, workdir, devices)
-    return metrics_of(workdir)
+    for micro_batches in (1, 4):
+        config = config_of(text, objective__complementary=True, batch__micro_batches=micro_batches)
+        runs[micro_batches] = [
+            row.get("loss", row.get("nelbo")) for row in train(config, tmp_path / str(micro_batches))
+        ]
+    np.testing.assert_allclose(runs[1], runs[4], rtol=2e-4)
 
 
 @pytest.mark.parametrize("model", ["small", "small_moe"])
 def test_meshes_agree_with_one_device(text, tmp_path, model):
-    meshes = {"one": (1, dict(data=1)), "data": (8, dict(data=8)), "fsdp": (8, dict(data=2, fsdp=4))}
     losses = {}
-    for name, (count, sizes) in meshes.items():
+    for name, sizes in {"one": {}, "data": dict(data=8), "fsdp": dict(data=2, fsdp=4)}.items():
         config = config_of(text, model, **{f"mesh__{axis}": size for axis, size in sizes.items()})
-        rows = _train_on(config, tmp_path / name, jax.devices()[:count])
-        losses[name] = np.array([row.get("loss", row.get("nelbo")) for row in rows])
+        rows = train(config, tmp_path / name, devices=8 if sizes else 1)
+        losses[name] = [row.get("loss", row.get("nelbo")) for row in rows]
     np.testing.assert_allclose(losses["data"], losses["one"], rtol=2e-4)
     np.testing.assert_allclose(losses["fsdp"], losses["one"], rtol=2e-4)
 
@@ -209,9 +205,15 @@ def test_sigterm_saves_and_a_second_run_goes_on(tmp_path):
         (dict(init_from="/nowhere"), "/nowhere"),
         (dict(mesh__fsdp=3), "mesh"),
         (dict(schedule__kind="ar"), "alignment"),
+        (dict(model="smollm2_135m", data__tokenizer="tokenizer"), "no mask token; import .* --add_mask_token"),
     ],
 )
 def test_bad_configs_name_the_field_and_write_nothing(text, tmp_path, changes, message):
+    if changes.get("data__tokenizer") == "tokenizer":  # one without a mask token
+        changes = changes | dict(data__tokenizer=str(tmp_path / "tokenizer"))
+        (tmp_path / "tokenizer").mkdir()
+        for name, content in byte_tokenizer(eos_id=256).files.items():
+            (tmp_path / "tokenizer" / name).write_bytes(content)
     with pytest.raises(InputError, match=message):
         train(config_of(text, data__cache=str(tmp_path / "cache"), **changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -1,0 +1,189 @@
+"""Experts, router, head and rotary embedding against plain formulas; presets against published sizes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import llada_jax
+from llada_jax.errors import InputError
+from llada_jax.model import experts, head, parameters
+from llada_jax.model.config import PRESETS, ModelConfig, RopeScaling, preset
+from llada_jax.model.layers import rope_frequencies
+from llada_jax.model.router import route
+
+
+def test_presets_have_the_published_number_of_parameters():
+    assert parameters.count(preset("llada2_mini")) == 16_255_643_392
+    assert parameters.count(preset("llada2_flash")) == 102_889_705_216
+    assert parameters.count(preset("smollm2_135m")) == 134_515_008
+    assert parameters.count(preset("qwen3_30b_a3b")) == 30_532_122_624
+    names = sum(p.shape[0] if p.per_expert else 1 for p, _ in parameters.leaves(preset("llada2_mini")).values())
+    assert names - 2 * 20 == 14_813  # query, key and value are one tensor there
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_config_survives_its_dict(name):
+    assert ModelConfig.from_dict(preset(name).to_dict()) == preset(name)
+
+
+def test_stack_is_the_inverse_of_unstack():
+    config = preset("tiny_moe")
+    params = parameters.initialize(config, jax.random.key(0))
+    flat = parameters.unstack(params, config)
+    assert list(flat) == list(parameters.leaves(config))
+    jax.tree.map(np.testing.assert_array_equal, parameters.stack(flat, config), params)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.sampled_from([(1, 4), (37, 5), (64, 40), (300, 3)]), st.integers(0, 50))
+def test_grouped_matmul_is_a_matmul_by_group(size, seed):
+    rows, groups = size
+    rng = np.random.default_rng(seed)
+    ids = np.sort(rng.integers(0, groups, rows))
+    x, w, cotangent = (
+        jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((rows, 8), (groups, 8, 12), (rows, 12))
+    )  # fmt: skip
+    sizes = jnp.bincount(ids, length=groups)
+    ours = jax.vjp(lambda x, w: experts.grouped_matmul(x, w, sizes), x, w)
+    plain = jax.vjp(lambda x, w: jnp.einsum("mk,mkn->mn", x, w[ids]), x, w)
+    np.testing.assert_allclose(ours[0], plain[0], atol=1e-5)
+    for a, b in zip(ours[1](cotangent), plain[1](cotangent), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_experts_equal_the_dense_sum_over_all_experts():
+    rng = np.random.default_rng(0)
+    tokens, count, k = 50, 6, 2
+    x, gate, up, down = (
+        jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((tokens, 8), (count, 8, 5), (count, 8, 5), (count, 5, 8))
+    )
+    chosen = jnp.asarray(np.stack([rng.permutation(count)[:k] for _ in range(tokens)]))
+    weights = jnp.asarray(rng.random((tokens, k)), jnp.float32)
+
+    def dense(x, gate, up, down, weights):
+        hidden = jax.nn.silu(jnp.einsum("td,edf->tef", x, gate)) * jnp.einsum("td,edf->tef", x, up)
+        y = jnp.einsum("tef,efd->ted", hidden, down)
+        return jnp.einsum("ted,tke,tk->td", y, jax.nn.one_hot(chosen, count), weights)
+
+    def ours(x, gate, up, down, weights):
+        return experts.combine_experts(x, chosen, weights, gate, up, down)
+
+    arguments = x, gate, up, down, weights
+    np.testing.assert_allclose(ours(*arguments), dense(*arguments), atol=1e-4)
+    gradients = [jax.grad(lambda *a: jnp.sin(f(*a)).sum(), range(5))(*arguments) for f in (ours, dense)]  # noqa: B023
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), *gradients)
+
+
+def test_cost_of_the_experts_does_not_grow_with_their_number():
+    def flops(count):
+        x, w = jnp.ones((256, 16)), jnp.ones((count, 16, 16))
+        sizes = jnp.zeros(count, jnp.int32).at[:4].set(64)
+        tile, used, *_ = experts._tiles(256, sizes)
+        assert experts.grouped_matmul(x, w, sizes).shape == (256, 16)
+        return tile * int(used)
+
+    assert flops(256) <= 2 * flops(8)
+
+
+def route_by_loops(x, router, bias, c):
+    scores = 1 / (1 + np.exp(-(np.asarray(x, np.float64) @ np.asarray(router, np.float64))))
+    chosen, weights = [], []
+    for s in scores:
+        r = s + bias
+        groups = np.split(np.arange(c.num_experts), c.num_groups)
+        best = sorted(groups, key=lambda g: -np.sort(r[g])[-2:].sum())[: c.num_selected_groups]
+        eligible = sorted(np.concatenate(best), key=lambda e: -r[e])[: c.num_experts_per_token]
+        chosen.append(eligible)
+        weights.append(s[eligible] / s[eligible].sum() * c.routed_scaling_factor)
+    return np.array(chosen), np.array(weights)
+
+
+def test_sigmoid_router_selects_with_bias_and_weighs_without():
+    c, rng = preset("tiny_moe"), np.random.default_rng(0)
+    x, router = rng.normal(size=(40, 128)), rng.normal(size=(128, 16)) * 0.1
+    bias = rng.normal(size=16) * 0.3
+    found, weights = route(*(jnp.asarray(a, jnp.float32) for a in (x, router, bias)), c)
+    expected, expected_weights = route_by_loops(x, router, bias, c)
+    assert np.array_equal(found, expected)
+    np.testing.assert_allclose(weights, expected_weights, rtol=1e-4)
+
+
+@pytest.mark.parametrize("length", [10, 128, 200])
+def test_token_scores_equal_the_full_softmax(length):
+    rng = np.random.default_rng(0)
+    hidden, matrix = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, length, 8), (8, 33)))
+    targets = jnp.asarray(rng.integers(0, 33, (2, length)))
+    supervised = jnp.asarray(rng.random((2, length)) < 0.4)
+    ramp = jnp.arange(length, dtype=jnp.float32)[None]
+
+    def ours(hidden, matrix):
+        s = head.token_scores(hidden, targets, supervised, matrix, with_entropy=True)
+        return (s.nll * ramp).sum() + s.entropy.sum(), s
+
+    def plain(hidden, matrix):
+        log_p = jax.nn.log_softmax(hidden @ matrix)
+        nll = -jnp.take_along_axis(log_p, targets[..., None], -1)[..., 0] * supervised
+        entropy = -(jnp.exp(log_p) * log_p).sum(-1) * supervised
+        correct = (log_p.argmax(-1) == targets) * supervised
+        return (nll * ramp).sum() + entropy.sum(), head.TokenScores(nll, correct, entropy)
+
+    (_, a), ga = jax.value_and_grad(ours, (0, 1), has_aux=True)(hidden, matrix)
+    (_, b), gb = jax.value_and_grad(plain, (0, 1), has_aux=True)(hidden, matrix)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=2e-3), (a, ga), (b, gb))
+
+
+def test_llama3_scaling_keeps_fast_and_slows_slow_channels():
+    c = preset("tiny").replace(head_dim=128, rotary_dim=128, rope_theta=500_000.0)
+    scaled = c.replace(rope_scaling=RopeScaling("llama3", 8.0, 8192, 1.0, 4.0))
+    plain, slowed = rope_frequencies(c)[0], rope_frequencies(scaled)[0]
+    wavelength = 2 * np.pi / plain
+    np.testing.assert_allclose(slowed[wavelength < 8192 / 4], plain[wavelength < 8192 / 4], rtol=1e-6)
+    np.testing.assert_allclose(slowed[wavelength > 8192], plain[wavelength > 8192] / 8, rtol=1e-6)
+    between = (wavelength > 8192 / 4) & (wavelength < 8192)
+    assert ((slowed < plain) & (slowed > plain / 8))[between].all() and between.any()
+
+
+def test_packed_rows_and_positions():
+    config = preset("tiny").replace(num_layers=1)
+    params = parameters.initialize(config, jax.random.key(0))
+    ids = np.random.default_rng(0).integers(0, 500, (1, 12))
+    packed = llada_jax.forward(params, config, ids, segment_ids=np.repeat([[1, 2, 0]], [5, 6, 1], axis=1))
+    alone = llada_jax.forward(params, config, ids[:, 5:11])
+    np.testing.assert_allclose(packed[:, 5:11], alone, atol=1e-5)
+    moved = llada_jax.forward(params, config, ids[:, 5:11], positions=np.arange(7, 13)[None])
+    np.testing.assert_allclose(moved, alone, atol=1e-4)  # rotary positions are relative
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        (dict(tokens=np.zeros((1, 0), int)), "tokens has shape"),
+        (dict(tokens=np.zeros(4, int)), "tokens has shape"),
+        (dict(tokens=np.full((1, 4), 600)), "vocabulary is 512"),
+        (dict(tokens=np.zeros((1, 4))), "expected an integer"),
+        (dict(mask="diagonal"), "mask='diagonal'"),
+        (dict(mask=("block_causal", 0)), "mask="),
+        (dict(segment_ids=np.ones((1, 3), int)), "segment_ids has shape"),
+        (dict(segment_ids=np.array([[1, 2, 1, 1]])), "several pieces"),
+        (dict(positions=np.ones((2, 4), int)), "positions has shape"),
+        (dict(block_origin="row"), "block_origin"),
+    ],
+)
+def test_forward_names_what_is_wrong(changes, message):
+    config = preset("tiny").replace(num_layers=1)
+    params = parameters.abstract(config)
+    with pytest.raises(ValueError, match=message):
+        llada_jax.forward(params, config, **dict(tokens=np.zeros((1, 4), int)) | changes)
+
+
+@pytest.mark.parametrize(
+    "changes,field",
+    [(dict(num_kv_heads=3), "num_heads"), (dict(vocab_size=0), "vocab_size"), (dict(alignment="left"), "alignment"),
+     (dict(rotary_dim=33), "rotary"), (dict(mask_token_id=512), "mask_token_id"), (dict(architecture="x"), "archi")],
+)  # fmt: skip
+def test_config_names_the_field(changes, field):
+    with pytest.raises(InputError, match=field):
+        preset("tiny").replace(**changes)

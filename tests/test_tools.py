@@ -1,0 +1,112 @@
+"""The command lines, run as a user runs them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import GOLDENS
+
+from llada_jax.data.byte_tokenizer import byte_tokenizer
+from llada_jax.interop.convert import import_checkpoint
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(tool, *arguments):
+    env = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    command = [sys.executable, str(ROOT / "tools" / f"{tool}.py"), *map(str, arguments)]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A golden checkpoint with a byte tokenizer beside it, imported."""
+    folder = tmp_path_factory.mktemp("tools")
+    source = folder / "source"
+    source.mkdir()
+    for path in (GOLDENS / "llada2_tiny").iterdir():
+        if path.name != "golden.npz":
+            (source / path.name).write_bytes(path.read_bytes())
+    for name, content in byte_tokenizer(508, 511).files.items():
+        (source / name).write_bytes(content)
+    import_checkpoint(str(source), str(folder / "checkpoint"))
+    return folder / "checkpoint"
+
+
+def test_generate_a_prompt(checkpoint):
+    done = run("generate", f"--checkpoint={checkpoint}", "--prompt=def f(", "--gen_length=8", "--block_length=4")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("def f(") and "tokens per forward" in done.stdout
+
+
+def test_generate_from_jsonl(checkpoint, tmp_path):
+    prompts = [{"prompt": text, "id": i} for i, text in enumerate(["a", "bb", "ccc"])]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(p) + "\n" for p in prompts))
+    output = tmp_path / "out.jsonl"
+    arguments = f"--checkpoint={checkpoint}", f"--input={tmp_path / 'in.jsonl'}", "--gen_length=4", "--batch=2"
+    done = run("generate", *arguments, f"--output={output}", "--block_length=4")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["id"] for row in rows] == [0, 1, 2]
+    assert all(row["tokens"] <= 4 and row["forward_passes"] >= 1 and isinstance(row["answer"], str) for row in rows)
+
+
+def test_pack_then_evaluate(checkpoint, tmp_path):
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("the quick brown fox " * 40)
+    packed = tmp_path / "rows"
+    done = run(
+        "pack_data", f"--source={tmp_path / 'text'}", f"--tokenizer={checkpoint}", f"--out={packed}", "--length=32"
+    )
+    assert done.returncode == 0, done.stderr
+    output = tmp_path / "out.json"
+    done = run(
+        "evaluate",
+        f"--checkpoint={checkpoint}",
+        f"--data={packed}",
+        "--rows=4",
+        "--block_sizes=1,8",
+        f"--output={output}",
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(output.read_text())
+    assert result["block 8"]["tokens"] == 4 * 32 - 31 and result["block 8"]["stderr"] > 0  # the last row is padded
+    assert result["ar"]["tokens"] < result["block 1"]["tokens"]  # the first token of a document has no AR loss
+
+
+def test_verify(checkpoint):
+    done = run("verify_checkpoint", f"--checkpoint={checkpoint}")
+    assert done.returncode == 0 and done.stdout.startswith("ok: ")
+
+
+@pytest.mark.parametrize(
+    "tool,arguments,message",
+    [
+        ("generate", ["--checkpoint=/nowhere", "--prompt=x"], "/nowhere"),
+        ("generate", ["--prompt=x"], "--checkpoint"),
+        ("generate", ["--checkpoint=CHECKPOINT", "--prompt=x", "--rule=best"], "rule='best'"),
+        ("generate", ["--checkpoint=CHECKPOINT", "--prompt=x", "--gen_length=0"], "gen_length=0"),
+        ("generate", ["--checkpoint=CHECKPOINT", "--input=/nowhere.jsonl", "--output=/tmp/x"], "/nowhere.jsonl"),
+        ("evaluate", ["--checkpoint=CHECKPOINT", "--data=/nowhere"], "/nowhere"),
+        ("evaluate", ["--checkpoint=CHECKPOINT", "--data=x", "--task=mmlu"], "mmlu"),
+        ("verify_checkpoint", ["--checkpoint=/nowhere"], "/nowhere"),
+        ("verify_checkpoint", [], "--checkpoint"),
+        ("pack_data", ["--source=/nowhere", "--tokenizer=CHECKPOINT", "--out=/tmp/no", "--length=8"], "/nowhere"),
+        ("hf_to_orbax", ["--source=/nowhere", "--out=/tmp/no"], "/nowhere"),
+        ("hf_to_orbax", ["--source=/nowhere", "--out=/tmp/no", "--precision=8"], "precision"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(checkpoint, tool, arguments, message):
+    done = run(tool, *(a.replace("CHECKPOINT", str(checkpoint)) for a in arguments))
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.strip().count("\n") == 0 and done.stderr.startswith("error: ") and message in done.stderr
+    assert not Path("/tmp/no").exists()
+
+
+@pytest.mark.parametrize("tool", ["generate", "evaluate", "hf_to_orbax", "pack_data", "verify_checkpoint"])
+def test_help_shows_flags_and_use(tool):
+    done = run(tool, "--help")
+    assert done.returncode == 0 and f"tools/{tool}.py" in done.stdout and "--" in done.stdout
