@@ -275,3 +275,28 @@ def test_embedding_noise_moves_masked_tokens_only_and_stops_at_zero():
     drawn = objectives._embedding_noise(example, jnp.float32(0.5), 64)
     assert (np.asarray(drawn)[~np.asarray(example.masked)] == 0).all()
     assert np.asarray(drawn)[np.asarray(example.masked)].std() == pytest.approx(0.5, rel=0.05)
+
+
+# --- CAP (Eq. 6) ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_confidence_loss_is_the_mean_entropy_of_correct_tokens_and_moves_nothing_else(temperature):
+    params, ids = params_of(TINY, 6.0), np.repeat(random_ids(2, 4), 8, axis=1)
+    objective = Objective(confidence_weight=2.0, confidence_temperature=temperature)
+    example = prepared(ids, 8, objective=objective)
+    # Make some predictions right: the targets of every other masked token become the model's own argmax.
+    logits = llada_jax.denoise(params, TINY, np.asarray(example.noisy), ids, block_size=8)
+    clean = np.where(np.arange(32)[None] % 2, np.asarray(logits).argmax(-1), ids)
+    example = example.replace(clean=jnp.asarray(clean))
+    sums, _ = objectives.score(params, TINY, example, "noisy", entropy_temperature=temperature)
+    two_stream = example.replace(clean=jnp.asarray(ids))
+    hidden = objectives.denoised_hidden(params, TINY, two_stream.noisy, None, example.where, example.positions)
+    log_p = jax.nn.log_softmax(hidden @ params["head"])
+    correct = np.asarray((log_p.argmax(-1) == clean) & example.masked)
+    sharpened = np.asarray(jax.nn.log_softmax(log_p / temperature))
+    entropy = -(np.exp(sharpened) * sharpened).sum(-1)
+    assert correct.any() and float(sums.correct) == correct.sum()
+    expected = float(sums.weighted) / 64 + 2.0 * entropy[correct].mean()
+    assert float(objectives.loss(sums, jnp.float32(64), objective)) == pytest.approx(expected, rel=1e-4)
+    assert float(objectives.loss(sums, jnp.float32(64), Objective())) == pytest.approx(float(sums.weighted) / 64)

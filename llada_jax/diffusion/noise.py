@@ -52,16 +52,24 @@ def example_keys(seed: int, examples: jax.Array, draws: jax.Array) -> jax.Array:
     return jax.vmap(lambda e, d: jax.random.fold_in(jax.random.fold_in(root, e), d))(examples, draws)
 
 
-def draw_masking(keys: jax.Array, eligible: jax.Array, where: Layout, spec: NoiseSpec) -> Masking:
-    """Draws the masks of a batch. keys [batch]; eligible [batch, length] bool: tokens that may be masked."""
+def draw_masking(
+    keys: jax.Array, eligible: jax.Array, where: Layout, spec: NoiseSpec, source: jax.Array | None = None
+) -> Masking:
+    """Draws the masks of a batch. keys [batch]; eligible [batch, length] bool: tokens that may be masked.
+
+    source [batch, length] int32: position whose random numbers a token uses, by default its own; documents with the
+    same sources share times and masks. Within a document the sources must differ.
+    """
     keys = jax.vmap(lambda key: jax.random.split(key, 2))(keys)
     length = eligible.shape[1]
     unit = jax.vmap(lambda key: jax.random.uniform(key, (length,)))
     group_start = where.block_start if spec.times == "block" else where.document_start
     u = _spread(unit(keys[:, 0]), group_start) if spec.spread else unit(keys[:, 0])
+    scores = unit(keys[:, 1])
+    if source is not None:
+        u, scores = (jnp.take_along_axis(x, source, axis=1) for x in (u, scores))
     u = jnp.take_along_axis(u, group_start, axis=1)
     rate = spec.rate_low + (spec.rate_high - spec.rate_low) * (1 - u)  # 1 - u is in (0, 1]
-    scores = unit(keys[:, 1])
     if spec.masking == "bernoulli":
         return Masking(eligible & (scores < rate), rate)
     return _fixed_count(rate, scores, eligible, where)

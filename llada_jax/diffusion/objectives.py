@@ -1,10 +1,11 @@
-"""The training objectives: BDLM (Eq. 1), MDLM (Eq. 2) and, as their block-size-1 case, AR.
+"""The training objectives: BDLM (Eq. 1), MDLM (Eq. 2), SFT (Eq. 5), CAP (Eq. 6) and, as block size 1, AR.
 
     L = E_t E_{x_t} [ -alpha'_t / (1 - alpha_t)  sum_i 1[x_t^i = MASK]  -log p(x_0^i | x_t^k, x_0^{<k}) ] / tokens
 
 BDLM: the noisy block k sees itself and the clean blocks before it, in one pass over [x_t | x_0]. MDLM: one block, no
-clean half. All share one forward pass and one reduction. `prepare` draws the noise and knows the normaliser before any
-forward pass, so that micro-batches can be weighted exactly.
+clean half. SFT: Eq. 1 with noise on the response only. CAP adds lambda times the mean entropy of the supervised tokens
+that are predicted correctly. All share one forward pass and one reduction. `prepare` draws the noise and knows the
+normaliser before any forward pass, so that micro-batches can be weighted exactly.
 """
 
 import dataclasses
@@ -26,7 +27,8 @@ from llada_jax.model.forward import Execution, denoised_hidden
 class Objective:
     """time_weight: "elbo" is -alpha'_t / (1 - alpha_t) = 1 / t, "uniform" is 1. normalizer: the loss is divided by the
     number of "tokens" that could be masked, or of those "masked". complementary: each row also comes with the inverse
-    mask. block_origin: "global" (Eq. 3) or "document".
+    mask. block_origin: "global" (Eq. 3) or "document". confidence_weight: lambda of Eq. 6, of the entropy at
+    confidence_temperature.
     """
 
     noise: NoiseSpec = NoiseSpec()
@@ -34,8 +36,15 @@ class Objective:
     normalizer: str = "tokens"
     complementary: bool = False
     block_origin: str = "global"
+    confidence_weight: float = 0.0
+    confidence_temperature: float = 1.0
 
     def __post_init__(self):
+        if self.confidence_weight < 0 or self.confidence_temperature <= 0:
+            raise InputError(
+                f"objective.confidence_weight={self.confidence_weight}, confidence_temperature="
+                f"{self.confidence_temperature}, expected at least 0 and more than 0"
+            )
         for field, choices in (
             ("time_weight", ("elbo", "uniform")),
             ("normalizer", ("tokens", "masked")),
@@ -57,6 +66,7 @@ class Example:
     masked: jax.Array
     eligible: jax.Array
     weights: jax.Array
+    segment_ids: jax.Array
     positions: jax.Array
     where: vis.Layout
     keys: jax.Array
@@ -64,24 +74,34 @@ class Example:
 
 @flax.struct.dataclass
 class Sums:
-    """Sums over a batch, float32 scalars: of weighted nll, of nll and correctness over supervised tokens, and of
-    supervised and eligible tokens.
+    """Sums over a batch, float32 scalars: of weighted nll, of nll, correctness and entropy of the correct ones over
+    supervised tokens, and of supervised and eligible tokens.
     """
 
     weighted: jax.Array
     nll: jax.Array
     correct: jax.Array
+    correct_entropy: jax.Array
     supervised: jax.Array
     eligible: jax.Array
 
 
 def prepare(
-    tokens, segment_ids, supervised, keys, block_size, config: ModelConfig, objective: Objective, halves="both"
+    tokens,
+    segment_ids,
+    supervised,
+    keys,
+    block_size,
+    config: ModelConfig,
+    objective: Objective,
+    halves="both",
+    noise_source=None,
 ) -> Example:
     """Draws the noise of a batch.
 
     tokens, segment_ids [batch, length] int; supervised [batch, length] bool: tokens that may be masked and scored;
-    keys [batch]; block_size a traced or concrete int. halves as in schedule.Phase. A complementary objective returns
+    keys [batch]; block_size a traced or concrete int; halves as in schedule.Phase; noise_source: a function of
+    (layout, segment_ids) that gives `source` of noise.draw_masking, or None. A complementary objective returns
     2 * batch rows, the inverses after the originals.
     """
     where = vis.layout(segment_ids, block_size, objective.block_origin)
@@ -89,13 +109,14 @@ def prepare(
     if halves == "clean":
         masking = Masking(eligible, jnp.ones(tokens.shape))
     else:
-        masking = draw_masking(keys, eligible, where, objective.noise)
+        source = None if noise_source is None else noise_source(where, segment_ids)
+        masking = draw_masking(keys, eligible, where, objective.noise, source)
     if objective.complementary and halves != "clean":
         inverse = complement(masking, eligible)
-        masking, tokens, eligible, where, keys = jax.tree.map(
+        masking, tokens, segment_ids, eligible, where, keys = jax.tree.map(
             lambda a, b: jnp.concatenate([a, b]),
-            (masking, tokens, eligible, where, keys),
-            (inverse, tokens, eligible, where, keys),
+            (masking, tokens, segment_ids, eligible, where, keys),
+            (inverse, tokens, segment_ids, eligible, where, keys),
         )
     weights = masking.masked.astype(jnp.float32)
     if objective.time_weight == "elbo":
@@ -106,6 +127,7 @@ def prepare(
         masked=masking.masked,
         eligible=eligible,
         weights=weights,
+        segment_ids=segment_ids,
         positions=jnp.arange(tokens.shape[1])[None] - where.document_start,
         where=where,
         keys=keys,
@@ -118,13 +140,31 @@ def normalizer(example: Example, objective: Objective) -> jax.Array:
     return jnp.maximum(counted.sum().astype(jnp.float32), 1.0)
 
 
+def loss(sums: Sums, total: jax.Array, objective: Objective) -> jax.Array:
+    """sum of weighted nll / total, plus (Eq. 6) lambda times the mean entropy over correctly predicted tokens.
+
+    sums: of a batch or of one of its micro-batches; total: `normalizer` of the whole batch. The mean of Eq. 6 is over
+    the tokens of `sums`: which are correct is not known before the forward pass.
+    """
+    value = sums.weighted / total
+    if objective.confidence_weight:
+        value += objective.confidence_weight * sums.correct_entropy / jnp.maximum(sums.correct, 1.0)
+    return value
+
+
 def score(
-    params, config: ModelConfig, example: Example, halves="both", execution=Execution(), embedding_noise_std=None
+    params,
+    config: ModelConfig,
+    example: Example,
+    halves="both",
+    execution=Execution(),
+    embedding_noise_std=None,
+    entropy_temperature=None,
 ) -> tuple[Sums, head.TokenScores]:
     """One forward pass: the sums that the loss and the metrics are made of, and the scores of each token.
 
     embedding_noise_std: standard deviation (a scalar, may be traced) of the Gaussian noise on the embedding output of
-    masked tokens (Section 7.1), or None.
+    masked tokens (Section 7.1), or None. entropy_temperature: compute the entropy, for Eq. 6.
     """
     noisy = None if halves == "clean" else example.noisy
     clean = None if halves == "noisy" else example.clean
@@ -132,11 +172,13 @@ def score(
     if embedding_noise_std is not None and noisy is not None:
         added = _embedding_noise(example, embedding_noise_std, config.hidden_size)
     hidden = denoised_hidden(params, config, noisy, clean, example.where, example.positions, execution, added)
-    scores = head.token_scores(hidden, example.clean, example.masked, head.head_matrix(params, config))
+    matrix = head.head_matrix(params, config)
+    scores = head.token_scores(hidden, example.clean, example.masked, matrix, entropy_temperature)
     return Sums(
         weighted=(scores.nll * example.weights).sum(),
         nll=scores.nll.sum(),
         correct=scores.correct.sum(),
+        correct_entropy=(scores.correct * scores.entropy).sum(),
         supervised=example.masked.sum().astype(jnp.float32),
         eligible=example.eligible.sum().astype(jnp.float32),
     ), scores

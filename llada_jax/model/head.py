@@ -24,8 +24,8 @@ def logits(params, config: ModelConfig, hidden: jax.Array) -> jax.Array:
 class TokenScores:
     """Per position, float32 [batch, length]; zero where nothing is supervised.
 
-    nll: -log p(target), nats. correct: 1 where the target is the most probable token. entropy: of p, nats, or zero
-    when it was not asked for.
+    nll: -log p(target), nats. correct: 1 where the target is the most probable token. entropy: of
+    softmax(logits / entropy_temperature), nats, or zero when it was not asked for.
     """
 
     nll: jax.Array
@@ -34,7 +34,11 @@ class TokenScores:
 
 
 def token_scores(
-    hidden: jax.Array, targets: jax.Array, supervised: jax.Array, head: jax.Array, with_entropy: bool = False
+    hidden: jax.Array,
+    targets: jax.Array,
+    supervised: jax.Array,
+    head: jax.Array,
+    entropy_temperature: float | None = None,
 ) -> TokenScores:
     """Scores of the supervised positions only, CHUNK positions of each row at a time.
 
@@ -56,7 +60,7 @@ def token_scores(
         hidden, targets, supervised = inputs
         nothing = jnp.zeros((3,) + targets.shape, jnp.float32)
         return carry, jax.lax.cond(
-            supervised.any(), lambda: _score(hidden, targets, supervised, head, with_entropy), lambda: nothing
+            supervised.any(), lambda: _score(hidden, targets, supervised, head, entropy_temperature), lambda: nothing
         )
 
     _, scores = jax.lax.scan(one_chunk, None, (chunks(hidden), chunks(targets), chunks(supervised)))
@@ -65,13 +69,14 @@ def token_scores(
     return TokenScores(*unsorted)
 
 
-def _score(hidden, targets, supervised, head, with_entropy) -> jax.Array:
+def _score(hidden, targets, supervised, head, entropy_temperature) -> jax.Array:
     """[3, batch, chunk] float32: negative log-likelihood, correctness and entropy, zero where not supervised."""
     z = jnp.dot(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
     log_norm = jax.nn.logsumexp(z, axis=-1)
     nll = log_norm - jnp.take_along_axis(z, targets[..., None], axis=-1)[..., 0]
     correct = (jnp.argmax(z, axis=-1) == targets).astype(jnp.float32)
     entropy = jnp.zeros_like(nll)
-    if with_entropy:
-        entropy = log_norm - jnp.sum(jnp.exp(z - log_norm[..., None]) * z, axis=-1)
+    if entropy_temperature is not None:
+        log_p = jax.nn.log_softmax(z / entropy_temperature, axis=-1)
+        entropy = -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
     return jnp.where(supervised, jnp.stack([nll, correct, entropy]), 0.0)

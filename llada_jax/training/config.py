@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from llada_jax.diffusion import schedule
 from llada_jax.diffusion.noise import NoiseSpec
 from llada_jax.diffusion.objectives import Objective
+from llada_jax.diffusion.preference import Preference
 from llada_jax.errors import InputError
 from llada_jax.model.config import PRESETS
 from llada_jax.model.forward import Execution
@@ -57,8 +58,17 @@ def default_config(model: str) -> ConfigDict:
     objective.spread_times = False
     objective.complementary = False
     objective.block_origin = "global"  # Eq. 3, or "document"
+    objective.confidence_weight = 0.0  # lambda of CAP (Eq. 6)
+    objective.confidence_temperature = 1.0
     objective.embedding_noise_std = 0.0  # Gaussian noise on masked embeddings (Section 7.1) ...
     objective.embedding_noise_steps = 0  # ... for that many first steps
+
+    config.preference = preference = ConfigDict()  # DPO (Eq. 7, 8), when enabled, instead of the objective's loss
+    preference.enabled = False
+    preference.beta = 0.1
+    preference.draws = 1
+    preference.shared_noise = True
+    preference.max_pairs = 16
 
     config.optimizer = optimizer = ConfigDict()
     optimizer.learning_rate = 1e-3
@@ -125,7 +135,27 @@ def _pairs(c: ConfigDict, phase: str) -> list[tuple[int, int]]:
 def objective(config: ConfigDict) -> Objective:
     c = config.objective
     noise = NoiseSpec(c.times, c.rate_low, c.rate_high, c.masking, c.spread_times)
-    return Objective(noise, c.time_weight, c.normalizer, c.complementary, c.block_origin)
+    return Objective(
+        noise,
+        c.time_weight,
+        c.normalizer,
+        c.complementary,
+        c.block_origin,
+        c.confidence_weight,
+        c.confidence_temperature,
+    )
+
+
+def preference(config: ConfigDict) -> Preference | None:
+    """Settings of DPO, or None when the run is not one."""
+    c = config.preference
+    if not c.enabled:
+        return None
+    if not config.init_from:
+        raise InputError('config.init_from="": DPO needs the model of the stage before, as policy and as reference')
+    if config.objective.complementary or config.objective.confidence_weight:
+        raise InputError("config.preference.enabled: not with objective.complementary or objective.confidence_weight")
+    return Preference(c.beta, c.draws, c.shared_noise, c.max_pairs)
 
 
 def execution(config: ConfigDict) -> Execution:
@@ -174,4 +204,4 @@ def check(config: ConfigDict) -> None:
             raise InputError(
                 f"config.evaluation.block_sizes: {block_size} does not divide data.length={config.data.length}"
             )
-    phases(config), objective(config), execution(config)
+    phases(config), objective(config), preference(config), execution(config)

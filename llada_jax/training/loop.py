@@ -27,7 +27,7 @@ from llada_jax.training import state as states
 from llada_jax.training.inputs import Inputs, initial_params, open_inputs
 from llada_jax.training.metrics import MetricsWriter, Progress
 from llada_jax.training.optimizer import learning_rate, make_optimizer
-from llada_jax.training.step import make_train_step
+from llada_jax.training.step import denoising_loss, make_train_step, preference_loss
 
 
 def train(config: ConfigDict, workdir: str, devices=None) -> None:
@@ -64,7 +64,8 @@ def _run(config, phases, mesh, workdir: Path, inputs: Inputs, stop) -> None:
         return
 
     objective, execution = settings.objective(config), settings.execution(config)
-    train_step = make_train_step(inputs.model, objective, execution, optimizer, config.seed, config.batch.micro_batches)
+    loss, reference = _loss(config, inputs.model, where.params)
+    train_step = make_train_step(inputs.model, loss, optimizer, config.batch.micro_batches)
     rates = learning_rate(config.optimizer, last_step)
     writer = MetricsWriter(workdir, first_step)
     progress = Progress(first_step, last_step, config.batch.rows * config.data.length)
@@ -79,7 +80,7 @@ def _run(config, phases, mesh, workdir: Path, inputs: Inputs, stop) -> None:
             scalars = jax.device_put((jnp.int32(phase.block_size), jnp.float32(_noise_std(config, step))))
             batch = jax.device_put(batch, batch_sharding)
             with jax.transfer_guard("disallow"):
-                state, metrics = train_step(state, batch, *scalars, phase.halves)
+                state, metrics = train_step(state, reference, batch, *scalars, phase.halves)
             done = step + 1
             last = done == last_step or stop.is_set
             if done % config.log_every_steps == 0 or done == first_step + 1 or last:
@@ -92,6 +93,14 @@ def _run(config, phases, mesh, workdir: Path, inputs: Inputs, stop) -> None:
                 break
     keep.wait()
     print(f"{'stopped' if stop.is_set else 'finished'} at step {done}: {workdir}", flush=True)
+
+
+def _loss(config, model, where):
+    """(the stage's loss, its frozen reference weights or None)."""
+    common = model, settings.objective(config), settings.execution(config), config.seed
+    if (preference := settings.preference(config)) is None:
+        return denoising_loss(*common, config.batch.micro_batches), None
+    return preference_loss(*common, preference), initial_params(config, model, where)
 
 
 class Checkpoints:

@@ -61,9 +61,10 @@ class Progress:
         rate = (step - before) * self._tokens / max(now - then, 1e-9)
         oldest_step, oldest = self._marks[0]
         left = (self._last_step - step) * (now - oldest) / max(step - oldest_step, 1)
+        accuracy = metrics.get("masked_accuracy", metrics.get("preference_accuracy"))
         text = (
             f"step {step}/{self._last_step}  {phase.name}  block {phase.block_size}  loss {metrics['loss']:.4f}  "
-            f"acc {metrics['masked_accuracy']:.3f}  {rate:,.0f} tokens/s  {duration(left)} left"
+            f"acc {accuracy:.3f}  {rate:,.0f} tokens/s  {duration(left)} left"
         )
         return text, rate
 

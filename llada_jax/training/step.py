@@ -1,52 +1,137 @@
-"""One optimizer step: noise, forward, backward, clip, AdamW, as one compiled program per kind of pass."""
+"""One optimizer step: noise, forward, backward, clip, AdamW, as one compiled program per kind of pass.
 
+What a stage optimises is a `Loss`: four pure functions. The step itself is the same for all.
+"""
+
+import dataclasses
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from llada_jax.diffusion import noise, objectives
+from llada_jax.diffusion import noise, objectives, preference
 from llada_jax.diffusion.objectives import Objective
+from llada_jax.diffusion.preference import Preference
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.forward import Execution
 from llada_jax.training.state import TrainState
 
 
-def make_train_step(
-    model: ModelConfig,
-    objective: Objective,
-    execution: Execution,
-    optimizer: optax.GradientTransformation,
-    seed: int,
-    micro_batches: int = 1,
-):
-    """Returns the jitted train_step(state, batch, block_size, embedding_noise_std, halves) -> (state, metrics).
-
-    batch: data.order.Batch of arrays; block_size int32 and embedding_noise_std float32 are run-time scalars; halves
-    (schedule.Phase.halves) is static. The state is donated. metrics: float32 scalars.
+class Loss(NamedTuple):
+    """prepare(batch, block_size, halves) -> example, rows leading. total(example): what sums are divided by.
+    value(params, reference, example, total, noise_std, halves) -> (loss, sums): of a micro-batch; the losses and the
+    sums of micro-batches add up. metrics(sums, total) -> {name: scalar}.
     """
 
-    def loss(params, example, total, noise_std, halves):
-        sums, _ = objectives.score(params, model, example, halves, execution, noise_std)
-        return sums.weighted / total, sums
+    prepare: Callable
+    total: Callable
+    value: Callable
+    metrics: Callable
 
-    def train_step(state: TrainState, batch, block_size, embedding_noise_std, halves):
-        keys = noise.example_keys(seed, batch.row_ids, batch.epochs)
-        example = objectives.prepare(
-            batch.ids, batch.segment_ids, batch.supervised, keys, block_size, model, objective, halves
-        )
-        gradient = functools.partial(
-            jax.grad(loss, has_aux=True), total=objectives.normalizer(example, objective),
-            noise_std=embedding_noise_std, halves=halves,
-        )  # fmt: skip
+
+def make_train_step(model: ModelConfig, loss: Loss, optimizer: optax.GradientTransformation, micro_batches: int = 1):
+    """Returns the jitted train_step(state, reference, batch, block_size, embedding_noise_std, halves).
+
+    It returns (state, metrics), metrics being float32 scalars. reference: frozen weights, or None when the loss needs
+    none. batch: data.order.Batch of arrays; block_size int32 and embedding_noise_std float32 are run-time scalars;
+    halves (schedule.Phase.halves) is static. The state is donated.
+    """
+
+    def train_step(state: TrainState, reference, batch, block_size, embedding_noise_std, halves):
+        example = loss.prepare(batch, block_size, halves)
+        total = loss.total(example)
+
+        def gradient(params, example):
+            value = functools.partial(loss.value, noise_std=embedding_noise_std, halves=halves)
+            return jax.grad(value, has_aux=True)(params, reference, example, total)
+
         gradients, sums = _accumulate(gradient, state.params, example, micro_batches)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = _metrics(model, params, sums, gradients, objectives.normalizer(example, objective))
+        metrics = loss.metrics(sums, total) | {"gradient_norm": optax.global_norm(gradients)}
+        if model.mask_token_id is not None:  # near zero after AR training; Section 7.1 watches it
+            metrics["mask_embedding_norm"] = jnp.linalg.norm(params["embedding"][model.mask_token_id])
         return TrainState(state.step + 1, params, optimizer_state), metrics
 
     return jax.jit(train_step, static_argnames="halves", donate_argnums=0)
+
+
+def denoising_loss(
+    model: ModelConfig, objective: Objective, execution: Execution, seed: int, micro_batches: int = 1
+) -> Loss:
+    """BDLM, MDLM, AR, SFT and CAP (diffusion/objectives.py)."""
+    temperature = objective.confidence_temperature if objective.confidence_weight else None
+    # The confidence term is a mean over a micro-batch: its parts add up to the mean over micro-batches.
+    part = dataclasses.replace(objective, confidence_weight=objective.confidence_weight / micro_batches)
+
+    def prepare(batch, block_size, halves):
+        keys = noise.example_keys(seed, batch.row_ids, batch.epochs)
+        return objectives.prepare(
+            batch.ids, batch.segment_ids, batch.supervised, keys, block_size, model, objective, halves
+        )
+
+    def value(params, reference, example, total, noise_std, halves):
+        sums, _ = objectives.score(params, model, example, halves, execution, noise_std, temperature)
+        return objectives.loss(sums, total, part), sums
+
+    def metrics(sums: objectives.Sums, total):
+        supervised = jnp.maximum(sums.supervised, 1)
+        named = {
+            "loss": objectives.loss(sums, total, objective),
+            "masked_nll": sums.nll / supervised,
+            "masked_accuracy": sums.correct / supervised,
+            "masked_share": sums.supervised / jnp.maximum(sums.eligible, 1),
+        }
+        if temperature is not None:
+            named["correct_entropy"] = sums.correct_entropy / jnp.maximum(sums.correct, 1)
+        return named
+
+    return Loss(prepare, lambda example: objectives.normalizer(example, objective), value, metrics)
+
+
+def preference_loss(
+    model: ModelConfig, objective: Objective, execution: Execution, seed: int, settings: Preference
+) -> Loss:
+    """DPO (diffusion/preference.py). Examples carry `draws` noise samples of each row: leaves [rows, draws, ...]."""
+    source = preference.shared_source if settings.shared_noise else None
+
+    def prepare(batch, block_size, halves):
+        rows = jax.tree.map(lambda x: jnp.repeat(x, settings.draws, axis=0), batch)
+        draw = jnp.tile(jnp.arange(settings.draws, dtype=jnp.uint32), len(batch.ids))
+        keys = noise.example_keys(seed, rows.row_ids, rows.epochs * settings.draws + draw)
+        example = objectives.prepare(
+            rows.ids, rows.segment_ids, rows.supervised, keys, block_size, model, objective, halves, source
+        )
+        return jax.tree.map(lambda x: x.reshape(-1, settings.draws, *x.shape[1:]), example)
+
+    def scores(params, example, halves):
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), example)
+        _, tokens = objectives.score(params, model, flat, halves, execution)
+        found = preference.document_scores(tokens.nll, flat.weights, flat.segment_ids, settings.max_pairs)
+        return found.reshape(-1, settings.draws, *found.shape[1:]).mean(1)
+
+    def present(example):
+        return preference.pairs_present(example.segment_ids[:, 0], settings.max_pairs)
+
+    def value(params, reference, example, total, noise_std, halves):
+        policy = scores(params, example, halves)
+        frozen = jax.lax.stop_gradient(scores(reference, example, halves))
+        sums = preference.preference_loss(policy, frozen, present(example), settings.beta)
+        return sums.loss / total, sums
+
+    def metrics(sums: preference.PreferenceSums, total):
+        mean = sums.difference / total
+        return {
+            "loss": sums.loss / total,
+            "preference_accuracy": sums.correct / total,
+            "margin": settings.beta * mean,
+            "difference_variance": sums.squared_difference / total - mean**2,
+        }
+
+    return Loss(prepare, lambda example: jnp.maximum(present(example).sum(), 1).astype(jnp.float32), value, metrics)
 
 
 def _accumulate(gradient, params, example, micro_batches: int):
@@ -65,17 +150,3 @@ def _accumulate(gradient, params, example, micro_batches: int):
     first = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], parts))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
     return jax.lax.scan(one, zeros, parts)[0]
-
-
-def _metrics(model, params, sums: objectives.Sums, gradients, total):
-    supervised = jnp.maximum(sums.supervised, 1)
-    metrics = {
-        "loss": sums.weighted / total,
-        "masked_nll": sums.nll / supervised,
-        "masked_accuracy": sums.correct / supervised,
-        "masked_share": sums.supervised / jnp.maximum(sums.eligible, 1),
-        "gradient_norm": optax.global_norm(gradients),
-    }
-    if model.mask_token_id is not None:  # near zero after AR training; Section 7.1 watches it
-        metrics["mask_embedding_norm"] = jnp.linalg.norm(params["embedding"][model.mask_token_id])
-    return metrics

@@ -1,0 +1,38 @@
+"""Supervised fine-tuning (Eq. 5): block diffusion with noise on the response only, complementary masks, a rate band.
+
+    python tools/pack_data.py --kind=chat --source=CHATS --tokenizer=CHECKPOINT --out=ROWS --length=2048
+    python -m llada_jax.train --config=configs/sft.py:MODEL --workdir=DIR --config.init_from=CHECKPOINT \
+        --config.data.path=ROWS
+
+CHATS holds JSONL of {"messages": [{"role": ..., "content": ...}, ...]}. Each row is trained under a mask and under its
+complement, so that every response token is supervised exactly once a step. The paper gives neither the band nor the
+weight that its code uses; the band is that of the authors' released trainer, [0.3, 0.8], the weight is the paper's 1/t
+(--config.objective.time_weight=uniform is the trainer's). Options: length (tokens a row), steps.
+"""
+
+from llada_jax.training.config import default_config, parse_argument, refuse_unknown
+
+
+def get_config(argument=None):
+    model, options = parse_argument(argument)
+    refuse_unknown(options, ["length", "steps"])
+    config = default_config(model)
+    config.data.length = options.get("length", 256 if model.startswith("tiny") else 2048)
+    config.schedule.kind = "constant"
+    config.schedule.block_size = 32
+    config.schedule.steps = options.get("steps", 1000)
+    config.objective.complementary = True
+    config.objective.rate_low = 0.3
+    config.objective.rate_high = 0.8
+    config.optimizer.learning_rate = 1e-5
+    config.optimizer.warmup_steps = 30
+    config.optimizer.decay_steps = config.schedule.steps // 2
+    config.evaluation.block_sizes = (32,)
+    if not model.startswith("tiny"):
+        config.batch.rows = 64
+        config.execution.dtype = "bfloat16"
+        config.execution.attention = "blockwise"
+        config.execution.remat = "full"
+        config.checkpoint.every_steps = 200
+        config.evaluation.every_steps = 200
+    return config
