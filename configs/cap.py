@@ -8,20 +8,10 @@ lambda; 2.0 at temperature 1 is what the authors' released trainer recommends. O
 configs/sft.py).
 """
 
-import importlib.util
-from pathlib import Path
+from llada_jax.training.config import load_sibling
 
 
 def get_config(argument=None):
-    config = _sibling("sft").get_config(argument)
+    config = load_sibling(__file__, "sft").get_config(argument)
     config.objective.confidence_weight = 2.0
     return config
-
-
-def _sibling(name):
-    """A config beside this one: configs/ is a folder of programs, not a package."""
-    path = Path(__file__).with_name(f"{name}.py")
-    spec = importlib.util.spec_from_file_location(f"configs_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

@@ -42,8 +42,8 @@ step "6/6 after training"
 evaluate "$folder/wsd" "$folder/after.json"
 python experiments/quickstart_report.py "$folder/before.json" "$folder/after.json"
 for block in 4 32; do
-  printf '\nsampled by block diffusion, block size %d, threshold 0.5:\n' "$block"
-  python tools/generate.py --checkpoint="$folder/wsd" --gen_length=32 --block_length="$block" --threshold=0.5 \
+  printf '\nsampled by block diffusion, block size %d, threshold 0.3:\n' "$block"
+  python tools/generate.py --checkpoint="$folder/wsd" --gen_length=32 --block_length="$block" --threshold=0.3 \
     --prompt='def read(self, size=-1):
     """Read and return up to size bytes'
 done

@@ -4,7 +4,9 @@ A file in configs/ starts from `default_config` and changes fields; flags overri
 --config.optimizer.learning_rate=1e-4.
 """
 
+import importlib.util
 from collections.abc import Sequence
+from pathlib import Path
 
 from ml_collections import ConfigDict
 
@@ -100,6 +102,15 @@ def parse_argument(argument: str | None, default_model: str = "tiny") -> tuple[s
             raise InputError(f"config argument: {option!r}, expected option=INTEGER")
         parsed[name] = int(value)
     return model, parsed
+
+
+def load_sibling(file: str, name: str):
+    """The config NAME.py in the folder of `file`, as a module: configs/ is a folder of programs, not a package."""
+    path = Path(file).with_name(f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"configs_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def refuse_unknown(options: dict, known: Sequence[str]) -> None:
