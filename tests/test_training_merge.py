@@ -1,0 +1,60 @@
+"""The mean of checkpoints, and which steps are the best."""
+
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from llada_jax.errors import InputError
+from llada_jax.model import parameters
+from llada_jax.model.config import preset
+from llada_jax.training import merge
+from llada_jax.training.checkpoint import load_params, write_weights
+
+CONFIG = preset("tiny").replace(num_layers=2, hidden_size=16, intermediate_size=16, vocab_size=512)
+
+
+def write(path, seed, dtype=np.float32, config=CONFIG):
+    rng = np.random.default_rng(seed)
+    leaves = {n: rng.normal(size=p.shape).astype(dtype) for n, (p, _) in parameters.leaves(config).items()}
+    write_weights(path, config, leaves.items(), {"tokenizer.json": b"{}"}, {})
+    return leaves
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_merge_is_the_float32_mean(tmp_path, dtype):
+    parts = [write(tmp_path / str(seed), seed, dtype) for seed in range(3)]
+    merge.merge_checkpoints([tmp_path / str(seed) for seed in range(3)], tmp_path / "out")
+    flat = parameters.unstack(load_params(tmp_path / "out"), CONFIG)
+    for name, value in flat.items():
+        mean = sum(part[name].astype(np.float32) for part in parts) / np.float32(3)
+        assert value.dtype == dtype and np.array_equal(np.asarray(value), mean.astype(dtype))
+
+
+def test_merging_one_checkpoint_changes_nothing(tmp_path):
+    write(tmp_path / "a", 0)
+    merge.merge_checkpoints([tmp_path / "a"], tmp_path / "out")
+    tensors = [json.loads((tmp_path / x / "digests.json").read_text())["tensors"] for x in ("a", "out")]
+    assert tensors[0] == tensors[1]
+
+
+def test_another_model_is_refused_by_field(tmp_path):
+    write(tmp_path / "a", 0)
+    write(tmp_path / "b", 0, config=CONFIG.replace(rope_theta=1e6))
+    with pytest.raises(InputError, match="rope_theta"):
+        merge.merge_checkpoints([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_best_steps_by_held_out_nelbo(tmp_path):
+    rows = []
+    for step, nelbos in {10: (3.0, 5.0), 20: (2.0, 4.0), 30: (2.5, 3.0), 40: (9.0, 9.0)}.items():
+        rows += [{"step": step, "block_size": b, "nelbo": n} for b, n in zip((4, 32), nelbos, strict=True)]
+        rows.append({"step": step, "loss": 1.0})
+        if step != 40:
+            write(tmp_path / "checkpoints" / str(step), step)
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [(path.name, nelbo) for path, nelbo in merge.best_steps(tmp_path, 2)] == [("30", 2.75), ("20", 3.0)]
+    with pytest.raises(InputError, match="3 steps are saved and evaluated, 4 wanted"):
+        merge.best_steps(tmp_path, 4)

@@ -1,0 +1,34 @@
+"""Averages checkpoints: the top-k merge of Section 4.3.
+
+python tools/merge_checkpoints.py --checkpoints=A,B,C --out=DIR
+python tools/merge_checkpoints.py --workdir=DIR --best=3 --out=DIR     (the 3 saved steps of least held-out NELBO)
+"""
+
+from absl import flags
+
+from llada_jax import errors
+from llada_jax.errors import InputError
+from llada_jax.training import merge
+
+_CHECKPOINTS = flags.DEFINE_list("checkpoints", [], "Checkpoints to average.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of a training run, instead of --checkpoints.")
+_BEST = flags.DEFINE_integer("best", 3, "How many steps of --workdir.", lower_bound=1)
+_OUT = flags.DEFINE_string("out", None, "Folder of the result.", required=True)
+
+
+def main(argv) -> None:
+    del argv
+    if bool(_CHECKPOINTS.value) == bool(_WORKDIR.value):
+        raise InputError("one of --checkpoints=A,B,C and --workdir=DIR is required")
+    paths = _CHECKPOINTS.value
+    if _WORKDIR.value:
+        best = merge.best_steps(_WORKDIR.value, _BEST.value)
+        for path, nelbo in best:
+            print(f"step {path.name}: held-out NELBO {nelbo:.4f}, the mean over block sizes")
+        paths = [path for path, _ in best]
+    merge.merge_checkpoints(paths, _OUT.value)
+    print(f"{_OUT.value}: the mean of {len(paths)} checkpoints")
+
+
+if __name__ == "__main__":
+    errors.run(main)
