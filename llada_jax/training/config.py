@@ -204,6 +204,7 @@ def check(config: ConfigDict) -> None:
     for field in ("optimizer.b1", "optimizer.b2"):
         if not 0 <= value(field) < 1:
             raise InputError(f"config.{field}={value(field)!r}, expected at least 0 and below 1")
+    phases(config), objective(config), preference(config), execution(config)
     if config.batch.rows % config.batch.micro_batches:
         raise InputError(
             f"config.batch.micro_batches={config.batch.micro_batches} does not divide batch.rows={config.batch.rows}"
@@ -215,4 +216,3 @@ def check(config: ConfigDict) -> None:
             raise InputError(
                 f"config.evaluation.block_sizes: {block_size} does not divide data.length={config.data.length}"
             )
-    phases(config), objective(config), preference(config), execution(config)
