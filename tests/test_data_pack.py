@@ -156,6 +156,14 @@ def test_a_resumed_run_does_not_read_what_is_packed(tmp_path, source, tokenizer,
     )
 
 
+def test_bad_input_before_the_first_shard_leaves_nothing(tmp_path, source, tokenizer):
+    with (source / "a.jsonl").open("a") as stream:
+        stream.write("broken\n")
+    with pytest.raises(InputError, match="malformed JSON"):
+        pack.pack(str(source), tokenizer, str(tmp_path / "new" / "out"), LENGTH)
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_complete_dataset_is_left_alone(tmp_path, source, tokenizer, capsys):
     arguments = (str(source), tokenizer, str(tmp_path / "out"), LENGTH)
     dataset = pack.pack(*arguments)

@@ -26,12 +26,14 @@ _BATCH_DOCUMENTS = 512
 _BATCH_CHARACTERS = 1 << 20
 
 
-class _Packed(NamedTuple):
-    """A finished row and where to resume after it: `taken` tokens of the document at `source` are in rows already."""
+class PackedRow(NamedTuple):
+    """A finished row and where to resume after it: `taken` tokens of the document at `source` are in rows already.
+
+    `counts` is what this row adds to the totals in dataset.json.
+    """
 
     record: bytes
-    tokens: int
-    documents: int
+    counts: dict
     source: tuple[int, int]
     taken: int
 
@@ -58,10 +60,7 @@ def pack(
     Returns the contents of dataset.json. A run over a complete dataset with the same settings changes nothing; an
     interrupted one is continued. Raises InputError on bad input and when `out` was begun with other settings.
     """
-    if length < 1 or rows_per_shard < 1:
-        raise InputError(f"length {length} and rows_per_shard {rows_per_shard} must be at least 1")
-    if block_align < 1 or length % block_align:
-        raise InputError(f"block_align {block_align} must be at least 1 and divide length {length}")
+    check_shape(length, block_align, rows_per_shard)
     files = text.list_files(source, patterns)
     settings = {
         "format": FORMAT,
@@ -74,21 +73,54 @@ def pack(
         "eos_id": tokenizer.eos_id,
         "source_files": [[file.name, file.bytes] for file in files],
     }
+
+    def rows_after(source: tuple[int, int], taken: int) -> Iterator[PackedRow]:
+        tokenised = _tokenise(text.iter_documents(files, field, source), tokenizer)
+        return _pack_rows(tokenised, length, block_align, tokenizer.eos_id or 0, taken)
+
+    empty = f"{source}: empty dataset, every document is empty"
+    return write_dataset(out, settings, files, {"tokens": 0, "documents": 0}, rows_after, empty, log)
+
+
+def check_shape(length: int, block_align: int, rows_per_shard: int) -> None:
+    """Raises InputError naming the value if rows of this shape cannot be packed."""
+    if length < 1 or rows_per_shard < 1:
+        raise InputError(f"length {length} and rows_per_shard {rows_per_shard} must be at least 1")
+    if block_align < 1 or length % block_align:
+        raise InputError(f"block_align {block_align} must be at least 1 and divide length {length}")
+
+
+def write_dataset(
+    out: str,
+    settings: dict,
+    files: Sequence[text.SourceFile],
+    counts: dict,
+    rows_after: Callable[[tuple[int, int], int], Iterator[PackedRow]],
+    empty: str,
+    log: TextIO | None,
+) -> dict:
+    """Writes rows as shards of settings["rows_per_shard"] under `out`, then dataset.json, and returns its contents.
+
+    `rows_after(source, taken)` gives the rows that follow a row with this `source` and `taken`; (0, 0), 0 is the
+    beginning. After a whole shard they must be those that an uninterrupted run gives. `counts` are the totals of no
+    rows: numbers, "tokens" and "documents" among them, or dicts of numbers. Raises InputError(empty) if there are no
+    rows, and as `pack` does.
+    """
     dataset_path, progress_path = os.path.join(out, "dataset.json"), os.path.join(out, "progress.json")
     if (dataset := read_json(dataset_path)) is not None:
         _check_settings(dataset_path, dataset, settings)
         if log is not None:
             print(f"{out}: already complete", file=log)
         return dataset
-    state = _resume(progress_path, settings)
-    _make_folder(out)
-    with progress_lines(files, tuple(state["source"]), state["tokens"], log) as report:
-        state = _write_shards(files, tokenizer, out, settings, state, report)
-    if not state["shards"]:
-        raise InputError(f"{source}: empty dataset, every document is empty")
+    state = _resume(progress_path, settings, counts)
+    with _folder(out), progress_lines(files, tuple(state["source"]), state["tokens"], log) as report:
+        rows = rows_after(tuple(state["source"]), state["taken"])
+        state = _write_shards(rows, out, settings, state, report)
+        if not state["shards"]:
+            raise InputError(empty)
     dataset = settings | {
         "rows": sum(rows for _, rows in state["shards"]),
-        **{name: state[name] for name in ("tokens", "documents", "shards", "digest")},
+        **{name: state[name] for name in (*counts, "shards", "digest")},
     }
     _write_json(dataset_path, dataset)
     with contextlib.suppress(FileNotFoundError):
@@ -96,9 +128,9 @@ def pack(
     return dataset
 
 
-def _resume(path: str, settings: dict) -> dict:
+def _resume(path: str, settings: dict, counts: dict) -> dict:
     """The state in progress.json, or that of a run which has packed nothing yet."""
-    state = {"source": [0, 0], "taken": 0, "shards": [], "tokens": 0, "documents": 0, "digest": ""}
+    state = {"source": [0, 0], "taken": 0, "shards": [], **counts, "digest": ""}
     progress = read_json(path)
     if progress is None:
         return state
@@ -106,13 +138,8 @@ def _resume(path: str, settings: dict) -> dict:
     return {name: progress[name] for name in state}
 
 
-def _write_shards(
-    files: Sequence[text.SourceFile], tokenizer: Tokenizer, out: str, settings: dict, state: dict, report: Callable
-) -> dict:
+def _write_shards(rows: Iterator[PackedRow], out: str, settings: dict, state: dict, report: Callable) -> dict:
     """Writes every shard that follows `state`, recording progress after each; returns the final state."""
-    documents = text.iter_documents(files, settings["field"], tuple(state["source"]))
-    tokenised = _tokenise(documents, tokenizer)
-    rows = _pack_rows(tokenised, settings["length"], settings["block_align"], tokenizer.eos_id or 0, state["taken"])
     # islice takes no row beyond its shard, so that a full shard is kept even if the next document cannot be read.
     while first := next(rows, None):
         name = f"rows-{len(state['shards']):05d}.array_record"
@@ -126,22 +153,27 @@ def _write_shards(
                 count += 1
                 state = _advance(state, row)
                 report(row.source, state["documents"], state["tokens"])
-        finally:
+        except BaseException:
             writer.close()
+            os.unlink(unfinished)
+            raise
+        writer.close()
         _publish(unfinished, os.path.join(out, name))
         state = state | {"shards": [*state["shards"], [name, count]]}
         _write_json(os.path.join(out, "progress.json"), settings | state)
     return state
 
 
-def _advance(state: dict, row: _Packed) -> dict:
+def _advance(state: dict, row: PackedRow) -> dict:
     """The state after one more row. The digest is a chain over records: a hash object would not survive a restart."""
-    return state | {
-        "source": list(row.source),
-        "taken": row.taken,
-        "tokens": state["tokens"] + row.tokens,
-        "documents": state["documents"] + row.documents,
-        "digest": hashlib.sha256(bytes.fromhex(state["digest"]) + row.record).hexdigest(),
+    digest = hashlib.sha256(bytes.fromhex(state["digest"]) + row.record).hexdigest()
+    return _add(state, row.counts) | {"source": list(row.source), "taken": row.taken, "digest": digest}
+
+
+def _add(totals: dict, counts: dict) -> dict:
+    return totals | {
+        name: _add(totals[name], value) if isinstance(value, dict) else totals[name] + value
+        for name, value in counts.items()
     }
 
 
@@ -150,36 +182,39 @@ def _tokenise(
 ) -> Iterator[tuple[tuple[int, int], np.ndarray]]:
     """Yields (source, ids [n] int32) for every document, the end-of-sequence token included."""
     end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-
-    def encode(batch):
+    for batch in batches(documents, lambda document: len(document[2])):
         for (file, offset, _), ids in zip(batch, tokenizer.encode_batch([body for *_, body in batch]), strict=True):
             yield (file, offset), np.asarray(ids + end if ids else [], np.int32)
 
-    batch, characters = [], 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document[2])
-        if len(batch) == _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
-            yield from encode(batch)
-            batch, characters = [], 0
+
+def batches(items: Iterable, characters: Callable[..., int]) -> Iterator[list]:
+    """Yields the items in lists worth one call of the tokenizer, which encodes a list on all cores."""
+    batch, total = [], 0
+    for item in items:
+        batch.append(item)
+        total += characters(item)
+        if len(batch) == _BATCH_DOCUMENTS or total >= _BATCH_CHARACTERS:
+            yield batch
+            batch, total = [], 0
     if batch:
-        yield from encode(batch)
+        yield batch
 
 
 def _pack_rows(
     documents: Iterable[tuple[tuple[int, int], np.ndarray]], length: int, align: int, pad_id: int, skip: int
-) -> Iterator[_Packed]:
+) -> Iterator[PackedRow]:
     """Yields full rows, then the padded rest; the first `skip` tokens of the first document are left out."""
     pieces: list[tuple[int, np.ndarray, tuple[int, int], bool]] = []  # (start, ids, source, begins a document)
     start, source, taken = 0, (0, 0), 0
 
-    def finish() -> _Packed:
+    def finish() -> PackedRow:
         ids = np.full(length, pad_id, np.int32)
         for begin, part, _, _ in pieces:
             ids[begin : begin + len(part)] = part
         lengths = [len(part) for _, part, _, _ in pieces]
         record = encode_row(ids, [piece[0] for piece in pieces], lengths, [piece[2] for piece in pieces])
-        return _Packed(record, sum(lengths), sum(piece[3] for piece in pieces), source, taken)
+        counts = {"tokens": sum(lengths), "documents": sum(piece[3] for piece in pieces)}
+        return PackedRow(record, counts, source, taken)
 
     for source, ids in documents:
         taken, skip = skip, 0
@@ -206,11 +241,25 @@ def _check_settings(path: str, stored: dict, settings: dict) -> None:
         raise InputError(f"{path}: {name} is {found!r} there but {wanted!r} now; take another output folder")
 
 
-def _make_folder(path: str) -> None:
+@contextlib.contextmanager
+def _folder(path: str) -> Iterator[None]:
+    """Makes the folder; if the block fails and left nothing in it, whatever was made is removed again."""
+    made = []
+    missing = os.path.abspath(path)
+    while not os.path.exists(missing):
+        made.append(missing)
+        missing = os.path.dirname(missing)
     try:
         os.makedirs(path, exist_ok=True)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from error
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # the first that is not empty ends it
+            for folder in made:
+                os.rmdir(folder)
+        raise
 
 
 def _write_json(path: str, value: dict) -> None:
