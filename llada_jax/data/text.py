@@ -140,8 +140,8 @@ def _json_text(line: bytes, field: str) -> str:
         record = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise InputError("not UTF-8") from error
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"malformed JSON ({getattr(error, 'msg', 'nested too deeply')})") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"malformed JSON ({getattr(error, 'msg', error)})") from error
     if not isinstance(record, dict):
         raise InputError("not a JSON object")
     if field not in record:

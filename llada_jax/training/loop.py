@@ -78,6 +78,11 @@ def _run(config, phases, mesh, workdir: Path, inputs: Inputs, stop) -> None:
         for step, batch in batches:
             phase = schedule.phase_at(phases, step)
             scalars = jax.device_put((jnp.int32(phase.block_size), jnp.float32(_noise_std(config, step))))
+            if config.preference.enabled and batch.segment_ids.max() > 2 * config.preference.max_pairs:
+                raise InputError(
+                    f"config.preference.max_pairs={config.preference.max_pairs}: a row of step {step} has "
+                    f"{batch.segment_ids.max()} documents"
+                )
             batch = jax.device_put(batch, batch_sharding)
             with jax.transfer_guard("disallow"):
                 state, metrics = train_step(state, reference, batch, *scalars, phase.halves)
@@ -151,11 +156,11 @@ def _evaluate(config, writer, inputs: Inputs, state, objective, execution, step)
     """Held-out NELBO at each block size, with the same masks every time, so that differences are paired."""
     texts = []
     sizes = (1,) if config.schedule.kind == "ar" else config.evaluation.block_sizes
-    batch_axes = jax.sharding.get_abstract_mesh()
+    mesh = jax.sharding.get_abstract_mesh()
     for block_size in sizes:
         estimate = block_nelbo(
             state.params, inputs.model, inputs.held_out, block_size, samples=config.evaluation.samples,
-            rows_at_once=max(4, batch_axes.size), block_origin=objective.block_origin, execution=execution,
+            rows_at_once=max(4, mesh.size), block_origin=objective.block_origin, execution=execution,
         )  # fmt: skip
         row = {"step": step, "block_size": block_size, "nelbo": estimate.nats, "nelbo_stderr": estimate.stderr}
         writer.write(row, f"held_out_block_{block_size}")
