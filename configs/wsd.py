@@ -3,7 +3,8 @@
     python -m llada_jax.train --config=configs/wsd.py:tiny --workdir=/tmp/tiny
 
 trains a 0.9 M parameter model from random weights on this repository's own sources, one token a byte, through the
-whole curriculum (block size 1 -> 4 -> 32 -> 64 -> 256 -> 128 -> 64 -> 32) in about two minutes on two CPU cores.
+whole curriculum (block size 1 -> 4 -> 32 -> 64 -> 256 -> 128 -> 64 -> 32) in about two and a half minutes on two CPU
+cores. Held-out NELBO at the end, nats per byte: 2.85 at block size 1, 2.87 at 32, 2.88 at 256 (5.5 is chance).
 
 Options: length (tokens a row). A real conversion starts from an imported checkpoint:
 
