@@ -79,24 +79,13 @@ def place(file: text.SourceFile, offset: int) -> str:
     """Names a row in an error: path:line, or path:row N of a parquet file."""
     if file.format == "parquet":
         return f"{file.path}:row {offset}"
-    line = 1
-    with open(file.path, "rb") as stream:
-        while stream.tell() < offset and stream.readline():
-            line += 1
-    return f"{file.path}:{line}"
+    return f"{file.path}:{text.line_number(file.path, offset)}"
 
 
 def parse_row(row: bytes | dict) -> dict:
     """A row as a dict without nulls. Raises InputError, without the place, if it is not a JSON object."""
     if isinstance(row, bytes):
-        try:
-            row = json.loads(row.decode("utf-8-sig"))
-        except UnicodeDecodeError as error:
-            raise InputError("not UTF-8") from error
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"malformed JSON ({getattr(error, 'msg', 'nested too deeply')})") from error
-        if not isinstance(row, dict):
-            raise InputError("not a JSON object")
+        row = text.parse_object(row)
     return {name: value for name, value in row.items() if value is not None}
 
 

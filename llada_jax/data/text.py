@@ -130,12 +130,13 @@ def _read_jsonl(path: str, field: str, offset: int) -> Iterator[tuple[int, str]]
                     text = _json_text(line, field)
                 except InputError as error:
                     # Line numbers are counted only now, so that a restart need not read the file's beginning.
-                    raise InputError(f"{path}:{_line_number(path, offset)}: {error}") from error
+                    raise InputError(f"{path}:{line_number(path, offset)}: {error}") from error
                 yield offset, text
             offset += len(line)
 
 
-def _json_text(line: bytes, field: str) -> str:
+def parse_object(line: bytes) -> dict:
+    """The JSON object on a line. Raises InputError, without the place, when it is something else."""
     try:
         record = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -144,6 +145,11 @@ def _json_text(line: bytes, field: str) -> str:
         raise InputError(f"malformed JSON ({getattr(error, 'msg', error)})") from error
     if not isinstance(record, dict):
         raise InputError("not a JSON object")
+    return record
+
+
+def _json_text(line: bytes, field: str) -> str:
+    record = parse_object(line)
     if field not in record:
         raise InputError(f'field "{field}" is missing')
     text = record[field]
@@ -156,7 +162,8 @@ def _json_text(line: bytes, field: str) -> str:
     return text
 
 
-def _line_number(path: str, offset: int) -> int:
+def line_number(path: str, offset: int) -> int:
+    """Number, from 1, of the line that begins at a byte offset."""
     lines = 1
     with open(path, "rb") as stream:
         while offset > 0 and (chunk := stream.read(min(offset, 1 << 20))):
