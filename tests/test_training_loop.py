@@ -13,6 +13,7 @@ import pytest
 
 from llada_jax.data.byte_tokenizer import byte_tokenizer
 from llada_jax.data.pack_chat import pack_chat
+from llada_jax.data.pack_preference import pack_preference
 from llada_jax.errors import InputError
 from llada_jax.model.config import PRESETS, preset
 from llada_jax.training import loop
@@ -131,31 +132,41 @@ def test_loss_falls_and_a_stage_starts_from_the_one_before(text, tmp_path):
     assert first["masked_nll"] == pytest.approx(before, rel=0.25)
 
 
-def test_sft_then_cap_then_dpo_from_packed_chats(text, tmp_path):
+def test_sft_then_cap_then_dpo_from_packed_rows(tmp_path):
     """Each stage starts from the one before, on rows whose supervised tokens are the answers."""
     tokenizer = byte_tokenizer(eos_id=508, mask_id=511)
-    (tmp_path / "chats").mkdir()
-    rows = [{"prompt": f"{i} plus 1 is", "response": f" {i + 1}."} for i in range(60)]
-    (tmp_path / "chats" / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    pack_chat(str(tmp_path / "chats"), tokenizer, str(tmp_path / "rows"), 128, block_align=32)
+    chats, pairs, rows = tmp_path / "chats.jsonl", tmp_path / "pairs.jsonl", str(tmp_path / "rows")
+    right = [{"prompt": f"{i} plus 1 is", "completion": f" {i + 1}."} for i in range(60)]
+    chats.write_text("".join(json.dumps(row) + "\n" for row in right))
+    both = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": " 0, I think."} for row in right]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in both))
+    pack_chat(str(chats), tokenizer, rows, 128, block_align=32)
     before = ""
     for stage in ("sft", "cap", "dpo"):
         config = load_sibling(str(ROOT / "configs" / "sft.py"), stage).get_config("tiny,length=128,steps=3")
         config.model = "small"
         config.init_from = before
-        config.data.update(path=str(tmp_path / "rows"), source="", tokenizer="" if before else "bytes", held_out_rows=4)
+        config.data.update(path=rows, source="", tokenizer="" if before else "bytes", held_out_rows=4)
         config.log_every_steps = 1
         config.batch.rows = 4
-        if stage == "dpo":  # adjacent documents stand for pairs; policy and reference are equal at first
+        if stage == "dpo":
+            with pytest.raises(InputError, match="rows of --kind=chat, but config.preference.enabled=True"):
+                train(config, tmp_path / "wrong_rows")
+            config.data.path = str(tmp_path / "paired")
+            pack_preference(str(pairs), tokenizer, config.data.path, 128, max_pairs=2)
             config.preference.draws = 2
         metrics = [row for row in train(config, tmp_path / stage) if "loss" in row]
         assert len(metrics) == 3
         before = str(tmp_path / stage)
+    # Policy and reference are equal at first.
     assert "correct_entropy" not in metrics[0] and metrics[0]["loss"] == pytest.approx(np.log(2), abs=1e-4)
     assert metrics[2]["difference_variance"] > 0
     config.preference.max_pairs = 1
-    with pytest.raises(InputError, match="max_pairs=1: a row of step 0 has 4 documents"):
+    with pytest.raises(InputError, match="max_pairs=1: .* was packed with --max_pairs=2"):
         train(config, tmp_path / "too_many")
+    config.preference.enabled = False
+    with pytest.raises(InputError, match="rows of --kind=preference, but config.preference.enabled=False"):
+        train(config, tmp_path / "no_preference")
 
 
 def test_gradient_accumulation_is_exact(text, tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import sys
 from pathlib import Path
 
 import jax
@@ -41,6 +42,7 @@ def open_inputs(config: ConfigDict, workdir: Path) -> Inputs:
         )
     split = stored - data.held_out_rows
     rows = Rows(path, config.seed, 0, split, expected_length=data.length)
+    _check_kind(config, path, rows.dataset)
     held_out = Rows(path, config.seed, split, stored, shuffle=False, expected_length=data.length)
     if (tokenizer is not None) and rows.dataset["tokenizer_digest"] != tokenizer.digest:
         raise InputError(f"{path}: packed with another tokenizer than the checkpoint's")
@@ -89,6 +91,20 @@ def _model(config: ConfigDict) -> tuple[ModelConfig, Tokenizer | None, dict]:
     return model, tokenizer, lineage
 
 
+def _check_kind(config: ConfigDict, path: str, dataset: dict):
+    """Pairs are for DPO and DPO is for pairs: other losses would learn the rejected answers too."""
+    kind, wanted = dataset.get("kind", "text"), config.preference
+    if (kind == "preference") != wanted.enabled:
+        raise InputError(
+            f"{path}: rows of --kind={kind}, but config.preference.enabled={wanted.enabled}; DPO, and nothing else, "
+            "trains on rows of --kind=preference"
+        )
+    if wanted.enabled and dataset["max_pairs"] > wanted.max_pairs:
+        raise InputError(
+            f"config.preference.max_pairs={wanted.max_pairs}: {path} was packed with --max_pairs={dataset['max_pairs']}"
+        )
+
+
 def _dataset(config: ConfigDict, workdir: Path, tokenizer: Tokenizer | None) -> str:
     """Folder of packed rows; raw text is packed into the cache once, under a digest of what went in."""
     data = config.data
@@ -99,11 +115,11 @@ def _dataset(config: ConfigDict, workdir: Path, tokenizer: Tokenizer | None) -> 
     if tokenizer is None:
         raise InputError('config.data.tokenizer: packing data.source needs a tokenizer: a folder, or "bytes"')
     from llada_jax.data.pack import pack  # parquet and jsonl readers are not needed when the rows exist
-    from llada_jax.data.text import list_files
+    from llada_jax.data.sources import list_files
 
-    files = [(file.name, file.bytes) for file in list_files(data.source, tuple(data.patterns))]
+    files = [(file.name, file.bytes) for file in list_files(data.source, patterns=data.patterns)]
     settings = json.dumps([files, data.length, tokenizer.digest]).encode()
     cache = Path(data.cache) if data.cache else workdir / "data"
     out = cache / hashlib.sha256(settings).hexdigest()[:16]
-    pack(data.source, tokenizer, str(out), data.length, patterns=tuple(data.patterns))
+    pack(data.source, tokenizer, str(out), data.length, patterns=data.patterns, log=sys.stderr)
     return str(out)

@@ -78,11 +78,6 @@ def _run(config, phases, mesh, workdir: Path, inputs: Inputs, stop) -> None:
         for step, batch in batches:
             phase = schedule.phase_at(phases, step)
             scalars = jax.device_put((jnp.int32(phase.block_size), jnp.float32(_noise_std(config, step))))
-            if config.preference.enabled and batch.segment_ids.max() > 2 * config.preference.max_pairs:
-                raise InputError(
-                    f"config.preference.max_pairs={config.preference.max_pairs}: a row of step {step} has "
-                    f"{batch.segment_ids.max()} documents"
-                )
             batch = jax.device_put(batch, batch_sharding)
             with jax.transfer_guard("disallow"):
                 state, metrics = train_step(state, reference, batch, *scalars, phase.halves)
