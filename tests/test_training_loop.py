@@ -185,9 +185,9 @@ def test_sft_then_cap_then_dpo_from_packed_chats(text, tmp_path):
         assert len(metrics) == 3
         before = str(tmp_path / stage)
     assert "correct_entropy" not in metrics[0] and metrics[0]["loss"] == pytest.approx(np.log(2), abs=1e-4)
-    assert metrics[2]["difference_variance"] > 0
+    assert metrics[2]["difference_variance"] > 0 and metrics[0]["learning_rate"] == pytest.approx(1e-6 * 10, rel=1e-3)
     config.preference.max_pairs = 1
-    with pytest.raises(InputError, match="max_pairs=1: a row of step 0 has 4 documents"):
+    with pytest.raises(InputError, match="max_pairs=1: a row of the held-out data has 4 documents"):
         train(config, tmp_path / "too_many")
 
 

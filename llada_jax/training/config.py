@@ -72,6 +72,7 @@ def default_config(model: str) -> ConfigDict:
     preference.draws = 1
     preference.shared_noise = True
     preference.max_pairs = 16
+    preference.reference = "frozen"  # a copy of the weights; or "precomputed": its scores, made before the first step
 
     config.optimizer = optimizer = ConfigDict()
     optimizer.learning_rate = 1e-3  # 0 is the rate at which the run of init_from ended
@@ -93,7 +94,12 @@ def default_config(model: str) -> ConfigDict:
     kept.keep_best = 0  # besides the last, so many of the least held-out NELBO ...
     kept.best_block_size = 0  # ... at this one of evaluation.block_sizes; 0 is the last of them
 
-    config.evaluation = ConfigDict(dict(every_steps=100, block_sizes=(1, 4, 32, 256), rows=8, samples=1))
+    config.evaluation = evaluation = ConfigDict()
+    evaluation.every_steps = 100
+    evaluation.block_sizes = (1, 4, 32, 256)
+    evaluation.rows = 8
+    evaluation.samples = 1
+    evaluation.preference_draws = 8  # DPO: noise samples that each held-out score averages over
     config.log_every_steps = 10
     return config.lock()
 
@@ -172,7 +178,14 @@ def preference(config: ConfigDict) -> Preference | None:
         raise InputError('config.init_from="": DPO needs the model of the stage before, as policy and as reference')
     if config.objective.complementary or config.objective.confidence_weight:
         raise InputError("config.preference.enabled: not with objective.complementary or objective.confidence_weight")
+    if c.reference not in ("frozen", "precomputed"):
+        raise InputError(f'config.preference.reference={c.reference!r}, expected "frozen" or "precomputed"')
     return Preference(c.beta, c.draws, c.shared_noise, c.max_pairs)
+
+
+def evaluation_block_sizes(config: ConfigDict) -> tuple[int, ...]:
+    """Block sizes of the held-out NELBO; an AR model has one."""
+    return (1,) if config.schedule.kind == "ar" else tuple(config.evaluation.block_sizes)
 
 
 def execution(config: ConfigDict) -> Execution:
@@ -184,7 +197,7 @@ def execution(config: ConfigDict) -> Execution:
 _POSITIVE = (
     "data.length", "data.held_out_rows", "batch.rows", "batch.micro_batches",
     "optimizer.clip_norm", "optimizer.eps", "checkpoint.every_steps",
-    "evaluation.every_steps", "evaluation.rows", "evaluation.samples", "log_every_steps",
+    "evaluation.every_steps", "evaluation.rows", "evaluation.samples", "evaluation.preference_draws", "log_every_steps",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "seed", "optimizer.learning_rate", "optimizer.warmup_steps", "optimizer.decay_steps", "optimizer.weight_decay",

@@ -26,6 +26,7 @@ from llada_jax.training import state as states
 from llada_jax.training.inputs import Inputs, initial_params, lineage, open_inputs
 from llada_jax.training.metrics import MetricsWriter, Progress
 from llada_jax.training.optimizer import learning_rate, make_optimizer
+from llada_jax.training.reference import open_reference
 from llada_jax.training.source import continue_learning_rate
 from llada_jax.training.step import denoising_loss, make_train_step, preference_loss
 
@@ -43,6 +44,8 @@ def train(config: ConfigDict, workdir: str, devices=None) -> None:
         raise InputError(f"config.batch.rows={config.batch.rows} cannot be shared by {mesh.size} devices")
     directory = Path(workdir)
     inputs = open_inputs(config, directory)
+    if inputs.source is not None:
+        print(inputs.source.describe(), flush=True)
     config = continue_learning_rate(config, inputs.source)
     directory.mkdir(parents=True, exist_ok=True)
     _write_config(config, directory)
@@ -55,6 +58,8 @@ def _run(config, phases, mesh, workdir: Path, inputs: Inputs, stop) -> None:
     optimizer = make_optimizer(config.optimizer, inputs.model, last_step)
     abstract = states.abstract(inputs.model, optimizer)
     where = states.shardings(abstract, inputs.model, mesh)
+    batch_sharding = NamedSharding(mesh, PartitionSpec(sharding.spec(("batch",), (config.batch.rows,), mesh)[0]))
+    reference = open_reference(config, phases, inputs, where.params, batch_sharding, workdir)
     state = _restore(config, workdir, inputs, abstract, where)
     if state is None:
         params = initial_params(inputs, config.seed, where.params)
@@ -64,13 +69,11 @@ def _run(config, phases, mesh, workdir: Path, inputs: Inputs, stop) -> None:
     if first_step >= last_step:
         return
 
-    loss, reference = _loss(config, inputs, where.params)
-    train_step = make_train_step(inputs.model, loss, optimizer, config.batch.micro_batches)
+    train_step = make_train_step(inputs.model, _loss(config, inputs.model), optimizer, config.batch.micro_batches)
     rates = learning_rate(config.optimizer, last_step)
     writer = MetricsWriter(workdir, first_step)
     progress = Progress(first_step, last_step, config.batch.rows * config.data.length)
     batches = prefetch(inputs.rows, first_step, last_step, config.batch.rows)
-    batch_sharding = NamedSharding(mesh, PartitionSpec(sharding.spec(("batch",), (config.batch.rows,), mesh)[0]))
     keep = Checkpoints(config, workdir, inputs)
     with contextlib.ExitStack() as closing:
         closing.callback(writer.close)
@@ -78,14 +81,9 @@ def _run(config, phases, mesh, workdir: Path, inputs: Inputs, stop) -> None:
         for step, batch in batches:
             phase = schedule.phase_at(phases, step)
             scalars = jax.device_put((jnp.int32(phase.block_size), jnp.float32(_noise_std(config, step))))
-            if config.preference.enabled and batch.segment_ids.max() > 2 * config.preference.max_pairs:
-                raise InputError(
-                    f"config.preference.max_pairs={config.preference.max_pairs}: a row of step {step} has "
-                    f"{batch.segment_ids.max()} documents"
-                )
-            batch = jax.device_put(batch, batch_sharding)
+            batch = jax.device_put(reference.join(step, batch), batch_sharding)
             with jax.transfer_guard("disallow"):
-                state, metrics = train_step(state, reference, batch, *scalars, phase.halves)
+                state, metrics = train_step(state, reference.weights, batch, *scalars, phase.halves)
             done = step + 1
             last = done == last_step or stop.is_set
             if done % config.log_every_steps == 0 or done == first_step + 1 or last:
@@ -93,7 +91,7 @@ def _run(config, phases, mesh, workdir: Path, inputs: Inputs, stop) -> None:
             save = done % config.checkpoint.every_steps == 0 or done == last_step
             score = None  # a step that SIGTERM makes us save has none: there is no time, and no other run would have it
             if done % config.evaluation.every_steps == 0 or done == last_step or (save and config.checkpoint.keep_best):
-                score = held_out.evaluate(config, inputs, state.params, writer, done)
+                score = held_out.evaluate(config, inputs, reference, state.params, writer, done)
             if save or last:
                 keep.save(done, state, score)
             if last:
@@ -102,12 +100,11 @@ def _run(config, phases, mesh, workdir: Path, inputs: Inputs, stop) -> None:
     print(f"{'stopped' if stop.is_set else 'finished'} at step {done}: {workdir}", flush=True)
 
 
-def _loss(config, inputs: Inputs, where):
-    """(the stage's loss, its frozen reference weights or None)."""
-    common = inputs.model, settings.objective(config), settings.execution(config), config.seed
+def _loss(config, model):
+    common = model, settings.objective(config), settings.execution(config), config.seed
     if (preference := settings.preference(config)) is None:
-        return denoising_loss(*common, config.batch.micro_batches), None
-    return preference_loss(*common, preference), initial_params(inputs, config.seed, where)
+        return denoising_loss(*common, config.batch.micro_batches)
+    return preference_loss(*common, preference, config.preference.reference == "precomputed")
 
 
 class Checkpoints:
@@ -188,11 +185,9 @@ def flatten(tree: dict, prefix: str = "") -> dict:
 
 
 def _announce(config, phases, inputs: Inputs, mesh, first_step, last_step) -> None:
-    model, source = inputs.model, inputs.source
-    start = "starting from random weights" if source is None else "starting from init_from"
+    model = inputs.model
+    start = "starting from random weights" if inputs.source is None else "starting from init_from"
     start = f"resuming at step {first_step}" if first_step else start
-    if source is not None:
-        print(source.describe())
     devices = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "1 device"
     print(
         f"{config.model}: {parameters.count(model):,} parameters, alignment {model.alignment}, {start}\n"
