@@ -6,7 +6,8 @@ import pytest
 from test_diffusion_objectives import TINY, params_of
 from test_diffusion_preference import SEGMENTS, batch, other_params
 
-from llada_jax.evaluation.preference import compare, pair_scores, pairs_in
+from llada_jax.evaluation.likelihood import block_nelbo
+from llada_jax.evaluation.preference import chosen_only, compare, pair_scores, pairs_in
 
 
 def host_batch():
@@ -34,6 +35,13 @@ def test_the_policy_that_is_the_reference_prefers_nothing():
     scores = pair_scores(params_of(TINY), TINY, host_batch(), 4, 2)
     found = compare(scores, scores, SEGMENTS, 0.1)
     assert (found.accuracy, found.margin, found.variance, found.pairs) == (0, 0, 0, 4)
+
+
+def test_the_nelbo_of_chosen_answers_does_not_see_the_rejected_ones():
+    rows, rejected = chosen_only(host_batch()), (SEGMENTS > 0) & (SEGMENTS % 2 == 0)
+    changed = rows.replace(ids=np.where(rejected, 7, rows.ids))
+    a, b = (block_nelbo(params_of(TINY), TINY, r, 1, block_origin="document") for r in (rows, changed))
+    assert a == b and a.tokens == (host_batch().supervised & (SEGMENTS % 2 == 1)).sum()
 
 
 def test_numbers_and_standard_errors():

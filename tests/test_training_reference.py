@@ -1,7 +1,9 @@
 """DPO against scores that were made before training: the same run as against frozen weights, without a second model."""
 
 import json
+import os
 import shutil
+import signal
 
 import jax
 import numpy as np
@@ -13,9 +15,10 @@ from llada_jax.data.pack_chat import pack_chat
 from llada_jax.errors import InputError
 from llada_jax.model import parameters
 from llada_jax.model.config import preset
-from llada_jax.training import reference
+from llada_jax.training import loop, reference
 from llada_jax.training.checkpoint import write_weights
 from llada_jax.training.config import default_config
+from llada_jax.training.score_file import ScoreFile
 
 STEPS = 6
 
@@ -94,6 +97,22 @@ def test_scoring_goes_on_where_it_was_killed(start, runs, tmp_path, capsys):
     assert (tmp_path / "reference_scores.bin").read_bytes() == data
     out = capsys.readouterr().out
     assert f" of {STEPS} steps by the reference" in out and f"scoring {STEPS} " not in out
+
+
+def test_sigterm_stops_the_scoring_and_keeps_what_is_scored(start, runs, tmp_path, monkeypatch, capsys):
+    append = ScoreFile.append
+
+    def kill_after_two(self, values):
+        append(self, values)
+        if self.stored == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(ScoreFile, "append", kill_after_two)
+    loop.train(config_of(start, "precomputed"), tmp_path, jax.devices()[:1])
+    assert "stopped after scoring 2 steps" in capsys.readouterr().out and not (tmp_path / "checkpoints").exists()
+    data = (runs[0] / "precomputed" / "reference_scores.bin").read_bytes()
+    found = (tmp_path / "reference_scores.bin").read_bytes()
+    assert data.startswith(found) and len(data) - len(found) == (STEPS - 2) * (4 * 4 * 2 * 4 + 4)
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,11 @@ def pairs_in(segment_ids: np.ndarray) -> int:
     return int(segment_ids.max(initial=0)) // 2
 
 
+def chosen_only(batch):
+    """`batch` with the chosen answers of its pairs as the only supervised tokens."""
+    return batch.replace(supervised=batch.supervised & (batch.segment_ids % 2 == 1))
+
+
 def compare(policy: np.ndarray, reference: np.ndarray, segment_ids: np.ndarray, beta: float) -> PreferenceEstimate:
     """policy, reference: of pair_scores, [rows, max_pairs, 2]; segment_ids [rows, length] of the same rows, which hold
     at least one pair.

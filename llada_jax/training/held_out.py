@@ -6,7 +6,7 @@ import jax
 from ml_collections import ConfigDict
 
 from llada_jax.evaluation.likelihood import block_nelbo
-from llada_jax.evaluation.preference import compare
+from llada_jax.evaluation.preference import chosen_only, compare
 from llada_jax.training import config as settings
 from llada_jax.training.inputs import Inputs
 from llada_jax.training.metrics import MetricsWriter
@@ -24,7 +24,7 @@ def evaluate(
     rows = inputs.held_out
     if reference.held_out is not None:
         _compare(config, inputs, reference, params, writer, step, sizes[-1])
-        rows = rows.replace(supervised=rows.supervised & (rows.segment_ids % 2 == 1))
+        rows = chosen_only(rows)
     mesh = jax.sharding.get_abstract_mesh()
     found, texts = {}, []
     for block_size in sizes:

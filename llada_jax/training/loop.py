@@ -59,7 +59,9 @@ def _run(config, phases, mesh, workdir: Path, inputs: Inputs, stop) -> None:
     abstract = states.abstract(inputs.model, optimizer)
     where = states.shardings(abstract, inputs.model, mesh)
     batch_sharding = NamedSharding(mesh, PartitionSpec(sharding.spec(("batch",), (config.batch.rows,), mesh)[0]))
-    reference = open_reference(config, phases, inputs, where.params, batch_sharding, workdir)
+    reference = open_reference(config, phases, inputs, where.params, batch_sharding, workdir, stop)
+    if reference is None:
+        return
     state = _restore(config, workdir, inputs, abstract, where)
     if state is None:
         params = initial_params(inputs, config.seed, where.params)

@@ -51,10 +51,11 @@ class Reference(NamedTuple):
 
 
 def open_reference(
-    config: ConfigDict, phases: Sequence[Phase], inputs: Inputs, shardings, batch_sharding, workdir: Path
-) -> Reference:
+    config: ConfigDict, phases: Sequence[Phase], inputs: Inputs, shardings, batch_sharding, workdir: Path, stop
+) -> Reference | None:
     """Loads or scores what is not in `workdir` yet; to be called while no other weights are on the devices.
 
+    None when `stop.is_set` became true before all was scored; a later run goes on from there.
     Raises InputError when the scores in `workdir` are of other settings, or the held-out rows have no pair.
     """
     stage = settings.preference(config)
@@ -70,7 +71,10 @@ def open_reference(
     if not held_out.complete:
         held_out.append(held_out_scores(config, inputs, load()))
     if not steps.complete:
-        _score_steps(config, phases, inputs, load(), batch_sharding, steps)
+        _score_steps(config, phases, inputs, load(), batch_sharding, steps, stop)
+    if not steps.complete:
+        print(f"stopped after scoring {steps.stored} steps: {workdir}", flush=True)
+        return None
     return Reference(None, steps.read(), held_out.read()[0])
 
 
@@ -116,7 +120,7 @@ def _files(config, phases, inputs: Inputs, max_pairs: int, workdir: Path) -> tup
     )
 
 
-def _score_steps(config, phases, inputs: Inputs, weights, batch_sharding, file: ScoreFile) -> None:
+def _score_steps(config, phases, inputs: Inputs, weights, batch_sharding, file: ScoreFile, stop) -> None:
     """Appends the scores of the steps that `file` lacks, in the batches and with the noise of training."""
     stage, objective, execution = settings.preference(config), settings.objective(config), settings.execution(config)
     replicated = NamedSharding(batch_sharding.mesh, PartitionSpec())
@@ -133,6 +137,9 @@ def _score_steps(config, phases, inputs: Inputs, weights, batch_sharding, file: 
     print(f"scoring {last_step - first} of {last_step} steps by the reference", flush=True)
     batches = prefetch(inputs.rows, first, last_step, config.batch.rows)
     for step, batch in batches:
+        if stop.is_set:
+            batches.close()
+            return
         phase = schedule.phase_at(phases, step)
         _check_pairs(batch, stage.max_pairs, f"step {step}")
         block_size = jax.device_put(jnp.int32(phase.block_size))
