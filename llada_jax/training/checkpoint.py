@@ -136,6 +136,19 @@ def resolve(path: str | os.PathLike) -> epath.Path:
     return _newest_intact(path, check)
 
 
+def locate(path: str | os.PathLike) -> epath.Path:
+    """The directory of the checkpoint that `path` stands for, its config verified, its weights not read.
+
+    Raises InputError saying what is missing or damaged.
+    """
+
+    def check(directory: epath.Path) -> epath.Path:
+        _read_config(directory)
+        return directory
+
+    return _newest_intact(path, check)
+
+
 def verify(path: str | os.PathLike) -> list[str]:
     """What is wrong with the checkpoint in directory `path`, one line each; [] when all of it is as it was written."""
     return list(_problems(epath.Path(path), files.TENSOR_FOLDERS))

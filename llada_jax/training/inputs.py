@@ -17,22 +17,24 @@ from llada_jax.interop.tokenizer import Tokenizer, load_tokenizer
 from llada_jax.model import parameters
 from llada_jax.model.config import ModelConfig, preset
 from llada_jax.training import checkpoint
+from llada_jax.training.source import Source, open_source
 
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """model: the resolved values; params: the weights to start from, or None for random ones."""
+    """model: the resolved values; source: the checkpoint to start from, or None for random weights."""
 
     model: ModelConfig
     tokenizer: Tokenizer | None
-    lineage: dict
+    source: Source | None
     rows: Rows
     held_out: Batch
 
 
 def open_inputs(config: ConfigDict, workdir: Path) -> Inputs:
     """Reads configs and opens data, no weights yet. Raises InputError naming what is missing or does not fit."""
-    model, tokenizer, lineage = _model(config)
+    source = open_source(config.init_from) if config.init_from else None
+    model, tokenizer = _model(config, source)
     path = _dataset(config, workdir, tokenizer)
     data = config.data
     stored = read_dataset(path)["rows"]
@@ -46,31 +48,38 @@ def open_inputs(config: ConfigDict, workdir: Path) -> Inputs:
     held_out = Rows(path, config.seed, split, stored, shuffle=False, expected_length=data.length)
     if (tokenizer is not None) and rows.dataset["tokenizer_digest"] != tokenizer.digest:
         raise InputError(f"{path}: packed with another tokenizer than the checkpoint's")
-    return Inputs(model, tokenizer, lineage, rows, held_out.batch(0, min(config.evaluation.rows, len(held_out))))
+    return Inputs(model, tokenizer, source, rows, held_out.batch(0, min(config.evaluation.rows, len(held_out))))
 
 
-def initial_params(config: ConfigDict, model: ModelConfig, shardings):
-    """float32 weights: those of init_from, or random ones drawn on the devices."""
-    if config.init_from:
-        return checkpoint.load_params(config.init_from, dtype="float32", shardings=shardings)
-    key = jax.random.key(config.seed, impl="threefry2x32")
-    return jax.jit(lambda key: parameters.initialize(model, key), out_shardings=shardings)(key)
+def initial_params(inputs: Inputs, seed: int, shardings):
+    """float32 weights: those of the source, or random ones drawn on the devices."""
+    if inputs.source is not None:
+        return checkpoint.load_params(inputs.source.directory, dtype="float32", shardings=shardings)
+    key = jax.random.key(seed, impl="threefry2x32")
+    return jax.jit(lambda key: parameters.initialize(inputs.model, key), out_shardings=shardings)(key)
 
 
-def _model(config: ConfigDict) -> tuple[ModelConfig, Tokenizer | None, dict]:
+def lineage(config: ConfigDict, inputs: Inputs) -> dict:
+    """What the checkpoints of the run say of where they come from: the run itself, and all stages before it."""
+    found = {"config": json.loads(config.to_json())}
+    if inputs.source is not None:
+        found |= {"init_from": str(config.init_from), "loaded": inputs.source.record(), "source": inputs.source.lineage}
+    return found
+
+
+def _model(config: ConfigDict, source: Source | None) -> tuple[ModelConfig, Tokenizer | None]:
     expected = preset(config.model)
-    tokenizer, lineage = None, {}
+    tokenizer = None
     model = expected
-    if config.init_from:
-        model, source = checkpoint.read_config(config.init_from)
-        lineage = {"init_from": str(config.init_from), "source": source}
+    if source is not None:
+        model = source.model
         for field in ("architecture", "hidden_size", "num_layers", "num_heads", "num_experts"):
             if getattr(model, field) != getattr(expected, field):
                 raise InputError(
                     f"config.init_from={config.init_from}: {field}={getattr(model, field)!r}, "
                     f"but model {config.model!r} has {getattr(expected, field)!r}"
                 )
-        tokenizer = checkpoint.load_tokenizer(config.init_from)
+        tokenizer = checkpoint.load_tokenizer(source.directory)
     elif config.data.tokenizer == "bytes":
         if expected.vocab_size < 258 or None in (expected.eos_token_id, expected.mask_token_id):
             raise InputError(f'config.data.tokenizer="bytes" does not fit model {config.model!r}')
@@ -88,7 +97,7 @@ def _model(config: ConfigDict) -> tuple[ModelConfig, Tokenizer | None, dict]:
             f"{config.init_from or config.data.tokenizer or config.model}: no mask token; import the checkpoint with "
             "--mask_token_id=N or --add_mask_token"
         )
-    return model, tokenizer, lineage
+    return model, tokenizer
 
 
 def _check_kind(config: ConfigDict, path: str, dataset: dict):
