@@ -1,7 +1,7 @@
 """The numbers of a seed, and the table over all recorded seeds.
 
     python experiments/post_training/report.py --collect FOLDER OUT.json     # a seed, at the end of run.sh
-    python experiments/post_training/report.py                               # the table of results/*.json
+    python experiments/post_training/report.py [MODEL]                       # the table of results/MODEL/*.json
 
 Standard errors are over seeds. A ratio or a difference is taken within a seed first.
 """
@@ -27,7 +27,8 @@ STAGES = {
 def collect(folder: Path) -> dict:
     """Everything that the table needs, from the files that a seed's commands wrote."""
     stages = {}
-    for stage in STAGES:
+    trained = [stage for stage in STAGES if (folder / stage / "metrics.jsonl").exists()]  # an imported AR model is not
+    for stage in trained:
         answered = json.loads((folder / f"{stage}.json").read_text())
         rows = [json.loads(line) for line in (folder / stage / "metrics.jsonl").read_text().splitlines()]
         last = [row for row in rows if "nelbo" in row][-1]
@@ -53,7 +54,8 @@ def table(seeds: list[dict]) -> str:
         return np.array([seed["stages"][stage][name] for seed in seeds])
 
     lines = ["| after | right answers, % | tokens per forward | held-out NELBO, nats per token |", "|---|---|---|---|"]
-    for stage, title in STAGES.items():
+    for stage in seeds[0]["stages"]:
+        title = STAGES[stage]
         lines.append(
             f"| {title} | {mean(over(stage, 'score'), 1, percent=True)} | {mean(over(stage, 'tokens_per_forward'), 2)} "
             f"| {mean(over(stage, 'held_out_nelbo'), 4)} |"
@@ -79,13 +81,14 @@ def table(seeds: list[dict]) -> str:
 def main(argv: list[str]) -> None:
     if argv[:1] == ["--collect"]:
         folder, out = map(Path, argv[1:])
-        out.parent.mkdir(exist_ok=True)
+        out.parent.mkdir(exist_ok=True, parents=True)
         out.write_text(json.dumps(collect(folder), indent=2) + "\n")
         print(f"{out}: written")
         return
-    seeds = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    results = RESULTS / (argv[0] if argv else "tiny")
+    seeds = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
     if not seeds:
-        sys.exit(f"error: {RESULTS}: no recorded seed; run experiments/post_training/run.sh SEED")
+        sys.exit(f"error: {results}: no recorded seed; run experiments/post_training/run.sh SEED")
     print(table(seeds))
 
 

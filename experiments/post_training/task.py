@@ -1,6 +1,6 @@
 """The data of the experiment: number filtering from reasoning-gym, and a tokenizer for it.
 
-    python experiments/post_training/task.py FOLDER SEED
+    python experiments/post_training/task.py FOLDER SEED [TOKENIZER]
     python experiments/post_training/task.py settings      # those of the task, as JSON
 
 "Remove all numbers larger than 4 in this list: ['7', '1', '3', '2', '8'] ..." -> "['1', '3', '2']": an answer can be
@@ -8,6 +8,7 @@ checked, and most of its tokens follow from the question alone, so that a model 
 at once. Writes to FOLDER
 
     tokenizer/        byte-level BPE trained on the task, numbers kept apart from text, with a chat template
+                      (not when TOKENIZER, a folder or a checkpoint, is given)
     text.jsonl        conversations as plain text, for the AR model and for WSD
     chats.jsonl       other conversations, for SFT and CAP
     questions.jsonl   more questions with their solutions, for preference pairs
@@ -21,6 +22,8 @@ from pathlib import Path
 
 import reasoning_gym
 import tokenizers
+
+from llada_jax.interop.tokenizer import Tokenizer, load_tokenizer
 
 NAME = "number_filtering"
 SETTINGS = dict(min_numbers=4, max_numbers=12, min_decimals=0, max_decimals=0, min_value=0, max_value=9)
@@ -43,6 +46,12 @@ def questions(seed: int, size: int) -> list[tuple[str, str]]:
 
 def messages(question: str, answer: str) -> list[dict]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def as_text(tokenizer: Tokenizer, question: str, answer: str) -> str:
+    """The conversation without its end of sequence, which packing adds."""
+    prompt = tokenizer.apply_chat_template(messages(question, answer)[:1], add_generation_prompt=True)
+    return prompt + answer
 
 
 def train_tokenizer(texts, folder: Path) -> None:
@@ -73,15 +82,18 @@ def write_rows(path: Path, rows) -> None:
     partial.replace(path)
 
 
-def main(folder: str, seed: str) -> None:
+def main(folder: str, seed: str, tokenizer_folder: str = "") -> None:
     out = Path(folder)
     test = {question for question, _ in questions(TEST_SEED, TEST_SIZE)}
     total = sum(SIZES.values())
     pairs = [pair for pair in questions(int(seed) * total, total) if pair[0] not in test]
     text = pairs[: SIZES["text"]]
     chats = pairs[len(text) : len(text) + SIZES["chats"]]
-    train_tokenizer((part for pair in text[:5000] for part in pair), out / "tokenizer")
-    write_rows(out / "text.jsonl", ({"text": f"{USER}{question}{ASSISTANT}{answer}"} for question, answer in text))
+    out.mkdir(parents=True, exist_ok=True)
+    if not tokenizer_folder:
+        train_tokenizer((part for pair in text[:5000] for part in pair), out / "tokenizer")
+    tokenizer = load_tokenizer(tokenizer_folder or str(out / "tokenizer"))
+    write_rows(out / "text.jsonl", ({"text": as_text(tokenizer, *pair)} for pair in text))
     write_rows(out / "chats.jsonl", ({"messages": messages(*pair)} for pair in chats))
     rest = pairs[len(text) + len(chats) :]
     write_rows(out / "questions.jsonl", ({"messages": messages(q, a)[:1], "solution": a} for q, a in rest))
