@@ -18,7 +18,7 @@ errors over pairs.
 
 reasoning_gym:TASK, answers: the share of right answers, and tokens per denoising forward pass (end of sequence
 included), with standard errors over questions. A line of QUESTIONS is {"prompt" or "messages": ..., "answer": TEXT}, to
-be met exactly. Decoding: --gen_length, --block_length, --threshold, --steps, --temperature, --eos_early_stop, --rule.
+be met exactly. Decoding (--gen_length, --block_length, --threshold ...) is that of tools/generate.py.
 """
 
 import dataclasses
@@ -30,6 +30,7 @@ from absl import flags
 
 from llada_jax import errors
 from llada_jax.errors import InputError
+from llada_jax.sampling import flags as decoding
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of the checkpoint or workdir.")
 _TASK = flags.DEFINE_string("task", "nelbo", "nelbo | preference | reasoning_gym:TASK | answers")
@@ -45,13 +46,7 @@ _BLOCK_ORIGIN = flags.DEFINE_string(
 _QUESTIONS = flags.DEFINE_integer("questions", None, "Answered questions (default: 100; of a file, all).", 1)
 _TASK_SETTINGS = flags.DEFINE_string("task_settings", "{}", "reasoning_gym: JSON of the task's settings.")
 _SEED = flags.DEFINE_integer("seed", 0, "reasoning_gym: of the questions.")
-_GEN_LENGTH = flags.DEFINE_integer("gen_length", 256, "Answers: most tokens.")
-_BLOCK_LENGTH = flags.DEFINE_integer("block_length", 32, "Answers: tokens decoded together.")
-_STEPS = flags.DEFINE_integer("steps", 32, "Answers: most steps for a block.")
-_THRESHOLD = flags.DEFINE_float("threshold", 0.95, "Answers: probability above which a token is accepted.")
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Answers: 0 is argmax.")
-_EOS_EARLY_STOP = flags.DEFINE_bool("eos_early_stop", False, "Answers: stop in a block once the end is written.")
-_RULE = flags.DEFINE_string("rule", "llada2", "Answers: llada2 | llada2.1.")
+decoding.define(gen_length=256)
 _BATCH = flags.DEFINE_integer("batch", 64, "Answers: questions decoded together.", lower_bound=1)
 _RECORDS = flags.DEFINE_string("records", None, "Answers: JSONL file for every question, its answer and its score.")
 _OUTPUT = flags.DEFINE_string("output", None, "JSON file for the result.")
@@ -91,14 +86,9 @@ def _write(result: dict) -> None:
 
 def _answers(task: str, name: str) -> dict:
     from llada_jax.evaluation import tasks
-    from llada_jax.sampling.generate import GenerateConfig
     from llada_jax.training.checkpoint import load_checkpoint
 
-    decoding = GenerateConfig(
-        gen_length=_GEN_LENGTH.value, block_length=_BLOCK_LENGTH.value, steps=_STEPS.value,
-        threshold=_THRESHOLD.value, temperature=_TEMPERATURE.value, eos_early_stop=_EOS_EARLY_STOP.value,
-        rule=_RULE.value,
-    )  # fmt: skip
+    config = decoding.generate_config()
     settings = {}
     if task == "reasoning_gym":
         try:
@@ -110,7 +100,7 @@ def _answers(task: str, name: str) -> dict:
         questions = tasks.file_questions(_DATA.value, _QUESTIONS.value)
     model = load_checkpoint(_CHECKPOINT.value)
     found, records = tasks.answer_questions(
-        model, questions, decoding, _BATCH.value, log=lambda line: print(line, file=sys.stderr, flush=True)
+        model, questions, config, _BATCH.value, log=lambda line: print(line, file=sys.stderr, flush=True)
     )
     print(
         f"score {found.score:.4f} ± {found.score_stderr:.4f} over {found.questions} questions, "
@@ -121,7 +111,7 @@ def _answers(task: str, name: str) -> dict:
     if _RECORDS.value:
         Path(_RECORDS.value).write_text("".join(json.dumps(record) + "\n" for record in records))
     source = {"task": _TASK.value, "data": _DATA.value, "settings": settings, "seed": _SEED.value}
-    asked = {"checkpoint": _CHECKPOINT.value, **source, "decoding": dataclasses.asdict(decoding)}
+    asked = {"checkpoint": _CHECKPOINT.value, **source, "decoding": dataclasses.asdict(config)}
     return asked | dataclasses.asdict(found)
 
 

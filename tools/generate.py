@@ -15,25 +15,14 @@ from absl import flags
 
 from llada_jax import errors
 from llada_jax.errors import InputError
+from llada_jax.sampling import flags as decoding
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of the checkpoint or workdir.")
 _PROMPT = flags.DEFINE_string("prompt", None, "Text to continue.")
 _CHAT = flags.DEFINE_bool("chat", False, "Put --prompt into the checkpoint's chat template, as the user's turn.")
 _INPUT = flags.DEFINE_string("input", None, "JSONL file of prompts.")
 _OUTPUT = flags.DEFINE_string("output", None, "JSONL file of answers, for --input.")
-_GEN_LENGTH = flags.DEFINE_integer("gen_length", 128, "Most tokens of an answer.")
-_BLOCK_LENGTH = flags.DEFINE_integer("block_length", 32, "Tokens decoded together.")
-_STEPS = flags.DEFINE_integer("steps", 32, "Most steps for a block.")
-_THRESHOLD = flags.DEFINE_float("threshold", 0.95, "Probability above which a token is accepted.")
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is argmax.")
-_TOP_K = flags.DEFINE_integer("top_k", None, "Draw among the k most probable tokens.")
-_TOP_P = flags.DEFINE_float("top_p", None, "Draw from the nucleus of this probability.")
-_EOS_EARLY_STOP = flags.DEFINE_bool("eos_early_stop", False, "Stop inside a block once the end is written.")
-_RULE = flags.DEFINE_string("rule", "llada2", "llada2 | llada2.1 (edits written tokens).")
-_EDITING_THRESHOLD = flags.DEFINE_float(
-    "editing_threshold", 0.5, "llada2.1: probability above which a token is edited."
-)
-_MAX_POST_STEPS = flags.DEFINE_integer("max_post_steps", 16, "llada2.1: most steps after a block is full.")
+decoding.define(gen_length=128)
 _BATCH = flags.DEFINE_integer("batch", 8, "Prompts decoded together.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the draws at temperature > 0.")
 
@@ -48,15 +37,10 @@ def main(argv) -> None:
 
     import jax  # after the flags are right: it takes seconds
 
-    from llada_jax.sampling.generate import GenerateConfig, generate
+    from llada_jax.sampling.generate import generate
     from llada_jax.training.checkpoint import load_checkpoint
 
-    config = GenerateConfig(
-        gen_length=_GEN_LENGTH.value, block_length=_BLOCK_LENGTH.value, steps=_STEPS.value,
-        threshold=_THRESHOLD.value, temperature=_TEMPERATURE.value, top_k=_TOP_K.value, top_p=_TOP_P.value,
-        eos_early_stop=_EOS_EARLY_STOP.value, rule=_RULE.value, editing_threshold=_EDITING_THRESHOLD.value,
-        max_post_steps=_MAX_POST_STEPS.value,
-    )  # fmt: skip
+    config = decoding.generate_config()
     model = load_checkpoint(_CHECKPOINT.value)
     if model.tokenizer is None:
         raise InputError(f"{_CHECKPOINT.value}: no tokenizer")

@@ -1,0 +1,31 @@
+"""The flags of decoding, for every command that samples."""
+
+from absl import flags
+
+FLAGS = flags.FLAGS
+
+
+def define(gen_length: int) -> None:
+    """Defines them; gen_length is the default of --gen_length."""
+    flags.DEFINE_integer("gen_length", gen_length, "Most tokens of an answer.")
+    flags.DEFINE_integer("block_length", 32, "Tokens decoded together.")
+    flags.DEFINE_integer("steps", 32, "Most steps for a block.")
+    flags.DEFINE_float("threshold", 0.95, "Probability above which a token is accepted.")
+    flags.DEFINE_float("temperature", 0.0, "0 is argmax.")
+    flags.DEFINE_integer("top_k", None, "Draw among the k most probable tokens.")
+    flags.DEFINE_float("top_p", None, "Draw from the nucleus of this probability.")
+    flags.DEFINE_bool("eos_early_stop", False, "Stop inside a block once the end is written.")
+    flags.DEFINE_string("rule", "llada2", "llada2 | llada2.1 (edits written tokens).")
+    flags.DEFINE_float("editing_threshold", 0.5, "llada2.1: probability above which a token is edited.")
+    flags.DEFINE_integer("max_post_steps", 16, "llada2.1: most steps after a block is full.")
+
+
+def generate_config():
+    """The sampling.generate.GenerateConfig of the flags. Raises InputError naming the field."""
+    from llada_jax.sampling.generate import GenerateConfig  # after the flags are parsed: jax takes seconds
+
+    names = (
+        "gen_length", "block_length", "steps", "threshold", "temperature", "top_k", "top_p", "eos_early_stop", "rule",
+        "editing_threshold", "max_post_steps",
+    )  # fmt: skip
+    return GenerateConfig(**{name: FLAGS[name].value for name in names})
