@@ -17,6 +17,7 @@ from llada_jax.diffusion.preference import Preference
 from llada_jax.errors import InputError
 from llada_jax.model.config import PRESETS
 from llada_jax.model.forward import Execution
+from llada_jax.model.parameters import adaptable
 
 
 def default_config(model: str) -> ConfigDict:
@@ -71,6 +72,11 @@ def default_config(model: str) -> ConfigDict:
     preference.draws = 1
     preference.shared_noise = True
     preference.max_pairs = 16
+
+    config.lora = lora = ConfigDict()  # low-rank adapters on frozen weights of init_from (arXiv 2106.09685)
+    lora.rank = 0  # 0 trains all weights
+    lora.alpha = 16.0  # the adapters' term is scaled by alpha / rank
+    lora.targets = adaptable(PRESETS[model])  # all dense projections; routed experts stay frozen
 
     config.optimizer = optimizer = ConfigDict()
     optimizer.learning_rate = 1e-3
@@ -177,12 +183,12 @@ def execution(config: ConfigDict) -> Execution:
 
 _POSITIVE = (
     "data.length", "data.held_out_rows", "batch.rows", "batch.micro_batches", "optimizer.learning_rate",
-    "optimizer.clip_norm", "optimizer.eps", "checkpoint.every_steps",
+    "optimizer.clip_norm", "optimizer.eps", "lora.alpha", "checkpoint.every_steps",
     "evaluation.every_steps", "evaluation.rows", "evaluation.samples", "log_every_steps",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "seed", "optimizer.warmup_steps", "optimizer.decay_steps", "optimizer.weight_decay", "optimizer.end_fraction",
-    "objective.embedding_noise_std", "objective.embedding_noise_steps", "checkpoint.keep_last",
+    "objective.embedding_noise_std", "objective.embedding_noise_steps", "checkpoint.keep_last", "lora.rank",
 )  # fmt: skip
 
 
@@ -204,6 +210,8 @@ def check(config: ConfigDict) -> None:
     for field in ("optimizer.b1", "optimizer.b2"):
         if not 0 <= value(field) < 1:
             raise InputError(f"config.{field}={value(field)!r}, expected at least 0 and below 1")
+    if config.lora.rank and not config.init_from:
+        raise InputError(f'config.init_from="": config.lora.rank={config.lora.rank} adapts the model of a checkpoint')
     phases(config), objective(config), preference(config), execution(config)
     if config.batch.rows % config.batch.micro_batches:
         raise InputError(

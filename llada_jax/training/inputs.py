@@ -15,23 +15,31 @@ from llada_jax.errors import InputError
 from llada_jax.interop.tokenizer import Tokenizer, load_tokenizer
 from llada_jax.model import parameters
 from llada_jax.model.config import ModelConfig, preset
+from llada_jax.model.lora import Lora
 from llada_jax.training import checkpoint
+from llada_jax.training.lora import open_lora
 
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """model: the resolved values; params: the weights to start from, or None for random ones."""
+    """model: the resolved values; lora: its adapters, when they are what trains."""
 
     model: ModelConfig
+    lora: Lora | None
     tokenizer: Tokenizer | None
     lineage: dict
     rows: Rows
     held_out: Batch
 
+    @property
+    def trained(self) -> ModelConfig | Lora:
+        return self.lora or self.model
+
 
 def open_inputs(config: ConfigDict, workdir: Path) -> Inputs:
     """Reads configs and opens data, no weights yet. Raises InputError naming what is missing or does not fit."""
     model, tokenizer, lineage = _model(config)
+    lora = open_lora(config, model, checkpoint.candidates(config.init_from)[0] if config.lora.rank else None)
     path = _dataset(config, workdir, tokenizer)
     data = config.data
     stored = read_dataset(path)["rows"]
@@ -44,12 +52,12 @@ def open_inputs(config: ConfigDict, workdir: Path) -> Inputs:
     held_out = Rows(path, config.seed, split, stored, shuffle=False, expected_length=data.length)
     if (tokenizer is not None) and rows.dataset["tokenizer_digest"] != tokenizer.digest:
         raise InputError(f"{path}: packed with another tokenizer than the checkpoint's")
-    return Inputs(model, tokenizer, lineage, rows, held_out.batch(0, min(config.evaluation.rows, len(held_out))))
+    return Inputs(model, lora, tokenizer, lineage, rows, held_out.batch(0, min(config.evaluation.rows, len(held_out))))
 
 
-def initial_params(config: ConfigDict, model: ModelConfig, shardings):
-    """float32 weights: those of init_from, or random ones drawn on the devices."""
-    if config.init_from:
+def initial_params(config: ConfigDict, model: ModelConfig | Lora, shardings):
+    """float32 weights: those of init_from, or random ones drawn on the devices, as adapters always are."""
+    if config.init_from and isinstance(model, ModelConfig):
         return checkpoint.load_params(config.init_from, dtype="float32", shardings=shardings)
     key = jax.random.key(config.seed, impl="threefry2x32")
     return jax.jit(lambda key: parameters.initialize(model, key), out_shardings=shardings)(key)

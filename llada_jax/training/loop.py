@@ -21,13 +21,14 @@ from llada_jax.diffusion import schedule
 from llada_jax.errors import InputError
 from llada_jax.evaluation.likelihood import block_nelbo
 from llada_jax.model import parameters
+from llada_jax.training import checkpoint, saver
 from llada_jax.training import config as settings
-from llada_jax.training import saver
 from llada_jax.training import state as states
 from llada_jax.training.inputs import Inputs, initial_params, open_inputs
+from llada_jax.training.lora import describe
 from llada_jax.training.metrics import MetricsWriter, Progress
 from llada_jax.training.optimizer import learning_rate, make_optimizer
-from llada_jax.training.step import denoising_loss, make_train_step, preference_loss
+from llada_jax.training.step import denoising_loss, make_train_step, preference_loss, whole
 
 
 def train(config: ConfigDict, workdir: str, devices=None) -> None:
@@ -51,12 +52,12 @@ def train(config: ConfigDict, workdir: str, devices=None) -> None:
 
 def _run(config, phases, mesh, workdir: Path, inputs: Inputs, stop) -> None:
     last_step = schedule.total_steps(phases)
-    optimizer = make_optimizer(config.optimizer, inputs.model, last_step)
-    abstract = states.abstract(inputs.model, optimizer)
-    where = states.shardings(abstract, inputs.model, mesh)
+    optimizer = make_optimizer(config.optimizer, inputs.trained, last_step)
+    abstract = states.abstract(inputs.trained, optimizer)
+    where = states.shardings(abstract, inputs.trained, mesh)
     state = _restore(workdir, inputs, abstract, where)
     if state is None:
-        params = initial_params(config, inputs.model, where.params)
+        params = initial_params(config, inputs.trained, where.params)
         state = jax.jit(lambda p: states.create(p, optimizer), out_shardings=where)(params)
     first_step = int(state.step)
     _announce(config, phases, inputs, mesh, first_step, last_step)
@@ -64,8 +65,8 @@ def _run(config, phases, mesh, workdir: Path, inputs: Inputs, stop) -> None:
         return
 
     objective, execution = settings.objective(config), settings.execution(config)
-    loss, reference = _loss(config, inputs.model, where.params)
-    train_step = make_train_step(inputs.model, loss, optimizer, config.batch.micro_batches)
+    loss, frozen = _loss(config, inputs.model), _frozen_params(config, inputs, mesh)
+    train_step = make_train_step(inputs.trained, loss, optimizer, config.batch.micro_batches)
     rates = learning_rate(config.optimizer, last_step)
     writer = MetricsWriter(workdir, first_step)
     progress = Progress(first_step, last_step, config.batch.rows * config.data.length)
@@ -85,13 +86,14 @@ def _run(config, phases, mesh, workdir: Path, inputs: Inputs, stop) -> None:
                 )
             batch = jax.device_put(batch, batch_sharding)
             with jax.transfer_guard("disallow"):
-                state, metrics = train_step(state, reference, batch, *scalars, phase.halves)
+                state, metrics = train_step(state, frozen, batch, *scalars, phase.halves)
             done = step + 1
             last = done == last_step or stop.is_set
             if done % config.log_every_steps == 0 or done == first_step + 1 or last:
                 _log(writer, progress, done, phase, metrics, float(rates(step)))
             if done % config.evaluation.every_steps == 0 or done == last_step:
-                _evaluate(config, writer, inputs, state, objective, execution, done)
+                params = whole(state.params, frozen, inputs.trained)
+                _evaluate(config, writer, inputs, params, objective, execution, done)
             if done % config.checkpoint.every_steps == 0 or last:
                 keep.save(done, state)
             if last:
@@ -100,12 +102,21 @@ def _run(config, phases, mesh, workdir: Path, inputs: Inputs, stop) -> None:
     print(f"{'stopped' if stop.is_set else 'finished'} at step {done}: {workdir}", flush=True)
 
 
-def _loss(config, model, where):
-    """(the stage's loss, its frozen reference weights or None)."""
+def _loss(config, model):
     common = model, settings.objective(config), settings.execution(config), config.seed
     if (preference := settings.preference(config)) is None:
-        return denoising_loss(*common, config.batch.micro_batches), None
-    return preference_loss(*common, preference), initial_params(config, model, where)
+        return denoising_loss(*common, config.batch.micro_batches)
+    return preference_loss(*common, preference)
+
+
+def _frozen_params(config, inputs: Inputs, mesh):
+    """LoRA's base, in its stored dtype, which is DPO's reference too; without LoRA, DPO's reference; or None."""
+    if not (inputs.lora or config.preference.enabled):
+        return None
+    where = sharding.shardings(parameters.abstract(inputs.model), parameters.logical_axes(inputs.model), mesh)
+    if inputs.lora:
+        return checkpoint.load_params(inputs.lora.base, shardings=where)
+    return initial_params(config, inputs.model, where)
 
 
 class Checkpoints:
@@ -119,7 +130,7 @@ class Checkpoints:
     def save(self, step: int, state: states.TrainState) -> None:
         tokenizer = self._inputs.tokenizer
         self._saver.save(
-            step, state.params, state.optimizer, {"step": step, "data_offset": 0}, self._inputs.model,
+            step, state.params, state.optimizer, {"step": step, "data_offset": 0}, self._inputs.trained,
             {} if tokenizer is None else tokenizer.files, self._lineage,
         )  # fmt: skip
 
@@ -129,7 +140,7 @@ class Checkpoints:
 
 def _restore(workdir: Path, inputs: Inputs, abstract, where) -> states.TrainState | None:
     found = saver.restore(
-        workdir / "checkpoints", inputs.model, abstract.params, abstract.optimizer, (where.params, where.optimizer)
+        workdir / "checkpoints", inputs.trained, abstract.params, abstract.optimizer, (where.params, where.optimizer)
     )
     if found is None:
         return None
@@ -152,14 +163,14 @@ def _log(writer, progress, step, phase, metrics, rate) -> None:
         raise InputError(f"step {step}: the loss is {metrics['loss']}; lower optimizer.learning_rate")
 
 
-def _evaluate(config, writer, inputs: Inputs, state, objective, execution, step) -> None:
+def _evaluate(config, writer, inputs: Inputs, params, objective, execution, step) -> None:
     """Held-out NELBO at each block size, with the same masks every time, so that differences are paired."""
     texts = []
     sizes = (1,) if config.schedule.kind == "ar" else config.evaluation.block_sizes
     mesh = jax.sharding.get_abstract_mesh()
     for block_size in sizes:
         estimate = block_nelbo(
-            state.params, inputs.model, inputs.held_out, block_size, samples=config.evaluation.samples,
+            params, inputs.model, inputs.held_out, block_size, samples=config.evaluation.samples,
             rows_at_once=max(4, mesh.size), block_origin=objective.block_origin, execution=execution,
         )  # fmt: skip
         row = {"step": step, "block_size": block_size, "nelbo": estimate.nats, "nelbo_stderr": estimate.stderr}
@@ -202,7 +213,9 @@ def _announce(config, phases, inputs: Inputs, mesh, first_step, last_step) -> No
         f"{config.model}: {parameters.count(model):,} parameters, alignment {model.alignment}, {start}\n"
         f"{len(inputs.rows):,} rows of {config.data.length} tokens, {len(inputs.held_out.ids)} held out; "
         f"{config.batch.rows} rows a step on {devices} ({jax.devices()[0].platform})\n"
-        f"{last_step} steps: " + ", ".join(f"{p.name} block {p.block_size} x {p.steps}" for p in phases),
+        f"{last_step} steps: "
+        + ", ".join(f"{p.name} block {p.block_size} x {p.steps}" for p in phases)
+        + (f"\n{describe(inputs.lora)}" if inputs.lora else ""),
         flush=True,
     )
 
