@@ -17,6 +17,7 @@ def get_config(argument=None):
     model, options = parse_argument(argument)
     refuse_unknown(options, ["length", "steps"])
     config = default_config(model)
+    config.stage = "ar"
     config.alignment = "shifted"
     config.schedule.kind = "ar"
     config.schedule.steps = options.get("steps", 200)

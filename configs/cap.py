@@ -13,5 +13,6 @@ from llada_jax.training.config import load_sibling
 
 def get_config(argument=None):
     config = load_sibling(__file__, "sft").get_config(argument)
+    config.stage = "cap"
     config.objective.confidence_weight = 2.0
     return config

@@ -1,12 +1,16 @@
 """Direct preference optimisation on the diffusion ELBO (Eq. 7, 8), beta 0.1.
 
+    python tools/pack_data.py --kind=preference --source=PAIRS --tokenizer=CHECKPOINT --out=ROWS --length=2048
     python -m llada_jax.train --config=configs/dpo.py:MODEL --workdir=DIR --config.init_from=SFT_WORKDIR \\
-        --config.data.path=PAIRS
+        --config.data.path=ROWS
 
-The weights of init_from are the policy's start and the frozen reference. A packed row of PAIRS holds pairs of adjacent
-documents, the chosen answer and then the rejected one (llada_jax/diffusion/preference.py). The paper averages one noise
-sample a score; --config.preference.draws=8 averages eight. The learning rate starts at SFT's last, as the paper says:
-set --config.optimizer.learning_rate to it. Options: length, steps (as in configs/sft.py).
+PAIRS holds JSONL of {"prompt": ..., "chosen": ..., "rejected": ...}, texts or messages. A packed row holds pairs of
+adjacent documents, the chosen answer and then the rejected one. CHECKPOINT is the one that SFT packed with. The weights
+of init_from are the policy's start and the frozen reference. The paper averages one noise sample a score;
+--config.preference.draws=8 averages eight. --config.preference.reference=precomputed scores all steps by the reference
+before the first one, into DIR/reference_scores.bin, and then trains without the second model. The learning rate starts
+at SFT's last, as the paper says, without a warm-up: it is read from the step that init_from stands for. An init_from
+that no run of ours has written needs --config.optimizer.learning_rate=R. Options: length, steps (as in configs/sft.py).
 """
 
 from llada_jax.training.config import load_sibling
@@ -14,10 +18,12 @@ from llada_jax.training.config import load_sibling
 
 def get_config(argument=None):
     config = load_sibling(__file__, "sft").get_config(argument)
+    config.stage = "dpo"
     config.preference.enabled = True
     config.objective.complementary = False
     config.objective.rate_low = 1e-3
     config.objective.rate_high = 1.0
     config.objective.block_origin = "document"  # both answers to a prompt then have the same blocks
-    config.optimizer.learning_rate = 1e-6
+    config.optimizer.learning_rate = 0.0  # where the stage before ended
+    config.optimizer.warmup_steps = 0
     return config

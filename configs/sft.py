@@ -25,6 +25,7 @@ def get_config(argument=None):
     model, options = parse_argument(argument)
     refuse_unknown(options, ["length", "steps"])
     config = default_config(model)
+    config.stage = "sft"
     config.data.length = options.get("length", 256 if model.startswith("tiny") else 2048)
     config.schedule.kind = "constant"
     config.schedule.block_size = 32

@@ -23,6 +23,7 @@ def get_config(argument=None):
     model, options = parse_argument(argument)
     refuse_unknown(options, ["length"])
     config = default_config(model)
+    config.stage = "wsd"
     if model.startswith("tiny"):
         _tiny(config)
     else:

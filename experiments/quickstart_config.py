@@ -9,6 +9,7 @@ from llada_jax.training.config import default_config
 
 def get_config(argument=None):
     config = default_config(argument or "smollm2_135m")
+    config.stage = "wsd"
     config.data.length = 128
     config.batch.rows = 2
     config.schedule.warmup_blocks = (1, 4, 32, 64)

@@ -1,20 +1,16 @@
 import json
-import os
-import pathlib
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import tokenizers
+from data_helpers import contents, kill_everywhere, read_back, run_tool
 from tokenizers.pre_tokenizers import ByteLevel
 
 from llada_jax.data import pack, rows
-from llada_jax.data.order import Rows
 from llada_jax.errors import InputError
 from llada_jax.interop.tokenizer import load_tokenizer
 
-ROOT = pathlib.Path(__file__).parent.parent
 LENGTH = 16
 
 
@@ -49,25 +45,16 @@ def source(tmp_path):
     return folder
 
 
-def stored_rows(out):
-    opened = Rows(str(out), seed=0, shuffle=False)
-    return [opened.at(i)[0] for i in range(len(opened))]
-
-
 def expected_documents(source, tokenizer):
     bodies = [json.loads(line)["text"] for line in (source / "a.jsonl").read_text().splitlines()] + ["the end"]
     return [tokenizer.encode(body) + [tokenizer.eos_id] for body in bodies if body]
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize("align", [1, 4])
 def test_every_token_is_stored_once_and_in_order(tmp_path, source, tokenizer, align):
     out = tmp_path / "out"
     dataset = pack.pack(str(source), tokenizer, str(out), LENGTH, block_align=align, rows_per_shard=7)
-    packed = stored_rows(out)
+    packed = read_back(out)
     expected = expected_documents(source, tokenizer)
     assert [int(t) for row in packed for t in row.ids[row.supervised]] == [t for ids in expected for t in ids]
     assert dataset["tokens"] == sum(map(len, expected))
@@ -94,48 +81,18 @@ def test_sources_lead_back_to_the_documents(tmp_path, source, tokenizer):
     dataset = pack.pack(str(source), tokenizer, str(out), LENGTH)
     assert dataset["source_files"] == [[name, (source / name).stat().st_size] for name in ("a.jsonl", "b.txt")]
     lines = (source / "a.jsonl").read_bytes()
-    for row in stored_rows(out)[:10]:
+    for row in read_back(out)[:10]:
         for file, offset in row.sources:
             assert file == 0 and json.loads(lines[offset:].split(b"\n")[0])["text"]
 
 
-class Killed(BaseException):
-    pass
-
-
 @pytest.mark.parametrize("align", [1, 4])
 def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, source, tokenizer, align, monkeypatch):
-    arguments = {"block_align": align, "rows_per_shard": 13}
-    pack.pack(str(source), tokenizer, str(tmp_path / "whole"), LENGTH, **arguments)
-    expected = contents(tmp_path / "whole")
-    replace = os.replace
-    kills = 0
-    for point in range(100):
-        # Files get their names through os.replace, so this dies before or after every step that leaves a trace.
-        out, calls = tmp_path / f"out{point}", 0
+    def run(out):
+        pack.pack(str(source), tokenizer, str(out), LENGTH, block_align=align, rows_per_shard=13)
 
-        def die(old, new, point=point):
-            nonlocal calls
-            calls += 1
-            if calls == point // 2 + 1:
-                if point % 2:
-                    replace(old, new)
-                raise Killed
-            replace(old, new)
-
-        monkeypatch.setattr(os, "replace", die)
-        try:
-            pack.pack(str(source), tokenizer, str(out), LENGTH, **arguments)
-        except Killed:
-            kills += 1
-        else:
-            break
-        monkeypatch.setattr(os, "replace", replace)
-        pack.pack(str(source), tokenizer, str(out), LENGTH, **arguments)
-        found = contents(out)
-        found.pop("progress.json", None)  # stays if the run died just before removing it
-        assert found == expected
-    assert kills >= 4 * len(json.loads(expected["dataset.json"])["shards"])
+    kills = kill_everywhere(run, tmp_path, monkeypatch)
+    assert kills >= 4 * len(json.loads((tmp_path / "whole" / "dataset.json").read_text())["shards"])
 
 
 def test_a_resumed_run_does_not_read_what_is_packed(tmp_path, source, tokenizer, monkeypatch):
@@ -243,17 +200,6 @@ def test_row_records_round_trip():
 def test_a_record_that_is_no_row_is_refused(record):
     with pytest.raises(ValueError, match="not a packed row"):
         rows.decode_row(record)
-
-
-def run_tool(**flag_values):
-    command = [sys.executable, str(ROOT / "tools" / "pack_data.py")] + [f"--{k}={v}" for k, v in flag_values.items()]
-    return subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
-    )
 
 
 def test_the_tool_packs_and_sums_up(tmp_path, source, tokenizer_folder):

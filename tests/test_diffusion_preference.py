@@ -71,7 +71,7 @@ def test_scores_are_sums_of_weighted_log_likelihoods_and_the_loss_is_equation_8(
     value, sums = jax.jit(lambda p, r, e: loss.value(p, r, e, loss.total(e), 0.0, "both"))(policy, reference, example)
 
     def scores(params):
-        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), example)
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), example.noised)
         nll = np.asarray(objectives.score(params, TINY, flat)[1].nll * flat.weights).reshape(2, 3, 40)
         return np.stack([-nll[:, :, SEGMENTS[0] == s].sum(-1).mean(1) for s in (1, 2, 3, 4)], 1)
 
@@ -89,7 +89,7 @@ def test_unshared_noise_has_mean_zero_and_a_loss_above_log_2():
 
     @jax.jit
     def scores(batch):
-        flat = jax.tree.map(lambda x: x[:, 0], loss.prepare(batch, 4, "both"))
+        flat = jax.tree.map(lambda x: x[:, 0], loss.prepare(batch, 4, "both").noised)
         nll = objectives.score(params, TINY, flat)[1].nll
         return preference.document_scores(nll, flat.weights, flat.segment_ids, 2)
 

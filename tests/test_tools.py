@@ -10,7 +10,9 @@ import pytest
 from conftest import GOLDENS
 
 from llada_jax.data.byte_tokenizer import byte_tokenizer
+from llada_jax.data.pack import pack
 from llada_jax.interop.convert import import_checkpoint
+from llada_jax.interop.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 
@@ -77,6 +79,19 @@ def test_pack_then_evaluate(checkpoint, tmp_path):
     assert result["ar"]["tokens"] < result["block 1"]["tokens"]  # the first token of a document has no AR loss
 
 
+def test_evaluate_preference_of_a_checkpoint_with_itself(checkpoint, tmp_path):
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.jsonl").write_text("".join(json.dumps({"text": "ab" * n}) + "\n" for n in (5, 6, 4, 7)))
+    pack(str(tmp_path / "text"), load_tokenizer(str(checkpoint / "tokenizer")), str(tmp_path / "rows"), 64)
+    output = tmp_path / "out.json"
+    arguments = "--task=preference", f"--checkpoint={checkpoint}", f"--reference={checkpoint}", "--samples=2"
+    done = run("evaluate", *arguments, f"--data={tmp_path / 'rows'}", "--block_sizes=4", f"--output={output}")
+    assert done.returncode == 0, done.stderr
+    assert "accuracy 0.000 ± 0.000   margin 0.0000 ± 0.0000" in done.stdout
+    found = json.loads(output.read_text())
+    assert found["block 4"]["pairs"] == 2 and found["block 4"]["variance"] == 0
+
+
 def test_verify(checkpoint):
     done = run("verify_checkpoint", f"--checkpoint={checkpoint}")
     assert done.returncode == 0 and done.stdout.startswith("ok: ")
@@ -92,6 +107,7 @@ def test_verify(checkpoint):
         ("generate", ["--checkpoint=CHECKPOINT", "--input=/nowhere.jsonl", "--output=/tmp/x"], "/nowhere.jsonl"),
         ("evaluate", ["--checkpoint=CHECKPOINT", "--data=/nowhere"], "/nowhere"),
         ("evaluate", ["--checkpoint=CHECKPOINT", "--data=x", "--task=mmlu"], "mmlu"),
+        ("evaluate", ["--checkpoint=CHECKPOINT", "--data=x", "--task=preference"], "--task=preference needs one"),
         ("verify_checkpoint", ["--checkpoint=/nowhere"], "/nowhere"),
         ("verify_checkpoint", [], "--checkpoint"),
         ("pack_data", ["--source=/nowhere", "--tokenizer=CHECKPOINT", "--out=/tmp/no", "--length=8"], "/nowhere"),

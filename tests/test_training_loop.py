@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,9 +14,10 @@ import pytest
 
 from llada_jax.data.byte_tokenizer import byte_tokenizer
 from llada_jax.data.pack_chat import pack_chat
+from llada_jax.data.pack_preference import pack_preference
 from llada_jax.errors import InputError
 from llada_jax.model.config import PRESETS, preset
-from llada_jax.training import loop
+from llada_jax.training import loop, merge, saver
 from llada_jax.training.checkpoint import load_checkpoint
 from llada_jax.training.config import default_config, load_sibling
 
@@ -101,6 +103,32 @@ def test_resumed_run_is_the_uninterrupted_one(text, tmp_path, model):
     assert metrics_of(tmp_path / "cut") == metrics_of(tmp_path / "whole")
 
 
+def test_best_steps_survive_and_a_resumed_run_keeps_the_same(text, tmp_path):
+    changes = dict(checkpoint__every_steps=2, checkpoint__best_block_size=8, evaluation__every_steps=5)
+    everything = config_of(text, **changes, checkpoint__keep_best=2)
+    nelbos = [
+        (row["nelbo"], row["step"])
+        for row in train(everything, tmp_path / "all")
+        if row.get("block_size") == 8 and "nelbo" in row
+    ]
+    assert [step for _, step in nelbos] == [2, 4, 5, 6, 8, 10, 12, 14]  # 5 is evaluated, not saved
+    saved = sorted(pair for pair in nelbos if pair[1] != 5)
+    best = merge.best_steps(tmp_path / "all", 2)
+    assert [(float(nelbo), int(path.name)) for path, nelbo in best] == saved[:2]
+    expected = sorted({step for _, step in saved[:2]} | {14})
+
+    config = config_of(text, **changes, checkpoint__keep_best=2, checkpoint__keep_last=1)
+    train(config, tmp_path / "whole")
+    assert saver.steps(tmp_path / "whole" / "checkpoints") == expected
+    shutil.copytree(tmp_path / "all", tmp_path / "cut")  # what a run killed before step 10 leaves
+    for step in (2, 4, 6, 10, 12, 14):
+        if step > 8 or (step not in expected and step != 2):
+            shutil.rmtree(tmp_path / "cut" / "checkpoints" / str(step))
+    train(config, tmp_path / "cut")
+    assert saver.steps(tmp_path / "cut" / "checkpoints") == expected
+    assert merge.best_steps(tmp_path / "cut", 2)[0][1] == best[0][1]
+
+
 def test_metrics_rows_and_compiled_programs(text, tmp_path):
     train(config_of(text), tmp_path)
     rows = metrics_of(tmp_path)
@@ -114,8 +142,8 @@ def test_metrics_rows_and_compiled_programs(text, tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["schedule"]["stable_steps"] == 4
 
 
-def test_loss_falls_and_a_stage_starts_from_the_one_before(text, tmp_path):
-    ar = config_of(text, alignment="shifted", schedule__kind="ar", schedule__steps=60, log_every_steps=20)
+def test_loss_falls_and_a_stage_starts_from_the_one_before(text, tmp_path, capsys):
+    ar = config_of(text, stage="ar", alignment="shifted", schedule__kind="ar", schedule__steps=60, log_every_steps=20)
     ar.optimizer.learning_rate = 1e-2
     train(ar, tmp_path / "ar")
     losses = [row["loss"] for row in metrics_of(tmp_path / "ar") if "loss" in row]
@@ -126,36 +154,52 @@ def test_loss_falls_and_a_stage_starts_from_the_one_before(text, tmp_path):
     train(wsd, tmp_path / "wsd")
     model = load_checkpoint(tmp_path / "wsd")
     assert model.config.alignment == "shifted" and model.lineage["init_from"] == str(tmp_path / "ar")
+    loaded = model.lineage["loaded"]
+    assert loaded["path"] == str(tmp_path / "ar" / "checkpoints" / "60") and loaded["step"] == 60
+    printed = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("init_from "))
+    for part in (loaded["path"], "step 60 of stage ar", f"{loaded['parameters']:,} parameters", "alignment shifted"):
+        assert part in printed
+    assert printed.endswith(f"float32, weights {loaded['weights']}") and len(loaded["weights"]) == 12
     # Step 1 is at block size 1, where the imported model is the AR model.
     first = next(row for row in metrics_of(tmp_path / "wsd") if "loss" in row)
     assert first["masked_nll"] == pytest.approx(before, rel=0.25)
 
 
-def test_sft_then_cap_then_dpo_from_packed_chats(text, tmp_path):
+def test_sft_then_cap_then_dpo_from_packed_rows(tmp_path):
     """Each stage starts from the one before, on rows whose supervised tokens are the answers."""
     tokenizer = byte_tokenizer(eos_id=508, mask_id=511)
-    (tmp_path / "chats").mkdir()
-    rows = [{"prompt": f"{i} plus 1 is", "response": f" {i + 1}."} for i in range(60)]
-    (tmp_path / "chats" / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    pack_chat(str(tmp_path / "chats"), tokenizer, str(tmp_path / "rows"), 128, block_align=32)
+    chats, pairs, rows = tmp_path / "chats.jsonl", tmp_path / "pairs.jsonl", str(tmp_path / "rows")
+    right = [{"prompt": f"{i} plus 1 is", "completion": f" {i + 1}."} for i in range(60)]
+    chats.write_text("".join(json.dumps(row) + "\n" for row in right))
+    both = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": " 0, I think."} for row in right]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in both))
+    pack_chat(str(chats), tokenizer, rows, 128, block_align=32)
     before = ""
     for stage in ("sft", "cap", "dpo"):
         config = load_sibling(str(ROOT / "configs" / "sft.py"), stage).get_config("tiny,length=128,steps=3")
         config.model = "small"
         config.init_from = before
-        config.data.update(path=str(tmp_path / "rows"), source="", tokenizer="" if before else "bytes", held_out_rows=4)
+        config.data.update(path=rows, source="", tokenizer="" if before else "bytes", held_out_rows=4)
         config.log_every_steps = 1
         config.batch.rows = 4
-        if stage == "dpo":  # adjacent documents stand for pairs; policy and reference are equal at first
+        if stage == "dpo":
+            with pytest.raises(InputError, match="rows of --kind=chat, but config.preference.enabled=True"):
+                train(config, tmp_path / "wrong_rows")
+            config.data.path = str(tmp_path / "paired")
+            pack_preference(str(pairs), tokenizer, config.data.path, 128, max_pairs=2)
             config.preference.draws = 2
         metrics = [row for row in train(config, tmp_path / stage) if "loss" in row]
         assert len(metrics) == 3
         before = str(tmp_path / stage)
+    # Policy and reference are equal at first.
     assert "correct_entropy" not in metrics[0] and metrics[0]["loss"] == pytest.approx(np.log(2), abs=1e-4)
-    assert metrics[2]["difference_variance"] > 0
+    assert metrics[2]["difference_variance"] > 0 and metrics[0]["learning_rate"] == pytest.approx(1e-6 * 10, rel=1e-3)
     config.preference.max_pairs = 1
-    with pytest.raises(InputError, match="max_pairs=1: a row of step 0 has 4 documents"):
+    with pytest.raises(InputError, match="max_pairs=1: .* was packed with --max_pairs=2"):
         train(config, tmp_path / "too_many")
+    config.preference.enabled = False
+    with pytest.raises(InputError, match="rows of --kind=preference, but config.preference.enabled=False"):
+        train(config, tmp_path / "no_preference")
 
 
 def test_gradient_accumulation_is_exact(text, tmp_path):
@@ -227,10 +271,12 @@ def test_sigterm_saves_and_a_second_run_goes_on(tmp_path):
         (dict(objective__rate_low=0.9, objective__rate_high=0.1), "rate_low"),
         (dict(objective__time_weight="1/t"), "time_weight"),
         (dict(evaluation__block_sizes=(3,)), "evaluation.block_sizes: 3"),
+        (dict(checkpoint__best_block_size=16), "checkpoint.best_block_size=16, expected one of"),
         (dict(execution__attention="flash"), "attention='flash'"),
         (dict(data__source="/nowhere"), "/nowhere"),
         (dict(data__held_out_rows=100_000), "none is left"),
         (dict(init_from="/nowhere"), "/nowhere"),
+        (dict(optimizer__learning_rate=0.0), 'learning_rate=0.0 is that of the stage before, but config.init_from=""'),
         (dict(mesh__fsdp=3), "mesh"),
         (dict(schedule__kind="ar"), "alignment"),
         (dict(model="smollm2_135m", data__tokenizer="tokenizer"), "no mask token; import .* --add_mask_token"),

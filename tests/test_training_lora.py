@@ -13,6 +13,7 @@ import pytest
 from llada_jax import sharding
 from llada_jax.data.byte_tokenizer import byte_tokenizer
 from llada_jax.data.order import Batch
+from llada_jax.data.pack_preference import pack_preference
 from llada_jax.errors import InputError
 from llada_jax.interop.convert import import_checkpoint
 from llada_jax.interop.export import export_checkpoint
@@ -56,7 +57,7 @@ def write_base(out, seed=0):
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    """Documents so short that every packed row holds some; adjacent ones stand for pairs."""
+    """Documents so short that every packed row holds some."""
     folder = tmp_path_factory.mktemp("text")
     (folder / "a.jsonl").write_text("".join(json.dumps({"text": f"the {i} foxes"}) + "\n" for i in range(120)))
     return folder
@@ -240,14 +241,26 @@ def test_a_mesh_agrees_with_one_device(trained, text, base, tmp_path):
 
 
 def test_dpo_starts_at_log_2_on_the_adapters_of_the_stage_before(trained, text, base, tmp_path):
-    """The base is itself a LoRA step; policy and reference are one frozen model."""
-    config = config_of(text, trained, preference__enabled=True, schedule__steps=2)
-    first, second = (row for row in train(config, tmp_path) if "loss" in row)
+    """The base is itself a LoRA step; policy and reference are one frozen model, whenever it scores."""
+    answers = [{"prompt": f"{i} plus 1 is", "chosen": f" {i + 1}.", "rejected": " 0, I think."} for i in range(30)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
+    tokenizer = checkpoint.load_tokenizer(base)
+    pack_preference(str(tmp_path / "pairs.jsonl"), tokenizer, str(tmp_path / "rows"), 64, block_align=8)
+    config = config_of(text, trained, data__path=str(tmp_path / "rows"), data__source="", data__length=64)
+    config.preference.enabled, config.schedule.steps = True, 2
+    frozen = train(config, tmp_path / "frozen")
+    first, second = (row for row in frozen if "loss" in row)
     assert first["loss"] == pytest.approx(np.log(2), abs=1e-6) and first["margin"] == 0
-    assert first["gradient_norm"] > 0 and second["loss"] != first["loss"]
-    assert checkpoint.read_held(tmp_path / "checkpoints" / "2").base == str(trained / "checkpoints" / "3")
-    after, before, start = (forward(load_params(path), SMALL, TOKENS) for path in (tmp_path, trained, base))
+    assert first["gradient_norm"] > 0 and abs(second["margin"]) > 1e-3
+    assert checkpoint.read_held(tmp_path / "frozen" / "checkpoints" / "2").base == str(trained / "checkpoints" / "3")
+    after, before, start = (forward(load_params(path), SMALL, TOKENS) for path in (tmp_path / "frozen", trained, base))
     assert 0 < np.abs(after - before).max() < np.abs(after - start).max()  # merged twice
+
+    config.preference.reference = "precomputed"
+    for a, b in zip(frozen, train(config, tmp_path / "precomputed"), strict=True):
+        assert a.keys() == b.keys()
+        for name in a.keys() & {"loss", "margin", "gradient_norm", "nelbo", "preference_margin"}:
+            assert b[name] == pytest.approx(a[name], rel=1e-3, abs=1e-4), (a["step"], name)
 
 
 @pytest.mark.parametrize(
@@ -285,6 +298,7 @@ def test_a_base_that_is_gone_or_changed_is_refused(trained, text, base, tmp_path
         lambda: load_params(step),
         lambda: export_checkpoint(str(trained), str(out)),
         lambda: merge.merge_checkpoints([step], out),
+        lambda: train(config_of(text, trained), out),  # a second stage
     ]
     assert checkpoint.verify(step) == []
     base.rename(tmp_path / "moved")

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from llada_jax.errors import InputError
 from llada_jax.model import parameters
 from llada_jax.model.config import preset
-from llada_jax.training import merge
+from llada_jax.training import merge, saver
 from llada_jax.training.checkpoint import load_params, write_weights
 
 CONFIG = preset("tiny").replace(num_layers=2, hidden_size=16, intermediate_size=16, vocab_size=512)
@@ -47,14 +48,14 @@ def test_another_model_is_refused_by_field(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_best_steps_by_held_out_nelbo(tmp_path):
-    rows = []
-    for step, nelbos in {10: (3.0, 5.0), 20: (2.0, 4.0), 30: (2.5, 3.0), 40: (9.0, 9.0)}.items():
-        rows += [{"step": step, "block_size": b, "nelbo": n} for b, n in zip((4, 32), nelbos, strict=True)]
-        rows.append({"step": step, "loss": 1.0})
-        if step != 40:
-            write(tmp_path / "checkpoints" / str(step), step)
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert [(path.name, nelbo) for path, nelbo in merge.best_steps(tmp_path, 2)] == [("30", 2.75), ("20", 3.0)]
-    with pytest.raises(InputError, match="3 steps are saved and evaluated, 4 wanted"):
+def test_best_steps_by_the_score_recorded_with_them(tmp_path):
+    writer = saver.Saver(tmp_path / "checkpoints")
+    params = parameters.initialize(CONFIG, jax.random.key(0))
+    for step, score in {10: 4.0, 20: 3.0, 30: 2.75, 40: None}.items():
+        writer.save(step, params, {}, {}, CONFIG, {}, {}, score)
+    writer.wait()
+    assert [(path.name, score) for path, score in merge.best_steps(tmp_path, 2)] == [("30", 2.75), ("20", 3.0)]
+    with pytest.raises(InputError, match="3 saved steps have a held-out score, 4 wanted; .* checkpoint.keep_best=4"):
         merge.best_steps(tmp_path, 4)
+    with pytest.raises(InputError, match="not a workdir"):
+        merge.best_steps(tmp_path / "checkpoints", 1)

@@ -111,6 +111,17 @@ def test_keeps_the_last(state, tmp_path):
         save(writer, 10, state)
 
 
+@pytest.mark.parametrize("keep_last,kept", [(1, [2, 4, 7]), (2, [2, 4, 6, 7]), (0, [1, 2, 3, 4, 5, 6, 7])])
+def test_keeps_the_best(state, tmp_path, keep_last, kept):
+    found = {1: 3.0, 2: 1.0, 3: None, 4: 2.0, 5: float("nan"), 6: 2.5, 7: 2.0}
+    for step, score in found.items():
+        writer = saver.Saver(tmp_path, keep_last, keep_best=2)  # a new one each time: the ranking is on disk
+        writer.save(step, state[0], state[1], {}, CONFIG, {}, {}, score)
+        writer.wait()
+    assert saver.steps(tmp_path) == kept
+    assert list(saver.scores(tmp_path))[:2] == [2, 4]  # of equal ones the older is the better
+
+
 def test_damaged_steps_are_set_aside(state, tmp_path, capsys):
     writer = saver.Saver(tmp_path)
     for step in (1, 2, 3, 4):
@@ -248,4 +259,8 @@ def test_two_processes(tmp_path):
     outputs = [process.communicate(timeout=120)[0] for process in processes]
     assert all("good" in output for output in outputs), "\n".join(outputs)
     assert checkpoint.verify(tmp_path / "2") == []
-    assert json.loads((tmp_path / "2" / "train_state.json").read_text()) == {"step": 2, "host": {"step": 2}}
+    assert json.loads((tmp_path / "2" / "train_state.json").read_text()) == {
+        "step": 2,
+        "score": None,
+        "host": {"step": 2},
+    }

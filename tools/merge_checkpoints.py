@@ -24,7 +24,7 @@ def main(argv) -> None:
     if _WORKDIR.value:
         best = merge.best_steps(_WORKDIR.value, _BEST.value)
         for path, nelbo in best:
-            print(f"step {path.name}: held-out NELBO {nelbo:.4f}, the mean over block sizes")
+            print(f"step {path.name}: held-out NELBO {nelbo:.4f}")
         paths = [path for path, _ in best]
     merge.merge_checkpoints(paths, _OUT.value)
     print(f"{_OUT.value}: the mean of {len(paths)} checkpoints")

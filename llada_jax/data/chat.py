@@ -1,29 +1,30 @@
-"""Conversations: .jsonl and .parquet rows, the checkpoint's chat template, and the tokens that are supervised.
+"""Conversations: the forms of their rows, the checkpoint's chat template, and the tokens that are supervised.
 
 A row is one of
   {"messages": [{"role", "content", "tool_calls"?}, ...], "tools"?: [...]}   rendered by the chat template
-  {"prompt": text, "response": text}                                         as they are, no template
-  {"input_ids": [...], "prompt_length": n}                                   (or "prompt_lengths": n)
+  {"input_ids": [...], S}       S is "labels" (-100 where not supervised), "supervised" (true or false for each token)
+                                or "prompt_length" (or "prompt_lengths"): the number of tokens before the supervised
+  {"prompt": text, "completion": text}          as they are, no template ("response" is another name of "completion")
+  {"prompt": text or messages, "completion": text or messages}   with messages on one side at least: rendered
 and is read as the first of these whose keys it has; a null is an absent key, and other keys are ignored.
 """
 
 import functools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import tokenizers
 
-from llada_jax.data import text
 from llada_jax.errors import InputError
 from llada_jax.interop.tokenizer import Tokenizer
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-_COLUMNS = ("messages", "tools", "prompt", "response", "input_ids", "prompt_length", "prompt_lengths")
-_PARQUET_BATCH = 256
+TURNS = ("all", "last", "each")
+IGNORED = -100  # the label of a token that is not supervised
+_MASKS = ("labels", "supervised", "prompt_length", "prompt_lengths")
+COLUMNS = ("messages", "tools", "prompt", "completion", "response", "input_ids", *_MASKS)
 
 
 class TemplateError(InputError):
@@ -49,66 +50,38 @@ class Rendered(NamedTuple):
     spans: list[tuple[int, int]]
 
 
-def list_files(source: str) -> list[text.SourceFile]:
-    """Lists the .jsonl and .parquet files under `source`, as text.list_files. Raises InputError if there are none."""
-    files = [file for file in text.list_files(source) if file.format in _READERS]
-    if not files:
-        raise InputError(f"{source}: empty dataset, no file matches *.jsonl, *.parquet")
-    return files
+def prepare(row: dict, tokenizer: Tokenizer, turns: str = "all") -> list[Rendered | Conversation]:
+    """Says what of a parsed row is supervised, for `tokenise`; an empty list if nothing is.
 
+    With `turns` "all" every assistant turn that says something is supervised, with "last" only the last turn is. Both
+    give one document, which ends with the last supervised turn. "each" gives one document for every such turn: all
+    that was said before, unsupervised, and the turn. Under "all" a turn that ends inside a block shares it with the
+    user's next turn, which its noisy tokens then see although it comes later; "each" and "last" are free of that.
 
-def read_rows(
-    files: Sequence[text.SourceFile], start: tuple[int, int] = (0, 0)
-) -> Iterator[tuple[int, int, bytes | dict]]:
-    """Yields (file index, offset, row for `parse_row`) in order, beginning with the row at `start`.
-
-    Offsets are those of text.iter_documents: bytes in a .jsonl file, rows in a .parquet file. Raises InputError
-    naming the file if it cannot be read.
-    """
-    first_file, first_offset = start
-    for index in range(first_file, len(files)):
-        file = files[index]
-        try:
-            for offset, row in _READERS[file.format](file.path, first_offset if index == first_file else 0):
-                yield index, offset, row
-        except OSError as error:
-            raise InputError(f"{file.path}: {error.strerror or error}") from error
-
-
-def place(file: text.SourceFile, offset: int) -> str:
-    """Names a row in an error: path:line, or path:row N of a parquet file."""
-    if file.format == "parquet":
-        return f"{file.path}:row {offset}"
-    return f"{file.path}:{text.line_number(file.path, offset)}"
-
-
-def parse_row(row: bytes | dict) -> dict:
-    """A row as a dict without nulls. Raises InputError, without the place, if it is not a JSON object."""
-    if isinstance(row, bytes):
-        row = text.parse_object(row)
-    return {name: value for name, value in row.items() if value is not None}
-
-
-def prepare(row: dict, tokenizer: Tokenizer, turns: str = "all") -> Rendered | Conversation | None:
-    """Says what of a parsed row is supervised, for `tokenise`; None if nothing is.
-
-    With `turns` "all" every assistant turn of `messages` that says something is supervised, with "last" only the
-    last turn is; a turn goes from where the generation prompt ends to the end-of-turn marker, which belongs to it.
-    What follows the last supervised turn is left out. A `response` ends with the end-of-sequence token; prompt and
-    response are tokenised apart, as when a model is prompted.
+    A turn goes from where the generation prompt ends to the end-of-turn marker, which belongs to it; of `input_ids` it
+    is a run of supervised tokens. A completion without template ends with the end-of-sequence token; prompt and
+    completion are tokenised apart, as when a model is prompted.
 
     Raises InputError, without the place, if the row is malformed or the template rejects it, and TemplateError if
     there is no template or it does not keep the text of earlier turns.
     """
-    if turns not in ("all", "last"):
-        raise InputError(f'turns {turns!r} must be "all" or "last"')
+    if turns not in TURNS:
+        raise InputError(f"turns {turns!r} is none of {', '.join(TURNS)}")
     if "messages" in row:
-        return _render(_messages(row["messages"]), _tools(row.get("tools")), tokenizer, turns)
+        return render(check_messages(row["messages"], "messages"), 0, row.get("tools"), tokenizer, turns)
     if "input_ids" in row:
-        return _pretokenised(row, tokenizer)
-    if "prompt" in row or "response" in row:
-        return _pair(row.get("prompt"), row.get("response", ""), tokenizer)
-    raise InputError("neither messages, nor prompt and response, nor input_ids")
+        return _pretokenised(row, tokenizer, turns)
+    name = "response" if "response" in row else "completion"
+    if "prompt" not in row and name not in row:
+        raise InputError("neither messages, nor prompt and completion, nor input_ids")
+    prompt, completion = row.get("prompt"), row.get(name, "")
+    if isinstance(prompt, list) or isinstance(completion, list):
+        messages = as_messages(prompt, "user", "prompt")
+        return render_answer(messages, as_messages(completion, "assistant", name), name, row, tokenizer, turns)
+    for field, value in (("prompt", prompt), (name, completion)):
+        if not isinstance(value, str):
+            raise InputError(f"{field} is {'missing' if value is None else 'neither a string nor messages'}")
+    return plain(prompt, completion, tokenizer)
 
 
 def tokenise(prepared: Sequence[Rendered | Conversation], tokenizer: Tokenizer) -> list[Conversation | None]:
@@ -136,31 +109,55 @@ def _exact_offsets(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     return copy
 
 
-def _render(messages: list[dict], tools: list | None, tokenizer: Tokenizer, turns: str) -> Rendered | None:
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+def render(messages: list[dict], first: int, tools, tokenizer: Tokenizer, turns: str = "all") -> list[Rendered]:
+    """The documents of checked messages; those before messages[first] are prompt. Raises as `prepare`."""
+    tools = _tools(tools)
+    if messages and messages[0]["role"] == "assistant":
+        raise InputError("messages[0] is the assistant's, with nothing to answer")
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= first]
     answers = [
         i
-        for i in (answers if turns == "all" else answers[-1:])
+        for i in (answers[-1:] if turns == "last" else answers)
         if messages[i]["content"].strip() or messages[i].get("tool_calls")
     ]
     if not answers:
-        return None
+        return []
     if tokenizer.chat_template is None:
         raise TemplateError("the tokenizer has no chat template (chat_template in tokenizer_config.json)")
+    documents = [[i] for i in answers] if turns == "each" else [answers]
+    return [_render_document(messages, answers, tools, tokenizer) for answers in documents]
 
-    def render(stop: int, prompt: bool) -> str:
+
+def _render_document(messages: list[dict], answers: list[int], tools: list | None, tokenizer: Tokenizer) -> Rendered:
+    """The conversation up to the last of the turns messages[answers], which are supervised."""
+
+    def text(stop: int, prompt: bool) -> str:
         return tokenizer.apply_chat_template(messages[:stop], add_generation_prompt=prompt, tools=tools)
 
-    whole = render(answers[-1] + 1, False)
+    whole = text(answers[-1] + 1, False)
     _check_text(whole)
     spans = []
     for i in answers:
-        before, after = render(i, True), whole if i == answers[-1] else render(i + 1, False)
+        before, after = text(i, True), whole if i == answers[-1] else text(i + 1, False)
         if not (after.startswith(before) and whole.startswith(after)):
-            hint = "" if turns == "last" else '; supervise only the last turn (turns "last")'
+            hint = "" if len(answers) == 1 else '; supervise one turn of a document (turns "each" or "last")'
             raise TemplateError(f"the chat template rewrites earlier turns, seen at messages[{i}]{hint}")
         spans.append((len(before), len(before) + _turn_length(after[len(before) :], messages[i]["content"])))
     return Rendered(whole[: spans[-1][1]], spans)
+
+
+def render_answer(
+    prompt: list[dict], answer: list[dict], name: str, row: dict, tokenizer: Tokenizer, turns: str = "all"
+) -> list[Rendered]:
+    """The documents of an answer, the field `name` of the row, to a prompt; both are checked messages.
+
+    Raises InputError, without the place, if the prompt leaves nothing to answer or the answer is not the assistant's.
+    """
+    if not prompt or prompt[-1]["role"] == "assistant":
+        raise InputError("prompt is empty or ends with the assistant's turn, so that there is nothing to answer")
+    if answer and answer[0]["role"] != "assistant":
+        raise InputError(f"{name} answers the prompt with the {answer[0]['role']}'s turn, expected the assistant's")
+    return render(prompt + answer, len(prompt), row.get("tools"), tokenizer, turns)
 
 
 def _turn_length(turn: str, content: str) -> int:
@@ -168,27 +165,34 @@ def _turn_length(turn: str, content: str) -> int:
     return len(turn if content and turn.endswith(content) else turn.rstrip())
 
 
-def _messages(messages) -> list[dict]:
-    """The messages with a string as content, checked. Raises InputError naming the message."""
+def as_messages(value, role: str, name: str) -> list[dict]:
+    """A text as a message of this role, or messages, checked. Raises InputError naming the field."""
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    if not isinstance(value, list):
+        raise InputError(f"{name} is {'missing' if value is None else 'neither a string nor messages'}")
+    return check_messages(value, name)
+
+
+def check_messages(messages, name: str) -> list[dict]:
+    """The messages with a string as content. Raises InputError naming the message of the field `name`."""
     if not isinstance(messages, list):
-        raise InputError("messages is not a list")
+        raise InputError(f"{name} is not a list")
     checked = []
     for i, message in enumerate(messages):
         if not isinstance(message, dict):
-            raise InputError(f"messages[{i}] is not an object")
-        message = {name: value for name, value in message.items() if value is not None}
+            raise InputError(f"{name}[{i}] is not an object")
+        message = {field: value for field, value in message.items() if value is not None}
         role, calls = message.get("role"), message.get("tool_calls", [])
         if role not in ROLES:
-            raise InputError(f"messages[{i}]: role {role!r} is none of {', '.join(ROLES)}")
+            raise InputError(f"{name}[{i}]: role {role!r} is none of {', '.join(ROLES)}")
         if role == "assistant":
             message.setdefault("content", "")  # a turn of tool calls has none, and templates print None as "None"
         if not isinstance(message.get("content"), str):
-            raise InputError(f"messages[{i}]: content is not a string")
+            raise InputError(f"{name}[{i}]: content is not a string")
         if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-            raise InputError(f"messages[{i}]: tool_calls is not a list of objects")
+            raise InputError(f"{name}[{i}]: tool_calls is not a list of objects")
         checked.append(message)
-    if checked and checked[0]["role"] == "assistant":
-        raise InputError("messages[0] is the assistant's, with nothing to answer")
     return checked
 
 
@@ -203,29 +207,51 @@ def _tools(tools) -> list | None:
     return tools
 
 
-def _pair(prompt, response, tokenizer: Tokenizer) -> Conversation | None:
-    for name, value in (("prompt", prompt), ("response", response)):
-        if not isinstance(value, str):
-            raise InputError(f"{name} is {'missing' if value is None else 'not a string'}")
+def plain(prompt: str, completion: str, tokenizer: Tokenizer) -> list[Conversation]:
+    """The document of a prompt and its completion without a template; none if the completion is blank."""
+    for value in (prompt, completion):
         _check_text(value)
-    if not response.strip():
-        return None
+    if not completion.strip():
+        return []
     prompt_ids, end = tokenizer.encode(prompt), [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-    ids = np.asarray(prompt_ids + tokenizer.encode(response) + end, np.int32)
-    return Conversation(ids, [(len(prompt_ids), len(ids))])
+    ids = np.asarray(prompt_ids + tokenizer.encode(completion) + end, np.int32)
+    return [Conversation(ids, [(len(prompt_ids), len(ids))])]
 
 
-def _pretokenised(row: dict, tokenizer: Tokenizer) -> Conversation | None:
-    ids, prompt_length = row["input_ids"], row.get("prompt_length", row.get("prompt_lengths"))
+def _pretokenised(row: dict, tokenizer: Tokenizer, turns: str) -> list[Conversation]:
+    ids = row["input_ids"]
     if not isinstance(ids, list) or not all(type(token) is int and 0 <= token < 2**31 for token in ids):
         raise InputError("input_ids is not a list of token ids")
-    if type(prompt_length) is not int or prompt_length < 0:
-        raise InputError(f"prompt_length {prompt_length!r} is not a number of tokens")
     if ids and tokenizer.id_to_token(max(ids)) is None:
         raise InputError(f"input_ids: the tokenizer has no token {max(ids)}")
-    if prompt_length >= len(ids):
-        return None
-    return Conversation(np.asarray(ids, np.int32), [(prompt_length, len(ids))])
+    edges = np.flatnonzero(np.diff(_mask(row, ids), prepend=False, append=False)).tolist()
+    spans = list(zip(edges[::2], edges[1::2], strict=True))
+    spans = spans[-1:] if turns == "last" else spans
+    documents = [[span] for span in spans] if turns == "each" else [spans] if spans else []
+    return [Conversation(np.asarray(ids[: spans[-1][1]], np.int32), spans) for spans in documents]
+
+
+def _mask(row: dict, ids: list[int]) -> np.ndarray:
+    """Which of the ids are supervised, [n] bool."""
+    given = [name for name in _MASKS if name in row]
+    if len(given) != 1:
+        raise InputError(
+            f"input_ids comes with {' and '.join(given) or 'nothing'}, expected one of {', '.join(_MASKS)}"
+        )
+    (name,), value = given, row[given[0]]
+    if name.startswith("prompt_length"):
+        if type(value) is not int or value < 0:
+            raise InputError(f"{name} {value!r} is not a number of tokens")
+        return np.arange(len(ids)) >= value
+    if not isinstance(value, list) or len(value) != len(ids):
+        raise InputError(f"{name} is not a list of {len(ids)} entries, as input_ids is")
+    if name == "labels":
+        if any(label not in (token, IGNORED) for label, token in zip(value, ids, strict=True)):
+            raise InputError(f"labels holds something else than {IGNORED} and the token of input_ids at its place")
+        return np.asarray([label != IGNORED for label in value], bool)
+    if not all(type(entry) is bool or entry in (0, 1) for entry in value):
+        raise InputError("supervised holds something else than true and false")
+    return np.asarray(value, bool)
 
 
 def _check_text(value: str) -> None:
@@ -233,45 +259,3 @@ def _check_text(value: str) -> None:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         raise InputError("the text holds a lone surrogate") from error
-
-
-def _read_jsonl(path: str, offset: int) -> Iterator[tuple[int, bytes]]:
-    with open(path, "rb") as stream:
-        stream.seek(offset)
-        while line := stream.readline():
-            if line.strip():
-                yield offset, line
-            offset += len(line)
-
-
-def _read_parquet(path: str, offset: int) -> Iterator[tuple[int, dict]]:
-    try:
-        with pq.ParquetFile(path) as table:
-            columns = [name for name in _COLUMNS if name in table.schema_arrow.names]
-            if not columns:
-                raise InputError(f"{path}: none of the columns {', '.join(_COLUMNS)}")
-            row = 0
-            for group in range(table.num_row_groups):
-                rows = table.metadata.row_group(group).num_rows
-                if row + rows > offset:
-                    for batch in table.iter_batches(_PARQUET_BATCH, row_groups=[group], columns=columns):
-                        records = batch.to_pylist() if row + len(batch) > offset else []
-                        yield from ((at, _without_nulls(r)) for at, r in enumerate(records, row) if at >= offset)
-                        row += len(batch)
-                else:
-                    row += rows
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: a text is not UTF-8") from error
-    except (pa.ArrowException, OSError) as error:
-        reason = (str(error).splitlines() or ["unknown error"])[0]
-        raise InputError(f"{path}: unreadable parquet file ({reason})") from error
-
-
-def _without_nulls(value):
-    """Leaves out absent keys: parquet gives every struct all the keys that any of its rows has."""
-    if isinstance(value, dict):
-        return {name: _without_nulls(entry) for name, entry in value.items() if entry is not None}
-    return [_without_nulls(entry) for entry in value] if isinstance(value, list) else value
-
-
-_READERS = {"jsonl": _read_jsonl, "parquet": _read_parquet}

@@ -16,7 +16,7 @@ from typing import NamedTuple, TextIO
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from llada_jax.data import text
+from llada_jax.data import sources, text
 from llada_jax.data.progress import progress_lines
 from llada_jax.data.rows import FORMAT, encode_row, read_json
 from llada_jax.errors import InputError
@@ -46,11 +46,12 @@ def pack(
     *,
     field: str = "text",
     patterns: Sequence[str] = (),
+    split: str = "",
     block_align: int = 1,
     rows_per_shard: int = 65536,
     log: TextIO | None = None,
 ) -> dict:
-    """Tokenises the documents under `source` and packs them greedily into rows of `length` tokens under `out`.
+    """Tokenises the documents of `source` (sources.list_files) and packs them greedily into rows of `length` tokens.
 
     Every document is followed by the tokenizer's end-of-sequence token, if it has one; a document of no tokens is
     left out. A document that crosses the end of a row is split, and its continuation is a document of its own in
@@ -61,7 +62,7 @@ def pack(
     interrupted one is continued. Raises InputError on bad input and when `out` was begun with other settings.
     """
     check_shape(length, block_align, rows_per_shard)
-    files = text.list_files(source, patterns)
+    files = sources.list_files(source, patterns=patterns, split=split)
     settings = {
         "format": FORMAT,
         "length": length,
@@ -93,7 +94,7 @@ def check_shape(length: int, block_align: int, rows_per_shard: int) -> None:
 def write_dataset(
     out: str,
     settings: dict,
-    files: Sequence[text.SourceFile],
+    files: Sequence[sources.SourceFile],
     counts: dict,
     rows_after: Callable[[tuple[int, int], int], Iterator[PackedRow]],
     empty: str,

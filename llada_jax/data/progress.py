@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TextIO
 
-from llada_jax.data import text
+from llada_jax.data import sources
 
 _TERMINAL_SECONDS = 1.0
 _PLAIN_SECONDS = 10.0
@@ -13,7 +13,7 @@ _PLAIN_SECONDS = 10.0
 
 @contextlib.contextmanager
 def progress_lines(
-    files: Sequence[text.SourceFile], position: tuple[int, int], tokens: int, log: TextIO | None
+    files: Sequence[sources.SourceFile], position: tuple[int, int], tokens: int, log: TextIO | None
 ) -> Iterator[Callable[[tuple[int, int], int, int], None]]:
     """Yields report(position, documents, tokens), to be called as often as convenient.
 
@@ -24,7 +24,7 @@ def progress_lines(
         yield lambda position, documents, tokens: None
         return
     total_bytes = max(1, sum(file.bytes for file in files))
-    first_bytes, first_tokens = text.bytes_before(files, position), tokens
+    first_bytes, first_tokens = sources.bytes_before(files, position), tokens
     begun = time.monotonic()
     due = begun + _TERMINAL_SECONDS
     terminal = log.isatty()
@@ -36,7 +36,7 @@ def progress_lines(
         if now < due:
             return
         due = now + (_TERMINAL_SECONDS if terminal else _PLAIN_SECONDS)
-        done = text.bytes_before(files, position)
+        done = sources.bytes_before(files, position)
         rate = (tokens - first_tokens) / (now - begun)
         left = (now - begun) * (total_bytes - done) / (done - first_bytes) if done > first_bytes else float("inf")
         line = f"{documents} documents, {tokens} tokens, {rate:.0f} tokens/s, {done / total_bytes:.1%} of the input"

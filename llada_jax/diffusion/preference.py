@@ -15,7 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from llada_jax.attention.visibility import Layout
+from llada_jax.diffusion import noise, objectives
 from llada_jax.errors import InputError
+from llada_jax.model.config import ModelConfig
+from llada_jax.model.forward import Execution
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +59,40 @@ def shared_source(where: Layout, segment_ids: jax.Array) -> jax.Array:
     chosen_start = jnp.take_along_axis(starts, jnp.maximum(segment_ids - 1, 0), axis=1)
     rejected = (segment_ids > 0) & (segment_ids % 2 == 0)
     return jnp.where(rejected, index - where.document_start + chosen_start, index)
+
+
+def prepare(
+    batch,
+    seed: int,
+    block_size,
+    model: ModelConfig,
+    objective: objectives.Objective,
+    settings: Preference,
+    halves: str = "both",
+) -> objectives.Example:
+    """`draws` noise samples of each row: leaves [rows, draws, ...]. batch: data.order.Batch of arrays.
+
+    Draw d of a row in epoch e has the key (seed, row, e * draws + d): scores of it can be computed at any time.
+    """
+    source = shared_source if settings.shared_noise else None
+    rows = jax.tree.map(lambda x: jnp.repeat(x, settings.draws, axis=0), batch)
+    draw = jnp.tile(jnp.arange(settings.draws, dtype=jnp.uint32), len(batch.ids))
+    keys = noise.example_keys(seed, rows.row_ids, rows.epochs * settings.draws + draw)
+    example = objectives.prepare(
+        rows.ids, rows.segment_ids, rows.supervised, keys, block_size, model, objective, halves, source
+    )
+    return jax.tree.map(lambda x: x.reshape(-1, settings.draws, *x.shape[1:]), example)
+
+
+def score(
+    params, model: ModelConfig, example: objectives.Example, max_pairs: int, halves="both", execution=Execution()
+) -> jax.Array:
+    """B of each document (Eq. 7), the mean over draws: float32 [rows, max_pairs, 2]. example: of `prepare`."""
+    draws = example.clean.shape[1]
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), example)
+    _, tokens = objectives.score(params, model, flat, halves, execution)
+    found = document_scores(tokens.nll, flat.weights, flat.segment_ids, max_pairs)
+    return found.reshape(-1, draws, *found.shape[1:]).mean(1)
 
 
 def document_scores(nll: jax.Array, weights: jax.Array, segment_ids: jax.Array, max_pairs: int) -> jax.Array:

@@ -47,7 +47,7 @@ def ar_nll(params, config: ModelConfig, batch, *, rows_at_once=4, execution=Exec
 def _estimate(params, config, objective, batch, block_size, halves, samples, seed, rows_at_once, execution):
     totals, counts = [], []
     for start in range(0, len(batch.ids), rows_at_once):
-        part = jax.tree.map(functools.partial(_slice_rows, start=start, rows=rows_at_once), batch)
+        part = jax.tree.map(functools.partial(slice_rows, start=start, rows=rows_at_once), batch)
         for sample in range(samples):
             sums = _row_sums(
                 params, config, objective, halves, execution, part, jnp.uint32(sample), jnp.int32(block_size), seed
@@ -65,7 +65,7 @@ def _estimate(params, config, objective, batch, block_size, halves, samples, see
     return Estimate(float(mean), spread / max(count.sum(), 1), int(round(count.sum())))
 
 
-def _slice_rows(x: np.ndarray, start: int, rows: int) -> np.ndarray:
+def slice_rows(x: np.ndarray, start: int, rows: int) -> np.ndarray:
     """Rows start .. start + rows; past the end they are zero, so padding."""
     x = x[start : start + rows]
     return np.concatenate([x, np.zeros((rows - len(x), *x.shape[1:]), x.dtype)])

@@ -143,6 +143,18 @@ def resolve(path: str | os.PathLike) -> epath.Path:
     return _newest_intact(path, check)
 
 
+def locate(path: str | os.PathLike) -> epath.Path:
+    """The directory of the checkpoint that `path` stands for: its config and the bases of a LoRA step are verified, its
+    weights are not read. Raises InputError saying what is missing or damaged.
+    """
+
+    def check(directory: epath.Path) -> epath.Path:
+        open_weights(directory)
+        return directory
+
+    return _newest_intact(path, check)
+
+
 def verify(path: str | os.PathLike) -> list[str]:
     """What is wrong with the checkpoint in directory `path`, one line each; [] when all of it is as it was written."""
     return list(_problems(epath.Path(path), files.TENSOR_FOLDERS))

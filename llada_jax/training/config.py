@@ -5,6 +5,7 @@ A file in configs/ starts from `default_config` and changes fields; flags overri
 """
 
 import importlib.util
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,6 +27,7 @@ def default_config(model: str) -> ConfigDict:
         raise InputError(f"config: unknown model {model!r}; presets: {', '.join(PRESETS)}")
     config = ConfigDict()
     config.model = model
+    config.stage = ""  # what the run calls itself, in its checkpoints and in what the next stage says of them
     config.alignment = ""  # "same" or "shifted"; "" is the checkpoint's (or the preset's)
     config.init_from = ""  # a checkpoint whose weights to start from; "" starts from random weights
     config.seed = 0
@@ -72,6 +74,7 @@ def default_config(model: str) -> ConfigDict:
     preference.draws = 1
     preference.shared_noise = True
     preference.max_pairs = 16
+    preference.reference = "frozen"  # the weights of init_from; or "precomputed": their scores, made before training
 
     config.lora = lora = ConfigDict()  # low-rank adapters on frozen weights of init_from (arXiv 2106.09685)
     lora.rank = 0  # 0 trains all weights
@@ -79,7 +82,7 @@ def default_config(model: str) -> ConfigDict:
     lora.targets = adaptable(PRESETS[model])  # all dense projections; routed experts stay frozen
 
     config.optimizer = optimizer = ConfigDict()
-    optimizer.learning_rate = 1e-3
+    optimizer.learning_rate = 1e-3  # 0 is the rate at which the run of init_from ended
     optimizer.warmup_steps = 10
     optimizer.decay_steps = 40  # the last steps, linearly down to learning_rate * end_fraction
     optimizer.end_fraction = 0.1
@@ -92,8 +95,18 @@ def default_config(model: str) -> ConfigDict:
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, expert=1, tensor=1))
     config.execution = ConfigDict(dict(attention="dense", remat="none", dtype="float32"))
 
-    config.checkpoint = ConfigDict(dict(every_steps=50, keep_last=2))  # keep_last 0 keeps all
-    config.evaluation = ConfigDict(dict(every_steps=100, block_sizes=(1, 4, 32, 256), rows=8, samples=1))
+    config.checkpoint = kept = ConfigDict()
+    kept.every_steps = 50
+    kept.keep_last = 2  # 0 keeps all
+    kept.keep_best = 0  # besides the last, so many of the least held-out NELBO ...
+    kept.best_block_size = 0  # ... at this one of evaluation.block_sizes; 0 is the last of them
+
+    config.evaluation = evaluation = ConfigDict()
+    evaluation.every_steps = 100
+    evaluation.block_sizes = (1, 4, 32, 256)
+    evaluation.rows = 8
+    evaluation.samples = 1
+    evaluation.preference_draws = 8  # DPO: noise samples that each held-out score averages over
     config.log_every_steps = 10
     return config.lock()
 
@@ -172,7 +185,14 @@ def preference(config: ConfigDict) -> Preference | None:
         raise InputError('config.init_from="": DPO needs the model of the stage before, as policy and as reference')
     if config.objective.complementary or config.objective.confidence_weight:
         raise InputError("config.preference.enabled: not with objective.complementary or objective.confidence_weight")
+    if c.reference not in ("frozen", "precomputed"):
+        raise InputError(f'config.preference.reference={c.reference!r}, expected "frozen" or "precomputed"')
     return Preference(c.beta, c.draws, c.shared_noise, c.max_pairs)
+
+
+def evaluation_block_sizes(config: ConfigDict) -> tuple[int, ...]:
+    """Block sizes of the held-out NELBO; an AR model has one."""
+    return (1,) if config.schedule.kind == "ar" else tuple(config.evaluation.block_sizes)
 
 
 def execution(config: ConfigDict) -> Execution:
@@ -182,13 +202,14 @@ def execution(config: ConfigDict) -> Execution:
 
 
 _POSITIVE = (
-    "data.length", "data.held_out_rows", "batch.rows", "batch.micro_batches", "optimizer.learning_rate",
+    "data.length", "data.held_out_rows", "batch.rows", "batch.micro_batches",
     "optimizer.clip_norm", "optimizer.eps", "lora.alpha", "checkpoint.every_steps",
-    "evaluation.every_steps", "evaluation.rows", "evaluation.samples", "log_every_steps",
+    "evaluation.every_steps", "evaluation.rows", "evaluation.samples", "evaluation.preference_draws", "log_every_steps",
 )  # fmt: skip
 _NOT_NEGATIVE = (
-    "seed", "optimizer.warmup_steps", "optimizer.decay_steps", "optimizer.weight_decay", "optimizer.end_fraction",
-    "objective.embedding_noise_std", "objective.embedding_noise_steps", "checkpoint.keep_last", "lora.rank",
+    "seed", "optimizer.learning_rate", "optimizer.warmup_steps", "optimizer.decay_steps", "optimizer.weight_decay",
+    "optimizer.end_fraction", "objective.embedding_noise_std", "objective.embedding_noise_steps",
+    "lora.rank", "checkpoint.keep_last", "checkpoint.keep_best",
 )  # fmt: skip
 
 
@@ -219,8 +240,40 @@ def check(config: ConfigDict) -> None:
         )
     if config.alignment not in ("", "same", "shifted"):
         raise InputError(f'config.alignment={config.alignment!r}, expected "same", "shifted" or ""')
+    if config.checkpoint.best_block_size not in (0, *config.evaluation.block_sizes):
+        raise InputError(
+            f"config.checkpoint.best_block_size={config.checkpoint.best_block_size}, expected one of "
+            f"evaluation.block_sizes={config.evaluation.block_sizes}, or 0"
+        )
+    if not config.evaluation.block_sizes:
+        raise InputError("config.evaluation.block_sizes=(), expected at least one")
     for block_size in config.evaluation.block_sizes:
         if block_size < 1 or config.data.length % block_size:
             raise InputError(
                 f"config.evaluation.block_sizes: {block_size} does not divide data.length={config.data.length}"
             )
+
+
+def write(config: ConfigDict, path: Path) -> None:
+    """Writes the resolved config; on a later run says which fields changed since."""
+    new = json.loads(config.to_json())
+    if path.exists():
+        try:
+            old = json.loads(path.read_text())
+        except json.JSONDecodeError:
+            old = {}
+        for field in sorted(set(_flatten(old)) | set(_flatten(new))):
+            before, after = _flatten(old).get(field), _flatten(new).get(field)
+            if before != after:
+                print(f"config.{field} was {before!r}, is now {after!r}", flush=True)
+    temporary = path.with_name("config.json.partial")
+    temporary.write_text(json.dumps(new, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def _flatten(tree: dict, prefix: str = "") -> dict:
+    """{"a": {"b": 1}} -> {"a.b": 1}"""
+    flat = {}
+    for name, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat

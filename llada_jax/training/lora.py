@@ -19,13 +19,11 @@ from llada_jax.training import checkpoint_arrays as arrays
 from llada_jax.training import checkpoint_files as files
 
 
-def open_lora(config: ConfigDict, model: ModelConfig, base: epath.Path | None) -> Lora | None:
-    """The adapters that config.lora asks for on the checkpoint in directory `base`, or None with rank 0.
+def open_lora(config: ConfigDict, model: ModelConfig, base: epath.Path) -> Lora:
+    """The adapters that config.lora asks for on the checkpoint in directory `base`.
 
     Raises InputError naming a target that is no dense projection of the model.
     """
-    if not config.lora.rank:
-        return None
     targets, known = tuple(config.lora.targets), parameters.adaptable(model)
     if not targets:
         raise InputError(f"config.lora.targets=(), expected some of {', '.join(known)}")

@@ -1,6 +1,5 @@
 """Top-k checkpoint merge (Section 4.3): the plain mean of the weights of the best checkpoints."""
 
-import json
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -9,7 +8,7 @@ import numpy as np
 from etils import epath
 
 from llada_jax.errors import InputError
-from llada_jax.training import checkpoint
+from llada_jax.training import checkpoint, saver
 
 
 def merge_checkpoints(paths: Sequence[str | os.PathLike], out: str | os.PathLike) -> None:
@@ -48,24 +47,18 @@ def merge_checkpoints(paths: Sequence[str | os.PathLike], out: str | os.PathLike
 
 
 def best_steps(workdir: str | os.PathLike, count: int) -> list[tuple[epath.Path, float]]:
-    """[(checkpoint, held-out NELBO)] of the `count` best saved steps, best first, by the mean over block sizes.
+    """[(checkpoint, held-out NELBO)] of the `count` best saved steps, best first; the score is the one recorded with
+    the step, which config.checkpoint.keep_best also goes by.
 
-    Raises InputError when fewer steps were both saved and evaluated.
+    Raises InputError when fewer steps were evaluated when they were saved.
     """
-    workdir = epath.Path(workdir)
-    nelbos: dict[int, list[float]] = {}
-    metrics = workdir / "metrics.jsonl"
-    if not metrics.exists():
-        raise InputError(f"{metrics}: no such file")
-    for line in metrics.read_text().splitlines():
-        row = json.loads(line)
-        if "nelbo" in row:
-            nelbos.setdefault(row["step"], []).append(row["nelbo"])
-    saved = [step for step in checkpoint.steps(workdir / "checkpoints") if step in nelbos]
-    if len(saved) < count:
+    folder = epath.Path(workdir) / "checkpoints"
+    if not folder.is_dir():
+        raise InputError(f"{workdir}: not a workdir, there is no checkpoints/")
+    ranked = list(saver.scores(folder).items())
+    if len(ranked) < count:
         raise InputError(
-            f"{workdir}: {len(saved)} steps are saved and evaluated, {count} wanted; train with "
-            "checkpoint.keep_last=0 and checkpoint.every_steps = evaluation.every_steps"
+            f"{workdir}: {len(ranked)} saved steps have a held-out score, {count} wanted; train with "
+            f"checkpoint.keep_best={count}"
         )
-    ranked = sorted((float(np.mean(nelbos[step])), step) for step in saved)
-    return [(workdir / "checkpoints" / str(step), nelbo) for nelbo, step in ranked[:count]]
+    return [(folder / str(step), score) for step, score in ranked[:count]]

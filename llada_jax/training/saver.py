@@ -6,6 +6,7 @@ processes of a run make the same calls; process 0 writes the small files, rename
 
 import functools
 import json
+import math
 import os
 import re
 import threading
@@ -26,7 +27,7 @@ from llada_jax.training import checkpoint_files as files
 from llada_jax.training.checkpoint import steps
 from llada_jax.training.checkpoint_files import DamagedError
 
-__all__ = ["Saver", "restore", "steps"]
+__all__ = ["Saver", "restore", "scores", "steps"]
 
 _REPLICA_SLICE_BYTES = 4 * 2**20
 
@@ -34,13 +35,13 @@ _REPLICA_SLICE_BYTES = 4 * 2**20
 class Saver:
     """Writes steps to `directory` (the checkpoints/ of a workdir), one at a time, in the background.
 
-    keep_last: older complete steps are deleted after each save; 0 keeps all. Leftovers of a run that died while it
-    was saving are deleted at once.
+    After each save only the newest `keep_last` steps and the `keep_best` steps of the least score stay; keep_last 0
+    keeps all. Leftovers of a run that died while it was saving are deleted at once.
     """
 
-    def __init__(self, directory: str | os.PathLike, keep_last: int = 0):
+    def __init__(self, directory: str | os.PathLike, keep_last: int = 0, keep_best: int = 0):
         self._directory = files.absolute(directory)
-        self._keep_last = keep_last
+        self._keep_last, self._keep_best = keep_last, keep_best
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._checkpointer = _make_checkpointer()
@@ -56,12 +57,14 @@ class Saver:
         config: ModelConfig | Lora,
         tokenizer_files: dict[str, bytes],
         lineage: dict,
+        score: float | None = None,
     ) -> None:
         """Starts saving; returns once everything has been copied off the devices.
 
         params: the tree of parameters.abstract(config). optimizer: any pytree of arrays. host_state: what JSON can
-        hold. While it copies, the weights (not the optimizer) are on the devices twice. Raises InputError when the
-        step exists, and the error of the save before, if that failed.
+        hold. score: by which steps are ranked, less is better; a step without one is never among the best. While it
+        copies, the weights (not the optimizer) are on the devices twice. Raises InputError when the step exists, and
+        the error of the save before, if that failed.
         """
         self.wait()
         target = self._directory / str(step)
@@ -80,12 +83,13 @@ class Saver:
                 self._checkpointer.wait_until_finished()
                 if jax.process_index() == 0:
                     checkpoint.write_header(directory, config, tokenizer_files, lineage)
-                    files.write_json(directory / "train_state.json", {"step": step, "host": host_state})
+                    state = {"step": step, "score": score, "host": host_state}
+                    files.write_json(directory / "train_state.json", state)
                     files.finish(directory, entries)
                     if directory != target:
                         target.rmtree(missing_ok=True)  # incomplete, or save() would have refused
                         directory.rename(target)
-                    _delete_old(self._directory, self._keep_last)
+                    _delete_old(self._directory, self._keep_last, self._keep_best)
             except BaseException as error:  # raised by wait(), in the caller's thread
                 self._error = error
 
@@ -247,7 +251,24 @@ def _remove_leftovers(directory: epath.Path) -> None:
             path.rmtree()
 
 
-def _delete_old(directory: epath.Path, keep_last: int) -> None:
-    for step in steps(directory)[:-keep_last] if keep_last else []:
+def scores(directory: str | os.PathLike) -> dict[int, float]:
+    """{step: score} of the complete steps of a checkpoints/ folder that have a finite score, least score first."""
+    directory = epath.Path(directory)
+    found = {step: _score(directory / str(step)) for step in steps(directory)}
+    ranked = sorted((score, step) for step, score in found.items() if score is not None and math.isfinite(score))
+    return {step: score for score, step in ranked}
+
+
+def _score(step: epath.Path) -> float | None:
+    try:
+        return json.loads(files.read_file(step, files.read_digests(step), "train_state.json")).get("score")
+    except DamagedError:  # converted weights, without this file, or damage, which restoring reports
+        return None
+
+
+def _delete_old(directory: epath.Path, keep_last: int, keep_best: int) -> None:
+    older = steps(directory)[:-keep_last] if keep_last else []
+    best = list(scores(directory))[:keep_best] if older and keep_best else []
+    for step in (step for step in older if step not in best):
         (directory / str(step) / files.DIGESTS).unlink()  # first: a half deleted step must not look complete
         (directory / str(step)).rmtree()

@@ -74,7 +74,12 @@ def whole(params, frozen, model: ModelConfig | Lora):
 def denoising_loss(
     model: ModelConfig, objective: Objective, execution: Execution, seed: int, micro_batches: int = 1
 ) -> Loss:
-    """BDLM, MDLM, AR, SFT and CAP (diffusion/objectives.py)."""
+    """BDLM, MDLM, AR, SFT and CAP (diffusion/objectives.py).
+
+    With micro-batches, the confidence term that is optimised is the mean of their means, not the mean over the batch:
+    the number of correct tokens of the batch is known only after the forward passes of all of them, and dividing
+    exactly would take a second one. The loss that is reported has the mean over the batch.
+    """
     temperature = objective.confidence_temperature if objective.confidence_weight else None
     # The confidence term is a mean over a micro-batch: its parts add up to the mean over micro-batches.
     part = dataclasses.replace(objective, confidence_weight=objective.confidence_weight / micro_batches)
@@ -104,33 +109,34 @@ def denoising_loss(
     return Loss(prepare, lambda example: objectives.normalizer(example, objective), value, metrics)
 
 
+class PreferenceExample(NamedTuple):
+    """noised: of preference.prepare; reference: precomputed scores float32 [rows, max_pairs, 2], or None."""
+
+    noised: objectives.Example
+    reference: jax.Array | None
+
+
 def preference_loss(
-    model: ModelConfig, objective: Objective, execution: Execution, seed: int, settings: Preference
+    model: ModelConfig, objective: Objective, execution: Execution, seed: int, settings: Preference, precomputed=False
 ) -> Loss:
-    """DPO (diffusion/preference.py). Examples carry `draws` noise samples of each row: leaves [rows, draws, ...]."""
-    source = preference.shared_source if settings.shared_noise else None
+    """DPO (diffusion/preference.py). precomputed: `prepare` takes (batch, the reference's scores of it), and `value`
+    no weights of a reference.
+    """
 
     def prepare(batch, block_size, halves):
-        rows = jax.tree.map(lambda x: jnp.repeat(x, settings.draws, axis=0), batch)
-        draw = jnp.tile(jnp.arange(settings.draws, dtype=jnp.uint32), len(batch.ids))
-        keys = noise.example_keys(seed, rows.row_ids, rows.epochs * settings.draws + draw)
-        example = objectives.prepare(
-            rows.ids, rows.segment_ids, rows.supervised, keys, block_size, model, objective, halves, source
-        )
-        return jax.tree.map(lambda x: x.reshape(-1, settings.draws, *x.shape[1:]), example)
+        batch, reference = batch if precomputed else (batch, None)
+        noised = preference.prepare(batch, seed, block_size, model, objective, settings, halves)
+        return PreferenceExample(noised, reference)
 
     def scores(params, example, halves):
-        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), example)
-        _, tokens = objectives.score(params, model, flat, halves, execution)
-        found = preference.document_scores(tokens.nll, flat.weights, flat.segment_ids, settings.max_pairs)
-        return found.reshape(-1, settings.draws, *found.shape[1:]).mean(1)
+        return preference.score(params, model, example.noised, settings.max_pairs, halves, execution)
 
     def present(example):
-        return preference.pairs_present(example.segment_ids[:, 0], settings.max_pairs)
+        return preference.pairs_present(example.noised.segment_ids[:, 0], settings.max_pairs)
 
     def value(params, reference, example, total, noise_std, halves):
         policy = scores(params, example, halves)
-        frozen = jax.lax.stop_gradient(scores(reference, example, halves))
+        frozen = example.reference if precomputed else jax.lax.stop_gradient(scores(reference, example, halves))
         sums = preference.preference_loss(policy, frozen, present(example), settings.beta)
         return sums.loss / total, sums
 
@@ -146,19 +152,26 @@ def preference_loss(
     return Loss(prepare, lambda example: jnp.maximum(present(example).sum(), 1).astype(jnp.float32), value, metrics)
 
 
+def split_rows(tree, micro_batches: int):
+    """Leaves [micro_batches, rows / micro_batches, ...]: each takes rows of every shard of the batch."""
+    return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, micro_batches, *x.shape[1:]), 1, 0), tree)
+
+
+def join_rows(tree):
+    """Inverse of split_rows."""
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), tree)
+
+
 def _accumulate(gradient, params, example, micro_batches: int):
     """Sums gradients over micro-batches of rows, one after the other, in float32."""
     if micro_batches == 1:
         return gradient(params, example)
 
-    def split(x):  # every micro-batch takes rows of every shard of the batch
-        return jnp.moveaxis(x.reshape(-1, micro_batches, *x.shape[1:]), 1, 0)
-
     def one(total, part):
         return jax.tree.map(jnp.add, total, gradient(params, part)), None
 
     # The sums start as zeros of the shapes that `gradient` returns.
-    parts = jax.tree.map(split, example)
+    parts = split_rows(example, micro_batches)
     first = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], parts))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
     return jax.lax.scan(one, zeros, parts)[0]

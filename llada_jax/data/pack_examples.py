@@ -1,0 +1,247 @@
+"""Packs examples, whole, into rows of a fixed number of tokens: the dataset that pack.py writes, with spans.
+
+An example is one document (a conversation) or several that must be neighbours in a row (a preference pair).
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple, TextIO
+
+import numpy as np
+
+from llada_jax.data import chat
+from llada_jax.data.pack import PackedRow, batches, check_shape, write_dataset
+from llada_jax.data.records import parse_row, read_rows
+from llada_jax.data.rows import FORMAT, encode_row
+from llada_jax.data.sources import ROW_SUFFIXES, SourceFile, list_files, place
+from llada_jax.errors import InputError
+from llada_jax.interop.tokenizer import Tokenizer
+
+_OPEN_ROWS = 16
+
+
+class Kind(NamedTuple):
+    """What the rows of a source are.
+
+    `prepare` maps a parsed row to its examples, each a list of documents for chat.tokenise, or to the reason why it
+    cannot be used, one of `reasons`; it raises InputError if the row is malformed. `unit` is what an example is called
+    in dataset.json, where `settings` are recorded; `columns` are those that a table is read for. A packed row holds at
+    most `max_examples` (None: any number).
+    """
+
+    name: str
+    unit: str
+    columns: Sequence[str]
+    reasons: Sequence[str]
+    settings: dict
+    prepare: Callable[[dict], list[list[chat.Rendered | chat.Conversation]] | str]
+    max_examples: int | None = None
+
+
+def pack_examples(
+    source: str,
+    tokenizer: Tokenizer,
+    out: str,
+    length: int,
+    kind: Kind,
+    *,
+    split: str = "",
+    tail: str | int = "all",
+    block_align: int = 32,
+    rows_per_shard: int = 65536,
+    skip_malformed: bool = False,
+    log: TextIO | None = None,
+) -> dict:
+    """Tokenises the examples under `source` (sources.list_files) and packs them into rows of `length` tokens.
+
+    An example is never split. Each of its documents begins at a multiple of `block_align` and is filled up to one with
+    end-of-sequence tokens; `tail` says what they are: "all" supervised; the first `tail` of them supervised, the rest
+    part of the document but not supervised; or "none", padding.
+
+    Examples go, in order, to the first of at most 16 open rows that has room; a new row closes the fullest of them.
+    Every shard is packed on its own, so that a run continues at a shard without a memory of open rows.
+
+    Returns the contents of dataset.json: as `pack`, and `kind`, kind.unit (the number of examples read), `used`,
+    `unusable` {reason: number} and `supervised_tokens`. Unusable are examples with a reason of `kind`, those "too long"
+    for a row, and "malformed" rows with `skip_malformed`; otherwise these raise InputError with file and line. Raises
+    as `pack` besides.
+    """
+    check_shape(length, block_align, rows_per_shard)
+    if tail not in ("all", "none") and (type(tail) is not int or tail < 0):
+        raise InputError(f'tail {tail!r} must be "all", "none" or a number of tokens')
+    if tokenizer.eos_id is None:
+        raise InputError("the tokenizer has no end-of-sequence token (eos_token in tokenizer_config.json)")
+    files = list_files(source, ROW_SUFFIXES, split=split)
+    settings = {
+        "format": FORMAT,
+        "kind": kind.name,
+        "length": length,
+        "block_align": block_align,
+        "rows_per_shard": rows_per_shard,
+        **kind.settings,
+        "tail": tail,
+        "skip_malformed": skip_malformed,
+        "tokenizer_digest": tokenizer.digest,
+        "eos_id": tokenizer.eos_id,
+        "source_files": [[file.name, file.bytes] for file in files],
+    }
+    counts = {"tokens": 0, "documents": 0, "used": 0, **_nothing_read(kind), "supervised_tokens": 0}
+
+    def rows_after(position: tuple[int, int], taken: int) -> Iterator[PackedRow]:
+        examples = itertools.islice(_read(files, position, tokenizer, kind, skip_malformed), taken, None)
+        fitted = ((where, _fit(item, length, block_align, tail, tokenizer.eos_id)) for where, item in examples)
+        end = _Place((len(files), 0), 0)
+        return _pack_rows(fitted, length, rows_per_shard, tokenizer.eos_id, end, kind, source)
+
+    return write_dataset(out, settings, files, counts, rows_after, f"{source}: empty dataset, no {kind.unit}", log)
+
+
+def _nothing_read(kind: Kind) -> dict:
+    return {kind.unit: 0, "unusable": dict.fromkeys((*kind.reasons, "too long", "malformed"), 0)}
+
+
+class _Place(NamedTuple):
+    """Example number `index` of the row at `source`, a (file index, offset)."""
+
+    source: tuple[int, int]
+    index: int
+
+
+class _Piece(NamedTuple):
+    """A document as a row takes it: ids [size], of which `length` belong to it, and its supervised spans."""
+
+    ids: np.ndarray
+    length: int
+    spans: list[tuple[int, int]]
+
+
+@dataclasses.dataclass(eq=False)
+class _OpenRow:
+    """A row that is being filled: `used` tokens of it are taken by (source, piece) pairs."""
+
+    pieces: list[tuple[tuple[int, int], _Piece]] = dataclasses.field(default_factory=list)
+    used: int = 0
+    examples: int = 0
+
+    def add(self, source: tuple[int, int], example: Sequence[_Piece]) -> None:
+        self.pieces += [(source, piece) for piece in example]
+        self.used += _size(example)
+        self.examples += 1
+
+
+def _size(example: Sequence[_Piece]) -> int:
+    return sum(len(piece.ids) for piece in example)
+
+
+def _read(
+    files: Sequence[SourceFile], start: tuple[int, int], tokenizer: Tokenizer, kind: Kind, skip_malformed: bool
+) -> Iterator[tuple[_Place, list[chat.Conversation] | str]]:
+    """Yields (place, the example's documents, or the reason why it cannot be used) for every row of the files."""
+
+    def prepare():
+        for file, offset, row in read_rows(files, kind.columns, start):
+            try:
+                examples = kind.prepare(parse_row(row))
+            except InputError as error:
+                # What the template does to every row is not the row's fault: skipping would skip them all.
+                if not skip_malformed or isinstance(error, chat.TemplateError):
+                    raise type(error)(f"{place(files[file], offset)}: {error}") from error
+                examples = "malformed"
+            examples = [examples] if isinstance(examples, str) else examples
+            yield from ((_Place((file, offset), index), example) for index, example in enumerate(examples))
+
+    def characters(entry) -> int:
+        return sum(len(item.text) for item in entry[1] if isinstance(item, chat.Rendered))
+
+    for batch in batches(prepare(), characters):
+        prepared = [item for _, example in batch if not isinstance(example, str) for item in example]
+        tokenised = iter(chat.tokenise(prepared, tokenizer))
+        for where, example in batch:
+            if not isinstance(example, str):
+                example = list(itertools.islice(tokenised, len(example)))
+                example = "no response" if None in example else example
+            yield where, example
+
+
+def _fit(example: list[chat.Conversation] | str, length: int, align: int, tail: str | int, eos_id: int):
+    """The example's documents with their tails (a list of _Piece), or why it cannot be used."""
+    if isinstance(example, str):
+        return example
+    pieces = [_fill(conversation, align, tail, eos_id) for conversation in example]
+    return "too long" if _size(pieces) > length else pieces
+
+
+def _fill(conversation: chat.Conversation, align: int, tail: str | int, eos_id: int) -> _Piece:
+    count = len(conversation.ids)
+    size = count + -count % align
+    ids = np.append(conversation.ids, np.full(size - count, eos_id, np.int32))
+    supervised = min(size, count + {"all": size, "none": 0}.get(tail, tail))
+    spans = conversation.spans + ([(count, supervised)] if supervised > count else [])
+    return _Piece(ids, count if tail == "none" else size, spans)
+
+
+def _pack_rows(
+    examples: Iterable[tuple[_Place, list[_Piece] | str]],
+    length: int,
+    rows_per_shard: int,
+    pad_id: int,
+    end: _Place,
+    kind: Kind,
+    name: str,
+) -> Iterator[PackedRow]:
+    """Yields the rows; the last row of a shard says where the next shard begins, with everything before counted.
+
+    `end` is the place that follows all others. Raises InputError naming `name` if no example can be used.
+    """
+    open_rows: list[_OpenRow] = []
+    opened = 0
+    read = _nothing_read(kind)
+
+    def close(row: _OpenRow, where: _Place) -> PackedRow:
+        nonlocal read
+        open_rows.remove(row)
+        counts, read = read, _nothing_read(kind)
+        return _finish(row, length, pad_id, counts, where)
+
+    def has_room(row: _OpenRow, example: list[_Piece]) -> bool:
+        return row.used + _size(example) <= length and row.examples != kind.max_examples
+
+    for where, example in examples:
+        if isinstance(example, str):
+            read["unusable"][example] += 1
+        else:
+            row = next((row for row in open_rows if has_room(row, example)), None)
+            if row is None:
+                if opened == rows_per_shard:
+                    while open_rows:
+                        yield close(open_rows[0], where)
+                    opened = 0
+                elif len(open_rows) == _OPEN_ROWS:
+                    yield close(max(open_rows, key=lambda row: row.used), where)
+                row = _OpenRow()
+                open_rows.append(row)
+                opened += 1
+            row.add(where.source, example)
+        read[kind.unit] += 1
+    if not open_rows and read[kind.unit]:
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in read["unusable"].items() if count)
+        raise InputError(f"{name}: empty dataset, none of {read[kind.unit]} {kind.unit} is usable ({reasons})")
+    while open_rows:
+        yield close(open_rows[0], end)
+
+
+def _finish(row: _OpenRow, length: int, pad_id: int, counts: dict, where: _Place) -> PackedRow:
+    """The row as a record, its counts added to those of the examples read."""
+    ids = np.full(length, pad_id, np.int32)
+    starts, spans, start = [], [], 0
+    for _, piece in row.pieces:
+        ids[start : start + len(piece.ids)] = piece.ids
+        starts.append(start)
+        spans += [(start + first, start + last) for first, last in piece.spans]
+        start += len(piece.ids)
+    lengths = [piece.length for _, piece in row.pieces]
+    record = encode_row(ids, starts, lengths, [source for source, _ in row.pieces], spans)
+    counts = counts | {"tokens": sum(lengths), "documents": len(lengths), "used": row.examples}
+    supervised = sum(last - first for first, last in spans)
+    return PackedRow(record, counts | {"supervised_tokens": supervised}, where.source, where.index)

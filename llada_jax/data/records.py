@@ -1,0 +1,70 @@
+"""Readers of rows with several fields: .jsonl lines and table rows as one stream that can be taken up anywhere."""
+
+import json
+from collections.abc import Iterator, Sequence
+
+from llada_jax.data import tables
+from llada_jax.data.sources import SourceFile
+from llada_jax.errors import InputError
+
+
+def read_rows(
+    files: Sequence[SourceFile], columns: Sequence[str], start: tuple[int, int] = (0, 0)
+) -> Iterator[tuple[int, int, bytes | dict]]:
+    """Yields (file index, offset, row for `parse_row`) in order, beginning with the row at `start`.
+
+    The offset is a byte offset in a .jsonl file and a row number in a table, of which only `columns` are read. Raises
+    InputError naming the file if it cannot be read.
+    """
+    first_file, first_offset = start
+    for index in range(first_file, len(files)):
+        file, offset = files[index], first_offset if index == first_file else 0
+        if file.format == "jsonl":
+            rows = read_lines(file.path, offset)
+        else:
+            rows = tables.iter_rows(file.path, file.format, columns, offset)
+        for position, row in rows:
+            yield index, position, row
+
+
+def parse_row(row: bytes | dict) -> dict:
+    """A row as a dict without nulls: an absent key and a null are the same.
+
+    A table gives every struct all the keys that any of its rows has, so there nulls are left out at every depth.
+    Raises InputError, without the place, if a line is not a JSON object.
+    """
+    if isinstance(row, bytes):
+        return {name: value for name, value in parse_object(row).items() if value is not None}
+    return _without_nulls(row)
+
+
+def parse_object(line: bytes) -> dict:
+    """The JSON object on a line. Raises InputError, without the place, when it is something else."""
+    try:
+        record = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise InputError("not UTF-8") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"malformed JSON ({getattr(error, 'msg', error)})") from error
+    if not isinstance(record, dict):
+        raise InputError("not a JSON object")
+    return record
+
+
+def read_lines(path: str, offset: int) -> Iterator[tuple[int, bytes]]:
+    """Yields (byte offset, line) for the lines from `offset` that are not blank. Raises InputError naming the file."""
+    try:
+        with open(path, "rb") as stream:
+            stream.seek(offset)
+            while line := stream.readline():
+                if line.strip():
+                    yield offset, line
+                offset += len(line)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from error
+
+
+def _without_nulls(value):
+    if isinstance(value, dict):
+        return {name: _without_nulls(entry) for name, entry in value.items() if entry is not None}
+    return [_without_nulls(entry) for entry in value] if isinstance(value, list) else value

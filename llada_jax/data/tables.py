@@ -1,0 +1,75 @@
+"""Rows of columnar files: parquet, and Arrow IPC streams as Hugging Face's `datasets` saves them."""
+
+import functools
+from collections.abc import Iterator, Sequence
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from llada_jax.errors import InputError
+
+FORMATS = ("parquet", "arrow")
+_BATCH = 256
+_END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
+
+
+def iter_rows(path: str, file_format: str, columns: Sequence[str], offset: int) -> Iterator[tuple[int, dict]]:
+    """Yields (row number, {column: value}) for the rows at or after `offset`, with those `columns` that the file has.
+
+    A few hundred rows are held at a time. Raises InputError naming the file if it cannot be read or has none of them.
+    """
+    try:
+        for row, batch in _BATCHES[file_format](path, columns, offset):
+            for start in range(max(0, offset - row), len(batch), _BATCH):
+                yield from enumerate(batch.slice(start, _BATCH).to_pylist(), row + start)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: a text is not UTF-8") from error
+    except (pa.ArrowException, OSError) as error:
+        reason = (str(error).splitlines() or ["unknown error"])[0]
+        raise InputError(f"{path}: unreadable {file_format} file ({reason})") from error
+
+
+@functools.lru_cache(maxsize=8)
+def count_rows(path: str, file_format: str) -> int:
+    """Number of rows, without reading their values."""
+    if file_format == "parquet":
+        return pq.read_metadata(path).num_rows
+    with pa.memory_map(path) as stream, pa.ipc.open_stream(stream) as batches:
+        return sum(len(batch) for batch in batches)
+
+
+def _present(path: str, schema: pa.Schema, columns: Sequence[str]) -> list[str]:
+    present = [name for name in columns if name in schema.names]
+    if not present:
+        raise InputError(f"{path}: no column {' or '.join(columns)}")
+    return present
+
+
+def _parquet_batches(path: str, columns: Sequence[str], offset: int) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """Yields (number of the first row, batch); row groups that end before `offset` are not read."""
+    with pq.ParquetFile(path) as table:
+        present, row = _present(path, table.schema_arrow, columns), 0
+        for group in range(table.num_row_groups):
+            if row + table.metadata.row_group(group).num_rows <= offset:
+                row += table.metadata.row_group(group).num_rows
+                continue
+            for batch in table.iter_batches(_BATCH, row_groups=[group], columns=present):
+                yield row, batch
+                row += len(batch)
+
+
+def _arrow_batches(path: str, columns: Sequence[str], offset: int) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """As _parquet_batches. The file is mapped, so that a batch which is skipped costs its header only."""
+    del offset
+    with pa.memory_map(path) as stream:
+        stream.seek(max(0, stream.size() - len(_END_OF_STREAM)))
+        if stream.read() != _END_OF_STREAM:  # without it a file that was cut between two batches would look whole
+            raise pa.ArrowInvalid("no end-of-stream mark, so it is truncated")
+    with pa.memory_map(path) as stream, pa.ipc.open_stream(stream) as batches:
+        present, row = _present(path, batches.schema, columns), 0
+        for batch in batches:
+            yield row, batch.select(present)
+            row += len(batch)
+
+
+_BATCHES = {"parquet": _parquet_batches, "arrow": _arrow_batches}

@@ -1,0 +1,100 @@
+"""Held-out preference: does the policy, more than the reference, favour the chosen answer (Eq. 7 and 8)?
+
+Scores are estimated as in likelihood.py, with masks that chosen and rejected, policy and reference share.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llada_jax.diffusion import objectives, preference
+from llada_jax.diffusion.preference import Preference
+from llada_jax.evaluation.likelihood import ESTIMATOR, slice_rows
+from llada_jax.model.config import ModelConfig
+from llada_jax.model.forward import Execution
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferenceEstimate:
+    """Numbers over `pairs` pairs, with standard errors. With d the difference that the sigmoid of Eq. 8 sees, before
+    beta, in nats: accuracy is the share of d > 0, margin is beta times the mean of d, variance is that of d.
+    """
+
+    accuracy: float
+    accuracy_stderr: float
+    margin: float
+    margin_stderr: float
+    variance: float
+    variance_stderr: float
+    pairs: int
+
+    def describe(self) -> str:
+        return (
+            f"accuracy {self.accuracy:.3f} ± {self.accuracy_stderr:.3f}   "
+            f"margin {self.margin:.4f} ± {self.margin_stderr:.4f}   "
+            f"Var {self.variance:.3g} ± {self.variance_stderr:.2g} ({self.pairs} pairs)"
+        )
+
+
+def pair_scores(
+    params, config: ModelConfig, batch, block_size: int, max_pairs: int, *, draws=8, seed=0, rows_at_once=4,
+    shared_noise=True, block_origin="document", execution=Execution(),
+) -> np.ndarray:  # fmt: skip
+    """B of each document of the rows of `batch` (data.order.Batch, numpy), averaged over `draws` draws of the noise:
+    float32 [rows, max_pairs, 2], chosen and rejected.
+    """
+    objective = objectives.Objective(noise=ESTIMATOR, block_origin=block_origin)
+    settings = Preference(shared_noise=shared_noise, max_pairs=max_pairs)
+    found = []
+    for start in range(0, len(batch.ids), rows_at_once):
+        part = jax.tree.map(functools.partial(slice_rows, start=start, rows=rows_at_once), batch)
+        total = np.zeros((rows_at_once, max_pairs, 2), np.float32)
+        for draw in range(draws):
+            drawn = part.replace(epochs=np.full_like(part.epochs, draw))
+            total += jax.device_get(
+                _scores(params, config, objective, settings, execution, drawn, np.int32(block_size), seed)
+            )
+        found.append(total / np.float32(draws))
+    return np.concatenate(found)[: len(batch.ids)]
+
+
+@functools.partial(jax.jit, static_argnames=("config", "objective", "settings", "execution"))
+def _scores(params, config, objective, settings, execution, batch, block_size, seed):
+    example = preference.prepare(batch, seed, block_size, config, objective, settings)
+    return preference.score(params, config, example, settings.max_pairs, execution=execution)
+
+
+def pairs_in(segment_ids: np.ndarray) -> int:
+    """The largest number of pairs in a row; segment_ids [rows, length]."""
+    return int(segment_ids.max(initial=0)) // 2
+
+
+def chosen_only(batch):
+    """`batch` with the chosen answers of its pairs as the only supervised tokens."""
+    return batch.replace(supervised=batch.supervised & (batch.segment_ids % 2 == 1))
+
+
+def compare(policy: np.ndarray, reference: np.ndarray, segment_ids: np.ndarray, beta: float) -> PreferenceEstimate:
+    """policy, reference: of pair_scores, [rows, max_pairs, 2]; segment_ids [rows, length] of the same rows, which hold
+    at least one pair.
+    """
+    present = np.asarray(preference.pairs_present(jnp.asarray(segment_ids), policy.shape[1]))
+    gain = (policy - reference).astype(np.float64)
+    difference = (gain[..., 0] - gain[..., 1])[present]
+    accuracy, accuracy_stderr = _mean(difference > 0)
+    mean, mean_stderr = _mean(difference)
+    squares = (difference - mean) ** 2
+    correction = len(squares) / max(len(squares) - 1, 1)
+    variance, variance_stderr = (correction * value for value in _mean(squares))
+    return PreferenceEstimate(
+        accuracy, accuracy_stderr, beta * mean, beta * mean_stderr, variance, variance_stderr, len(difference)
+    )
+
+
+def _mean(values: np.ndarray) -> tuple[float, float]:
+    """The mean and its standard error."""
+    return float(values.mean()), float(values.std() / math.sqrt(max(len(values) - 1, 1)))

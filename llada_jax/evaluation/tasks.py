@@ -1,0 +1,157 @@
+"""Scores generated answers: questions in; accuracy and tokens per forward pass out, with standard errors."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from llada_jax.errors import InputError
+from llada_jax.interop.tokenizer import Tokenizer
+from llada_jax.sampling.generate import GenerateConfig, generate
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """messages: a conversation, or text: a bare prompt. score(answer) is in [0, 1]."""
+
+    messages: list[dict] | None
+    text: str | None
+    score: Callable[[str], float]
+
+    def prompt(self, tokenizer: Tokenizer) -> str:
+        """What the model continues: the conversation in the tokenizer's chat template, or the bare prompt."""
+        return self.text if self.messages is None else tokenizer.apply_chat_template(self.messages)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """score: mean over questions; tokens_per_forward: answer tokens, the end of sequence included, over denoising
+    passes, summed over questions before dividing. Standard errors over questions (of the ratio: the delta method).
+    ended: share of answers that came to their end.
+    """
+
+    questions: int
+    score: float
+    score_stderr: float
+    tokens_per_forward: float
+    tokens_per_forward_stderr: float
+    ended: float
+    answer_tokens: int
+    forward_passes: int
+    seconds: float
+
+
+def reasoning_gym_questions(name: str, size: int, seed: int = 0, settings: dict | None = None) -> list[Question]:
+    """`size` questions of a reasoning-gym task, a function of the seed, with the task's own scorer.
+
+    An answer scores 1 if the scorer gives it full marks, else 0. Raises InputError on an unknown task or setting, or
+    when reasoning-gym is not installed.
+    """
+    try:
+        import reasoning_gym
+    except ModuleNotFoundError as error:
+        raise InputError("reasoning-gym is not installed: pip install -e '.[eval]'") from error
+    try:
+        data = reasoning_gym.create_dataset(name, seed=seed, size=size, **(settings or {}))
+    except (TypeError, ValueError, AssertionError) as error:
+        raise InputError(f"reasoning_gym:{name}: {error}") from error
+
+    def question(entry):
+        def score(answer: str) -> float:
+            return float(data.score_answer(answer.strip(), entry) >= 1)
+
+        return Question([{"role": "user", "content": entry["question"]}], None, score)
+
+    return [question(data[index]) for index in range(size)]
+
+
+def file_questions(path: str, limit: int | None = None) -> list[Question]:
+    """Questions of a JSONL file: "prompt" (text) or "messages", and "answer", which must be met exactly.
+
+    Blanks at either end do not count. Raises InputError with file and line.
+    """
+    questions = []
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file")
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip() or (limit is not None and len(questions) == limit):
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}:{number}: malformed JSON ({error})") from error
+        known = isinstance(row, dict) and isinstance(row.get("answer"), str)
+        if not known or (isinstance(row.get("prompt"), str) == isinstance(row.get("messages"), list)):
+            raise InputError(f'{path}:{number}: expected "answer" (text) and one of "prompt" (text), "messages" (list)')
+        expected = row["answer"].strip()
+        score = lambda answer, expected=expected: float(answer.strip() == expected)  # noqa: E731
+        questions.append(Question(row.get("messages"), row.get("prompt"), score))
+    if not questions:
+        raise InputError(f"{path}: no questions")
+    return questions
+
+
+def answer_questions(
+    model, questions: Sequence[Question], config: GenerateConfig, batch: int = 64, key=None, log=None
+) -> tuple[Result, list[dict]]:
+    """Decodes an answer to every question. model: training.checkpoint.load_checkpoint's, with a tokenizer.
+
+    Returns the result and a record a question: prompt, answer, score, tokens, forward_passes. key: for temperature
+    > 0. log: a function that is given a line of progress after each batch.
+    """
+    if model.tokenizer is None:
+        raise InputError("the checkpoint has no tokenizer")
+    prompts = [question.prompt(model.tokenizer) for question in questions]
+    ids = [np.asarray(model.tokenizer.encode(prompt), np.int32) for prompt in prompts]
+    key = jax.random.key(0) if key is None else key
+    eos_id = model.config.eos_token_id if config.eos_id is None else config.eos_id
+    records, begin = [], time.perf_counter()
+    # Batches of like lengths share their prefill; each keeps its own key, so the order does not matter to an answer.
+    order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
+    for start in range(0, len(order), batch):
+        rows = order[start : start + batch]
+        out = generate(model.params, model.config, [ids[i] for i in rows], config, jax.random.fold_in(key, start))
+        for index, tokens, passes in zip(rows, out.tokens, out.forward_passes, strict=True):
+            answer = model.tokenizer.decode(tokens, skip_special_tokens=True)
+            records.append(
+                {
+                    "index": index,
+                    "prompt": prompts[index],
+                    "answer": answer,
+                    "score": questions[index].score(answer),
+                    "tokens": len(tokens),
+                    "forward_passes": int(passes),
+                    "ended": bool(len(tokens) and tokens[-1] == eos_id),
+                }
+            )
+        if log is not None:
+            seconds = time.perf_counter() - begin
+            left = seconds / len(records) * (len(order) - len(records))
+            log(f"{len(records)}/{len(order)} questions, {left:.0f} s left")
+    records.sort(key=lambda record: record["index"])
+    return summarize(records, time.perf_counter() - begin), records
+
+
+def summarize(records: Sequence[dict], seconds: float = 0.0) -> Result:
+    """The result of records as answer_questions returns them."""
+    scores = np.array([record["score"] for record in records], float)
+    tokens = np.array([record["tokens"] for record in records], float)
+    passes = np.array([record["forward_passes"] for record in records], float)
+    count = len(records)
+    ratio = tokens.sum() / max(passes.sum(), 1)
+    spread = np.std(tokens - ratio * passes, ddof=1) if count > 1 else 0.0
+    return Result(
+        questions=count,
+        score=float(scores.mean()),
+        score_stderr=float(np.std(scores, ddof=1) / count**0.5) if count > 1 else 0.0,
+        tokens_per_forward=float(ratio),
+        tokens_per_forward_stderr=float(spread / count**0.5 / max(passes.mean(), 1e-9)),
+        ended=float(np.mean([record["ended"] for record in records])),
+        answer_tokens=int(tokens.sum()),
+        forward_passes=int(passes.sum()),
+        seconds=round(seconds, 2),
+    )

@@ -1,0 +1,49 @@
+"""Held-out measures of a run: the same rows and masks every time, so that differences between steps are paired."""
+
+import dataclasses
+
+import jax
+from ml_collections import ConfigDict
+
+from llada_jax.evaluation.likelihood import block_nelbo
+from llada_jax.evaluation.preference import chosen_only, compare
+from llada_jax.training import config as settings
+from llada_jax.training.inputs import Inputs
+from llada_jax.training.metrics import MetricsWriter
+from llada_jax.training.reference import Reference, held_out_scores
+
+
+def evaluate(
+    config: ConfigDict, inputs: Inputs, reference: Reference, params, writer: MetricsWriter, step: int
+) -> float:
+    """Writes and prints the NELBO at each block size, and for DPO how policy and reference compare on the pairs.
+
+    Returns the NELBO by which checkpoints are ranked. Of pairs only the chosen answers count in it.
+    """
+    sizes = settings.evaluation_block_sizes(config)
+    rows = inputs.held_out
+    if reference.held_out is not None:
+        _compare(config, inputs, reference, params, writer, step, sizes[-1])
+        rows = chosen_only(rows)
+    mesh = jax.sharding.get_abstract_mesh()
+    found, texts = {}, []
+    for block_size in sizes:
+        estimate = block_nelbo(
+            params, inputs.model, rows, block_size, samples=config.evaluation.samples,
+            rows_at_once=max(4, mesh.size), block_origin=config.objective.block_origin,
+            execution=settings.execution(config),
+        )  # fmt: skip
+        row = {"step": step, "block_size": block_size, "nelbo": estimate.nats, "nelbo_stderr": estimate.stderr}
+        writer.write(row, f"held_out_block_{block_size}")
+        texts.append(f"{block_size}: {estimate.nats:.3f} ± {estimate.stderr:.3f}")
+        found[block_size] = estimate.nats
+    print(f"step {step}  held-out NELBO, nats per token, by block size  " + "   ".join(texts), flush=True)
+    return found.get(config.checkpoint.best_block_size, found[sizes[-1]])
+
+
+def _compare(config, inputs: Inputs, reference: Reference, params, writer, step: int, block_size: int) -> None:
+    policy = held_out_scores(config, inputs, params)
+    found = compare(policy, reference.held_out, inputs.held_out.segment_ids, config.preference.beta)
+    row = {f"preference_{name}": value for name, value in dataclasses.asdict(found).items()}
+    writer.write({"step": step, "block_size": block_size} | row, "held_out_preference")
+    print(f"step {step}  held-out preference  {found.describe()}", flush=True)

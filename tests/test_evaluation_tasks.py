@@ -1,0 +1,98 @@
+"""Questions, their scores, and the standard errors of what is reported."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from llada_jax.data.byte_tokenizer import byte_tokenizer
+from llada_jax.errors import InputError
+from llada_jax.evaluation import tasks
+from llada_jax.model import parameters
+from llada_jax.model.config import preset
+from llada_jax.sampling.generate import GenerateConfig, generate
+from llada_jax.training.checkpoint import Model
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = preset("tiny").replace(num_layers=1, hidden_size=32, num_heads=2, num_kv_heads=1, intermediate_size=64)
+    params = parameters.initialize(config, jax.random.key(0, impl="threefry2x32"))
+    return Model(config, params, byte_tokenizer(config.eos_token_id, config.mask_token_id), {})
+
+
+def record(score, tokens, passes):
+    return {"score": score, "tokens": tokens, "forward_passes": passes, "ended": True}
+
+
+def test_standard_errors_are_those_of_the_mean_and_of_the_ratio():
+    """Over many repetitions, the spread of the reported numbers is the reported error."""
+    rng = np.random.default_rng(0)
+
+    def draw():
+        passes = rng.integers(1, 9, 200)
+        tokens = passes + rng.integers(0, 9, 200)
+        scores = rng.random(200) < 0.3
+        return tasks.summarize([record(*row) for row in zip(scores, tokens, passes, strict=True)])
+
+    results = [draw() for _ in range(400)]
+    for name in ("score", "tokens_per_forward"):
+        spread = np.std([getattr(result, name) for result in results])
+        reported = np.mean([getattr(result, name + "_stderr") for result in results])
+        assert reported == pytest.approx(spread, rel=0.12), name
+
+
+def test_tokens_per_forward_is_a_ratio_of_sums():
+    result = tasks.summarize([record(1.0, 30, 3), record(0.0, 1, 1)])
+    assert (result.tokens_per_forward, result.score, result.answer_tokens) == (31 / 4, 0.5, 31)
+
+
+def test_answers_are_those_of_generate_and_do_not_depend_on_the_batch(model, tmp_path):
+    prompts = ["a", "some longer prompt of bytes", "bc", "x" * 40]
+    config = GenerateConfig(gen_length=8, block_length=4, threshold=0.0)
+    alone = [generate(model.params, model.config, [model.tokenizer.encode(text)], config) for text in prompts]
+    texts = [model.tokenizer.decode(out.tokens[0], skip_special_tokens=True) for out in alone]
+    rows = [{"prompt": p, "answer": t if i != 1 else t + "?"} for i, (p, t) in enumerate(zip(prompts, texts))]  # noqa: B905
+    path = tmp_path / "questions.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    for batch in (1, 3):
+        result, records = tasks.answer_questions(model, tasks.file_questions(str(path)), config, batch)
+        assert [r["answer"] for r in records] == texts
+        assert [r["forward_passes"] for r in records] == [int(out.forward_passes[0]) for out in alone]
+        assert [r["score"] for r in records] == [1, 0, 1, 1] and result.score == 0.75
+
+
+def test_reasoning_gym_questions_are_a_function_of_the_seed_and_score_their_own_solutions():
+    import reasoning_gym
+
+    settings = {"min_numbers": 3, "max_numbers": 5}
+    questions = tasks.reasoning_gym_questions("number_filtering", 5, seed=3, settings=settings)
+    data = reasoning_gym.create_dataset("number_filtering", seed=3, size=5, **settings)
+    for question, entry in zip(questions, data, strict=True):
+        assert question.messages == [{"role": "user", "content": entry["question"]}]
+        assert question.score(f" {entry['answer']}\n") == 1 and question.score("['0.123']") == 0
+
+
+@pytest.mark.parametrize("name, settings", [("no_such_task", {}), ("number_filtering", {"min_lumbers": 3})])
+def test_unknown_tasks_and_settings_are_named(name, settings):
+    with pytest.raises(InputError, match=f"reasoning_gym:{name}: .*"):
+        tasks.reasoning_gym_questions(name, 5, settings=settings)
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("{", "q.jsonl:2: malformed JSON"),
+        ('{"prompt": "a"}', 'q.jsonl:2: expected "answer"'),
+        ('{"prompt": "a", "messages": [], "answer": "b"}', 'q.jsonl:2: expected "answer"'),
+        ("3", 'q.jsonl:2: expected "answer"'),
+    ],
+)
+def test_a_bad_question_is_named_by_file_and_line(tmp_path, line, message):
+    path = tmp_path / "q.jsonl"
+    path.write_text('{"prompt": "a", "answer": "b"}\n' + line + "\n")
+    with pytest.raises(InputError, match=message):
+        tasks.file_questions(str(path))
+    with pytest.raises(InputError, match="no such file"):
+        tasks.file_questions(str(tmp_path / "none.jsonl"))
