@@ -8,6 +8,14 @@ CHATS holds JSONL of {"messages": [{"role": ..., "content": ...}, ...]}. Each ro
 complement, so that every response token is supervised exactly once a step. The paper gives neither the band nor the
 weight that its code uses; the band is that of the authors' released trainer, [0.3, 0.8], the weight is the paper's 1/t
 (--config.objective.time_weight=uniform is the trainer's). Options: length (tokens a row), steps.
+
+Low-rank adapters instead of all weights, in this stage or in any that starts from a checkpoint:
+
+    --config.lora.rank=16 --config.lora.alpha=32 --config.optimizer.learning_rate=1e-4
+
+adapts every dense projection (--config.lora.targets="('query','value')" only those); routed experts, router, embeddings
+and norms stay as they are, and gradients and optimizer state exist for the adapters alone. A step then holds adapters
+and names CHECKPOINT, which must stay where it is; to sample, evaluate, export and init_from it is the merged model.
 """
 
 from llada_jax.training.config import default_config, parse_argument, refuse_unknown

@@ -11,7 +11,7 @@ import pytest
 from test_training_loop import metrics_of, small_preset, train  # noqa: F401 (the fixture of the small model)
 
 from llada_jax.data.byte_tokenizer import byte_tokenizer
-from llada_jax.data.pack_chat import pack_chat
+from llada_jax.data.pack_preference import pack_preference
 from llada_jax.errors import InputError
 from llada_jax.model import parameters
 from llada_jax.model.config import preset
@@ -25,13 +25,12 @@ STEPS = 6
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """A folder with two checkpoints and rows in which adjacent documents stand for pairs."""
+    """A folder with two checkpoints and rows of pairs."""
     folder = tmp_path_factory.mktemp("start")
     tokenizer = byte_tokenizer(eos_id=508, mask_id=511)
-    (folder / "chats").mkdir()
-    rows = [{"prompt": f"{i} plus 1 is", "response": f" {i + 1}."} for i in range(60)]
-    (folder / "chats" / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    pack_chat(str(folder / "chats"), tokenizer, str(folder / "rows"), 128, block_align=32)
+    rows = [{"prompt": f"{i} plus 1 is", "chosen": f" {i + 1}.", "rejected": " 0, I think."} for i in range(30)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pack_preference(str(folder / "pairs.jsonl"), tokenizer, str(folder / "rows"), 128, max_pairs=4)
     model = preset("small").replace(eos_token_id=508, mask_token_id=511)
     for seed in (0, 1):
         params = parameters.initialize(model, jax.random.key(seed))
@@ -85,7 +84,7 @@ def test_a_resumed_run_loads_no_second_model(start, runs, tmp_path, monkeypatch)
     workdir = tmp_path / "cut"
     shutil.copytree(runs[0] / "precomputed", workdir)
     (workdir / "checkpoints" / "6").rename(tmp_path / "lost")
-    monkeypatch.setattr(reference, "initial_params", None)
+    monkeypatch.setattr(reference, "frozen_params", None)
     assert train(config_of(start, "precomputed"), workdir) == runs[1]["precomputed"]
 
 

@@ -3,12 +3,14 @@
 import json
 
 import jax
+import ml_dtypes
 import pytest
 
 from llada_jax.errors import InputError
 from llada_jax.model import parameters
 from llada_jax.model.config import preset
-from llada_jax.training import saver
+from llada_jax.model.lora import Lora
+from llada_jax.training import checkpoint_files, saver
 from llada_jax.training.checkpoint import write_weights
 from llada_jax.training.config import default_config
 from llada_jax.training.source import continue_learning_rate, open_source
@@ -51,6 +53,27 @@ def test_a_workdir_stands_for_its_newest_step_and_digests_tell_weights_apart(wor
     assert newest.directory == workdir / "checkpoints" / "100" and newest.record()["step"] == 100
     assert "step 100 of stage sft" in newest.describe() and "float32" in newest.describe()
     assert newest.weights != older.weights and newest.weights == open_source(newest.directory).weights
+
+
+def test_a_lora_step_is_the_merged_model(tmp_path):
+    """The same A and B are other weights on another base or at another scale, and the same ones on a moved base."""
+    leaves = parameters.unstack(parameters.initialize(CONFIG, jax.random.key(0)), CONFIG)
+    first = next(iter(leaves))
+    for name, scale in (("base", 1), ("moved", 1), ("other", 2)):
+        changed = leaves | {first: scale * leaves[first]}
+        stored = ((leaf, value.astype(ml_dtypes.bfloat16)) for leaf, value in changed.items())
+        write_weights(tmp_path / name, CONFIG, stored, {}, {})
+    found = []
+    for i, (name, alpha) in enumerate([("base", 2.0), ("moved", 2.0), ("other", 2.0), ("base", 4.0)]):
+        identity = checkpoint_files.read_digests(tmp_path / name).sha256
+        lora = Lora(CONFIG, 2, alpha, ("query",), str(tmp_path / name), identity)
+        writer = saver.Saver(tmp_path / f"run-{i}" / "checkpoints")
+        writer.save(1, parameters.initialize(lora, jax.random.key(1)), {}, {}, lora, {}, {})
+        writer.wait()
+        found.append(open_source(tmp_path / f"run-{i}"))
+    weights = [source.weights for source in found]
+    assert weights[0] == weights[1] and len(set(weights)) == 3
+    assert (found[0].dtype, found[0].record()["parameters"]) == ("bfloat16", parameters.count(CONFIG))
 
 
 @pytest.mark.parametrize(

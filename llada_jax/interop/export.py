@@ -48,7 +48,7 @@ def export_checkpoint(path: str, out: str, shard_bytes: int = SHARD_BYTES) -> No
     """
     directory = checkpoint.candidates(path)[0]
     config, lineage = checkpoint.read_config(directory)
-    reader = files.TensorReader(directory, "params", files.read_digests(directory).tensors["params"])
+    reader = checkpoint.open_weights(directory)
     shards = _shards(_targets(config, reader), shard_bytes)
     with checkpoint.replacing(files.epath.Path(os.path.abspath(out))) as folder:
         folder = Path(folder)

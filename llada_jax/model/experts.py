@@ -20,7 +20,7 @@ def moe(x: jax.Array, weights: dict[str, jax.Array], config: ModelConfig) -> jax
     experts, expert_weights = route(x, weights["router"], weights.get("expert_bias"), config)
     y = combine_experts(x, experts, expert_weights, weights["gate"], weights["up"], weights["down"])
     if config.num_shared_experts:
-        y = y + swiglu(x, weights["shared_gate"], weights["shared_up"], weights["shared_down"])
+        y = y + swiglu(x, weights, "shared_")
     return y
 
 

@@ -19,7 +19,8 @@ from llada_jax.errors import InputError
 from llada_jax.model import experts, head
 from llada_jax.model.alignment import align
 from llada_jax.model.config import ModelConfig
-from llada_jax.model.layers import rms_norm, rope_angles, rotate, swiglu
+from llada_jax.model.layers import project, rms_norm, rope_angles, rotate, swiglu
+from llada_jax.model.lora import weight_of
 
 ATTENTIONS = {"dense": dense_attention, "blockwise": blockwise_attention}
 # What the backward pass of a layer may keep; the rest is recomputed.
@@ -90,10 +91,10 @@ def _layer(config, group, execution, cos, sin, visibility, x, weights_and_cache)
     h = rms_norm(x, weights["mlp_norm"], config.rms_norm_eps)
     if group == "sparse":
         y = sharding.over_batch(lambda h, w: experts.moe(h.reshape(-1, h.shape[-1]), w, config).reshape(h.shape))(
-            h, {name: weights[name] for name in weights if name in _EXPERT_WEIGHTS}
+            h, {name: weights[name] for name in weights if weight_of(name) in _EXPERT_WEIGHTS}
         )
     else:
-        y = swiglu(h, weights["gate"], weights["up"], weights["down"])
+        y = swiglu(h, weights)
     return sharding.constrain(x + y, ("batch", None, None)), keys_values
 
 
@@ -101,11 +102,11 @@ _EXPERT_WEIGHTS = {"router", "expert_bias", "gate", "up", "down", "shared_gate",
 
 
 def _attention(config, execution, weights, x, cos, sin, visibility, cache):
-    def project(name):
-        y = jnp.einsum("bld,dhk->blhk", x, weights[name])
+    def heads(name):
+        y = project(x, weights, name)
         return y + weights[name + "_bias"][None, None] if config.qkv_bias else y
 
-    query, key, value = project("query"), project("key"), project("value")
+    query, key, value = heads("query"), heads("key"), heads("value")
     if config.qk_norm:
         query = rms_norm(query, weights["query_norm"], config.rms_norm_eps)
         key = rms_norm(key, weights["key_norm"], config.rms_norm_eps)
@@ -115,7 +116,7 @@ def _attention(config, execution, weights, x, cos, sin, visibility, cache):
         key = jnp.concatenate([key, cache["key"]], axis=1)
         value = jnp.concatenate([value, cache["value"]], axis=1)
     attended = ATTENTIONS[execution.attention](query, key, value, visibility)
-    return jnp.einsum("blhk,hkd->bld", attended, weights["output"]), own
+    return project(attended, weights, "output", contracted=2), own
 
 
 def _prepare(tokens, segment_ids, positions, block_size, block_origin):

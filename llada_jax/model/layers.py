@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llada_jax.model.config import ModelConfig, RopeScaling
+from llada_jax.model.lora import adapter_names
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -16,9 +17,20 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     return jnp.expand_dims(weight.astype(x.dtype), range(x.ndim - 1)) * normal.astype(x.dtype)
 
 
-def swiglu(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
-    """down(silu(gate x) * up x). x [..., embed]; gate, up [embed, mlp]; down [mlp, embed]."""
-    return (jax.nn.silu(x @ gate) * (x @ up)) @ down
+def project(x: jax.Array, weights: dict[str, jax.Array], name: str, contracted: int = 1) -> jax.Array:
+    """x W over the last `contracted` axes of x, plus (x A) B when the weight has an adapter (model/lora.py).
+
+    x [..., *in]; W [*in, *out]; A [*in, rank]; B [rank, *out], scaled. Returns [..., *out].
+    """
+    y = jnp.tensordot(x, weights[name], contracted)
+    a, b = adapter_names(name)
+    return y + jnp.tensordot(jnp.tensordot(x, weights[a], contracted), weights[b], 1) if a in weights else y
+
+
+def swiglu(x: jax.Array, weights: dict[str, jax.Array], prefix: str = "") -> jax.Array:
+    """down(silu(gate x) * up x). x [..., embed]; the weights "{prefix}gate", up [embed, mlp]; down [mlp, embed]."""
+    hidden = jax.nn.silu(project(x, weights, f"{prefix}gate")) * project(x, weights, f"{prefix}up")
+    return project(hidden, weights, f"{prefix}down")
 
 
 def rope_angles(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:

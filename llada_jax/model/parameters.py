@@ -2,7 +2,8 @@
 
 `declare(config)` gives a `Parameter` for every weight: shape, logical axes, initialiser and its name in a Hugging Face
 checkpoint. Initialisation, abstract shapes (for ahead-of-time compilation), shardings, checkpoint leaves and both
-directions of the converter read these declarations and nothing else.
+directions of the converter read these declarations and nothing else. `declare(lora)` gives those of low-rank adapters
+(model/lora.py), derived from the weights that they adapt; what follows takes either.
 
 Two forms of the same weights:
   in memory:     a tree {"embedding", "dense": {...}, "sparse": {...}, "final_norm", "head"}; the layers of a group
@@ -18,15 +19,16 @@ import jax
 import jax.numpy as jnp
 
 from llada_jax.model.config import ModelConfig
+from llada_jax.model.lora import Lora, adapter_names
 
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
     """Declaration of one weight (of one layer).
 
-    hf_name: name in a Hugging Face checkpoint; {layer} and {expert} are filled in.
+    hf_name: name in a Hugging Face checkpoint; {layer} and {expert} are filled in. Adapters have none.
     hf_rows: the rows of that tensor that are ours, when several weights are fused in one; None means all.
-    matrix:  True: Hugging Face holds the transpose of our [in, out]; False: the same element order.
+    matrix:  [in, out], of which Hugging Face holds the transpose; False: the same element order.
     decayed: weight decay applies. trainable: the optimizer may change it.
     """
 
@@ -40,7 +42,7 @@ class Parameter:
 
     @property
     def decayed(self) -> bool:
-        return self.init == "normal"
+        return self.init == "normal" or self.matrix
 
     @property
     def per_expert(self) -> bool:
@@ -50,8 +52,12 @@ class Parameter:
 Declarations = dict[str, "Parameter | dict[str, Parameter]"]
 
 
-def declare(config: ModelConfig) -> Declarations:
-    """The declarations of every weight of the model; those of a layer group are per layer (not stacked)."""
+def declare(config: ModelConfig | Lora) -> Declarations:
+    """The declarations of every weight of the model, or every adapter; those of a layer group are per layer, not
+    stacked.
+    """
+    if isinstance(config, Lora):
+        return _adapters(config)
     c = config
     fused = c.architecture in ("bailing_moe", "llada2_moe")
     embedding_name = "model.word_embeddings.weight" if fused else "model.embed_tokens.weight"
@@ -150,11 +156,42 @@ def _experts(c: ModelConfig) -> dict[str, Parameter]:
     return weights
 
 
+def adaptable(config: ModelConfig) -> tuple[str, ...]:
+    """Names of the weights that may have adapters: the projections of attention, MLP and shared experts."""
+    layers = declare(config)
+    names = [name for group in config.layer_groups for name, p in layers[group].items() if _is_adaptable(name, p)]
+    return tuple(dict.fromkeys(names))
+
+
+def _is_adaptable(name: str, parameter: Parameter) -> bool:
+    return parameter.matrix and not parameter.per_expert and name != "router"
+
+
+def _adapters(lora: Lora) -> Declarations:
+    """A starts random and B zero, so that training starts from the base. The axis of the rank is never sharded."""
+    layers = declare(lora.model)
+
+    def pair(p: Parameter) -> tuple[Parameter, Parameter]:
+        split = 1 if p.axes[0] == "embed" else len(p.axes) - 1  # a projection reads the residual stream or writes it
+        a = Parameter((*p.shape[:split], lora.rank), (*p.axes[:split], None), "", matrix=True)
+        return a, Parameter((lora.rank, *p.shape[split:]), (None, *p.axes[split:]), "", "zeros", matrix=True)
+
+    return {
+        group: {
+            adapter: declared
+            for name, p in layers[group].items()
+            if name in lora.targets and _is_adaptable(name, p)
+            for adapter, declared in zip(adapter_names(name), pair(p), strict=True)
+        }
+        for group in lora.layer_groups
+    }
+
+
 def is_parameter(x) -> bool:
     return isinstance(x, Parameter)
 
 
-def stacked_map(function, config: ModelConfig):
+def stacked_map(function, config: ModelConfig | Lora):
     """Tree of `function(declaration, leading)`, leading being () or (layers of the group,)."""
     groups = config.layer_groups
 
@@ -165,26 +202,26 @@ def stacked_map(function, config: ModelConfig):
     return {name: visit(name, node) for name, node in declare(config).items()}
 
 
-def abstract(config: ModelConfig, dtype=jnp.float32):
+def abstract(config: ModelConfig | Lora, dtype=jnp.float32):
     """Tree of jax.ShapeDtypeStruct, stacked as in memory."""
     return stacked_map(lambda p, leading: jax.ShapeDtypeStruct(leading + p.shape, dtype), config)
 
 
-def logical_axes(config: ModelConfig):
+def logical_axes(config: ModelConfig | Lora):
     """Tree of logical axis names, stacked as in memory; `sharding.spec` maps them to mesh axes."""
     return stacked_map(lambda p, leading: ("layers",) * len(leading) + p.axes, config)
 
 
-def trainable(config: ModelConfig):
+def trainable(config: ModelConfig | Lora):
     return stacked_map(lambda p, _: p.trainable, config)
 
 
-def decayed(config: ModelConfig):
+def decayed(config: ModelConfig | Lora):
     return stacked_map(lambda p, _: p.decayed, config)
 
 
-def initialize(config: ModelConfig, key: jax.Array, dtype=jnp.float32):
-    """Random weights: N(0, initializer_range), ones for norms, zeros for biases."""
+def initialize(config: ModelConfig | Lora, key: jax.Array, dtype=jnp.float32):
+    """Random weights: N(0, initializer_range), ones for norms, zeros for biases and an adapter's B."""
     leaves, treedef = jax.tree.flatten(stacked_map(lambda p, leading: (p, leading), config), is_leaf=_is_pair)
     keys = jax.random.split(key, len(leaves))
 
@@ -202,7 +239,7 @@ def _is_pair(x) -> bool:
     return isinstance(x, tuple) and is_parameter(x[0])
 
 
-def count(config: ModelConfig) -> int:
+def count(config: ModelConfig | Lora) -> int:
     """Number of scalars."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract(config)))
 
@@ -212,7 +249,7 @@ def leaf_name(name: str, layer: int | None = None) -> str:
     return name if layer is None else f"layers.{layer:03d}.{name}"
 
 
-def leaves(config: ModelConfig) -> dict[str, tuple[Parameter, int | None]]:
+def leaves(config: ModelConfig | Lora) -> dict[str, tuple[Parameter, int | None]]:
     """Every checkpoint leaf: {leaf name: (declaration, layer or None)}, in a fixed order."""
     groups = config.layer_groups
     flat = {}
@@ -226,7 +263,7 @@ def leaves(config: ModelConfig) -> dict[str, tuple[Parameter, int | None]]:
     return flat
 
 
-def unstack(tree, config: ModelConfig) -> dict:
+def unstack(tree, config: ModelConfig | Lora) -> dict:
     """In-memory tree -> flat dict with one leaf per layer (as in checkpoints). Works on any tree of that structure."""
     groups = config.layer_groups
     flat = {leaf_name(name): value for name, value in tree.items() if name not in groups}
@@ -236,7 +273,7 @@ def unstack(tree, config: ModelConfig) -> dict:
     return flat
 
 
-def stack(flat: dict, config: ModelConfig):
+def stack(flat: dict, config: ModelConfig | Lora):
     """Inverse of unstack; leaves may be numpy or jax arrays."""
     groups = config.layer_groups
     tree = {name: flat[leaf_name(name)] for name in declare(config) if name not in groups}

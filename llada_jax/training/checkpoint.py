@@ -1,7 +1,8 @@
 """Weights checkpoints: streaming write, verified load. The files are described in checkpoint_files.py.
 
-A converted model and a step of a training run have the same layout; a step only adds files. Wherever a path is asked
-for, it may be a checkpoint, or a workdir (or its checkpoints/ folder), which stands for its newest intact step.
+A converted model and a step of a training run have the same layout; a step only adds files. A LoRA step holds adapters,
+and its weights are those of its base with the adapters merged. Wherever a path is asked for, it may be a checkpoint, or
+a workdir (or its checkpoints/ folder), which stands for its newest intact step.
 """
 
 import contextlib
@@ -20,9 +21,11 @@ from etils import epath
 from llada_jax.errors import InputError
 from llada_jax.model import parameters
 from llada_jax.model.config import ModelConfig
+from llada_jax.model.lora import Lora
 from llada_jax.training import checkpoint_arrays as arrays
 from llada_jax.training import checkpoint_files as files
 from llada_jax.training.checkpoint_files import DamagedError
+from llada_jax.training.lora import MergedReader, base_of, read_sharded
 from llada_jax.training.progress import byte_progress
 
 T = TypeVar("T")
@@ -65,9 +68,13 @@ def write_weights(
         files.finish(directory, {"params": entries})
 
 
-def write_header(directory: epath.Path, config: ModelConfig, tokenizer_files: dict[str, bytes], lineage: dict) -> None:
+def write_header(
+    directory: epath.Path, config: ModelConfig | Lora, tokenizer_files: dict[str, bytes], lineage: dict
+) -> None:
     """Writes config.json and tokenizer/."""
-    files.write_json(directory / "config.json", {"format": files.FORMAT, "model": config.to_dict(), "lineage": lineage})
+    lora = isinstance(config, Lora)
+    held = {"model": config.model.to_dict(), "lora": config.to_dict()} if lora else {"model": config.to_dict()}
+    files.write_json(directory / "config.json", {"format": files.FORMAT, **held, "lineage": lineage})
     for name, data in tokenizer_files.items():
         (directory / "tokenizer").mkdir(exist_ok=True)
         (directory / "tokenizer" / name).write_bytes(data)
@@ -137,13 +144,12 @@ def resolve(path: str | os.PathLike) -> epath.Path:
 
 
 def locate(path: str | os.PathLike) -> epath.Path:
-    """The directory of the checkpoint that `path` stands for, its config verified, its weights not read.
-
-    Raises InputError saying what is missing or damaged.
+    """The directory of the checkpoint that `path` stands for: its config and the bases of a LoRA step are verified, its
+    weights are not read. Raises InputError saying what is missing or damaged.
     """
 
     def check(directory: epath.Path) -> epath.Path:
-        _read_config(directory)
+        open_weights(directory)
         return directory
 
     return _newest_intact(path, check)
@@ -166,6 +172,16 @@ def _problems(directory: epath.Path, folders: Iterable[str]) -> Iterator[str]:
         except DamagedError as error:
             yield str(error)
     yield from files.verify_tensors(directory, digests, folders)
+    try:
+        held = read_held(directory)
+        base = base_of(held, directory) if isinstance(held, Lora) else None
+    except DamagedError:
+        return  # config.json, as said above
+    except InputError as error:
+        yield str(error)
+        return
+    if base is not None:
+        yield from _problems(base, ("params",))
 
 
 def _raise_first(problems: Iterable[str]) -> None:
@@ -239,8 +255,19 @@ def load_checkpoint(path: str | os.PathLike, dtype=None, verify: bool = True) ->
 
 
 def _read_config(directory: epath.Path) -> tuple[ModelConfig, dict]:
-    values = json.loads(files.read_file(directory, files.read_digests(directory), "config.json"))
+    values = _read_header(directory)
     return ModelConfig.from_dict(values["model"]), values["lineage"]
+
+
+def read_held(directory: epath.Path) -> ModelConfig | Lora:
+    """What the tensors in params/ are: a model's, or its adapters."""
+    values = _read_header(directory)
+    model = ModelConfig.from_dict(values["model"])
+    return Lora.from_dict(model, values["lora"]) if "lora" in values else model
+
+
+def _read_header(directory: epath.Path) -> dict:
+    return json.loads(files.read_file(directory, files.read_digests(directory), "config.json"))
 
 
 def read_tokenizer_files(directory: epath.Path) -> dict[str, bytes]:
@@ -259,9 +286,16 @@ def _load_tokenizer(directory: epath.Path):
     return from_files(contents, f"{directory}/tokenizer")
 
 
+def open_weights(directory: epath.Path) -> files.TensorReader | MergedReader:
+    """Reader of the model's tensors. Raises InputError when the base of a LoRA step is gone or another one."""
+    held = read_held(directory)
+    reader = files.TensorReader(directory, "params", files.read_digests(directory).tensors["params"])
+    return MergedReader(held, open_weights(base_of(held, directory)), reader) if isinstance(held, Lora) else reader
+
+
 def _load_params(directory: epath.Path, dtype, shardings, verify: bool) -> dict:
     config, _ = _read_config(directory)
-    reader = files.TensorReader(directory, "params", files.read_digests(directory).tensors["params"])
+    reader = open_weights(directory)
     for name, (parameter, _) in parameters.leaves(config).items():
         if name not in reader.entries or reader.entries[name].shape != parameter.shape:
             raise DamagedError(f'checkpoint {directory}: no tensor "{name}" of shape {list(parameter.shape)}')
@@ -271,13 +305,13 @@ def _load_params(directory: epath.Path, dtype, shardings, verify: bool) -> dict:
         loaded = [arrays.read_whole(reader, each, to, verify) for each, to in zip(names, targets, strict=True)]
         return jax.tree.unflatten(treedef, loaded)
     where = jax.tree.leaves(shardings)
-    loaded = arrays.read_sharded(reader, list(zip(names, where, strict=True)), verify)
+    loaded = read_sharded(reader, list(zip(names, where, strict=True)), verify)
     for i, to in enumerate(targets):
         loaded[i] = arrays.cast_sharded(loaded[i], to)
     return jax.tree.unflatten(treedef, loaded)
 
 
-def _target_dtype(reader: files.TensorReader, names: arrays.Names, dtype):
+def _target_dtype(reader: files.TensorReader | MergedReader, names: arrays.Names, dtype):
     _, stored = arrays.stack_of(reader, names)
     name = names if isinstance(names, str) else names[0]
     if dtype is None or name.endswith("expert_bias") or not jnp.issubdtype(stored, jnp.floating):

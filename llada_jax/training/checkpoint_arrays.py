@@ -11,6 +11,7 @@ from jax.experimental import multihost_utils
 
 from llada_jax.model import parameters
 from llada_jax.model.config import ModelConfig
+from llada_jax.model.lora import Lora
 from llada_jax.training import digest
 from llada_jax.training.checkpoint_files import DamagedError, TensorReader
 
@@ -19,7 +20,7 @@ Names = str | tuple[str, ...]  # one tensor, or the tensors that are stacked alo
 _READERS = min(4, os.cpu_count() or 1)  # tensors read and digested at once
 
 
-def stacked_names(config: ModelConfig) -> dict:
+def stacked_names(config: ModelConfig | Lora) -> dict:
     """Tree of Names with the structure of parameters.abstract; map over it with is_leaf=is_names."""
     groups = config.layer_groups
 

@@ -1,8 +1,9 @@
 """Files of a checkpoint directory, below the level of models: tensors, their digests, and the mark of completeness.
 
-config.json       {"format": 1, "model": {...}, "lineage": {...}}
+config.json       {"format": 1, "model": {...}, "lineage": {...}}; in a LoRA run also "lora": {...}
 tokenizer/        the tokenizer's files, when it has one
-params/           one tensor per layer and expert stack ("layers.007.query"), in Orbax's layout (OCDBT, zarr)
+params/           one tensor per layer and expert stack ("layers.007.query"), in Orbax's layout (OCDBT, zarr); in a
+                  LoRA run those of the adapters
 optimizer/        training only: the optimizer's state, in Orbax's layout
 train_state.json  training only: what the trainer gave
 digests.json      written last; a directory without it is incomplete
@@ -50,10 +51,13 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Digests:
-    """Contents of digests.json: sha256 of each small file, an Entry for each tensor of each folder."""
+    """Contents of digests.json: sha256 of each small file, an Entry for each tensor of each folder, and its own sha256,
+    which identifies the checkpoint.
+    """
 
     files: dict[str, str]
     tensors: dict[str, dict[str, Entry]]  # {"params": {"layers.007.query": Entry}, "optimizer": {...}}
+    sha256: str
 
 
 def renames(path: epath.Path) -> bool:
@@ -111,7 +115,7 @@ def read_digests(directory: epath.Path) -> Digests:
         folder: {name: Entry(tuple(shape), jnp.dtype(dtype), hex_) for name, (shape, dtype, hex_) in entries.items()}
         for folder, entries in body["tensors"].items()
     }
-    return Digests(body["files"], tensors)
+    return Digests(body["files"], tensors, expected)
 
 
 def read_file(directory: epath.Path, digests: Digests, name: str) -> bytes:

@@ -5,6 +5,7 @@ A file in configs/ starts from `default_config` and changes fields; flags overri
 """
 
 import importlib.util
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from llada_jax.diffusion.preference import Preference
 from llada_jax.errors import InputError
 from llada_jax.model.config import PRESETS
 from llada_jax.model.forward import Execution
+from llada_jax.model.parameters import adaptable
 
 
 def default_config(model: str) -> ConfigDict:
@@ -72,7 +74,12 @@ def default_config(model: str) -> ConfigDict:
     preference.draws = 1
     preference.shared_noise = True
     preference.max_pairs = 16
-    preference.reference = "frozen"  # a copy of the weights; or "precomputed": its scores, made before the first step
+    preference.reference = "frozen"  # the weights of init_from; or "precomputed": their scores, made before training
+
+    config.lora = lora = ConfigDict()  # low-rank adapters on frozen weights of init_from (arXiv 2106.09685)
+    lora.rank = 0  # 0 trains all weights
+    lora.alpha = 16.0  # the adapters' term is scaled by alpha / rank
+    lora.targets = adaptable(PRESETS[model])  # all dense projections; routed experts stay frozen
 
     config.optimizer = optimizer = ConfigDict()
     optimizer.learning_rate = 1e-3  # 0 is the rate at which the run of init_from ended
@@ -196,13 +203,13 @@ def execution(config: ConfigDict) -> Execution:
 
 _POSITIVE = (
     "data.length", "data.held_out_rows", "batch.rows", "batch.micro_batches",
-    "optimizer.clip_norm", "optimizer.eps", "checkpoint.every_steps",
+    "optimizer.clip_norm", "optimizer.eps", "lora.alpha", "checkpoint.every_steps",
     "evaluation.every_steps", "evaluation.rows", "evaluation.samples", "evaluation.preference_draws", "log_every_steps",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "seed", "optimizer.learning_rate", "optimizer.warmup_steps", "optimizer.decay_steps", "optimizer.weight_decay",
     "optimizer.end_fraction", "objective.embedding_noise_std", "objective.embedding_noise_steps",
-    "checkpoint.keep_last", "checkpoint.keep_best",
+    "lora.rank", "checkpoint.keep_last", "checkpoint.keep_best",
 )  # fmt: skip
 
 
@@ -224,6 +231,8 @@ def check(config: ConfigDict) -> None:
     for field in ("optimizer.b1", "optimizer.b2"):
         if not 0 <= value(field) < 1:
             raise InputError(f"config.{field}={value(field)!r}, expected at least 0 and below 1")
+    if config.lora.rank and not config.init_from:
+        raise InputError(f'config.init_from="": config.lora.rank={config.lora.rank} adapts the model of a checkpoint')
     phases(config), objective(config), preference(config), execution(config)
     if config.batch.rows % config.batch.micro_batches:
         raise InputError(
@@ -243,3 +252,28 @@ def check(config: ConfigDict) -> None:
             raise InputError(
                 f"config.evaluation.block_sizes: {block_size} does not divide data.length={config.data.length}"
             )
+
+
+def write(config: ConfigDict, path: Path) -> None:
+    """Writes the resolved config; on a later run says which fields changed since."""
+    new = json.loads(config.to_json())
+    if path.exists():
+        try:
+            old = json.loads(path.read_text())
+        except json.JSONDecodeError:
+            old = {}
+        for field in sorted(set(_flatten(old)) | set(_flatten(new))):
+            before, after = _flatten(old).get(field), _flatten(new).get(field)
+            if before != after:
+                print(f"config.{field} was {before!r}, is now {after!r}", flush=True)
+    temporary = path.with_name("config.json.partial")
+    temporary.write_text(json.dumps(new, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def _flatten(tree: dict, prefix: str = "") -> dict:
+    """{"a": {"b": 1}} -> {"a.b": 1}"""
+    flat = {}
+    for name, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat

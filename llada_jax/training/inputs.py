@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
+from llada_jax import sharding
 from llada_jax.data.byte_tokenizer import byte_tokenizer
 from llada_jax.data.order import Batch, Rows
 from llada_jax.data.rows import read_dataset
@@ -16,25 +17,35 @@ from llada_jax.errors import InputError
 from llada_jax.interop.tokenizer import Tokenizer, load_tokenizer
 from llada_jax.model import parameters
 from llada_jax.model.config import ModelConfig, preset
+from llada_jax.model.lora import Lora
 from llada_jax.training import checkpoint
+from llada_jax.training.lora import open_lora
 from llada_jax.training.source import Source, open_source
 
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """model: the resolved values; source: the checkpoint to start from, or None for random weights."""
+    """model: the resolved values; lora: its adapters, when they are what trains; source: the checkpoint to start from,
+    or None for random weights.
+    """
 
     model: ModelConfig
+    lora: Lora | None
     tokenizer: Tokenizer | None
     source: Source | None
     rows: Rows
     held_out: Batch
+
+    @property
+    def trained(self) -> ModelConfig | Lora:
+        return self.lora or self.model
 
 
 def open_inputs(config: ConfigDict, workdir: Path) -> Inputs:
     """Reads configs and opens data, no weights yet. Raises InputError naming what is missing or does not fit."""
     source = open_source(config.init_from) if config.init_from else None
     model, tokenizer = _model(config, source)
+    lora = open_lora(config, model, source.directory) if config.lora.rank else None
     path = _dataset(config, workdir, tokenizer)
     data = config.data
     stored = read_dataset(path)["rows"]
@@ -48,15 +59,23 @@ def open_inputs(config: ConfigDict, workdir: Path) -> Inputs:
     held_out = Rows(path, config.seed, split, stored, shuffle=False, expected_length=data.length)
     if (tokenizer is not None) and rows.dataset["tokenizer_digest"] != tokenizer.digest:
         raise InputError(f"{path}: packed with another tokenizer than the checkpoint's")
-    return Inputs(model, tokenizer, source, rows, held_out.batch(0, min(config.evaluation.rows, len(held_out))))
+    held_out = held_out.batch(0, min(config.evaluation.rows, len(held_out)))
+    return Inputs(model, lora, tokenizer, source, rows, held_out)
 
 
 def initial_params(inputs: Inputs, seed: int, shardings):
-    """float32 weights: those of the source, or random ones drawn on the devices."""
-    if inputs.source is not None:
+    """What trains, float32: the weights of the source, or random ones drawn on the devices, as adapters always are."""
+    if inputs.source is not None and inputs.lora is None:
         return checkpoint.load_params(inputs.source.directory, dtype="float32", shardings=shardings)
     key = jax.random.key(seed, impl="threefry2x32")
-    return jax.jit(lambda key: parameters.initialize(inputs.model, key), out_shardings=shardings)(key)
+    return jax.jit(lambda key: parameters.initialize(inputs.trained, key), out_shardings=shardings)(key)
+
+
+def frozen_params(inputs: Inputs, mesh):
+    """The weights of the source when they do not train: LoRA's base as it is stored, any other reference in float32."""
+    where = sharding.shardings(parameters.abstract(inputs.model), parameters.logical_axes(inputs.model), mesh)
+    dtype = None if inputs.lora else "float32"
+    return checkpoint.load_params(inputs.source.directory, dtype=dtype, shardings=where)
 
 
 def lineage(config: ConfigDict, inputs: Inputs) -> dict:

@@ -4,10 +4,7 @@ Rows and noise are functions of the step alone, so a resumed run is the uninterr
 """
 
 import contextlib
-import json
 import math
-import signal
-import sys
 from pathlib import Path
 
 import jax
@@ -24,11 +21,13 @@ from llada_jax.training import config as settings
 from llada_jax.training import held_out, saver
 from llada_jax.training import state as states
 from llada_jax.training.inputs import Inputs, initial_params, lineage, open_inputs
+from llada_jax.training.lora import describe
 from llada_jax.training.metrics import MetricsWriter, Progress
 from llada_jax.training.optimizer import learning_rate, make_optimizer
+from llada_jax.training.preemption import stop_on_sigterm
 from llada_jax.training.reference import open_reference
 from llada_jax.training.source import continue_learning_rate
-from llada_jax.training.step import denoising_loss, make_train_step, preference_loss
+from llada_jax.training.step import denoising_loss, make_train_step, preference_loss, whole
 
 
 def train(config: ConfigDict, workdir: str, devices=None) -> None:
@@ -48,18 +47,18 @@ def train(config: ConfigDict, workdir: str, devices=None) -> None:
         print(inputs.source.describe(), flush=True)
     config = continue_learning_rate(config, inputs.source)
     directory.mkdir(parents=True, exist_ok=True)
-    _write_config(config, directory)
-    with jax.set_mesh(mesh), _stop_on_sigterm() as stop:
+    settings.write(config, directory / "config.json")
+    with jax.set_mesh(mesh), stop_on_sigterm() as stop:
         _run(config, phases, mesh, directory, inputs, stop)
 
 
 def _run(config, phases, mesh, workdir: Path, inputs: Inputs, stop) -> None:
     last_step = schedule.total_steps(phases)
-    optimizer = make_optimizer(config.optimizer, inputs.model, last_step)
-    abstract = states.abstract(inputs.model, optimizer)
-    where = states.shardings(abstract, inputs.model, mesh)
+    optimizer = make_optimizer(config.optimizer, inputs.trained, last_step)
+    abstract = states.abstract(inputs.trained, optimizer)
+    where = states.shardings(abstract, inputs.trained, mesh)
     batch_sharding = NamedSharding(mesh, PartitionSpec(sharding.spec(("batch",), (config.batch.rows,), mesh)[0]))
-    reference = open_reference(config, phases, inputs, where.params, batch_sharding, workdir, stop)
+    reference = open_reference(config, phases, inputs, batch_sharding, workdir, stop)
     if reference is None:
         return
     state = _restore(config, workdir, inputs, abstract, where)
@@ -71,7 +70,7 @@ def _run(config, phases, mesh, workdir: Path, inputs: Inputs, stop) -> None:
     if first_step >= last_step:
         return
 
-    train_step = make_train_step(inputs.model, _loss(config, inputs.model), optimizer, config.batch.micro_batches)
+    train_step = make_train_step(inputs.trained, _loss(config, inputs.model), optimizer, config.batch.micro_batches)
     rates = learning_rate(config.optimizer, last_step)
     writer = MetricsWriter(workdir, first_step)
     progress = Progress(first_step, last_step, config.batch.rows * config.data.length)
@@ -85,7 +84,7 @@ def _run(config, phases, mesh, workdir: Path, inputs: Inputs, stop) -> None:
             scalars = jax.device_put((jnp.int32(phase.block_size), jnp.float32(_noise_std(config, step))))
             batch = jax.device_put(reference.join(step, batch), batch_sharding)
             with jax.transfer_guard("disallow"):
-                state, metrics = train_step(state, reference.weights, batch, *scalars, phase.halves)
+                state, metrics = train_step(state, reference.frozen, batch, *scalars, phase.halves)
             done = step + 1
             last = done == last_step or stop.is_set
             if done % config.log_every_steps == 0 or done == first_step + 1 or last:
@@ -93,7 +92,8 @@ def _run(config, phases, mesh, workdir: Path, inputs: Inputs, stop) -> None:
             save = done % config.checkpoint.every_steps == 0 or done == last_step
             score = None  # a step that SIGTERM makes us save has none: there is no time, and no other run would have it
             if done % config.evaluation.every_steps == 0 or done == last_step or (save and config.checkpoint.keep_best):
-                score = held_out.evaluate(config, inputs, reference, state.params, writer, done)
+                params = whole(state.params, reference.frozen, inputs.trained)
+                score = held_out.evaluate(config, inputs, reference, params, writer, done)
             if save or last:
                 keep.save(done, state, score)
             if last:
@@ -122,7 +122,7 @@ class Checkpoints:
         tokenizer = self._inputs.tokenizer
         self._saver.save(
             step, state.params, state.optimizer,
-            {"step": step, "data_offset": 0, "init_weights": self._init_weights}, self._inputs.model,
+            {"step": step, "data_offset": 0, "init_weights": self._init_weights}, self._inputs.trained,
             {} if tokenizer is None else tokenizer.files, self._lineage, score,
         )  # fmt: skip
 
@@ -132,7 +132,7 @@ class Checkpoints:
 
 def _restore(config, workdir: Path, inputs: Inputs, abstract, where) -> states.TrainState | None:
     found = saver.restore(
-        workdir / "checkpoints", inputs.model, abstract.params, abstract.optimizer, (where.params, where.optimizer)
+        workdir / "checkpoints", inputs.trained, abstract.params, abstract.optimizer, (where.params, where.optimizer)
     )
     if found is None:
         return None
@@ -160,32 +160,6 @@ def _log(writer, progress, step, phase, metrics, rate) -> None:
         raise InputError(f"step {step}: the loss is {metrics['loss']}; lower optimizer.learning_rate")
 
 
-def _write_config(config: ConfigDict, workdir: Path) -> None:
-    """Writes the resolved config; on a later run says which fields changed since."""
-    path = workdir / "config.json"
-    new = json.loads(config.to_json())
-    if path.exists():
-        try:
-            old = json.loads(path.read_text())
-        except json.JSONDecodeError:
-            old = {}
-        for field in sorted(set(flatten(old)) | set(flatten(new))):
-            before, after = flatten(old).get(field), flatten(new).get(field)
-            if before != after:
-                print(f"config.{field} was {before!r}, is now {after!r}", flush=True)
-    temporary = path.with_name("config.json.partial")
-    temporary.write_text(json.dumps(new, indent=2) + "\n")
-    temporary.replace(path)
-
-
-def flatten(tree: dict, prefix: str = "") -> dict:
-    """{"a": {"b": 1}} -> {"a.b": 1}"""
-    flat = {}
-    for name, value in tree.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
-
-
 def _announce(config, phases, inputs: Inputs, mesh, first_step, last_step) -> None:
     model = inputs.model
     start = "starting from random weights" if inputs.source is None else "starting from init_from"
@@ -195,30 +169,8 @@ def _announce(config, phases, inputs: Inputs, mesh, first_step, last_step) -> No
         f"{config.model}: {parameters.count(model):,} parameters, alignment {model.alignment}, {start}\n"
         f"{len(inputs.rows):,} rows of {config.data.length} tokens, {len(inputs.held_out.ids)} held out; "
         f"{config.batch.rows} rows a step on {devices} ({jax.devices()[0].platform})\n"
-        f"{last_step} steps: " + ", ".join(f"{p.name} block {p.block_size} x {p.steps}" for p in phases),
+        f"{last_step} steps: "
+        + ", ".join(f"{p.name} block {p.block_size} x {p.steps}" for p in phases)
+        + (f"\n{describe(inputs.lora)}" if inputs.lora else ""),
         flush=True,
     )
-
-
-class _Stop:
-    is_set = False
-
-
-@contextlib.contextmanager
-def _stop_on_sigterm():
-    """Yields a flag that SIGTERM sets; the loop then saves and returns."""
-    stop = _Stop()
-
-    def handler(signum, frame):
-        stop.is_set = True
-        print("SIGTERM: saving a checkpoint", file=sys.stderr, flush=True)
-
-    try:
-        previous = signal.signal(signal.SIGTERM, handler)
-    except ValueError:  # not the main thread
-        yield stop
-        return
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGTERM, previous)

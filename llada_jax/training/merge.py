@@ -9,7 +9,6 @@ from etils import epath
 
 from llada_jax.errors import InputError
 from llada_jax.training import checkpoint, saver
-from llada_jax.training import checkpoint_files as files
 
 
 def merge_checkpoints(paths: Sequence[str | os.PathLike], out: str | os.PathLike) -> None:
@@ -27,7 +26,7 @@ def merge_checkpoints(paths: Sequence[str | os.PathLike], out: str | os.PathLike
         if other != config:
             field = next(name for name, value in config.to_dict().items() if other.to_dict()[name] != value)
             raise InputError(f"{directory}: model {field} differs from that of {directories[0]}")
-        readers.append(files.TensorReader(directory, "params", files.read_digests(directory).tensors["params"]))
+        readers.append(checkpoint.open_weights(directory))
     entries = readers[0].entries
 
     def means() -> Iterator[tuple[str, np.ndarray]]:

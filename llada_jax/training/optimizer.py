@@ -6,6 +6,7 @@ from ml_collections import ConfigDict
 
 from llada_jax.model import parameters
 from llada_jax.model.config import ModelConfig
+from llada_jax.model.lora import Lora
 
 
 def learning_rate(config: ConfigDict, total_steps: int) -> optax.Schedule:
@@ -23,7 +24,7 @@ def learning_rate(config: ConfigDict, total_steps: int) -> optax.Schedule:
     )
 
 
-def make_optimizer(config: ConfigDict, model: ModelConfig, total_steps: int) -> optax.GradientTransformation:
+def make_optimizer(config: ConfigDict, model: ModelConfig | Lora, total_steps: int) -> optax.GradientTransformation:
     """Clipped AdamW; norms and biases are not decayed. Weights that are not trainable have no gradient and no decay,
     so they stay as they are.
     """

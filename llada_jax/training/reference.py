@@ -2,7 +2,7 @@
 
 "frozen" keeps a sharded copy of the weights and scores every batch twice. "precomputed" scores all steps of the run
 before the first one and keeps the scores in WORKDIR: rows and noise are functions of the step, so they stay valid, and
-neither training nor a resumed run holds a second model.
+neither training nor a resumed run holds a second model. A LoRA run holds its base in any case, which is the copy.
 """
 
 import functools
@@ -20,10 +20,9 @@ from ml_collections import ConfigDict
 from llada_jax.data.order import Batch, prefetch
 from llada_jax.diffusion import preference, schedule
 from llada_jax.diffusion.schedule import Phase
-from llada_jax.errors import InputError
-from llada_jax.evaluation.preference import pair_scores, pairs_in
+from llada_jax.evaluation.preference import pair_scores
 from llada_jax.training import config as settings
-from llada_jax.training.inputs import Inputs, initial_params
+from llada_jax.training.inputs import Inputs, frozen_params
 from llada_jax.training.metrics import duration
 from llada_jax.training.score_file import ScoreFile
 from llada_jax.training.step import join_rows, split_rows
@@ -34,37 +33,32 @@ _WITHOUT_EFFECT = ("confidence_weight", "confidence_temperature", "embedding_noi
 
 
 class Reference(NamedTuple):
-    """weights: frozen, or None; scores: float32 [steps, rows, max_pairs, 2], or None; held_out: the reference's
-    pair_scores of the held-out rows. All None in a run that is not DPO.
+    """frozen: the weights that do not train, or None where none is needed: LoRA's base, or the copy that DPO scores by;
+    scores: float32 [steps, rows, max_pairs, 2], or None; held_out: the reference's pair_scores of the held-out rows,
+    None in a run that is not DPO.
     """
 
-    weights: dict | None = None
+    frozen: dict | None = None
     scores: np.ndarray | None = None
     held_out: np.ndarray | None = None
 
     def join(self, step: int, batch: Batch):
-        """What the train step takes for a batch. Raises InputError when a row has more pairs than there is room for."""
-        if self.held_out is None:
-            return batch
-        _check_pairs(batch, self.held_out.shape[1], f"step {step}")
+        """What the train step takes for a batch."""
         return batch if self.scores is None else (batch, self.scores[step])
 
 
 def open_reference(
-    config: ConfigDict, phases: Sequence[Phase], inputs: Inputs, shardings, batch_sharding, workdir: Path, stop
+    config: ConfigDict, phases: Sequence[Phase], inputs: Inputs, batch_sharding, workdir: Path, stop
 ) -> Reference | None:
     """Loads or scores what is not in `workdir` yet; to be called while no other weights are on the devices.
 
     None when `stop.is_set` became true before all was scored; a later run goes on from there.
-    Raises InputError when the scores in `workdir` are of other settings, or the held-out rows have no pair.
+    Raises InputError when the scores in `workdir` are of other settings.
     """
     stage = settings.preference(config)
+    load = functools.cache(lambda: frozen_params(inputs, batch_sharding.mesh))
     if stage is None:
-        return Reference()
-    _check_pairs(inputs.held_out, stage.max_pairs, "the held-out data")
-    if not pairs_in(inputs.held_out.segment_ids):
-        raise InputError(f"{config.data.path}: the held-out rows have no pair of documents")
-    load = functools.cache(lambda: initial_params(inputs, config.seed, shardings))
+        return Reference(load() if inputs.lora else None)
     if config.preference.reference == "frozen":
         return Reference(load(), None, held_out_scores(config, inputs, load()))
     steps, held_out = _files(config, phases, inputs, stage.max_pairs, workdir)
@@ -75,7 +69,7 @@ def open_reference(
     if not steps.complete:
         print(f"stopped after scoring {steps.stored} steps: {workdir}", flush=True)
         return None
-    return Reference(None, steps.read(), held_out.read()[0])
+    return Reference(load() if inputs.lora else None, steps.read(), held_out.read()[0])
 
 
 def held_out_scores(config: ConfigDict, inputs: Inputs, params) -> np.ndarray:
@@ -141,7 +135,6 @@ def _score_steps(config, phases, inputs: Inputs, weights, batch_sharding, file: 
             batches.close()
             return
         phase = schedule.phase_at(phases, step)
-        _check_pairs(batch, stage.max_pairs, f"step {step}")
         block_size = jax.device_put(jnp.int32(phase.block_size))
         file.append(jax.device_get(score(weights, jax.device_put(batch, batch_sharding), block_size, phase.halves)))
         seconds = time.monotonic() - begun
@@ -153,8 +146,3 @@ def _score_steps(config, phases, inputs: Inputs, weights, batch_sharding, file: 
 
 def _score_part(weights, model, max_pairs, halves, execution, part):
     return preference.score(weights, model, part, max_pairs, halves, execution)
-
-
-def _check_pairs(batch: Batch, max_pairs: int, where: str) -> None:
-    if (documents := int(batch.segment_ids.max())) > 2 * max_pairs:
-        raise InputError(f"config.preference.max_pairs={max_pairs}: a row of {where} has {documents} documents")

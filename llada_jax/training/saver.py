@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from llada_jax.errors import InputError
 from llada_jax.model.config import ModelConfig
+from llada_jax.model.lora import Lora
 from llada_jax.training import checkpoint, digest
 from llada_jax.training import checkpoint_arrays as arrays
 from llada_jax.training import checkpoint_files as files
@@ -53,7 +54,7 @@ class Saver:
         params,
         optimizer,
         host_state: dict,
-        config: ModelConfig,
+        config: ModelConfig | Lora,
         tokenizer_files: dict[str, bytes],
         lineage: dict,
         score: float | None = None,
@@ -119,7 +120,7 @@ def _make_checkpointer() -> ocp.AsyncCheckpointer:
 
 
 def restore(
-    directory: str | os.PathLike, config: ModelConfig, abstract_params, abstract_optimizer, shardings
+    directory: str | os.PathLike, config: ModelConfig | Lora, abstract_params, abstract_optimizer, shardings
 ) -> tuple[int, dict, object, dict] | None:
     """(step, params, optimizer, host_state) of the newest intact step, exactly as saved; None if there is no step.
 
@@ -158,7 +159,7 @@ def _named(tree) -> dict:
     return dict(zip(leaf_names(tree), leaves, strict=True))
 
 
-def _unstack(params, config: ModelConfig) -> dict:
+def _unstack(params, config: ModelConfig | Lora) -> dict:
     """parameters.unstack in one program, every slice lying as its stack does."""
     names = jax.tree.leaves(arrays.stacked_names(config), is_leaf=arrays.is_names)
     named = dict(zip(names, map(jnp.asarray, jax.tree.leaves(params)), strict=True))
@@ -187,22 +188,30 @@ def _describe(tree: dict) -> dict[str, files.Entry]:
     return {name: files.entry(leaf, found[name][0] if name in found else None) for name, leaf in tree.items()}
 
 
-def _restore(directory: epath.Path, config: ModelConfig, abstract_params, abstract_optimizer, shardings):
+def _restore(directory: epath.Path, config: ModelConfig | Lora, abstract_params, abstract_optimizer, shardings):
     error = None
     try:
         digests = files.read_digests(directory)
-        stored, _ = checkpoint.read_config(directory)
+        stored = _fields(checkpoint.read_held(directory))
         host_state = json.loads(files.read_file(directory, digests, "train_state.json"))["host"]
     except DamagedError as caught:
         error = caught
     arrays.agree(error, f"checkpoint {directory}: damaged, as another process found")
-    for field, value in stored.to_dict().items():
-        if value != (ours := config.to_dict()[field]):
+    for field, ours in ({name: None for name in stored} | _fields(config)).items():
+        if (value := stored.get(field)) != ours:
             raise InputError(f"checkpoint {directory}: its model has {field}={value!r}, this run {ours!r}")
     names = jax.tree.leaves(arrays.stacked_names(config), is_leaf=arrays.is_names)
     params = _restore_tree(directory, digests, "params", names, abstract_params, shardings[0])
     names = leaf_names(abstract_optimizer)
     return params, _restore_tree(directory, digests, "optimizer", names, abstract_optimizer, shardings[1]), host_state
+
+
+def _fields(config: ModelConfig | Lora) -> dict:
+    """What a run must have in common with the step it resumes from; a LoRA base may have moved, not changed."""
+    if isinstance(config, ModelConfig):
+        return config.to_dict()
+    adapters = {f"lora.{name}": value for name, value in config.to_dict().items() if name != "base"}
+    return config.model.to_dict() | adapters
 
 
 def _restore_tree(directory: epath.Path, digests: files.Digests, folder: str, names: list, abstract, shardings):

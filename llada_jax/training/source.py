@@ -13,6 +13,7 @@ from llada_jax.diffusion import schedule
 from llada_jax.errors import InputError
 from llada_jax.model import parameters
 from llada_jax.model.config import ModelConfig
+from llada_jax.model.lora import Lora
 from llada_jax.training import checkpoint
 from llada_jax.training import checkpoint_files as files
 from llada_jax.training import config as settings
@@ -22,7 +23,8 @@ from llada_jax.training.optimizer import learning_rate
 @dataclasses.dataclass(frozen=True)
 class Source:
     """directory: of one checkpoint, never of a workdir; step: None unless a training run wrote it; weights: the first
-    12 hex digits of a sha256 over the digests of its tensors; dtype: of most of its weights, as stored.
+    12 hex digits of a sha256 over the digests of its tensors (of a LoRA step also its scale and its base); dtype: of
+    most of its weights, as stored. The model of a LoRA step is the merged one.
     """
 
     directory: epath.Path
@@ -67,15 +69,16 @@ def open_source(path: str | os.PathLike) -> Source:
     directory = checkpoint.locate(path)
     model, lineage = checkpoint.read_config(directory)
     digests = files.read_digests(directory)
-    tensors = digests.tensors["params"]
-    listed = json.dumps(sorted((name, entry.digest) for name, entry in tensors.items()))
+    identity = sorted((name, entry.digest) for name, entry in digests.tensors["params"].items())
+    if isinstance(held := checkpoint.read_held(directory), Lora):
+        identity += [held.scale, held.base_digest]
     sizes: dict[str, int] = {}
-    for entry in tensors.values():
+    for entry in checkpoint.open_weights(directory).entries.values():
         sizes[entry.dtype.name] = sizes.get(entry.dtype.name, 0) + math.prod(entry.shape)
     step = None
     if "train_state.json" in digests.files:
         step = json.loads(files.read_file(directory, digests, "train_state.json"))["step"]
-    weights = hashlib.sha256(listed.encode()).hexdigest()[:12]
+    weights = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
     return Source(directory, model, lineage, step, weights, max(sizes, key=sizes.get))
 
 

@@ -4,7 +4,6 @@ What a stage optimises is a `Loss`: four pure functions. The step itself is the 
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,6 +16,7 @@ from llada_jax.diffusion.objectives import Objective
 from llada_jax.diffusion.preference import Preference
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.forward import Execution
+from llada_jax.model.lora import Lora, attach
 from llada_jax.training.state import TrainState
 
 
@@ -32,31 +32,43 @@ class Loss(NamedTuple):
     metrics: Callable
 
 
-def make_train_step(model: ModelConfig, loss: Loss, optimizer: optax.GradientTransformation, micro_batches: int = 1):
-    """Returns the jitted train_step(state, reference, batch, block_size, embedding_noise_std, halves).
+def make_train_step(
+    model: ModelConfig | Lora, loss: Loss, optimizer: optax.GradientTransformation, micro_batches: int = 1
+):
+    """Returns the jitted train_step(state, frozen, batch, block_size, embedding_noise_std, halves).
 
-    It returns (state, metrics), metrics being float32 scalars. reference: frozen weights, or None when the loss needs
-    none. batch: data.order.Batch of arrays; block_size int32 and embedding_noise_std float32 are run-time scalars;
-    halves (schedule.Phase.halves) is static. The state is donated.
+    It returns (state, metrics), metrics being float32 scalars. model: what trains, the model's weights or its adapters.
+    frozen: weights that do not: the adapters' base, which is also the loss's reference; without adapters the reference,
+    or None when the loss needs none. batch: data.order.Batch of arrays; block_size int32 and embedding_noise_std
+    float32 are run-time scalars; halves (schedule.Phase.halves) is static. The state is donated.
     """
+    config = model.model if isinstance(model, Lora) else model
 
-    def train_step(state: TrainState, reference, batch, block_size, embedding_noise_std, halves):
+    def train_step(state: TrainState, frozen, batch, block_size, embedding_noise_std, halves):
         example = loss.prepare(batch, block_size, halves)
         total = loss.total(example)
 
         def gradient(params, example):
-            value = functools.partial(loss.value, noise_std=embedding_noise_std, halves=halves)
-            return jax.grad(value, has_aux=True)(params, reference, example, total)
+            def value(params):
+                return loss.value(whole(params, frozen, model), frozen, example, total, embedding_noise_std, halves)
+
+            return jax.grad(value, has_aux=True)(params)
 
         gradients, sums = _accumulate(gradient, state.params, example, micro_batches)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = loss.metrics(sums, total) | {"gradient_norm": optax.global_norm(gradients)}
-        if model.mask_token_id is not None:  # near zero after AR training; Section 7.1 watches it
-            metrics["mask_embedding_norm"] = jnp.linalg.norm(params["embedding"][model.mask_token_id])
+        if config.mask_token_id is not None:  # near zero after AR training; Section 7.1 watches it
+            embedding = whole(params, frozen, model)["embedding"]
+            metrics["mask_embedding_norm"] = jnp.linalg.norm(embedding[config.mask_token_id].astype(jnp.float32))
         return TrainState(state.step + 1, params, optimizer_state), metrics
 
     return jax.jit(train_step, static_argnames="halves", donate_argnums=0)
+
+
+def whole(params, frozen, model: ModelConfig | Lora):
+    """The weights of the forward pass: those that train, or the frozen base with the adapters that train."""
+    return attach(frozen, params, model) if isinstance(model, Lora) else params
 
 
 def denoising_loss(

@@ -1,0 +1,74 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685): y = x W + (alpha / rank) (x A) B, where A and B train and W does not.
+
+The term is added in activation space (`layers.project`), so that no gradient of W's size exists; an adapter is two
+more weights beside its own, "query_lora_a" and "query_lora_b", declared from it (model/parameters.py).
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from llada_jax.model.config import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """The adapters of a model: for `parameters`, a set of weights as a ModelConfig is one.
+
+    targets: names of weights (parameters.adaptable). base: directory of the checkpoint that holds W; base_digest: the
+    sha256 that its digests.json names.
+    """
+
+    model: ModelConfig
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    base: str = ""
+    base_digest: str = ""
+
+    @property
+    def layer_groups(self) -> dict[str, range]:
+        return self.model.layer_groups
+
+    @property
+    def initializer_range(self) -> float:
+        return self.model.initializer_range
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    def to_dict(self) -> dict:
+        """Everything but the model."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        del values["model"]
+        return values | {"targets": list(self.targets)}
+
+    @classmethod
+    def from_dict(cls, model: ModelConfig, values: dict) -> "Lora":
+        return cls(model, **values | {"targets": tuple(values["targets"])})
+
+
+def adapter_names(weight: str) -> tuple[str, str]:
+    """Names of A and B."""
+    return f"{weight}_lora_a", f"{weight}_lora_b"
+
+
+def weight_of(name: str) -> str:
+    """The weight that an adapter belongs to; any other name is its own."""
+    return name.removesuffix("_lora_a").removesuffix("_lora_b")
+
+
+def attach(params, adapters, lora: Lora):
+    """The base's weights with the adapters beside them, B times alpha / rank: what the forward pass takes."""
+
+    def scaled(group):
+        return {name: w * lora.scale if name.endswith("_lora_b") else w for name, w in group.items()}
+
+    return params | {group: params[group] | scaled(adapters[group]) for group in adapters}
+
+
+def merge(weight, a, b, scale: float, xp=jnp):
+    """W + scale A B, computed in float32, in W's dtype. weight [*in, *out]; a [*in, rank]; b [rank, *out]."""
+    low_rank = xp.tensordot(a.astype(xp.float32), b.astype(xp.float32), 1)
+    return (weight.astype(xp.float32) + xp.float32(scale) * low_rank).astype(weight.dtype)
