@@ -8,11 +8,19 @@ from jax.experimental.pallas import tpu as pltpu
 SIDE = 16384  # too large for XLA to keep an operand in the vector memory
 
 
-def _tiled(kernel, name, tile, inputs, grid):
+def _tiled(kernel, name, tile, inputs, grid, semantics="arbitrary"):
     """Calls `kernel` on tiles of [SIDE, SIDE] arrays; `grid` tiles in rows and columns."""
     spec = pl.BlockSpec((tile, tile), lambda i, j: (i, j))
     shape = jax.ShapeDtypeStruct((SIDE, SIDE), inputs[0].dtype)
-    call = pl.pallas_call(kernel, name=name, grid=grid, in_specs=[spec] * len(inputs), out_specs=spec, out_shape=shape)
+    call = pl.pallas_call(
+        kernel,
+        name=name,
+        grid=grid,
+        in_specs=[spec] * len(inputs),
+        out_specs=spec,
+        out_shape=shape,
+        compiler_params=pltpu.CompilerParams(dimension_semantics=(semantics, "arbitrary")),
+    )
     return call, tuple(inputs)
 
 
@@ -26,13 +34,13 @@ def matmul(tile: int, dtype: str):
     return _tiled(kernel, "matmul", tile, (x, x), (4, 4))
 
 
-def increment(tile: int):
+def increment(tile: int, semantics: str = "arbitrary"):
     """Each grid step loads and stores tile ** 2 / 1024 registers."""
 
     def kernel(x, out):
         out[...] = x[...] + 1.0
 
-    return _tiled(kernel, "increment", tile, (jax.ShapeDtypeStruct((SIDE, SIDE), jnp.float32),), (4, 4))
+    return _tiled(kernel, "increment", tile, (jax.ShapeDtypeStruct((SIDE, SIDE), jnp.float32),), (4, 4), semantics)
 
 
 def conditional(tile: int):

@@ -14,7 +14,7 @@ SLICES = {name: f"{name}:{chip.slices[1] if name[-1] == 'e' else chip.slices[0]}
 def costs(function, arguments, topology, names):
     (kernel,) = compile_program(f"pod_programs:{function}", arguments, topology).kernels.values()
     regions = region_costs(kernel, names)
-    assert sum(cost.bundles for cost in regions.values()) == kernel.end  # every bundle is in one region
+    assert sum(cost.bundles for cost in regions.values()) == kernel.program.end  # every bundle is in one region
     return regions
 
 
@@ -45,6 +45,15 @@ def test_conditional_regions_in_program_order():
     assert regions["increment"].mxu_cycles == regions["step"].mxu_cycles == 0
     assert regions["matmul"].mxu_cycles == 2048
     assert 128 <= regions["increment"].bundles < 300 and 0 < regions["step"].bundles < 300
+
+
+@pytest.mark.parametrize(
+    "chip,semantics,split", [("v5p", "parallel", True), ("v5p", "arbitrary", False), ("v6e", "parallel", False)]
+)
+def test_a_parallel_axis_is_split_between_the_cores_of_a_device(chip, semantics, split):
+    arguments = {"tile": 512, "semantics": semantics}
+    (kernel,) = compile_program("pod_programs:increment", arguments, SLICES[chip]).kernels.values()
+    assert kernel.split == split
 
 
 def test_other_regions_than_named_are_refused():

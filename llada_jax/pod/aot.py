@@ -16,18 +16,18 @@ from pathlib import Path
 
 from llada_jax.errors import InputError
 from llada_jax.pod.chips import parse_topology
-from llada_jax.pod.schedule_reader import Region, read_schedule
+from llada_jax.pod.schedule_reader import Kernel, read_schedule
 
 _KERNEL = re.compile(r"%([\w.\-]+) = [^\n]*custom_call_target=\"tpu_custom_call\"")
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A compiled program: its scheduled HLO, bytes of temporaries in HBM, and the schedule of each Pallas kernel."""
+    """A compiled program: its scheduled HLO, bytes of temporaries in HBM, and each Pallas kernel, as scheduled."""
 
     hlo: str
     temp_bytes: int
-    kernels: dict[str, Region]
+    kernels: dict[str, Kernel]
 
 
 def compile_program(
@@ -36,7 +36,7 @@ def compile_program(
     """Compiles `target(**arguments)`, "module:function" that returns (a function, its abstract arguments).
 
     Without `schedules` nothing is dumped, which is several times faster, and `kernels` is empty. Raises InputError
-    where libtpu is missing or the compiler refuses the program, with the compiler's last line.
+    where libtpu is missing or the compiler refuses the program, with its error.
     """
     chip = parse_topology(topology).chip
     with tempfile.TemporaryDirectory() as folder:
@@ -46,14 +46,15 @@ def compile_program(
         env = {"LIBTPU_INIT_ARGS": dump, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
         done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True, timeout=timeout)
         if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if line.strip()]
-            raise InputError(f"{target}({arguments}) for {topology}: {lines[-1] if lines else 'compiler died'}")
+            raised = re.findall(r"^[\w.]*(?:Error|Exception): .*", done.stderr, re.MULTILINE)
+            reason = raised[-1] if raised else f"the compiler died with code {done.returncode}"
+            raise InputError(f"{target}({arguments}) for {topology}: {reason}")
         hlo = Path(folder, "program.hlo").read_text()
         kernels = {name: _read(dumps, name, chip) for name in _KERNEL.findall(hlo)} if schedules else {}
         return Program(hlo, json.loads(Path(folder, "memory.json").read_text())["temp_bytes"], kernels)
 
 
-def _read(dumps: Path, kernel: str, chip) -> Region:
+def _read(dumps: Path, kernel: str, chip) -> Kernel:
     def text(kind):
         (path,) = (p for p in dumps.glob(f"*-{kernel}-*-{kind}.txt") if "schedule-analysis" not in p.name)
         return path.read_text()
@@ -67,11 +68,12 @@ def _compile(target: str, arguments: str, topology: str, folder: str) -> None:
     from llada_jax.pod.topology import one_device
 
     module, _, function = target.partition(":")
-    program, abstract = getattr(importlib.import_module(module), function)(**json.loads(arguments))
+    make_program = getattr(importlib.import_module(module), function)
     mesh = one_device(parse_topology(topology))
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), abstract)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh):  # Pallas asks it for the chip, from the first trace on
+        program, abstract = make_program(**json.loads(arguments))
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), abstract)
         compiled = jax.jit(program).lower(*abstract).compile()
     Path(folder, "program.hlo").write_text(compiled.as_text())
     memory = {"temp_bytes": compiled.memory_analysis().temp_size_in_bytes}

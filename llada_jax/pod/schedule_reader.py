@@ -63,8 +63,22 @@ class Region:
             yield from region.walk()
 
 
-def read_schedule(bundles_text: str, utilization_text: str, chip: Chip) -> Region:
-    """The whole kernel as a region. Raises ValueError when the two texts do not fit together."""
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A kernel's bundles as a tree of regions, and whether its grid is split between the TensorCores of a device.
+
+    Only an axis of at least 2 that is declared `parallel` is split, and only on a chip whose device has two cores.
+    """
+
+    program: Region
+    split: bool
+
+
+def read_schedule(bundles_text: str, utilization_text: str, chip: Chip) -> Kernel:
+    """Reads a kernel's *-final_bundles.txt and *-final_hlo-static-per-bundle-utilization.txt.
+
+    Raises ValueError when the two do not fit together.
+    """
     bundles = _split_bundles(bundles_text)
     costs = _bundle_costs(bundles, utilization_text, chip)
     starts = {label: i for i, text in reversed(list(enumerate(bundles))) for label in _START.findall(text)}
@@ -76,10 +90,11 @@ def read_schedule(bundles_text: str, utilization_text: str, chip: Chip) -> Regio
             target = starts[label]
             spans.add((i, target, False) if target > i else (target, i + 1, True))
     # Outer spans first; equal spans cannot occur, as a branch starts one and a label the other.
-    return _nest(sorted(spans, key=lambda span: (span[0], -span[1])), costs)
+    program = _nest(sorted(spans, key=lambda span: (span[0], -span[1])), costs)
+    return Kernel(program, split="BarrierMegacore" in bundles_text)
 
 
-def region_costs(kernel: Region, names: Sequence[str]) -> dict[str, Cost]:
+def region_costs(kernel: Kernel, names: Sequence[str]) -> dict[str, Cost]:
     """The cost of one execution of each region of a kernel's grid loop, by name, and of the rest of a grid step.
 
     `names` names the regions that do vector work, in program order: one per `pl.when`, or the body of a kernel without
@@ -87,7 +102,7 @@ def region_costs(kernel: Region, names: Sequence[str]) -> dict[str, Cost]:
     else in the loop, executed once for every grid step, and "launch", all outside it; together they add up to the
     kernel. Raises ValueError when the kernel has other regions than named.
     """
-    loops = [region for region in kernel.walk() if region.loop]
+    loops = [region for region in kernel.program.walk() if region.loop]
     if not loops:
         raise ValueError("the kernel has no grid loop")
     grid = max(loops, key=lambda region: region.total.bundles)
@@ -100,7 +115,7 @@ def region_costs(kernel: Region, names: Sequence[str]) -> dict[str, Cost]:
     costs = {name: region.total for name, region in zip(names, regions, strict=True)}
     return costs | {
         "step": _minus(grid.total, costs.values()),
-        "launch": _minus(kernel.total, [grid.total]),
+        "launch": _minus(kernel.program.total, [grid.total]),
     }
 
 
