@@ -10,7 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from llada_jax.attention import kernel_forward
+from llada_jax.attention import kernel_backward, kernel_forward
 from llada_jax.attention.plan import Plan
 
 
@@ -21,16 +21,30 @@ def kernel_attention(query: jax.Array, key: jax.Array, value: jax.Array, plan: P
 
 
 def _forward(query, key, value, plan, interpret):
-    kv_heads = key.shape[2]
-    scale = query.shape[-1] ** -0.5 * math.log2(math.e)
-    query_tiles = to_tiles((query * scale).astype(query.dtype), kv_heads, plan)
-    key_chunks, value_chunks = to_chunks(key, plan), to_chunks(value, plan)
-    output, log_sum = kernel_forward.forward(query_tiles, key_chunks, value_chunks, plan, interpret)
-    return from_tiles(output, query.shape, plan), (query, key, value, plan)
+    operands = _operands(query, key, value, plan)
+    output_tiles, log_sum = kernel_forward.forward(*operands, plan, interpret)
+    output = from_tiles(output_tiles, query.shape, plan)
+    return output, (query, key, value, plan, output, log_sum)
 
 
 def _backward(interpret, residuals, cotangent):
-    raise NotImplementedError
+    query, key, value, plan, output, log_sum = residuals
+    projection = jnp.sum(output.astype(jnp.float32) * cotangent.astype(jnp.float32), axis=-1)
+    kv_heads = key.shape[2]
+    statistics = jnp.concatenate([log_sum, to_tiles(projection, kv_heads, plan)[:, :, None]], axis=2)
+    operands = _operands(query, key, value, plan)
+    gradients = kernel_backward.backward(*operands, to_tiles(cotangent, kv_heads, plan), statistics, plan, interpret)
+    d_query = from_tiles(gradients[0], query.shape, plan)
+    d_key, d_value = (from_chunks(gradient, key.shape, plan) for gradient in gradients[1:])
+    # The kernel saw scores in units of log 2, and a query that held the scale.
+    d_query = d_query * query.shape[-1] ** -0.5
+    return d_query, (d_key * math.log(2)).astype(key.dtype), d_value.astype(value.dtype), None
+
+
+def _operands(query, key, value, plan):
+    scale = query.shape[-1] ** -0.5 * math.log2(math.e)
+    query_tiles = to_tiles((query * scale).astype(query.dtype), key.shape[2], plan)
+    return query_tiles, to_chunks(key, plan), to_chunks(value, plan)
 
 
 kernel_attention.defvjp(_forward, _backward)

@@ -12,7 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from llada_jax.attention.kernel_walk import AHEAD, HIDDEN, RING, Step, Walk, compiler_params, dot
+from llada_jax.attention.kernel_walk import AHEAD, HIDDEN, RING, Step, Walk, compiler_params, dot, scratch_bytes
 from llada_jax.attention.plan import Plan
 
 
@@ -26,7 +26,7 @@ def forward(query, key, value, plan: Plan, interpret=False):
     kv_heads, num_tiles, rows, head_dim = query.shape
     chunks, chunk = plan.tiles.forward, plan.tiles.chunk
     keys = chunks * chunk
-    any_space = pl.BlockSpec(memory_space=pl.ANY)
+    in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     scratch = [
         pltpu.VMEM((RING, rows, head_dim), query.dtype),
         pltpu.VMEM((RING, chunks, chunk, head_dim), key.dtype),
@@ -39,22 +39,21 @@ def forward(query, key, value, plan: Plan, interpret=False):
         pltpu.VMEM((1, rows), jnp.float32),
         pltpu.VMEM((1, rows), jnp.float32),
     ]
-    size = sum(buffer.inner_aval.size * buffer.inner_aval.dtype.itemsize for buffer in scratch)
     semaphores = [pltpu.SemaphoreType.DMA((n,)) for n in (RING, RING, RING, RING, 2, 2)]
     return pl.pallas_call(
         functools.partial(_kernel, plan, num_tiles),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(kv_heads,),
-            in_specs=[any_space] * 4,
-            out_specs=[any_space] * 2,
+            in_specs=[in_hbm] * 4,
+            out_specs=[in_hbm] * 2,
             scratch_shapes=scratch + semaphores,
         ),
         out_shape=[
             jax.ShapeDtypeStruct(query.shape, query.dtype),
             jax.ShapeDtypeStruct((kv_heads, num_tiles, 1, rows), jnp.float32),
         ],
-        compiler_params=compiler_params(size),
+        compiler_params=compiler_params(scratch_bytes(scratch)),
         interpret=interpret,
         name="block_diffusion_attention_forward",
     )(plan.forward_steps, plan.runs, query, key, value, plan.bounds)
@@ -86,10 +85,8 @@ def _kernel(
     def start(step, index):
         @pl.when(step.tile < num_tiles)
         def _():
-            for copy in walk.chunk_copies(head, step, key, key_ring, key_done, index % RING):
-                copy.start()
-            for copy in walk.chunk_copies(head, step, value, value_ring, value_done, index % RING):
-                copy.start()
+            sources, rings, semaphores = (key, value), (key_ring, value_ring), (key_done, value_done)
+            walk.start_chunks(head, step, index % RING, sources, rings, semaphores)
 
             @pl.when(step.number == 0)
             def _():

@@ -5,6 +5,7 @@ matrix products of the next steps overlap with the arithmetic of this one across
 [keys, rows]: a query's maximum, sum and interval are then row vectors, and no reduction crosses lanes.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -38,6 +39,9 @@ class Walk:
     def column(self, tile, column: int):
         return self.runs[tile * plans.COLUMNS + column]
 
+    def row(self, tile):
+        return self.column(tile, plans.ROW)
+
     def first(self) -> list[Step]:
         """The first RING steps."""
         steps = [Step(jnp.int32(0), jnp.int32(0))]
@@ -56,27 +60,29 @@ class Walk:
     def is_full(self, step: Step):
         return plans.is_full(lambda column: self.column(step.tile, column), step.number * self.chunks, self.chunks)
 
-    def chunk(self, step: Step, i: int):
-        """(number in the row of the step's i-th chunk, whether it holds noisy keys, whether it is in the run)."""
-        count = self.column(step.tile, plans.COUNT)
-        position = step.number * self.chunks + i
-        inside = position < count
-        position = jnp.minimum(position, count - 1)
-        noisy = position < self.column(step.tile, plans.NOISY_COUNT)
-        offsets = (self.column(step.tile, column) for column in (plans.NOISY_OFFSET, plans.CLEAN_OFFSET))
-        return position + jnp.where(noisy, *offsets), noisy, inside
-
-    def chunk_copies(self, head, step: Step, hbm, buffer, semaphores, slot):
-        """Copies of the step's chunks from hbm [heads, chunks, chunk, head_dim] into buffer[slot]."""
-        row = self.column(step.tile, plans.ROW) * self.plan.chunks_per_row
+    def step_chunks(self, step: Step):
+        """For each chunk of a step: its number in the row, whether it holds noisy keys, whether it is in the run."""
+        columns = (plans.COUNT, plans.NOISY_COUNT, plans.NOISY_OFFSET, plans.CLEAN_OFFSET)
+        count, noisy_count, noisy_offset, clean_offset = (self.column(step.tile, column) for column in columns)
         for i in range(self.chunks):
-            chunk, _, _ = self.chunk(step, i)
-            yield pltpu.make_async_copy(hbm.at[head, row + chunk], buffer.at[slot, i], semaphores.at[slot])
+            position = step.number * self.chunks + i
+            inside = position < count
+            position = jnp.minimum(position, count - 1)
+            noisy = position < noisy_count
+            yield position + jnp.where(noisy, noisy_offset, clean_offset), noisy, inside
 
-    def wait_chunks(self, hbm, buffer, semaphores, slot):
+    def start_chunks(self, head, step: Step, slot, sources, rings, semaphores):
+        """Starts copying the step's chunks of sources [heads, chunks, chunk, head_dim] into rings at slot."""
+        row = self.row(step.tile) * self.plan.chunks_per_row
+        chunks = [row + chunk for chunk, _, _ in self.step_chunks(step)]
+        for source, ring, done in zip(sources, rings, semaphores, strict=True):
+            for i, chunk in enumerate(chunks):
+                pltpu.make_async_copy(source.at[head, chunk], ring.at[slot, i], done.at[slot]).start()
+
+    def wait_chunks(self, source, ring, done, slot):
         """Waits for all of the step's chunks at once."""
-        source = hbm.at[0, pl.ds(0, self.chunks)]
-        pltpu.make_async_copy(source, buffer.at[slot], semaphores.at[slot]).wait()
+        source = source.at[0, pl.ds(0, self.chunks)]
+        pltpu.make_async_copy(source, ring.at[slot], done.at[slot]).wait()
 
     def masked(self, scores, bounds, step: Step):
         """scores [keys, rows] with HIDDEN where the row does not see the key; bounds [4, tile] int32."""
@@ -86,8 +92,7 @@ class Walk:
             bounds, tile, heads = jnp.concatenate([bounds] * heads, axis=1), scores.shape[1], 1
         key = lax.broadcasted_iota(jnp.int32, (chunk_size, tile), 0)
         parts = []
-        for i in range(self.chunks):
-            chunk, noisy, inside = self.chunk(step, i)
+        for i, (chunk, noisy, inside) in enumerate(self.step_chunks(step)):
             # A chunk past the end of the run is moved out of every interval.
             base = jnp.where(inside, chunk * chunk_size, jnp.iinfo(jnp.int32).max // 2)
             start = jnp.where(noisy, bounds[0:1], bounds[2:3]) - base
@@ -106,7 +111,14 @@ def dot(a, b, contract_a: int, contract_b: int):
     return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
 
+def scratch_bytes(scratch) -> int:
+    return sum(math.prod(buffer.shape) * jnp.dtype(buffer.dtype).itemsize for buffer in scratch)
+
+
 def compiler_params(scratch_bytes: int):
     """Key/value heads are shared out to the cores; room for the scratch and for the compiler's own spills."""
     limit = int(scratch_bytes * 1.1) + (16 << 20)
-    return pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=limit)
+    # Addresses are right by construction (interpret mode raises otherwise); checks would split every block of copies.
+    return pltpu.CompilerParams(
+        dimension_semantics=("parallel",), vmem_limit_bytes=limit, disable_bounds_checks=True
+    )

@@ -24,7 +24,7 @@ COLUMNS = 9
 class Plan:
     """The work list of a batch of rows; tile t of row b is query tile b * tiles_per_row + t.
 
-    runs [(query tiles + 1) * COLUMNS] int32, a last tile of zeros ends the list; bounds [query tiles, 4, tile] int32:
+    runs [(query tiles + 1) * COLUMNS] int32, a last, empty tile, of row `batch`, ends the list; bounds [query tiles, 4, tile] int32:
     noisy start, noisy end, clean start, clean end of each query, half-open, in keys of the row with each half padded
     to whole chunks; forward_steps, backward_steps [1] int32: steps in all.
     """
@@ -92,7 +92,7 @@ def make_plan(visibility: Visibility, num_keys: int, tiles: Tiles) -> Plan:
         return jnp.sum(-(-runs[:, COUNT] // chunks), keepdims=True, dtype=jnp.int32)
 
     return Plan(
-        runs=jnp.pad(runs, ((0, 1), (0, 0))).reshape(-1),
+        runs=jnp.concatenate([runs.reshape(-1), jnp.array([batch] + [0] * (COLUMNS - 1), jnp.int32)]),
         bounds=jnp.stack([*noisy, *clean], axis=2).reshape(-1, 4, tiles.queries),
         forward_steps=steps(tiles.forward),
         backward_steps=steps(tiles.backward),
