@@ -24,11 +24,14 @@ def _tiled(kernel, name, tile, inputs, grid, semantics="arbitrary"):
     return call, tuple(inputs)
 
 
-def matmul(tile: int, dtype: str):
-    """Each grid step multiplies two [tile, tile] matrices: tile ** 3 multiply-accumulates."""
+def matmul(tile: int, dtype: str, contract: int = 1):
+    """Each grid step multiplies two [tile, tile] matrices, the first transposed where its dimension 0 is contracted:
+    tile ** 3 multiply-accumulates.
+    """
 
     def kernel(a, b, out):
-        out[...] = jnp.dot(a[...], b[...], preferred_element_type=jnp.float32).astype(out.dtype)
+        dimensions = (((contract,), (0,)), ((), ()))
+        out[...] = jax.lax.dot_general(a[...], b[...], dimensions, preferred_element_type=jnp.float32).astype(out.dtype)
 
     x = jax.ShapeDtypeStruct((SIDE, SIDE), dtype)
     return _tiled(kernel, "matmul", tile, (x, x), (4, 4))

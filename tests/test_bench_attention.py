@@ -87,8 +87,8 @@ def test_walk_counts_regions_and_copies():
     lists = splash.tile_lists(1024, 32, segments, True, splash.TILE)
     forward, backward = (splash.walk(lists, name, 4, 2, 128) for name in ("forward", "backward"))
     # Noisy: two diagonal tiles, one full tile below the clean diagonal, two partial on it. Clean: two on the diagonal.
-    assert forward.regions == {"full": 2 * 4, "partial": 6 * 4, "init": 4 * 4, "write": 4 * 4}
-    assert forward.steps == backward.steps == 8 * 4
+    assert forward.regions == {"full": 2 * 4, "partial": 6 * 4, "init": 4 * 4, "write": 4 * 4, "step": 8 * 4}
+    assert backward.regions["step"] == 8 * 4
     assert backward.regions["write"] + backward.regions["add"] == 4 * 4
     assert forward.dma_bytes > 4 * 2 * 2 * 4 * splash.TILE * 128  # at least q and the output
 

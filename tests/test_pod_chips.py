@@ -45,4 +45,5 @@ def test_slices_that_do_not_exist(name, message):
 def test_libtpu_knows_them(name, shape):
     devices = slice_devices(parse_topology(name))
     assert devices.shape == shape
+    assert devices.reshape(-1)[0].device_kind == parse_topology(name).chip.device_kind
     assert tuple(devices.reshape(-1)[-1].coords)[:2] == (shape[0] - 1, shape[1] - 1)

@@ -26,6 +26,13 @@ def test_a_matmul_costs_its_flops(chip):
     assert floor <= body.cycles <= 1.4 * floor
 
 
+@pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
+def test_so_does_one_with_a_transposed_operand(chip):
+    arguments = {"tile": 512, "dtype": "bfloat16", "contract": 0}
+    body = costs("matmul", arguments, SLICES[chip.name], ["body"])["body"]
+    assert body.mxu_cycles == 512**3 / chip.macs_per_cycle
+
+
 def test_float32_operands_cost_the_matrix_unit_as_much_per_row():
     """The default precision passes float32 through as bfloat16."""
     body = costs("matmul", {"tile": 512, "dtype": "float32"}, "v5p:2x2x1", ["body"])["body"]

@@ -119,6 +119,4 @@ def compiler_params(scratch_bytes: int):
     """Key/value heads are shared out to the cores; room for the scratch and for the compiler's own spills."""
     limit = int(scratch_bytes * 1.1) + (16 << 20)
     # Addresses are right by construction (interpret mode raises otherwise); checks would split every block of copies.
-    return pltpu.CompilerParams(
-        dimension_semantics=("parallel",), vmem_limit_bytes=limit, disable_bounds_checks=True
-    )
+    return pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=limit, disable_bounds_checks=True)

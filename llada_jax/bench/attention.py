@@ -15,15 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from llada_jax.attention.dense import dense_attention
+from llada_jax.attention.tiles import tiles_for
 from llada_jax.attention.visibility import Visibility, block_diffusion, layout
-from llada_jax.bench import rows
+from llada_jax.bench import kernel, rows
 from llada_jax.errors import InputError
 from llada_jax.pod.aot import Program, compile_program
 from llada_jax.pod.chips import Chip, parse_topology
 from llada_jax.pod.hlo_cycles import xla_cycles
 from llada_jax.pod.schedule_reader import Kernel, region_costs
 
-IMPLEMENTATIONS = ("splash_static", "splash_tiles", "dense")
+IMPLEMENTATIONS = ("llada", "splash_static", "splash_tiles", "dense")
 PASSES = ("forward", "backward", "both")
 BLOCK_SIZE, HEADS, KV_HEADS, HEAD_DIM = 32, 16, 4, 128
 _MACS_PER_PAIR = {"forward": 2 * HEAD_DIM, "backward": 5 * HEAD_DIM}  # the backward pass computes the scores again
@@ -64,7 +65,7 @@ def check_implementations(names) -> None:
 
 def program(implementation: str, direction: str, length: int):
     """The function that is compiled for a pass, and its abstract arguments; called in the compiler's own process."""
-    attend, arrays, mask = _dense(length) if implementation == "dense" else _splash(implementation, length)
+    attend, arrays, mask = _program(implementation, length)
 
     def forward(arrays, mask):
         return jax.vjp(lambda q, k, v: attend(q, k, v, mask), *arrays)
@@ -111,44 +112,46 @@ def _compile(implementation: str, direction: str, length: int, topology: str) ->
     return compile_program("llada_jax.bench.attention:program", arguments, topology, schedules)
 
 
-def _dense(length: int):
-    q, k = (jax.ShapeDtypeStruct((1, 2 * length, heads, HEAD_DIM), jnp.bfloat16) for heads in (HEADS, KV_HEADS))
-    bound = jax.ShapeDtypeStruct((1, 2 * length), jnp.int32)
-    return dense_attention, (q, k, k), Visibility(bound, bound, bound, bound, num_noisy=length)
+def _program(implementation: str, length: int):
+    """(attend(query, key, value, mask), abstract query, key and value, abstract mask) of one row."""
+    if implementation == "dense":
+        q, k = (jax.ShapeDtypeStruct((1, 2 * length, heads, HEAD_DIM), jnp.bfloat16) for heads in (HEADS, KV_HEADS))
+        bound = jax.ShapeDtypeStruct((1, 2 * length), jnp.int32)
+        return dense_attention, (q, k, k), Visibility(bound, bound, bound, bound, num_noisy=length)
+    shape = length, HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE
+    if implementation == "llada":
+        return kernel.program(*shape)
+    return _splash().program(*shape, static=implementation == "splash_static")
 
 
-def _splash(implementation: str, length: int):
-    from llada_jax.bench import splash  # tokamax is an extra
+def _splash():
+    from llada_jax.bench import splash  # its tokamax is an extra
 
-    q, k = (jax.ShapeDtypeStruct((heads, 2 * length, HEAD_DIM), jnp.bfloat16) for heads in (HEADS, KV_HEADS))
-    segments = jax.ShapeDtypeStruct((length,), jnp.int32)
-    static = implementation == "splash_static"
-    lists = jax.eval_shape(lambda x: splash.tile_lists(length, BLOCK_SIZE, x, static, splash.TILE), segments)
-
-    def attend(q, k, v, mask):
-        return splash.attention(q, k, v, *mask, BLOCK_SIZE)
-
-    return attend, (q, k, k), (lists, segments)
+    return splash
 
 
-def _splash_walks(implementation: str, length: int, mean: int):
-    """(forward, backward) walks of each row."""
-    from llada_jax.bench import splash
-
-    static = implementation == "splash_static"
-    lists = jax.jit(lambda segments: splash.tile_lists(length, BLOCK_SIZE, segments, static, splash.TILE))
-    for segments in rows.segment_ids(length, mean):
-        both = lists(segments)
-        yield {name: splash.walk(both, name, HEADS, KV_HEADS, HEAD_DIM) for name in ("forward", "backward")}
+def _walks(implementation: str, length: int, mean: int, chip: Chip) -> list[dict[str, rows.Walk]]:
+    """{"forward", "backward": Walk} of each row."""
+    if implementation == "llada":
+        module = kernel
+        tiles = tiles_for(chip.device_kind, HEAD_DIM, HEADS // KV_HEADS, 2 * length)
+        make = jax.jit(lambda segments: kernel.plan(segments, BLOCK_SIZE, tiles))
+    else:
+        module, static = _splash(), implementation == "splash_static"
+        make = jax.jit(lambda segments: module.tile_lists(length, BLOCK_SIZE, segments, static, module.TILE))
+    plans = [make(segments) for segments in rows.segment_ids(length, mean)]
+    shape = HEADS, KV_HEADS, HEAD_DIM
+    return [{name: module.walk(plan, name, *shape) for name in ("forward", "backward")} for plan in plans]
 
 
 def _cost(implementation: str, direction: str, length: int, mean: int, compiled: Program, chip: Chip) -> Cost:
     tiles, classes, dma_bytes = {"full": 0, "partial": 0}, {}, 0
     directions = ("forward", "backward") if direction == "both" else (direction,)
     if implementation != "dense":
-        walks = list(_splash_walks(implementation, length, mean))
-        for name, kernel in zip(directions, compiled.kernels.values(), strict=True):
-            executed, part = _splash_classes(kernel, [walk[name] for walk in walks], name, chip)
+        regions = (kernel if implementation == "llada" else _splash()).REGIONS
+        walks = _walks(implementation, length, mean, chip)
+        for name, schedule in zip(directions, compiled.kernels.values(), strict=True):
+            executed, part = _classes(schedule, [walk[name] for walk in walks], regions[name], chip)
             prefix = f"{name} " if direction == "both" else ""
             classes |= {prefix + region: cost for region, cost in part.items()}
             tiles = {kind: tiles[kind] + executed[kind] for kind in tiles}
@@ -167,13 +170,11 @@ def _cost(implementation: str, direction: str, length: int, mean: int, compiled:
     )
 
 
-def _splash_classes(kernel: Kernel, walks, direction: str, chip: Chip):
+def _classes(schedule: Kernel, walks: list[rows.Walk], names, chip: Chip):
     """(times that all cores execute each region, {region: Class} of the busiest core)."""
-    from llada_jax.bench import splash
-
-    cores = chip.cores_per_device if kernel.split else 1  # splash splits the heads, which they divide
-    names = splash.REGIONS[direction]
-    executed = {name: sum(walk.regions[name] for walk in walks) for name in names}
-    executed |= {"step": sum(walk.steps for walk in walks), "launch": len(walks) * cores}
-    found = region_costs(kernel, names).items()
+    # The split axis is of heads or of key/value heads, which two cores divide evenly.
+    cores = chip.cores_per_device if schedule.split else 1
+    executed = {name: sum(walk.regions[name] for walk in walks) for name in (*names, "step")}
+    executed["launch"] = sum(max(walk.launches, cores) for walk in walks)
+    found = region_costs(schedule, names).items()
     return executed, {name: Class(cost.bundles, cost.mxu_cycles, executed[name] // cores) for name, cost in found}

@@ -6,6 +6,7 @@ cut where the row ends, none aligned to blocks.
     lengths = numpy.random.default_rng([length, mean]).lognormal(numpy.log(mean) - 0.5, 1, ...)   # rounded, at least 1
 """
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -14,6 +15,17 @@ import numpy as np
 LENGTHS = (2048, 4096, 8192)
 MEANS = (0, 512, 1024)  # tokens; 0 is one document a row
 ROWS = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Walk:
+    """What a kernel executes for one row, all heads: times per region ("step" among them), entries of its main loop,
+    and bytes copied from and to HBM.
+    """
+
+    regions: dict[str, int]
+    launches: int
+    dma_bytes: int
 
 
 def document_lengths(length: int, mean: int) -> list[list[int]]:

@@ -7,7 +7,6 @@ Both with tiles of 512 x 512 and dq reduced in three buffers, splash's best conf
 compared element by element on every tile, so a full tile is right whatever the documents are.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -15,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from tokamax._src.ops.experimental.tpu.splash_attention import base, splash_attention_kernel
 from tokamax._src.ops.experimental.tpu.splash_attention.splash_attention_mask_info import MaskInfo
+
+from llada_jax.bench.rows import Walk
 
 TILE = 512
 EMPTY, PARTIAL, FULL = 0, 1, 2  # splash's own codes of a tile
@@ -77,6 +78,18 @@ def tile_lists(length: int, block_size: int, segments: jax.Array, static: bool, 
     return tuple(tile_list(classes, documents, tile, by_key) for by_key in (False, True))
 
 
+def program(length: int, heads: int, kv_heads: int, head_dim: int, block_size: int, static: bool):
+    """(attend(query, key, value, mask), abstract query, key and value, abstract mask) of one row."""
+    q, k = (jax.ShapeDtypeStruct((n, 2 * length, head_dim), jnp.bfloat16) for n in (heads, kv_heads))
+    segments = jax.ShapeDtypeStruct((length,), jnp.int32)
+    lists = jax.eval_shape(lambda x: tile_lists(length, block_size, x, static, TILE), segments)
+
+    def attend(query, key, value, mask):
+        return attention(query, key, value, *mask, block_size)
+
+    return attend, (q, k, k), (lists, segments)
+
+
 def attention(query, key, value, lists, segments, block_size: int, tile: int = TILE, interpret=False) -> jax.Array:
     """query [heads, 2 * length, head_dim], key and value [kv_heads, ...], segments [length] -> as query."""
     config = splash_attention_kernel.SplashConfig(
@@ -91,23 +104,19 @@ def attention(query, key, value, lists, segments, block_size: int, tile: int = T
     return kernel(query * query.shape[-1] ** -0.5, key, value, base.SegmentIds(both_halves, both_halves))
 
 
-@dataclasses.dataclass(frozen=True)
-class Walk:
-    """What the grid of one row executes, all heads: times per region, grid steps, and bytes copied from and to HBM."""
-
-    regions: dict[str, int]
-    steps: int
-    dma_bytes: int
-
-
 def walk(lists: tuple[MaskInfo, MaskInfo], direction: str, heads: int, kv_heads: int, head_dim: int) -> Walk:
     """Counts a pass over concrete tile lists. A block is copied when its index changes from one step to the next."""
     info = jax.tree.map(np.asarray, lists[direction == "backward"])
     count = int(info.num_active_blocks[0])
     rows, columns, classes = (x[:count] for x in (info.active_rows, info.active_cols, info.block_mask))
     new_rows, new_columns = (1 + int((np.diff(x) != 0).sum()) for x in (rows, columns))
-    regions = {"full": (classes == FULL).sum(), "partial": (classes == PARTIAL).sum(), "init": new_rows}
-    regions = {name: int(times) * heads for name, times in regions.items()} | {"write": new_rows * heads}
+    regions = {
+        "full": int((classes == FULL).sum()) * heads,
+        "partial": int((classes == PARTIAL).sum()) * heads,
+        "init": new_rows * heads,
+        "write": new_rows * heads,
+        "step": count * heads,
+    }
     lanes, sublanes = TILE * 128 * 4, TILE * 8 * 4  # an int32 or float32 per row, spread over a register's lanes
     block = TILE * head_dim * 2
     if direction == "forward":
@@ -118,4 +127,4 @@ def walk(lists: tuple[MaskInfo, MaskInfo], direction: str, heads: int, kv_heads:
         regions |= {"write": new_rows * kv_heads, "add": new_rows * (heads - kv_heads)}
         # k, v, their segments, dk, dv in and out; q, do, dq in and out, four values a row.
         moved = new_rows * (2 * block + lanes + 8 * block) + new_columns * (4 * block + 4 * sublanes)
-    return Walk(regions, count * heads, moved * heads)
+    return Walk(regions, launches=1, dma_bytes=moved * heads)

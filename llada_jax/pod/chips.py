@@ -21,6 +21,7 @@ class Chip:
     """One chip. Rates are per second; bandwidths in bytes; `ici_bandwidth` is one way over one link."""
 
     name: str
+    device_kind: str  # JAX's name
     peak_bf16: float
     hbm_bytes: int
     hbm_bandwidth: float
@@ -54,10 +55,48 @@ class Chip:
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v5e", 197e12, 16 * _GIB, 819e9, 4, 50e9, 3.125e9, 1, 1, 4, 128, 1, 128 * 2**20, _FLAT, 256),
-        Chip("v5p", 459e12, 95 * _GIB, 2765e9, 6, 100e9, 6.25e9, 2, 1, 4, 128, 1, 64 * 2**20, _BELOW_A_CUBE, 6144),
-        Chip("v6e", 918e12, 32 * _GIB, 1638e9, 4, 100e9, 12.5e9, 1, 1, 2, 256, 2, 128 * 2**20, _FLAT, 256),
-        Chip("tpu7x", 2307e12, 192 * _GIB, 7380e9, 6, 100e9, 12.5e9, 2, 2, 2, 256, 2, 64 * 2**20, _BELOW_A_CUBE, 9216),
+        Chip(
+            "v5e", "TPU v5 lite", 197e12, 16 * _GIB, 819e9, 4, 50e9, 3.125e9, 1, 1, 4, 128, 1, 128 * 2**20, _FLAT, 256
+        ),
+        Chip(
+            "v5p",
+            "TPU v5",
+            459e12,
+            95 * _GIB,
+            2765e9,
+            6,
+            100e9,
+            6.25e9,
+            2,
+            1,
+            4,
+            128,
+            1,
+            64 * 2**20,
+            _BELOW_A_CUBE,
+            6144,
+        ),
+        Chip(
+            "v6e", "TPU v6 lite", 918e12, 32 * _GIB, 1638e9, 4, 100e9, 12.5e9, 1, 1, 2, 256, 2, 128 * 2**20, _FLAT, 256
+        ),
+        Chip(
+            "tpu7x",
+            "TPU7x",
+            2307e12,
+            192 * _GIB,
+            7380e9,
+            6,
+            100e9,
+            12.5e9,
+            2,
+            2,
+            2,
+            256,
+            2,
+            64 * 2**20,
+            _BELOW_A_CUBE,
+            9216,
+        ),
     )
 }
 

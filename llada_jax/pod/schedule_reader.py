@@ -18,12 +18,14 @@ from collections.abc import Iterator, Sequence
 
 from llada_jax.pod.chips import Chip
 
-# Rows that one instruction streams through a matrix unit, 8 sublanes of 32 bits each.
-_ROWS = {"bf16": 16, "f32": 8}
+# Rows that one instruction streams through a matrix unit: 8 sublanes of 32 bits each; the "lmr" form, from transposed
+# registers, half of that.
+_ROWS = {"bf16": 16, "lmr.bf16": 8, "f32": 8}
+_FEWEST_STORES = 64  # of a region that computes
 _ADDRESS = re.compile(r"^ *(?:0x)?([0-9a-f]+) +(?:[A-Z]{2})? *:(?: |>)*\{")
 _START = re.compile(r"Start(?:/End empty)? region (\d+)")
 _BRANCH = re.compile(r"sbr\.rel (?:\([^)]*\) )?target = \$region(\d+)")
-_MATMUL = re.compile(r"\bvmatmul\.(?:mubr\.)?(\w+)")
+_MATMUL = re.compile(r"\bvmatmul\.(?:mubr\.)?((?:lmr\.)?\w+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,27 +97,32 @@ def read_schedule(bundles_text: str, utilization_text: str, chip: Chip) -> Kerne
 
 
 def region_costs(kernel: Kernel, names: Sequence[str]) -> dict[str, Cost]:
-    """The cost of one execution of each region of a kernel's grid loop, by name, and of the rest of a grid step.
+    """The cost of one execution of each region of a kernel's main loop, by name, and of the rest of a step of it.
 
-    `names` names the regions that do vector work, in program order: one per `pl.when`, or the body of a kernel without
-    any. A `pl.when` that the compiler predicated instead of branching is part of the step. The result adds "step", all
-    else in the loop, executed once for every grid step, and "launch", all outside it; together they add up to the
-    kernel. Raises ValueError when the kernel has other regions than named.
+    The main loop is that of the grid, or a loop in it that holds most of it. `names` names its regions that do vector
+    work, in program order: one per `pl.when`, or the body of a kernel without any. A `pl.when` that the compiler
+    predicated instead of branching, or that only starts copies, is part of the step. The result adds "step", all else
+    in the loop (a small loop in it counts once), and "launch", all outside it; together they add up to the kernel.
+    Raises ValueError when the kernel has other regions than named, or one of them holds a loop.
     """
-    loops = [region for region in kernel.program.walk() if region.loop]
-    if not loops:
-        raise ValueError("the kernel has no grid loop")
-    grid = max(loops, key=lambda region: region.total.bundles)
-    # The pipeline guards the kernel's body; the loop's other branches start copies (of operands in VMEM: by vectors).
-    body = max(grid.inside, key=lambda region: region.total.bundles, default=grid)
-    regions = _vector_regions(body)
+    main = kernel.program
+    while loops := [r for r in main.walk() if r.loop and r != main and r.total.bundles > main.total.bundles / 2]:
+        main = loops[0]
+    if not main.loop:
+        raise ValueError("the kernel has no main loop")
+    # A pipeline guards the kernel's body; the loop's other branches are then copies (of operands in VMEM: by vectors).
+    guards = [region for region in main.inside if len(_vector_regions(region)) > 1]
+    regions = [leaf for region in guards or main.inside for leaf in _vector_regions(region)]
     if len(regions) != len(names):
         found = ", ".join(f"[{r.start:#x}, {r.end:#x}) of {r.total.bundles} bundles" for r in regions)
-        raise ValueError(f"the kernel's grid loop has {len(regions)} vector regions ({found}), expected {list(names)}")
+        raise ValueError(f"the kernel's main loop has {len(regions)} vector regions ({found}), expected {list(names)}")
+    for name, region in zip(names, regions, strict=True):
+        if any(inner.loop for inner in region.walk()):
+            raise ValueError(f"region {name} holds a loop, whose trips are not known")
     costs = {name: region.total for name, region in zip(names, regions, strict=True)}
     return costs | {
-        "step": _minus(grid.total, costs.values()),
-        "launch": _minus(kernel.program.total, [grid.total]),
+        "step": _minus(main.total, costs.values()),
+        "launch": _minus(kernel.program.total, [main.total]),
     }
 
 
@@ -140,7 +147,10 @@ def _bundle_costs(bundles: list[str], utilization_text: str, chip: Chip) -> list
         raise ValueError(f"{len(bundles)} bundles but utilization of {len(rows)}")
     costs = []
     for text, row in zip(bundles, rows, strict=False):
-        occupied = sum(_ROWS[dtype] / chip.rows_per_cycle for dtype in _MATMUL.findall(text))
+        dtypes = _MATMUL.findall(text)
+        if unknown := set(dtypes) - _ROWS.keys():
+            raise ValueError(f"matrix-unit instructions of unknown type: {', '.join(unknown)}")
+        occupied = sum(_ROWS[dtype] / chip.rows_per_cycle for dtype in dtypes)
         costs.append(Cost(1, occupied / chip.matrix_units, {u: n for u, n in zip(units, row, strict=True) if n}))
     return costs
 
@@ -162,9 +172,9 @@ def _nest(spans: list[tuple[int, int, bool]], costs: list[Cost]) -> Region:
 
 
 def _vector_regions(region: Region) -> list[Region]:
-    """The innermost regions with vector stores; a region around others is the pipeline's guard."""
+    """The innermost regions with vector stores; a region around others is a guard."""
     inner = [leaf for inside in region.inside for leaf in _vector_regions(inside)]
-    return inner or ([region] if region.total.slots.get("VSTORE", 0) else [])
+    return inner or ([region] if region.total.slots.get("VSTORE", 0) >= _FEWEST_STORES else [])
 
 
 def _minus(total: Cost, parts) -> Cost:
