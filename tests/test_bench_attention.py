@@ -12,7 +12,9 @@ from test_tools import run
 import llada_jax
 from llada_jax.attention import visibility as vis
 from llada_jax.attention.dense import dense_attention
+from llada_jax.attention.tiles import tiles_for
 from llada_jax.bench import attention, rows, splash
+from llada_jax.pod.chips import CHIPS
 
 
 @pytest.mark.parametrize("length", rows.LENGTHS)
@@ -110,6 +112,21 @@ def test_the_table_of_a_compiled_kernel(tmp_path):
         assert classes["full"]["tiles"] == row["tiles"]["full"] / 2  # v5p's two cores share the heads
         assert 0 < row["peak_share"] < 1 and 0 < row["temp_bytes"] < 2**30
     assert table[0]["cycles"] > table[1]["cycles"]
+
+
+def test_our_kernel_in_the_table(tmp_path):
+    output = tmp_path / "rows.json"
+    done = run(
+        "bench", "attention", "--lengths=2048", "--implementations=llada", "--passes=forward", f"--json={output}"
+    )
+    assert done.returncode == 0, done.stderr
+    row = json.loads(output.read_text())[-1]
+    tiles = tiles_for("TPU v5", attention.HEAD_DIM, attention.HEADS // attention.KV_HEADS, 4096)
+    macs = tiles.queries * 4 * tiles.forward * tiles.chunk * 2 * attention.HEAD_DIM
+    for name in ("full", "partial"):
+        assert row["classes"][name]["mxu_cycles"] == macs / CHIPS["v5p"].macs_per_cycle
+        assert row["classes"][name]["tiles"] == row["tiles"][name] / 2  # v5p's two cores share the key/value heads
+    assert row["cycles"] == sum(c["tiles"] * max(c["bundles"], c["mxu_cycles"]) for c in row["classes"].values())
 
 
 @pytest.mark.parametrize(

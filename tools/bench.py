@@ -44,6 +44,9 @@ def _attention() -> None:
 
 
 def _estimate(lengths: list[int]) -> list[dict]:
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # nothing runs on the TPU that programs are compiled for
     from llada_jax.bench import attention, rows  # after the flags are parsed: jax takes seconds
     from llada_jax.pod.chips import parse_topology
 
