@@ -13,14 +13,17 @@ class InputError(ValueError):
     """The user's input is wrong. The message is one line that names the file, field or value."""
 
 
-def run(main: Callable[[Sequence[str]], int | None]) -> None:
-    """Parses absl flags, calls `main(argv)` and exits: 0 (or main's int), 2 on bad input, 130 on Ctrl-C."""
-    sys.exit(_run(main))
+def run(main: Callable[[Sequence[str]], int | None], commands: Sequence[str] = ()) -> None:
+    """Parses absl flags, calls `main(argv)` and exits: 0 (or main's int), 2 on bad input, 130 on Ctrl-C.
+
+    With `commands`, the first argument is one of them, argv[1] of main.
+    """
+    sys.exit(_run(main, commands))
 
 
-def _run(main: Callable[[Sequence[str]], int | None]) -> int:
+def _run(main: Callable[[Sequence[str]], int | None], commands: Sequence[str]) -> int:
     try:
-        argv = _parse_flags(sys.argv)
+        argv = _parse_flags(sys.argv, commands)
         if argv is None:
             return 0
         return main(argv) or 0
@@ -32,7 +35,7 @@ def _run(main: Callable[[Sequence[str]], int | None]) -> int:
         return 130
 
 
-def _parse_flags(argv: Sequence[str]) -> Sequence[str] | None:
+def _parse_flags(argv: Sequence[str], commands: Sequence[str]) -> Sequence[str] | None:
     """Returns the positional arguments, or None once --help has been answered. Raises InputError on a bad flag."""
     flags.FLAGS.set_gnu_getopt(True)
     if any(arg in ("-h", "-help", "--help", "--helpfull") for arg in argv[1:]):
@@ -45,8 +48,10 @@ def _parse_flags(argv: Sequence[str]) -> Sequence[str] | None:
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         # ml_collections reports an unknown config key or a value of the wrong type as a plain Python error.
         raise InputError(_first_line(error)) from error
-    if len(rest) > 1:
-        raise InputError(f"unexpected argument {rest[1]!r}; --help lists the flags")
+    if commands and (len(rest) == 1 or rest[1] not in commands):
+        raise InputError(f"expected a command, one of {', '.join(commands)}; --help lists the flags")
+    if len(rest) > 1 + bool(commands):
+        raise InputError(f"unexpected argument {rest[1 + bool(commands)]!r}; --help lists the flags")
     return rest
 
 

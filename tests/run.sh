@@ -2,7 +2,7 @@
 # Sets up .venv, lints, and runs the tests. Arguments go to pytest: bash tests/run.sh -k noise
 set -euo pipefail
 cd "$(dirname "$0")/.."
-source tools/setup_venv.sh test
+source tools/setup_venv.sh test,tpu,bench  # libtpu compiles for TPUs that are not there; the baselines are tested too
 
 ruff check .
 ruff format --check .

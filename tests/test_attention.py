@@ -119,6 +119,40 @@ def test_blockwise_equals_dense(shape, heads, block_size, two_streams, seed):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=5e-5), *results)
 
 
+def test_a_query_without_keys_gives_zero_and_no_gradient():
+    nothing = jnp.zeros((1, 3), jnp.int32)
+    visibility = vis.Visibility(nothing, nothing.at[0, 1].set(2), nothing, nothing, num_noisy=0)
+    x = jax.random.normal(jax.random.key(0), (1, 3, 2, 8))
+    out, backward = jax.vjp(lambda q, k, v: blockwise_attention(q, k, v, visibility), x, x, x)
+    assert not out[0, ::2].any() and out[0, 1].all()
+    d_query, d_key, d_value = backward(jnp.ones_like(out))
+    assert not d_query[0, ::2].any() and not d_key[0, 2].any() and jnp.isfinite(d_value).all()
+
+
+def test_blockwise_visits_only_the_chunks_that_a_tile_sees():
+    """Packed documents: the loops' trip counts are data, so the visits are counted in the tiles' runs."""
+    from llada_jax.attention.blockwise import KEY_CHUNK, _tiles
+
+    length, document = 8 * KEY_CHUNK, 2 * KEY_CHUNK
+    segments = jnp.arange(length)[None] // document + 1
+    tiles = _tiles(vis.block_diffusion(vis.layout(segments, 32)))
+    assert int((tiles.noisy_count + tiles.clean_count).max()) == 3  # its own noisy chunk and two clean ones
+    whole = _tiles(vis.block_diffusion(vis.layout(jnp.ones_like(segments), 32)))
+    assert int(whole.clean_count.sum()) == 2 * (8 * 9 // 2) and int(whole.noisy_count.sum()) == 8
+
+
+def test_a_training_step_with_blockwise_attention_needs_less_than_half_the_memory():
+    from llada_jax.bench.step import compiled_step
+    from llada_jax.model.config import preset
+
+    segments = np.ones((1, 1024), np.int32)
+    dense, blockwise = (
+        compiled_step(preset("tiny"), attention, segments, 32)[0].memory_analysis().temp_size_in_bytes
+        for attention in ("dense", "blockwise")
+    )
+    assert blockwise < dense / 2
+
+
 def test_blockwise_memory_grows_with_length_not_its_square():
     def temporaries(function, length):
         where = vis.layout(jnp.ones((1, length), jnp.int32), 32)

@@ -1,0 +1,166 @@
+"""The backward kernel: the gradients of query, key and value in one pass over the steps of a plan.
+
+The weights are recomputed from the saved log-sum. Gradients of keys and values gather in fast memory, float32 for all
+keys of one row and one key/value head, and leave it when the row ends; that of queries gathers per query tile. So each
+tile is visited once (five matrix products), and nothing larger than the gradients is ever written.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from llada_jax.attention.kernel_walk import AHEAD, RING, Step, Walk, compiler_params, dot, scratch_bytes
+from llada_jax.attention.plan import Plan
+
+
+def backward(query, key, value, cotangent, statistics, plan: Plan, interpret=False):
+    """Gradients of (scaled query, key, value), each like its operand; key's and value's are float32.
+
+    query, key, value as in the forward kernel; cotangent [kv_heads, query tiles, rows, head_dim]; statistics [kv_heads,
+    query tiles, 2, rows] float32: the forward kernel's log-sums and the sums of output * cotangent over head_dim.
+    The gradient is that of exp2: the caller multiplies by what log2(e) / sqrt(head_dim) asks for.
+    """
+    kv_heads, num_tiles, rows, head_dim = query.shape
+    chunks, chunk = plan.tiles.backward, plan.tiles.chunk
+    in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)
+    scratch = [
+        pltpu.VMEM((RING, rows, head_dim), query.dtype),
+        pltpu.VMEM((RING, rows, head_dim), cotangent.dtype),
+        pltpu.VMEM((RING, 2, rows), jnp.float32),
+        pltpu.VMEM((RING, 4, plan.tiles.queries), jnp.int32),
+        pltpu.VMEM((RING, chunks, chunk, head_dim), key.dtype),
+        pltpu.VMEM((RING, chunks, chunk, head_dim), value.dtype),
+        pltpu.VMEM((2, rows, head_dim), query.dtype),
+        pltpu.VMEM((head_dim, rows), jnp.float32),
+        pltpu.VMEM((plan.chunks_per_row, chunk, head_dim), jnp.float32),
+        pltpu.VMEM((plan.chunks_per_row, chunk, head_dim), jnp.float32),
+    ]
+    semaphores = [pltpu.SemaphoreType.DMA((n,)) for n in (RING, RING, RING, RING, RING, RING, 2, 2)]
+    return pl.pallas_call(
+        functools.partial(_kernel, plan, num_tiles),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(kv_heads,),
+            in_specs=[in_hbm] * 6,
+            out_specs=[in_hbm] * 3,
+            scratch_shapes=scratch + semaphores,
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct(query.shape, query.dtype),
+            jax.ShapeDtypeStruct(key.shape, jnp.float32),
+            jax.ShapeDtypeStruct(value.shape, jnp.float32),
+        ],
+        compiler_params=compiler_params(scratch_bytes(scratch)),
+        interpret=interpret,
+        name="block_diffusion_attention_backward",
+    )(plan.backward_steps, plan.runs, query, cotangent, statistics, plan.bounds, key, value)
+
+
+def _kernel(
+    plan, num_tiles, steps, runs, query, cotangent, statistics, bounds, key, value, d_query, d_key, d_value,
+    query_ring, cotangent_ring, statistics_ring, bounds_ring, key_ring, value_ring,
+    d_query_pair, d_query_sum, d_key_sum, d_value_sum,
+    query_done, cotangent_done, statistics_done, bounds_done, key_done, value_done, d_query_done, row_done,
+):  # fmt: skip
+    head = pl.program_id(0)
+    walk = Walk(runs, plan, num_tiles, plan.tiles.backward)
+
+    def tile_copies(tile):
+        slot = tile % RING
+        return (
+            pltpu.make_async_copy(query.at[head, tile], query_ring.at[slot], query_done.at[slot]),
+            pltpu.make_async_copy(cotangent.at[head, tile], cotangent_ring.at[slot], cotangent_done.at[slot]),
+            pltpu.make_async_copy(statistics.at[head, tile], statistics_ring.at[slot], statistics_done.at[slot]),
+            pltpu.make_async_copy(bounds.at[tile], bounds_ring.at[slot], bounds_done.at[slot]),
+        )
+
+    def result_copy(tile):
+        slot = tile % 2
+        return pltpu.make_async_copy(d_query_pair.at[slot], d_query.at[head, tile], d_query_done.at[slot])
+
+    def start(step, index):
+        @pl.when(step.tile < num_tiles)
+        def _():
+            sources, rings, semaphores = (key, value), (key_ring, value_ring), (key_done, value_done)
+            walk.start_chunks(head, step, index % RING, sources, rings, semaphores)
+
+            @pl.when(step.number == 0)
+            def _():
+                for copy in tile_copies(step.tile):
+                    copy.start()
+
+    def compute(step, index, masked):
+        slot = step.tile % RING
+        queries, cotangents = query_ring[slot], cotangent_ring[slot]
+        keys = key_ring[index % RING].reshape(-1, key.shape[-1])
+        values = value_ring[index % RING].reshape(-1, value.shape[-1])
+        scores = dot(keys, queries, 1, 1)
+        if masked:
+            scores = walk.masked(scores, bounds_ring[slot], step)
+        log_sum, projection = statistics_ring[slot, 0:1], statistics_ring[slot, 1:2]
+        weights = jnp.exp2(scores - log_sum)
+        d_weights = dot(values, cotangents, 1, 1)
+        d_scores = (weights * (d_weights - projection)).astype(keys.dtype)
+        d_values = dot(weights.astype(values.dtype), cotangents, 1, 0)
+        d_keys = dot(d_scores, queries, 1, 0)
+        d_query_sum[...] += dot(keys, d_scores, 0, 0)
+        size = plan.tiles.chunk
+        for i, (chunk, _, _) in enumerate(walk.step_chunks(step)):
+            d_key_sum[chunk] += d_keys[i * size : (i + 1) * size]
+            d_value_sum[chunk] += d_values[i * size : (i + 1) * size]
+
+    def finish_tile(tile):
+        pl.when(tile >= 2)(lambda: result_copy(tile - 2).wait())
+        d_query_pair[tile % 2] = d_query_sum[...].T.astype(d_query.dtype)
+        d_query_sum[...] = jnp.zeros_like(d_query_sum)
+        result_copy(tile).start()
+
+    def reset_row():
+        d_key_sum[...] = jnp.zeros_like(d_key_sum)
+        d_value_sum[...] = jnp.zeros_like(d_value_sum)
+
+    def finish_row(row):
+        where = pl.ds(row * plan.chunks_per_row, plan.chunks_per_row)
+        copies = (
+            pltpu.make_async_copy(d_key_sum, d_key.at[head, where], row_done.at[0]),
+            pltpu.make_async_copy(d_value_sum, d_value.at[head, where], row_done.at[1]),
+        )
+        for copy in copies:
+            copy.start()
+        for copy in copies:
+            copy.wait()
+        reset_row()
+
+    def body(index, flat):
+        step, *later = (Step(*pair) for pair in zip(flat[::2], flat[1::2], strict=True))
+        start(later[-1], index + AHEAD)
+        walk.wait_chunks(key, key_ring, key_done, index % RING)
+        walk.wait_chunks(value, value_ring, value_done, index % RING)
+
+        @pl.when(step.number == 0)
+        def _():
+            for copy in tile_copies(step.tile):
+                copy.wait()
+
+        full = walk.is_full(step)
+        pl.when(full)(lambda: compute(step, index, masked=False))
+        pl.when(jnp.logical_not(full))(lambda: compute(step, index, masked=True))
+        last = walk.is_last(step)
+        pl.when(last)(lambda: finish_tile(step.tile))
+        row = walk.row(step.tile)
+        # The sentinel's row is one past the last, so that the last row ends as well.
+        pl.when(last & (row != walk.row(step.tile + 1)))(lambda: finish_row(row))
+        return tuple(x for s in (*later, walk.after(later[-1])) for x in s)
+
+    first = walk.first()
+    for index, step in enumerate(first[:AHEAD]):
+        start(step, index)
+    d_query_sum[...] = jnp.zeros_like(d_query_sum)
+    reset_row()
+    lax.fori_loop(0, steps[0], body, tuple(x for step in first for x in step))
+    for tile in range(max(num_tiles - 2, 0), num_tiles):
+        result_copy(tile).wait()

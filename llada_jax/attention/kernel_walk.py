@@ -1,0 +1,122 @@
+"""What the forward and backward kernels share: the walk over a plan's steps, the copies it starts, and the mask.
+
+One grid step is one key/value head. In it a single loop runs over all steps of all query tiles, so that copies and
+matrix products of the next steps overlap with the arithmetic of this one across tile borders. Scores are transposed,
+[keys, rows]: a query's maximum, sum and interval are then row vectors, and no reduction crosses lanes.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from llada_jax.attention import plan as plans
+
+# A step's copies start this many steps ahead of it, into a ring of one more buffers.
+AHEAD = 3
+RING = AHEAD + 1
+# Of a score that the mask hides: finite, so that a row with nothing visible yet has finite differences.
+HIDDEN = -1e30
+
+
+class Step(NamedTuple):
+    """Query tile and number of the step within it, int32 scalars; tile == the number of tiles is past the end."""
+
+    tile: jax.Array
+    number: jax.Array
+
+
+class Walk:
+    """Steps of `chunks` chunks over a plan whose runs lie in scalar memory."""
+
+    def __init__(self, runs, plan: plans.Plan, num_tiles: int, chunks: int):
+        self.runs, self.num_tiles, self.chunks, self.plan = runs, num_tiles, chunks, plan
+
+    def column(self, tile, column: int):
+        return self.runs[tile * plans.COLUMNS + column]
+
+    def row(self, tile):
+        return self.column(tile, plans.ROW)
+
+    def first(self) -> list[Step]:
+        """The first RING steps."""
+        steps = [Step(jnp.int32(0), jnp.int32(0))]
+        while len(steps) < RING:
+            steps.append(self.after(steps[-1]))
+        return steps
+
+    def after(self, step: Step) -> Step:
+        same = (step.number + 1) * self.chunks < self.column(step.tile, plans.COUNT)
+        tile = jnp.where(same, step.tile, jnp.minimum(step.tile + 1, self.num_tiles))
+        return Step(tile, jnp.where(same, step.number + 1, 0))
+
+    def is_last(self, step: Step):
+        return (step.number + 1) * self.chunks >= self.column(step.tile, plans.COUNT)
+
+    def is_full(self, step: Step):
+        return plans.is_full(lambda column: self.column(step.tile, column), step.number * self.chunks, self.chunks)
+
+    def step_chunks(self, step: Step):
+        """For each chunk of a step: its number in the row, whether it holds noisy keys, whether it is in the run."""
+        columns = (plans.COUNT, plans.NOISY_COUNT, plans.NOISY_OFFSET, plans.CLEAN_OFFSET)
+        count, noisy_count, noisy_offset, clean_offset = (self.column(step.tile, column) for column in columns)
+        for i in range(self.chunks):
+            position = step.number * self.chunks + i
+            inside = position < count
+            position = jnp.minimum(position, count - 1)
+            noisy = position < noisy_count
+            yield position + jnp.where(noisy, noisy_offset, clean_offset), noisy, inside
+
+    def start_chunks(self, head, step: Step, slot, sources, rings, semaphores):
+        """Starts copying the step's chunks of sources [heads, chunks, chunk, head_dim] into rings at slot."""
+        row = self.row(step.tile) * self.plan.chunks_per_row
+        chunks = [row + chunk for chunk, _, _ in self.step_chunks(step)]
+        for source, ring, done in zip(sources, rings, semaphores, strict=True):
+            for i, chunk in enumerate(chunks):
+                pltpu.make_async_copy(source.at[head, chunk], ring.at[slot, i], done.at[slot]).start()
+
+    def wait_chunks(self, source, ring, done, slot):
+        """Waits for all of the step's chunks at once."""
+        source = source.at[0, pl.ds(0, self.chunks)]
+        pltpu.make_async_copy(source, ring.at[slot], done.at[slot]).wait()
+
+    def masked(self, scores, bounds, step: Step):
+        """scores [keys, rows] with HIDDEN where the row does not see the key; bounds [4, tile] int32."""
+        chunk_size, tile = self.plan.tiles.chunk, bounds.shape[1]
+        heads = scores.shape[1] // tile
+        if tile % 128:  # Heads do not start at whole registers: one mask for all rows instead of one per position.
+            bounds, tile, heads = jnp.concatenate([bounds] * heads, axis=1), scores.shape[1], 1
+        key = lax.broadcasted_iota(jnp.int32, (chunk_size, tile), 0)
+        parts = []
+        for i, (chunk, noisy, inside) in enumerate(self.step_chunks(step)):
+            # A chunk past the end of the run is moved out of every interval.
+            base = jnp.where(inside, chunk * chunk_size, jnp.iinfo(jnp.int32).max // 2)
+            start = jnp.where(noisy, bounds[0:1], bounds[2:3]) - base
+            end = jnp.where(noisy, bounds[1:2], bounds[3:4]) - base
+            visible = (key >= start) & (key < end)
+            part = scores[i * chunk_size : (i + 1) * chunk_size]
+            columns = [part[:, h * tile : (h + 1) * tile] for h in range(heads)]
+            parts.append(jnp.concatenate([jnp.where(visible, column, HIDDEN) for column in columns], axis=1))
+        return jnp.concatenate(parts, axis=0)
+
+
+def dot(a, b, contract_a: int, contract_b: int):
+    """a . b over one dimension of each, accumulated in float32."""
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
+    dimensions = (((contract_a,), (contract_b,)), ((), ()))
+    return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
+
+
+def scratch_bytes(scratch) -> int:
+    return sum(math.prod(buffer.shape) * jnp.dtype(buffer.dtype).itemsize for buffer in scratch)
+
+
+def compiler_params(scratch_bytes: int):
+    """Key/value heads are shared out to the cores; room for the scratch and for the compiler's own spills."""
+    limit = int(scratch_bytes * 1.1) + (16 << 20)
+    # Addresses are right by construction (interpret mode raises otherwise); checks would split every block of copies.
+    return pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=limit, disable_bounds_checks=True)

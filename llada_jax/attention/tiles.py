@@ -1,0 +1,59 @@
+"""Tile sizes of the attention kernel: a checked-in table, never a flag and never tuned at run time."""
+
+import dataclasses
+
+import jax
+
+from llada_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """How the kernel cuts its work.
+
+    queries: positions of a query tile; the tile holds every query head of one key/value head at these positions.
+    chunk: keys that are fetched at once and skipped or not as a whole. forward, backward: chunks of one step.
+    """
+
+    queries: int = 128
+    chunk: int = 128
+    forward: int = 4
+    backward: int = 4
+
+
+# Rows of a query tile (heads of the group x positions) that fill the matrix units.
+ROWS = 512
+
+# (device kind, head_dim) -> chunks of a (forward, backward) step, by compiler-estimated cycles at 512 rows.
+STEPS = {
+    ("TPU v5 lite", 64): (4, 4),
+    ("TPU v5 lite", 128): (2, 2),
+    ("TPU v5", 64): (4, 4),
+    ("TPU v5", 128): (2, 2),
+    ("TPU v6 lite", 64): (4, 4),
+    ("TPU v6 lite", 128): (4, 4),
+    ("TPU7x", 64): (4, 4),
+    ("TPU7x", 128): (4, 4),
+}
+
+
+def device_kind() -> str:
+    """The kind of device that a program traced now is for: that of the mesh in force, else the default device's."""
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    return abstract.device_kind if abstract is not None else jax.devices()[0].device_kind
+
+
+def tiles_for(kind: str, head_dim: int, group: int, queries: int) -> Tiles:
+    """Tile sizes for a device kind, head_dim, group (query heads of a key/value head) and number of query positions.
+
+    Raises InputError when the table has no such device or head_dim.
+    """
+    if (kind, head_dim) not in STEPS:
+        known = ", ".join(sorted({f"{kind} (head_dim {dim})" for kind, dim in STEPS}))
+        raise InputError(
+            f"attention='kernel': no tile sizes for {kind} with head_dim {head_dim}, only for {known}; "
+            "elsewhere use attention='blockwise'"
+        )
+    forward, backward = STEPS[kind, head_dim]
+    fitting = max(32, min(512, ROWS // group) // 32 * 32)
+    return Tiles(queries=min(fitting, -(-queries // 32) * 32), chunk=128, forward=forward, backward=backward)

@@ -1,0 +1,58 @@
+"""A training step of BDLM with each attention implementation, measured on the device at hand."""
+
+import dataclasses
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from llada_jax.data.order import Batch
+from llada_jax.diffusion.objectives import Objective
+from llada_jax.model import parameters
+from llada_jax.model.config import ModelConfig
+from llada_jax.model.forward import Execution
+from llada_jax.training import state as states
+from llada_jax.training.step import denoising_loss, make_train_step
+
+REPEATS = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """seconds: the least of REPEATS steps. temp_bytes: the compiled step's temporaries. loss: the same for all."""
+
+    seconds: float
+    temp_bytes: int
+    loss: float
+
+
+def compiled_step(model: ModelConfig, attention: str, segment_ids: np.ndarray, block_size: int):
+    """(a training step on segment_ids [rows, length], compiled; its arguments)."""
+    rows, length = segment_ids.shape
+    ids = np.random.default_rng(0).integers(0, model.mask_token_id, (rows, length), dtype=np.int32)
+    index = np.arange(rows, dtype=np.uint32)
+    batch = jax.device_put(Batch(ids, segment_ids, np.ones((rows, length), bool), index, np.zeros_like(index)))
+    optimizer = optax.adamw(1e-4)
+    step = make_train_step(model, denoising_loss(model, Objective(), Execution(attention=attention), seed=0), optimizer)
+    arguments = None, batch, jnp.int32(block_size), jnp.float32(0)
+    state = states.create(parameters.initialize(model, jax.random.key(0)), optimizer)
+    return step.lower(state, *arguments, "both").compile(), (state, *arguments)
+
+
+def measure(model: ModelConfig, attentions, segment_ids: np.ndarray, block_size: int) -> dict[str, Measured]:
+    """Times a step with each of `attentions`, in turn: all see the same machine."""
+    steps = {attention: compiled_step(model, attention, segment_ids, block_size) for attention in attentions}
+    seconds, losses = {attention: [] for attention in attentions}, {}
+    for _ in range(REPEATS):
+        for attention, (step, (state, *arguments)) in steps.items():
+            state = jax.block_until_ready(jax.tree.map(jnp.copy, state))  # the step donates it
+            begin = time.perf_counter()
+            _, metrics = jax.block_until_ready(step(state, *arguments))
+            seconds[attention].append(time.perf_counter() - begin)
+            losses[attention] = float(metrics["loss"])
+    return {
+        attention: Measured(min(seconds[attention]), step.memory_analysis().temp_size_in_bytes, losses[attention])
+        for attention, (step, _) in steps.items()
+    }

@@ -1,0 +1,184 @@
+"""The cost of a Pallas kernel, read from the schedule that the TPU compiler made of it.
+
+The compiler writes, per kernel, its VLIW bundles (one is issued per cycle) and which unit each bundle uses. Branches
+give the regions: the loop over the grid, and in it one region for each `pl.when` of the kernel, in program order.
+
+    0x2a4   : > { ... = sbr.rel (%p4) target = $region80 }     skips ...
+     ...                                                       ... this region
+    0x74e PF: > { ... } /* Start/End empty region 80 */        ... to here
+
+A kernel's time is that of its busiest TensorCore: the sum over regions of max(bundles, matrix-unit occupancy) x how
+often that core executes the region. Stalls and copies are not in it, so it is a lower bound: compiler-estimated, not
+measured.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+
+from llada_jax.pod.chips import Chip
+
+# Rows that one instruction streams through a matrix unit: 8 sublanes of 32 bits each; the "lmr" form, from transposed
+# registers, half of that.
+_ROWS = {"bf16": 16, "lmr.bf16": 8, "f32": 8}
+_FEWEST_STORES = 64  # of a region that computes
+_ADDRESS = re.compile(r"^ *(?:0x)?([0-9a-f]+) +(?:[A-Z]{2})? *:(?: |>)*\{")
+_START = re.compile(r"Start(?:/End empty)? region (\d+)")
+_BRANCH = re.compile(r"sbr\.rel (?:\([^)]*\) )?target = \$region(\d+)")
+_MATMUL = re.compile(r"\bvmatmul\.(?:mubr\.)?((?:lmr\.)?\w+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Bundles, cycles for which the matrix units are occupied, and uses of each unit's slots ("VALU", "VLOAD", ...)."""
+
+    bundles: int = 0
+    mxu_cycles: float = 0.0
+    slots: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def cycles(self) -> float:
+        return max(self.bundles, self.mxu_cycles)
+
+    def __add__(self, other: "Cost") -> "Cost":
+        slots = {unit: self.slots.get(unit, 0) + other.slots.get(unit, 0) for unit in self.slots | other.slots}
+        return Cost(self.bundles + other.bundles, self.mxu_cycles + other.mxu_cycles, slots)
+
+
+@dataclasses.dataclass(frozen=True)
+class Region:
+    """Bundles [start, end) that a branch skips (or repeats, a loop). `own` leaves out the regions inside it."""
+
+    start: int
+    end: int
+    loop: bool
+    own: Cost
+    inside: tuple["Region", ...]
+
+    @property
+    def total(self) -> Cost:
+        return sum((region.total for region in self.inside), self.own)
+
+    def walk(self) -> Iterator["Region"]:
+        yield self
+        for region in self.inside:
+            yield from region.walk()
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A kernel's bundles as a tree of regions, and whether its grid is split between the TensorCores of a device.
+
+    Only an axis of at least 2 that is declared `parallel` is split, and only on a chip whose device has two cores.
+    """
+
+    program: Region
+    split: bool
+
+
+def read_schedule(bundles_text: str, utilization_text: str, chip: Chip) -> Kernel:
+    """Reads a kernel's *-final_bundles.txt and *-final_hlo-static-per-bundle-utilization.txt.
+
+    Raises ValueError when the two do not fit together.
+    """
+    bundles = _split_bundles(bundles_text)
+    costs = _bundle_costs(bundles, utilization_text, chip)
+    starts = {label: i for i, text in reversed(list(enumerate(bundles))) for label in _START.findall(text)}
+    spans = {(0, len(bundles), False)}
+    for i, text in enumerate(bundles):
+        for label in _BRANCH.findall(text):
+            if label not in starts:
+                continue  # the label of the kernel's end
+            target = starts[label]
+            spans.add((i, target, False) if target > i else (target, i + 1, True))
+    # Outer spans first; equal spans cannot occur, as a branch starts one and a label the other.
+    program = _nest(sorted(spans, key=lambda span: (span[0], -span[1])), costs)
+    return Kernel(program, split="BarrierMegacore" in bundles_text)
+
+
+def region_costs(kernel: Kernel, names: Sequence[str]) -> dict[str, Cost]:
+    """The cost of one execution of each region of a kernel's main loop, by name, and of the rest of a step of it.
+
+    The main loop is that of the grid, or a loop in it that holds most of it. `names` names its regions that do vector
+    work, in program order: one per `pl.when`, or the body of a kernel without any. A `pl.when` that the compiler
+    predicated instead of branching, or that only starts copies, is part of the step. The result adds "step", all else
+    in the loop (a small loop in it counts once), and "launch", all outside it; together they add up to the kernel.
+    Raises ValueError when the kernel has other regions than named, or one of them holds a loop.
+    """
+    main = kernel.program
+    while loops := [r for r in main.walk() if r.loop and r != main and r.total.bundles > main.total.bundles / 2]:
+        main = loops[0]
+    if not main.loop:
+        raise ValueError("the kernel has no main loop")
+    # A pipeline guards the kernel's body; the loop's other branches are then copies (of operands in VMEM: by vectors).
+    guards = [region for region in main.inside if len(_vector_regions(region)) > 1]
+    regions = [leaf for region in guards or main.inside for leaf in _vector_regions(region)]
+    if len(regions) != len(names):
+        found = ", ".join(f"[{r.start:#x}, {r.end:#x}) of {r.total.bundles} bundles" for r in regions)
+        raise ValueError(f"the kernel's main loop has {len(regions)} vector regions ({found}), expected {list(names)}")
+    for name, region in zip(names, regions, strict=True):
+        if any(inner.loop for inner in region.walk()):
+            raise ValueError(f"region {name} holds a loop, whose trips are not known")
+    costs = {name: region.total for name, region in zip(names, regions, strict=True)}
+    return costs | {
+        "step": _minus(main.total, costs.values()),
+        "launch": _minus(kernel.program.total, [main.total]),
+    }
+
+
+def _split_bundles(text: str) -> list[str]:
+    bundles = []
+    for line in text.splitlines():
+        match = _ADDRESS.match(line)
+        if match and int(match.group(1), 16) == len(bundles):
+            bundles.append(line)
+        elif bundles:
+            bundles[-1] += line  # a comment that goes on
+    if not bundles:
+        raise ValueError("no bundles in the dump")
+    return bundles
+
+
+def _bundle_costs(bundles: list[str], utilization_text: str, chip: Chip) -> list[Cost]:
+    head, _, body = utilization_text.partition("== UTILIZATION:\n")
+    units = head.splitlines()[1].replace(" ", "").split(",")
+    rows = [list(map(int, line.split())) for line in body.splitlines() if line.strip()]
+    if len(rows) < len(bundles):
+        raise ValueError(f"{len(bundles)} bundles but utilization of {len(rows)}")
+    costs = []
+    for text, row in zip(bundles, rows, strict=False):
+        dtypes = _MATMUL.findall(text)
+        if unknown := set(dtypes) - _ROWS.keys():
+            raise ValueError(f"matrix-unit instructions of unknown type: {', '.join(unknown)}")
+        occupied = sum(_ROWS[dtype] / chip.rows_per_cycle for dtype in dtypes)
+        costs.append(Cost(1, occupied / chip.matrix_units, {u: n for u, n in zip(units, row, strict=True) if n}))
+    return costs
+
+
+def _nest(spans: list[tuple[int, int, bool]], costs: list[Cost]) -> Region:
+    """The tree of spans sorted by start, the first of which holds all the others."""
+    start, end, loop = spans[0]
+    inside, rest = [], spans[1:]
+    while rest:
+        first_start, first_end, _ = rest[0]
+        if first_end > end:
+            raise ValueError(f"regions [{start:#x}, {end:#x}) and [{first_start:#x}, {first_end:#x}) overlap")
+        count = next((i for i, span in enumerate(rest) if span[0] >= first_end), len(rest))
+        inside.append(_nest(rest[:count], costs))
+        rest = rest[count:]
+    covered = {i for region in inside for i in range(region.start, region.end)}
+    own = sum((costs[i] for i in range(start, end) if i not in covered), Cost())
+    return Region(start, end, loop, own, tuple(inside))
+
+
+def _vector_regions(region: Region) -> list[Region]:
+    """The innermost regions with vector stores; a region around others is a guard."""
+    inner = [leaf for inside in region.inside for leaf in _vector_regions(inside)]
+    return inner or ([region] if region.total.slots.get("VSTORE", 0) >= _FEWEST_STORES else [])
+
+
+def _minus(total: Cost, parts) -> Cost:
+    for part in parts:
+        slots = {unit: count - part.slots.get(unit, 0) for unit, count in total.slots.items()}
+        total = Cost(total.bundles - part.bundles, total.mxu_cycles - part.mxu_cycles, slots)
+    return total

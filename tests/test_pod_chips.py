@@ -1,0 +1,49 @@
+"""Chips and slices."""
+
+import pytest
+
+from llada_jax.errors import InputError
+from llada_jax.pod.chips import CHIPS, parse_topology
+from llada_jax.pod.topology import slice_devices
+
+
+@pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
+def test_peak_is_what_the_matrix_units_can_do(chip):
+    assert chip.peak_bf16 == pytest.approx(2 * chip.cores * chip.macs_per_cycle * chip.clock)
+    assert 1.4e9 < chip.clock < 2.3e9
+
+
+@pytest.mark.parametrize(
+    "name,chips,devices", [("v5p:4x4x8", 128, 128), ("tpu7x:2x2x1", 4, 8), ("v6e:16x16", 256, 256)]
+)
+def test_slices(name, chips, devices):
+    topology = parse_topology(name)
+    assert (topology.name, topology.chips, topology.num_devices) == (name, chips, devices)
+
+
+@pytest.mark.parametrize(
+    "name,message",
+    [
+        ("v4:2x2x1", "unknown chip"),
+        ("v5p", "expected sides"),
+        ("v5p:2x2xa", "expected sides"),
+        ("v5p:3x3x3", "no such slice"),
+        ("v5p:8x4x4", "ascending"),
+        ("v5p:16x16x28", "6144 chips"),
+        ("v6e:4x4x4", "no such slice"),
+        ("v5e:32x32", "v5e has 1x1"),
+    ],
+)
+def test_slices_that_do_not_exist(name, message):
+    with pytest.raises(InputError, match=message):
+        parse_topology(name)
+
+
+@pytest.mark.parametrize(
+    "name,shape", [("v5e:1x1", (1, 1)), ("v6e:2x4", (2, 4)), ("v5p:2x2x4", (2, 2, 4)), ("tpu7x:4x4x4", (4, 4, 4, 2))]
+)
+def test_libtpu_knows_them(name, shape):
+    devices = slice_devices(parse_topology(name))
+    assert devices.shape == shape
+    assert devices.reshape(-1)[0].device_kind == parse_topology(name).chip.device_kind
+    assert tuple(devices.reshape(-1)[-1].coords)[:2] == (shape[0] - 1, shape[1] - 1)
