@@ -35,6 +35,7 @@ class Walk:
 
     def __init__(self, runs, plan: plans.Plan, num_tiles: int, chunks: int):
         self.runs, self.num_tiles, self.chunks, self.plan = runs, num_tiles, chunks, plan
+        self.num_rows = num_tiles // plan.tiles_per_row
 
     def column(self, tile, column: int):
         return self.runs[tile * plans.COLUMNS + column]
@@ -67,13 +68,14 @@ class Walk:
         for i in range(self.chunks):
             position = step.number * self.chunks + i
             inside = position < count
-            position = jnp.minimum(position, count - 1)
+            position = jnp.minimum(position, jnp.maximum(count - 1, 0))
             noisy = position < noisy_count
             yield position + jnp.where(noisy, noisy_offset, clean_offset), noisy, inside
 
     def start_chunks(self, head, step: Step, slot, sources, rings, semaphores):
         """Starts copying the step's chunks of sources [heads, chunks, chunk, head_dim] into rings at slot."""
-        row = self.row(step.tile) * self.plan.chunks_per_row
+        # Past the end of the list: some chunk, so that no copy needs a branch.
+        row = jnp.minimum(self.row(step.tile), self.num_rows - 1) * self.plan.chunks_per_row
         chunks = [row + chunk for chunk, _, _ in self.step_chunks(step)]
         for source, ring, done in zip(sources, rings, semaphores, strict=True):
             for i, chunk in enumerate(chunks):
@@ -109,6 +111,11 @@ def dot(a, b, contract_a: int, contract_b: int):
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
     dimensions = (((contract_a,), (contract_b,)), ((), ()))
     return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
+
+
+def in_hbm(interpret, *operands):
+    """Keeps XLA from moving operands into fast memory, from where the kernel's copies would be loops of vector moves."""
+    return operands if interpret else [pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in operands]
 
 
 def scratch_bytes(scratch) -> int:
