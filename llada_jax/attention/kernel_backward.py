@@ -7,13 +7,12 @@ tile is visited once (five matrix products), and nothing larger than the gradien
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from llada_jax.attention.kernel_walk import AHEAD, RING, Step, Walk, compiler_params, dot, in_hbm, scratch_bytes
+from llada_jax.attention.kernel_walk import AHEAD, RING, Step, Walk, compiler_params, dot, in_hbm
 from llada_jax.attention.plan import Plan
 
 
@@ -50,11 +49,11 @@ def backward(query, key, value, cotangent, statistics, plan: Plan, interpret=Fal
             scratch_shapes=scratch + semaphores,
         ),
         out_shape=[
-            jax.ShapeDtypeStruct(query.shape, query.dtype),
-            jax.ShapeDtypeStruct(key.shape, jnp.float32),
-            jax.ShapeDtypeStruct(value.shape, jnp.float32),
+            pltpu.HBM(query.shape, query.dtype),
+            pltpu.HBM(key.shape, jnp.float32),
+            pltpu.HBM(value.shape, jnp.float32),
         ],
-        compiler_params=compiler_params(scratch_bytes(scratch)),
+        compiler_params=compiler_params(scratch, interpret),
         interpret=interpret,
         name="block_diffusion_attention_backward",
     )(plan.backward_steps, plan.runs, *in_hbm(interpret, query, cotangent, statistics, plan.bounds, key, value))

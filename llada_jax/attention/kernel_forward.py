@@ -6,13 +6,12 @@ exponentials of its own.
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from llada_jax.attention.kernel_walk import AHEAD, HIDDEN, RING, Step, Walk, compiler_params, dot, in_hbm, scratch_bytes
+from llada_jax.attention.kernel_walk import AHEAD, HIDDEN, RING, Step, Walk, compiler_params, dot, in_hbm
 from llada_jax.attention.plan import Plan
 
 
@@ -50,10 +49,10 @@ def forward(query, key, value, plan: Plan, interpret=False):
             scratch_shapes=scratch + semaphores,
         ),
         out_shape=[
-            jax.ShapeDtypeStruct(query.shape, query.dtype),
-            jax.ShapeDtypeStruct((kv_heads, num_tiles, 1, rows), jnp.float32),
+            pltpu.HBM(query.shape, query.dtype),
+            pltpu.HBM((kv_heads, num_tiles, 1, rows), jnp.float32),
         ],
-        compiler_params=compiler_params(scratch_bytes(scratch)),
+        compiler_params=compiler_params(scratch, interpret),
         interpret=interpret,
         name="block_diffusion_attention_forward",
     )(plan.forward_steps, plan.runs, *in_hbm(interpret, query, key, value, plan.bounds))

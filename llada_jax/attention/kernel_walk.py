@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from llada_jax.attention import plan as plans
+from llada_jax.errors import InputError
 
 # A step's copies start this many steps ahead of it, into a ring of one more buffers.
 AHEAD = 3
@@ -114,17 +115,27 @@ def dot(a, b, contract_a: int, contract_b: int):
 
 
 def in_hbm(interpret, *operands):
-    """Keeps XLA from moving operands into fast memory, from where the kernel's copies would be loops of vector moves."""
+    """Keeps XLA from moving operands into fast memory: the kernel's copies would then be loops of vector moves.
+
+    For the same reason results are declared as pltpu.HBM.
+    """
     return operands if interpret else [pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in operands]
 
 
-def scratch_bytes(scratch) -> int:
-    return sum(math.prod(buffer.shape) * jnp.dtype(buffer.dtype).itemsize for buffer in scratch)
+def compiler_params(scratch, interpret):
+    """Key/value heads are shared out to the cores; raises InputError when the scratch does not fit fast memory."""
 
+    def size(buffer):
+        *major, lanes = buffer.shape
+        return math.prod(major) * -(-lanes // 128) * 128 * jnp.dtype(buffer.dtype).itemsize
 
-def compiler_params(scratch_bytes: int):
-    """Key/value heads are shared out to the cores; room for the scratch and for the compiler's own spills."""
-    limit = int(scratch_bytes * 1.1) + (16 << 20)
+    needed = sum(map(size, scratch))
+    limit = needed + (16 << 20)  # for what the compiler spills
+    if not interpret and limit > (capacity := pltpu.get_tpu_info().vmem_capacity_bytes):
+        raise InputError(
+            f"attention='kernel': the gradients of a row's keys need {needed >> 20} MiB of fast memory, the chip has "
+            f"{capacity >> 20} (16 are kept free); shorten the rows or use attention='blockwise'"
+        )
     # Addresses are right by construction (interpret mode raises otherwise); checks would split every block of copies.
     return pltpu.CompilerParams(
         dimension_semantics=("parallel",), vmem_limit_bytes=limit, disable_bounds_checks=True
