@@ -9,14 +9,65 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import PartitionSpec
 
+from llada_jax import sharding
 from llada_jax.attention import kernel_backward, kernel_forward
-from llada_jax.attention.plan import Plan
+from llada_jax.attention.plan import Plan, make_plan
+from llada_jax.attention.tiles import Tiles, device_kind, tiles_for
+from llada_jax.attention.visibility import Visibility
+
+# Interpret mode takes any head_dim and is slow by the copy: few, small tiles.
+INTERPRET_TILES = Tiles(queries=32, chunk=32, forward=2, backward=2)
+
+
+def kernel_plan(visibility: Visibility, num_keys: int, group: int, head_dim: int, interpret: bool = False) -> Plan:
+    """What kernel_attention needs to know of a mask: made once per pass, outside the layers.
+
+    visibility [batch, queries] over num_keys keys; group: query heads of each key/value head. Under a mesh
+    (`jax.set_mesh`) each shard of the batch plans its own rows. Raises InputError when the device is not a TPU that
+    attention/tiles.py knows; interpret=True plans for kernel_attention(..., interpret=True), on any device.
+    """
+    queries = visibility.clean_start.shape[1]
+    tiles = INTERPRET_TILES if interpret else tiles_for(device_kind(), head_dim, group, queries)
+    local = functools.partial(make_plan, num_keys=num_keys, tiles=tiles)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return local(visibility)
+    rows = _specs(visibility.clean_start.shape, mesh)
+    # Every leaf of a plan is a concatenation over the shards of the batch.
+    return jax.shard_map(local, in_specs=rows, out_specs=PartitionSpec(rows[0]), check_vma=False)(visibility)
+
+
+def kernel_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, plan: Plan, interpret: bool = False
+) -> jax.Array:
+    """Equals dense_attention (same query, key, value and result) for the visibility that the plan was made of.
+
+    A query that sees no key gives zeros. interpret=True runs the kernel on any device, slowly, for tests.
+    """
+    interpret = pltpu.InterpretParams() if interpret else False
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return _attention(query, key, value, plan, interpret)
+    # Query heads split as key/value heads do, or their groups would be torn apart.
+    heads = _specs(key.shape, mesh)
+    run = jax.shard_map(
+        lambda *operands: _attention(*operands, interpret),
+        in_specs=(heads, heads, heads, PartitionSpec(heads[0])),
+        out_specs=heads,
+        check_vma=False,
+    )
+    return run(query, key, value, plan)
+
+
+def _specs(shape, mesh):
+    return sharding.spec(("batch", None, "kv_heads", None)[: len(shape)], shape, mesh)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def kernel_attention(query: jax.Array, key: jax.Array, value: jax.Array, plan: Plan, interpret=False) -> jax.Array:
-    """Equals dense_attention for the visibility that the plan was made of (same query, key, value and result)."""
+def _attention(query, key, value, plan, interpret):
     return _forward(query, key, value, plan, interpret)[0]
 
 
@@ -47,7 +98,7 @@ def _operands(query, key, value, plan):
     return query_tiles, to_chunks(key, plan), to_chunks(value, plan)
 
 
-kernel_attention.defvjp(_forward, _backward)
+_attention.defvjp(_forward, _backward)
 
 
 def to_tiles(x: jax.Array, kv_heads: int, plan: Plan) -> jax.Array:

@@ -7,13 +7,12 @@ tile is visited once (five matrix products), and nothing larger than the gradien
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from llada_jax.attention.kernel_walk import AHEAD, RING, Step, Walk, compiler_params, dot, scratch_bytes
+from llada_jax.attention.kernel_walk import AHEAD, RING, Step, Walk, compiler_params, dot, in_hbm
 from llada_jax.attention.plan import Plan
 
 
@@ -26,7 +25,7 @@ def backward(query, key, value, cotangent, statistics, plan: Plan, interpret=Fal
     """
     kv_heads, num_tiles, rows, head_dim = query.shape
     chunks, chunk = plan.tiles.backward, plan.tiles.chunk
-    in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)
+    hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     scratch = [
         pltpu.VMEM((RING, rows, head_dim), query.dtype),
         pltpu.VMEM((RING, rows, head_dim), cotangent.dtype),
@@ -45,19 +44,19 @@ def backward(query, key, value, cotangent, statistics, plan: Plan, interpret=Fal
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(kv_heads,),
-            in_specs=[in_hbm] * 6,
-            out_specs=[in_hbm] * 3,
+            in_specs=[hbm] * 6,
+            out_specs=[hbm] * 3,
             scratch_shapes=scratch + semaphores,
         ),
         out_shape=[
-            jax.ShapeDtypeStruct(query.shape, query.dtype),
-            jax.ShapeDtypeStruct(key.shape, jnp.float32),
-            jax.ShapeDtypeStruct(value.shape, jnp.float32),
+            pltpu.HBM(query.shape, query.dtype),
+            pltpu.HBM(key.shape, jnp.float32),
+            pltpu.HBM(value.shape, jnp.float32),
         ],
-        compiler_params=compiler_params(scratch_bytes(scratch)),
+        compiler_params=compiler_params(scratch, interpret),
         interpret=interpret,
         name="block_diffusion_attention_backward",
-    )(plan.backward_steps, plan.runs, query, cotangent, statistics, plan.bounds, key, value)
+    )(plan.backward_steps, plan.runs, *in_hbm(interpret, query, cotangent, statistics, plan.bounds, key, value))
 
 
 def _kernel(
@@ -82,18 +81,21 @@ def _kernel(
         slot = tile % 2
         return pltpu.make_async_copy(d_query_pair.at[slot], d_query.at[head, tile], d_query_done.at[slot])
 
-    def start(step, index):
-        @pl.when(step.tile < num_tiles)
+    def start_chunks(step, index):
+        sources, rings, semaphores = (key, value), (key_ring, value_ring), (key_done, value_done)
+        walk.start_chunks(head, step, index % RING, sources, rings, semaphores)
+
+    def wait_chunks(index):
+        walk.wait_chunks(key, key_ring, key_done, index % RING)
+        walk.wait_chunks(value, value_ring, value_done, index % RING)
+
+    def start_tile(step):
+        @pl.when((step.number == 0) & (step.tile < num_tiles))
         def _():
-            sources, rings, semaphores = (key, value), (key_ring, value_ring), (key_done, value_done)
-            walk.start_chunks(head, step, index % RING, sources, rings, semaphores)
+            for copy in tile_copies(step.tile):
+                copy.start()
 
-            @pl.when(step.number == 0)
-            def _():
-                for copy in tile_copies(step.tile):
-                    copy.start()
-
-    def compute(step, index, masked):
+    def compute(step, following, last, index, masked):
         slot = step.tile % RING
         queries, cotangents = query_ring[slot], cotangent_ring[slot]
         keys = key_ring[index % RING].reshape(-1, key.shape[-1])
@@ -112,6 +114,9 @@ def _kernel(
         for i, (chunk, _, _) in enumerate(walk.step_chunks(step)):
             d_key_sum[chunk] += d_keys[i * size : (i + 1) * size]
             d_value_sum[chunk] += d_values[i * size : (i + 1) * size]
+        # Among the arithmetic, where the scalar unit is idle.
+        start_chunks(last, index + AHEAD)
+        return walk.is_full(following), *walk.after(last)
 
     def finish_tile(tile):
         pl.when(tile >= 2)(lambda: result_copy(tile - 2).wait())
@@ -120,8 +125,10 @@ def _kernel(
         result_copy(tile).start()
 
     def reset_row():
-        d_key_sum[...] = jnp.zeros_like(d_key_sum)
-        d_value_sum[...] = jnp.zeros_like(d_value_sum)
+        @pl.loop(0, plan.chunks_per_row)
+        def _(chunk):
+            d_key_sum[chunk] = jnp.zeros_like(d_key_sum[chunk])
+            d_value_sum[chunk] = jnp.zeros_like(d_value_sum[chunk])
 
     def finish_row(row):
         where = pl.ds(row * plan.chunks_per_row, plan.chunks_per_row)
@@ -135,32 +142,34 @@ def _kernel(
             copy.wait()
         reset_row()
 
-    def body(index, flat):
+    def body(index, carry):
+        full, *flat = carry
         step, *later = (Step(*pair) for pair in zip(flat[::2], flat[1::2], strict=True))
-        start(later[-1], index + AHEAD)
-        walk.wait_chunks(key, key_ring, key_done, index % RING)
-        walk.wait_chunks(value, value_ring, value_done, index % RING)
+        wait_chunks(index)
 
         @pl.when(step.number == 0)
         def _():
             for copy in tile_copies(step.tile):
                 copy.wait()
 
-        full = walk.is_full(step)
-        pl.when(full)(lambda: compute(step, index, masked=False))
-        pl.when(jnp.logical_not(full))(lambda: compute(step, index, masked=True))
+        start_tile(later[-1])
+        run = functools.partial(compute, step, later[0], later[-1], index)
+        full, *new = lax.cond(full, lambda: run(masked=False), lambda: run(masked=True))
         last = walk.is_last(step)
         pl.when(last)(lambda: finish_tile(step.tile))
         row = walk.row(step.tile)
-        # The sentinel's row is one past the last, so that the last row ends as well.
+        # Past the end of the list is a row of its own, so that the last row ends as well.
         pl.when(last & (row != walk.row(step.tile + 1)))(lambda: finish_row(row))
-        return tuple(x for s in (*later, walk.after(later[-1])) for x in s)
+        return full, *(x for s in later for x in s), *new
 
     first = walk.first()
     for index, step in enumerate(first[:AHEAD]):
-        start(step, index)
+        start_chunks(step, index)
+        start_tile(step)
     d_query_sum[...] = jnp.zeros_like(d_query_sum)
     reset_row()
-    lax.fori_loop(0, steps[0], body, tuple(x for step in first for x in step))
+    lax.fori_loop(0, steps[0], body, (walk.is_full(first[0]), *(x for step in first for x in step)))
+    for i in range(AHEAD):  # Copies of the steps past the end.
+        wait_chunks(steps[0] + i)
     for tile in range(max(num_tiles - 2, 0), num_tiles):
         result_copy(tile).wait()

@@ -6,13 +6,12 @@ exponentials of its own.
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from llada_jax.attention.kernel_walk import AHEAD, HIDDEN, RING, Step, Walk, compiler_params, dot, scratch_bytes
+from llada_jax.attention.kernel_walk import AHEAD, HIDDEN, RING, Step, Walk, compiler_params, dot, in_hbm
 from llada_jax.attention.plan import Plan
 
 
@@ -26,7 +25,7 @@ def forward(query, key, value, plan: Plan, interpret=False):
     kv_heads, num_tiles, rows, head_dim = query.shape
     chunks, chunk = plan.tiles.forward, plan.tiles.chunk
     keys = chunks * chunk
-    in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)
+    hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     scratch = [
         pltpu.VMEM((RING, rows, head_dim), query.dtype),
         pltpu.VMEM((RING, chunks, chunk, head_dim), key.dtype),
@@ -45,18 +44,18 @@ def forward(query, key, value, plan: Plan, interpret=False):
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(kv_heads,),
-            in_specs=[in_hbm] * 4,
-            out_specs=[in_hbm] * 2,
+            in_specs=[hbm] * 4,
+            out_specs=[hbm] * 2,
             scratch_shapes=scratch + semaphores,
         ),
         out_shape=[
-            jax.ShapeDtypeStruct(query.shape, query.dtype),
-            jax.ShapeDtypeStruct((kv_heads, num_tiles, 1, rows), jnp.float32),
+            pltpu.HBM(query.shape, query.dtype),
+            pltpu.HBM((kv_heads, num_tiles, 1, rows), jnp.float32),
         ],
-        compiler_params=compiler_params(scratch_bytes(scratch)),
+        compiler_params=compiler_params(scratch, interpret),
         interpret=interpret,
         name="block_diffusion_attention_forward",
-    )(plan.forward_steps, plan.runs, query, key, value, plan.bounds)
+    )(plan.forward_steps, plan.runs, *in_hbm(interpret, query, key, value, plan.bounds))
 
 
 def _kernel(
@@ -82,22 +81,21 @@ def _kernel(
             pltpu.make_async_copy(log_sum_pair.at[slot], log_sum.at[head, tile], log_sum_done.at[slot]),
         )
 
-    def start(step, index):
-        @pl.when(step.tile < num_tiles)
-        def _():
-            sources, rings, semaphores = (key, value), (key_ring, value_ring), (key_done, value_done)
-            walk.start_chunks(head, step, index % RING, sources, rings, semaphores)
+    def start_chunks(step, index):
+        sources, rings, semaphores = (key, value), (key_ring, value_ring), (key_done, value_done)
+        walk.start_chunks(head, step, index % RING, sources, rings, semaphores)
 
-            @pl.when(step.number == 0)
-            def _():
-                query_copy(step.tile).start()
-                bounds_copy(step.tile).start()
+    def start_tile(step):
+        @pl.when((step.number == 0) & (step.tile < num_tiles))
+        def _():
+            query_copy(step.tile).start()
+            bounds_copy(step.tile).start()
 
     def wait_for_scores(step, index):
         """Waits for what the scores of a step are made of."""
         walk.wait_chunks(key, key_ring, key_done, index % RING)
 
-        @pl.when(step.number == 0)
+        @pl.when((step.number == 0) & (step.tile < num_tiles))
         def _():
             query_copy(step.tile).wait()
 
@@ -110,11 +108,11 @@ def _kernel(
         denominator[...] = jnp.zeros_like(denominator)
         accumulator[...] = jnp.zeros_like(accumulator)
 
-    def compute(step, following, index, masked):
+    def compute(step, following, last, index, masked):
         s = scores[...]
         if masked:
             s = walk.masked(s, bounds_ring[step.tile % RING], step)
-        # At the end of the walk these are scores of stale keys that nothing reads.
+        # At the end of the walk these are scores that nothing reads.
         upcoming = next_scores(following, index + 1)
         old = maximum[...]
         new = jnp.maximum(old, jnp.max(s, axis=0, keepdims=True))
@@ -124,6 +122,9 @@ def _kernel(
         total = denominator[...] * decay + jnp.sum(weights, axis=0, keepdims=True)
         weighted = accumulator[...] * decay + dot(values, weights.astype(values.dtype), 0, 0)
         scores[...], maximum[...], denominator[...], accumulator[...] = upcoming, new, total, weighted
+        # Among the arithmetic, where the scalar unit is idle.
+        start_chunks(last, index + AHEAD)
+        return walk.is_full(following), *walk.after(last)
 
     def finish(step):
         slot = step.tile % 2
@@ -141,32 +142,31 @@ def _kernel(
             copy.start()
         reset()
 
-    def body(index, flat):
+    def body(index, carry):
+        full, *flat = carry
         step, following, *later = (Step(*pair) for pair in zip(flat[::2], flat[1::2], strict=True))
-        start(later[-1], index + AHEAD)
         walk.wait_chunks(value, value_ring, value_done, index % RING)
-
-        @pl.when(step.number == 0)
-        def _():
-            bounds_copy(step.tile).wait()
-
-        @pl.when(following.tile < num_tiles)
-        def _():
-            wait_for_scores(following, index + 1)
-
-        full = walk.is_full(step)
-        pl.when(full)(lambda: compute(step, following, index, masked=False))
-        pl.when(jnp.logical_not(full))(lambda: compute(step, following, index, masked=True))
+        pl.when(step.number == 0)(lambda: bounds_copy(step.tile).wait())
+        wait_for_scores(following, index + 1)
+        start_tile(later[-1])
+        run = functools.partial(compute, step, following, later[-1], index)
+        full, *new = lax.cond(full, lambda: run(masked=False), lambda: run(masked=True))
         pl.when(walk.is_last(step))(lambda: finish(step))
-        return tuple(x for s in (following, *later, walk.after(later[-1])) for x in s)
+        return full, *(x for s in (following, *later) for x in s), *new
 
     first = walk.first()
     for index, step in enumerate(first[:AHEAD]):
-        start(step, index)
+        start_chunks(step, index)
+        start_tile(step)
     reset()
     wait_for_scores(first[0], 0)
     scores[...] = next_scores(first[0], 0)
-    lax.fori_loop(0, steps[0], body, tuple(x for step in first for x in step))
+    lax.fori_loop(0, steps[0], body, (walk.is_full(first[0]), *(x for step in first for x in step)))
+    # Copies of the steps past the end: scores were waited for once, values not.
+    for i in range(AHEAD):
+        walk.wait_chunks(value, value_ring, value_done, (steps[0] + i) % RING)
+    for i in range(1, AHEAD):
+        walk.wait_chunks(key, key_ring, key_done, (steps[0] + i) % RING)
     for tile in range(max(num_tiles - 2, 0), num_tiles):
         for copy in result_copies(tile):
             copy.wait()

@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from llada_jax.attention import plan as plans
+from llada_jax.errors import InputError
 
 # A step's copies start this many steps ahead of it, into a ring of one more buffers.
 AHEAD = 3
@@ -35,6 +36,7 @@ class Walk:
 
     def __init__(self, runs, plan: plans.Plan, num_tiles: int, chunks: int):
         self.runs, self.num_tiles, self.chunks, self.plan = runs, num_tiles, chunks, plan
+        self.num_rows = num_tiles // plan.tiles_per_row
 
     def column(self, tile, column: int):
         return self.runs[tile * plans.COLUMNS + column]
@@ -67,13 +69,14 @@ class Walk:
         for i in range(self.chunks):
             position = step.number * self.chunks + i
             inside = position < count
-            position = jnp.minimum(position, count - 1)
+            position = jnp.minimum(position, jnp.maximum(count - 1, 0))
             noisy = position < noisy_count
             yield position + jnp.where(noisy, noisy_offset, clean_offset), noisy, inside
 
     def start_chunks(self, head, step: Step, slot, sources, rings, semaphores):
         """Starts copying the step's chunks of sources [heads, chunks, chunk, head_dim] into rings at slot."""
-        row = self.row(step.tile) * self.plan.chunks_per_row
+        # Past the end of the list: some chunk, so that no copy needs a branch.
+        row = jnp.minimum(self.row(step.tile), self.num_rows - 1) * self.plan.chunks_per_row
         chunks = [row + chunk for chunk, _, _ in self.step_chunks(step)]
         for source, ring, done in zip(sources, rings, semaphores, strict=True):
             for i, chunk in enumerate(chunks):
@@ -111,12 +114,27 @@ def dot(a, b, contract_a: int, contract_b: int):
     return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
 
-def scratch_bytes(scratch) -> int:
-    return sum(math.prod(buffer.shape) * jnp.dtype(buffer.dtype).itemsize for buffer in scratch)
+def in_hbm(interpret, *operands):
+    """Keeps XLA from moving operands into fast memory: the kernel's copies would then be loops of vector moves.
+
+    For the same reason results are declared as pltpu.HBM.
+    """
+    return operands if interpret else [pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in operands]
 
 
-def compiler_params(scratch_bytes: int):
-    """Key/value heads are shared out to the cores; room for the scratch and for the compiler's own spills."""
-    limit = int(scratch_bytes * 1.1) + (16 << 20)
+def compiler_params(scratch, interpret):
+    """Key/value heads are shared out to the cores; raises InputError when the scratch does not fit fast memory."""
+
+    def size(buffer):
+        *major, lanes = buffer.shape
+        return math.prod(major) * -(-lanes // 128) * 128 * jnp.dtype(buffer.dtype).itemsize
+
+    needed = sum(map(size, scratch))
+    limit = needed + (16 << 20)  # for what the compiler spills
+    if not interpret and limit > (capacity := pltpu.get_tpu_info().vmem_capacity_bytes):
+        raise InputError(
+            f"attention='kernel': the gradients of a row's keys need {needed >> 20} MiB of fast memory, the chip has "
+            f"{capacity >> 20} (16 are kept free); shorten the rows or use attention='blockwise'"
+        )
     # Addresses are right by construction (interpret mode raises otherwise); checks would split every block of copies.
     return pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=limit, disable_bounds_checks=True)

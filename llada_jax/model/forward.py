@@ -15,6 +15,7 @@ from llada_jax import sharding
 from llada_jax.attention import visibility as vis
 from llada_jax.attention.blockwise import blockwise_attention
 from llada_jax.attention.dense import dense_attention
+from llada_jax.attention.kernel import kernel_attention, kernel_plan
 from llada_jax.errors import InputError
 from llada_jax.model import experts, head
 from llada_jax.model.alignment import align
@@ -22,7 +23,8 @@ from llada_jax.model.config import ModelConfig
 from llada_jax.model.layers import project, rms_norm, rope_angles, rotate, swiglu
 from llada_jax.model.lora import weight_of
 
-ATTENTIONS = {"dense": dense_attention, "blockwise": blockwise_attention}
+# "kernel" runs on TPUs, the others anywhere.
+ATTENTIONS = ("dense", "blockwise", "kernel")
 # What the backward pass of a layer may keep; the rest is recomputed.
 REMAT_POLICIES = {
     "none": None,
@@ -36,11 +38,13 @@ class Execution:
     """How a pass is computed, never what it computes.
 
     attention: a name in ATTENTIONS. remat: a name in REMAT_POLICIES. dtype: of activations; None is the parameters'.
+    interpret: run the attention kernel interpreted, on any device, slowly; for tests.
     """
 
     attention: str = "dense"
     remat: str = "none"
     dtype: str | None = None
+    interpret: bool = False
 
     def __post_init__(self):
         if self.attention not in ATTENTIONS:
@@ -72,9 +76,11 @@ def hidden_states(
         x = x + embedding_noise.astype(dtype)
     x = sharding.constrain(x, ("batch", None, None))
     cos, sin = rope_angles(config, positions)
+    cached = 0 if cache is None else next(iter(cache.values()))["key"].shape[2]
+    attend = _attend(config, execution, visibility, tokens.shape[1] + cached)
     computed = {}
     for group in config.layer_groups:
-        layer = functools.partial(_layer, config, group, execution, cos, sin, visibility)
+        layer = functools.partial(_layer, config, group, attend, cos, sin)
         if policy := REMAT_POLICIES[execution.remat]:
             layer = jax.checkpoint(layer, policy=policy)
         group_cache = None if cache is None else cache[group]
@@ -82,11 +88,21 @@ def hidden_states(
     return rms_norm(x, params["final_norm"], config.rms_norm_eps), computed
 
 
-def _layer(config, group, execution, cos, sin, visibility, x, weights_and_cache):
+def _attend(config, execution, visibility, num_keys):
+    """attention(query, key, value) of a pass; what depends on the mask only is made here, once for all layers."""
+    if execution.attention == "kernel":
+        group = config.num_heads // config.num_kv_heads
+        plan = kernel_plan(visibility, num_keys, group, config.head_dim, execution.interpret)
+        return functools.partial(kernel_attention, plan=plan, interpret=execution.interpret)
+    attention = {"dense": dense_attention, "blockwise": blockwise_attention}[execution.attention]
+    return functools.partial(attention, visibility=visibility)
+
+
+def _layer(config, group, attend, cos, sin, x, weights_and_cache):
     weights, cache = weights_and_cache
     weights = {k: w if k in ("router", "expert_bias") else w.astype(x.dtype) for k, w in weights.items()}
     h = rms_norm(x, weights["attention_norm"], config.rms_norm_eps)
-    attended, keys_values = _attention(config, execution, weights, h, cos, sin, visibility, cache)
+    attended, keys_values = _attention(config, attend, weights, h, cos, sin, cache)
     x = x + attended
     h = rms_norm(x, weights["mlp_norm"], config.rms_norm_eps)
     if group == "sparse":
@@ -101,7 +117,7 @@ def _layer(config, group, execution, cos, sin, visibility, x, weights_and_cache)
 _EXPERT_WEIGHTS = {"router", "expert_bias", "gate", "up", "down", "shared_gate", "shared_up", "shared_down"}
 
 
-def _attention(config, execution, weights, x, cos, sin, visibility, cache):
+def _attention(config, attend, weights, x, cos, sin, cache):
     def heads(name):
         y = project(x, weights, name)
         return y + weights[name + "_bias"][None, None] if config.qkv_bias else y
@@ -115,8 +131,7 @@ def _attention(config, execution, weights, x, cos, sin, visibility, cache):
     if cache is not None:
         key = jnp.concatenate([key, cache["key"]], axis=1)
         value = jnp.concatenate([value, cache["value"]], axis=1)
-    attended = ATTENTIONS[execution.attention](query, key, value, visibility)
-    return project(attended, weights, "output", contracted=2), own
+    return project(attend(query, key, value), weights, "output", contracted=2), own
 
 
 def _prepare(tokens, segment_ids, positions, block_size, block_origin):
