@@ -116,9 +116,8 @@ def test_the_table_of_a_compiled_kernel(tmp_path):
 
 def test_our_kernel_in_the_table(tmp_path):
     output = tmp_path / "rows.json"
-    done = run(
-        "bench", "attention", "--lengths=2048", "--implementations=llada", "--passes=forward", f"--json={output}"
-    )
+    arguments = "--lengths=2048", "--implementations=llada", "--passes=forward", f"--json={output}"
+    done = run("bench", "attention", *arguments, timeout=590)
     assert done.returncode == 0, done.stderr
     row = json.loads(output.read_text())[-1]
     tiles = tiles_for("TPU v5", attention.HEAD_DIM, attention.HEADS // attention.KV_HEADS, 4096)
