@@ -17,10 +17,10 @@ from llada_jax.interop.tokenizer import load_tokenizer
 ROOT = Path(__file__).parent.parent
 
 
-def run(tool, *arguments):
+def run(tool, *arguments, timeout=300):
     env = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
     command = [sys.executable, str(ROOT / "tools" / f"{tool}.py"), *map(str, arguments)]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
 
 
 @pytest.fixture(scope="module")
