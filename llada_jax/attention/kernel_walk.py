@@ -137,6 +137,4 @@ def compiler_params(scratch, interpret):
             f"{capacity >> 20} (16 are kept free); shorten the rows or use attention='blockwise'"
         )
     # Addresses are right by construction (interpret mode raises otherwise); checks would split every block of copies.
-    return pltpu.CompilerParams(
-        dimension_semantics=("parallel",), vmem_limit_bytes=limit, disable_bounds_checks=True
-    )
+    return pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=limit, disable_bounds_checks=True)
