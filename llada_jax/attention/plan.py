@@ -24,9 +24,10 @@ COLUMNS = 9
 class Plan:
     """The work list of a batch of rows; tile t of row b is query tile b * tiles_per_row + t.
 
-    runs [(query tiles + 1) * COLUMNS] int32, a last, empty tile, of row `batch`, ends the list; bounds [query tiles, 4, tile] int32:
-    noisy start, noisy end, clean start, clean end of each query, half-open, in keys of the row with each half padded
-    to whole chunks; forward_steps, backward_steps [1] int32: steps in all.
+    runs [(query tiles + 1) * COLUMNS] int32; a last, empty tile, of row `batch`, ends the list. bounds [query tiles,
+    4, tile] int32: noisy start, noisy end, clean start, clean end of each query, half-open, in keys of the row with
+    each half padded to whole chunks. forward_steps, backward_steps [1] int32: steps in all. Under a mesh the arrays
+    are concatenations of what each shard of the batch planned for its own rows.
     """
 
     runs: jax.Array

@@ -12,13 +12,13 @@ class Tiles:
     """How the kernel cuts its work.
 
     queries: positions of a query tile; the tile holds every query head of one key/value head at these positions.
-    chunk: keys that are fetched at once and skipped or not as a whole. forward, backward: chunks of one step.
+    forward, backward: chunks of keys in one step. chunk: keys that are skipped or fetched as a whole.
     """
 
-    queries: int = 128
+    queries: int
+    forward: int
+    backward: int
     chunk: int = 128
-    forward: int = 4
-    backward: int = 4
 
 
 # Rows of a query tile (heads of the group x positions) that fill the matrix units.
@@ -55,5 +55,7 @@ def tiles_for(kind: str, head_dim: int, group: int, queries: int) -> Tiles:
             "elsewhere use attention='blockwise'"
         )
     forward, backward = STEPS[kind, head_dim]
-    fitting = max(32, min(512, ROWS // group) // 32 * 32)
-    return Tiles(queries=min(fitting, -(-queries // 32) * 32), chunk=128, forward=forward, backward=backward)
+    # Whole registers of positions where possible: the mask of a tile is then made once for all heads of the group.
+    unit = 128 if ROWS // group >= 128 else 32
+    fitting = max(unit, ROWS // group // unit * unit)
+    return Tiles(queries=min(fitting, -(-queries // 32) * 32), forward=forward, backward=backward)

@@ -1,0 +1,178 @@
+"""The Pallas kernel, interpreted, against dense attention; and compiled ahead of time for every TPU it knows."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.experimental import topologies
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from llada_jax import sharding
+from llada_jax.attention import kernel
+from llada_jax.attention import visibility as vis
+from llada_jax.attention.dense import dense_attention
+from llada_jax.attention.kernel import kernel_attention, kernel_plan
+from llada_jax.attention.plan import make_plan
+from llada_jax.attention.tiles import STEPS, Tiles
+from llada_jax.errors import InputError
+from llada_jax.model.forward import Execution, denoise
+
+TILES = Tiles(queries=16, forward=2, backward=1, chunk=16)
+
+
+def operands(rng, batch, queries, keys, heads, kv_heads, head_dim=8, dtype=jnp.float32):
+    """query, key, value and a cotangent of the output."""
+    shapes = [(queries, heads), (keys, kv_heads), (keys, kv_heads), (queries, heads)]
+    return [jnp.asarray(rng.normal(size=(batch, *shape, head_dim)), dtype) for shape in shapes]
+
+
+def output_and_gradients(attention, query, key, value, cotangent):
+    output, vjp = jax.vjp(attention, query, key, value)
+    return output, *vjp(cotangent)
+
+
+def check_against_dense(visibility, tiles, query, key, value, cotangent):
+    plan = make_plan(visibility, key.shape[1], tiles)
+    values = query, key, value, cotangent
+    found = jax.jit(lambda *v: output_and_gradients(lambda *x: kernel_attention(*x, plan, True), *v))(*values)
+    # The oracle computes in float32 from the same, possibly rounded, values.
+    expected = output_and_gradients(
+        lambda *x: dense_attention(*x, visibility), *(value.astype(jnp.float32) for value in values)
+    )
+    exact = query.dtype == jnp.float32
+    for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+        assert a.dtype == query.dtype
+        forward = dict(atol=1e-5, rtol=0) if exact else dict(atol=1e-2, rtol=1e-2)
+        backward = dict(atol=5e-5, rtol=0) if exact else dict(atol=3e-2, rtol=3e-2)
+        np.testing.assert_allclose(a.astype(jnp.float32), b, **(backward if i else forward))
+
+
+@settings(max_examples=6, deadline=None)
+@given(
+    st.sampled_from([3, 17]), st.integers(1, 30), st.sampled_from(vis.BLOCK_ORIGINS), st.booleans(),
+    st.sampled_from([(4, 2), (3, 1), (2, 2)]), st.sampled_from([jnp.float32, jnp.bfloat16]), st.integers(0, 999),
+)  # fmt: skip
+def test_kernel_equals_dense(length, block_size, origin, two_streams, heads, dtype, seed):
+    rng = np.random.default_rng(seed)
+    segments = np.sort(rng.integers(1, 4, (2, length)), axis=1)
+    segments[:, length - rng.integers(0, 3) :] = 0
+    where = vis.layout(jnp.asarray(segments), block_size, origin)
+    visibility = vis.block_diffusion(where) if two_streams else vis.block_causal(where)
+    size = length * (1 + two_streams)
+    check_against_dense(visibility, TILES, *operands(rng, 2, size, size, *heads, dtype=dtype))
+
+
+def test_decoding_a_block_against_ragged_caches():
+    rng = np.random.default_rng(0)
+    visibility = vis.window(jnp.array([0, 70, 33], jnp.int32), 8)
+    check_against_dense(visibility, Tiles(8, 2, 2, chunk=16), *operands(rng, 3, 8, 8 + 70, 4, 2))
+
+
+def test_rows_longer_than_the_ring_of_copies():
+    """Many steps per tile and many tiles per row, full steps among them."""
+    rng = np.random.default_rng(1)
+    visibility = vis.block_diffusion(vis.layout(jnp.ones((1, 64), jnp.int32), 8))
+    check_against_dense(visibility, Tiles(16, 2, 1, chunk=8), *operands(rng, 1, 128, 128, 2, 1))
+
+
+def test_tiles_of_whole_registers():
+    """At multiples of 128 positions one mask serves all heads of the group."""
+    rng = np.random.default_rng(5)
+    segments = jnp.asarray(np.repeat([1, 2, 3], [37, 50, 9]))[None]
+    visibility = vis.block_diffusion(vis.layout(segments, 8))
+    check_against_dense(visibility, Tiles(128, 2, 2, chunk=64), *operands(rng, 1, 192, 192, 4, 2))
+
+
+def test_what_sees_nothing_and_what_nobody_sees_is_zero():
+    rng = np.random.default_rng(2)
+    nothing, four = jnp.zeros((1, 20), jnp.int32), jnp.full((1, 20), 4, jnp.int32)
+    visibility = vis.Visibility(nothing, jnp.where(jnp.arange(20)[None] < 3, 0, four), nothing, nothing, num_noisy=0)
+    query, key, value, cotangent = operands(rng, 1, 20, 40, 2, 1)
+    plan = make_plan(visibility, 40, TILES)
+    output, d_query, d_key, d_value = jax.jit(
+        lambda *v: output_and_gradients(lambda *x: kernel_attention(*x, plan, True), *v)
+    )(query, key, value, cotangent)
+    for x in (output, d_query):
+        assert (x[:, :3] == 0).all() and (x[:, 3:] != 0).any()
+    for x in (d_key, d_value):
+        assert (x[:, 4:] == 0).all() and (x[:, :4] != 0).any()
+
+
+def test_copies_do_not_race():
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+
+    rng = np.random.default_rng(3)
+    visibility = vis.block_diffusion(vis.layout(jnp.array([[1, 1, 1, 2, 2, 2, 2, 2]]), 2))
+    plan = make_plan(visibility, 16, Tiles(4, 1, 1, chunk=4))
+    interpret = pltpu.InterpretParams(detect_races=True)
+    run = jax.jit(lambda *v: output_and_gradients(lambda *x: kernel._attention(*x, plan, interpret), *v))
+    jax.block_until_ready(run(*operands(rng, 1, 16, 16, 1, 1)))
+    assert not interpret_pallas_call.races.races_found
+
+
+def test_kernel_under_a_mesh_splits_rows_and_heads():
+    rng = np.random.default_rng(4)
+    segments = jnp.asarray(np.sort(rng.integers(1, 3, (2, 12)), axis=1))
+    visibility = vis.block_diffusion(vis.layout(segments, 4))
+    query, key, value, _ = operands(rng, 2, 24, 24, 4, 2)
+
+    def run(query, key, value, visibility):
+        return kernel_attention(query, key, value, kernel_plan(visibility, 24, 2, 8, True), True)
+
+    expected = dense_attention(query, key, value, visibility)
+    with jax.set_mesh(sharding.make_mesh(data=2, tensor=2, devices=jax.devices()[:4])):
+        np.testing.assert_allclose(jax.jit(run)(query, key, value, visibility), expected, atol=1e-5)
+
+
+def test_model_with_the_kernel_is_the_model(golden):
+    """Logits and gradients, through the scan over layers."""
+    model, g = golden("llada2_tiny")
+    execution = Execution(attention="kernel", interpret=True)
+
+    def loss(params, execution):
+        logits = denoise(params, model.config, g["noisy_ids"], g["input_ids"], block_size=8, execution=execution)
+        return jnp.mean(jnp.sin(logits)), logits
+
+    with_gradient = jax.value_and_grad(loss, has_aux=True)
+    (_, logits), gradient = with_gradient(model.params, execution)
+    np.testing.assert_allclose(logits, g["logits_bd_8"], atol=2e-4)
+    _, expected = with_gradient(model.params, Execution())
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-3), gradient, expected)
+
+
+def test_kernel_is_refused_where_there_is_no_tpu():
+    visibility = vis.block_causal(vis.layout(jnp.ones((1, 8), jnp.int32), 4))
+    with pytest.raises(InputError, match="no tile sizes for cpu.*blockwise"):
+        kernel_plan(visibility, 8, 1, 128)
+
+
+TOPOLOGIES = {"TPU v5 lite": "v5e:2x2", "TPU v5": "v5p:2x2x1", "TPU v6 lite": "v6e:2x2", "TPU7x": "tpu7x:2x2x1"}
+
+
+@pytest.mark.parametrize("kind,head_dim", sorted(STEPS))
+def test_kernel_compiles_for(kind, head_dim, monkeypatch):
+    """Forward and backward of training rows, ahead of time; needs libtpu, not a TPU."""
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    device = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[kind]).devices[0]
+    assert device.device_kind == kind
+    mesh = Mesh(np.array([device]), ("device",), axis_types=(AxisType.Auto,))
+
+    def shape(*sizes, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+
+    def step(segments, *values):
+        visibility = vis.block_diffusion(vis.layout(segments, 32))
+        plan = kernel_plan(visibility, 2 * segments.shape[1], 4, head_dim)
+        return output_and_gradients(lambda *x: kernel_attention(*x, plan), *values)
+
+    query, key = shape(2, 1024, 8, head_dim), shape(2, 1024, 2, head_dim)
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(step).lower(shape(2, 512, dtype=jnp.int32), query, key, key, query).compile()
+    text = compiled.as_text()
+    assert "block_diffusion_attention_forward" in text and "block_diffusion_attention_backward" in text
+    # No [1024, 1024] scores: less than one head's, in bfloat16, per row.
+    assert compiled.memory_analysis().temp_size_in_bytes < 16 << 20
