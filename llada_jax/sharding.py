@@ -78,3 +78,21 @@ def over_batch(function):
         return jax.shard_map(function, in_specs=(batch, whole), out_specs=batch, check_vma=False)(x, weights)
 
     return call
+
+
+def over_heads(attention):
+    """`attention(query, key, value, mask)` run by each shard of the batch and of the key/value heads on its own part.
+
+    query [batch, queries, heads, head_dim], key and value [batch, keys, kv_heads, head_dim]: query heads split as
+    key/value heads do, or their groups would be torn apart. mask: a tree of arrays that lead with the batch.
+    """
+
+    def call(query, key, value, mask):
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty or mesh.size == 1:
+            return attention(query, key, value, mask)
+        heads = spec(("batch", None, "kv_heads", None), key.shape, mesh)
+        specs = (heads, heads, heads, PartitionSpec(heads[0]))
+        return jax.shard_map(attention, in_specs=specs, out_specs=heads, check_vma=False)(query, key, value, mask)
+
+    return call

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import llada_jax
+from llada_jax import sharding
 from llada_jax.attention import visibility as vis
 from llada_jax.attention.blockwise import blockwise_attention
 from llada_jax.attention.dense import dense_attention
@@ -117,6 +118,21 @@ def test_blockwise_equals_dense(shape, heads, block_size, two_streams, seed):
         for f in (dense_attention, blockwise_attention)
     ]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=5e-5), *results)
+
+
+def test_shards_of_rows_and_heads_work_on_their_own():
+    keys = jax.random.split(jax.random.key(0), 3)
+    query, key, value = (jax.random.normal(k, (4, 96, heads, 16)) for k, heads in zip(keys, (4, 2, 2), strict=True))
+    segments = jnp.repeat(jnp.array([[1] * 20 + [2] * 28]), 4, axis=0)
+    visibility = vis.block_diffusion(vis.layout(segments, 8))
+
+    def output_and_gradient(attention):
+        return jax.jit(jax.value_and_grad(lambda *qkv: jnp.square(attention(*qkv, visibility)).sum(), (0, 1, 2)))
+
+    expected = output_and_gradient(dense_attention)(query, key, value)
+    with jax.set_mesh(sharding.make_mesh(data=2, fsdp=2, expert=1, tensor=2)):
+        found = output_and_gradient(blockwise_attention)(query, key, value)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=5e-5), found, expected)
 
 
 def test_a_query_without_keys_gives_zero_and_no_gradient():

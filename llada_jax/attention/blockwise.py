@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from llada_jax import sharding
 from llada_jax.attention.visibility import Visibility
 
 QUERY_TILE, KEY_CHUNK = 128, 128
@@ -43,12 +44,16 @@ class _Tile(NamedTuple):
         return ((key >= noisy_start) & (key < noisy_end)) | ((key >= clean_start) & (key < clean_end))
 
 
-@jax.custom_vjp
 def blockwise_attention(query: jax.Array, key: jax.Array, value: jax.Array, visibility: Visibility) -> jax.Array:
     """Equals dense_attention (same arguments and result) but never holds more than a tile of the scores.
 
-    A query that sees no key gives 0.
+    A query that sees no key gives 0. Under a mesh (`jax.set_mesh`) each shard works on its own rows and heads.
     """
+    return sharding.over_heads(_attention)(query, key, value, visibility)
+
+
+@jax.custom_vjp
+def _attention(query, key, value, visibility):
     return _forward(query, key, value, visibility)[0]
 
 
@@ -121,7 +126,7 @@ def _backward(residuals, cotangent):
     return _untile(d_query, query.shape), unpad(d_key, key), unpad(d_value, value), None
 
 
-blockwise_attention.defvjp(_forward, _backward)
+_attention.defvjp(_forward, _backward)
 
 
 def _scores(q, key_rows, tile: _Tile, chunk, scale) -> jax.Array:

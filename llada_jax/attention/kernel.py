@@ -35,7 +35,7 @@ def kernel_plan(visibility: Visibility, num_keys: int, group: int, head_dim: int
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return local(visibility)
-    rows = _specs(visibility.clean_start.shape, mesh)
+    rows = sharding.spec(("batch", None), visibility.clean_start.shape, mesh)
     # Every leaf of a plan is a concatenation over the shards of the batch.
     return jax.shard_map(local, in_specs=rows, out_specs=PartitionSpec(rows[0]), check_vma=False)(visibility)
 
@@ -48,22 +48,7 @@ def kernel_attention(
     A query that sees no key gives zeros. interpret=True runs the kernel on any device, slowly, for tests.
     """
     interpret = pltpu.InterpretParams() if interpret else False
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return _attention(query, key, value, plan, interpret)
-    # Query heads split as key/value heads do, or their groups would be torn apart.
-    heads = _specs(key.shape, mesh)
-    run = jax.shard_map(
-        lambda *operands: _attention(*operands, interpret),
-        in_specs=(heads, heads, heads, PartitionSpec(heads[0])),
-        out_specs=heads,
-        check_vma=False,
-    )
-    return run(query, key, value, plan)
-
-
-def _specs(shape, mesh):
-    return sharding.spec(("batch", None, "kv_heads", None)[: len(shape)], shape, mesh)
+    return sharding.over_heads(lambda *operands: _attention(*operands, interpret))(query, key, value, plan)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
