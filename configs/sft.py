@@ -40,7 +40,7 @@ def get_config(argument=None):
     if not model.startswith("tiny"):
         config.batch.rows = 64
         config.execution.dtype = "bfloat16"
-        config.execution.attention = "blockwise"
+        config.execution.attention = "auto"
         config.execution.remat = "full"
         config.checkpoint.every_steps = 200
         config.evaluation.every_steps = 200

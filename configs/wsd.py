@@ -59,7 +59,7 @@ def _conversion(config, length: int):
     config.objective.embedding_noise_std = 0.02
     config.objective.embedding_noise_steps = 500
     config.execution.dtype = "bfloat16"
-    config.execution.attention = "blockwise"
+    config.execution.attention = "auto"
     config.execution.remat = "full"
     config.checkpoint.every_steps = 500
     config.evaluation.every_steps = 500

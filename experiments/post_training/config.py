@@ -108,5 +108,5 @@ def _accelerator(config):
     config.schedule.steps *= more
     config.optimizer.learning_rate /= 5
     config.execution.dtype = "bfloat16"
-    config.execution.attention = "blockwise"
+    config.execution.attention = "auto"
     config.checkpoint.every_steps = config.evaluation.every_steps = 1000

@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 from ml_collections import ConfigDict
 
 from llada_jax.diffusion import schedule
@@ -93,7 +94,10 @@ def default_config(model: str) -> ConfigDict:
     optimizer.clip_norm = 1.0
 
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, expert=1, tensor=1))
-    config.execution = ConfigDict(dict(attention="dense", remat="none", dtype="float32"))
+    config.execution = execution = ConfigDict()
+    execution.attention = "dense"  # "blockwise", "kernel" (TPU), or "auto": the kernel on a TPU, blockwise elsewhere
+    execution.remat = "none"
+    execution.dtype = "float32"
 
     config.checkpoint = kept = ConfigDict()
     kept.every_steps = 50
@@ -196,9 +200,13 @@ def evaluation_block_sizes(config: ConfigDict) -> tuple[int, ...]:
 
 
 def execution(config: ConfigDict) -> Execution:
+    """How to compute on the device at hand."""
     if config.execution.dtype not in ("float32", "bfloat16"):
         raise InputError(f'config.execution.dtype={config.execution.dtype!r}, expected "float32" or "bfloat16"')
-    return Execution(**config.execution)
+    values = dict(config.execution)
+    if values["attention"] == "auto":
+        values["attention"] = "kernel" if jax.default_backend() == "tpu" else "blockwise"
+    return Execution(**values)
 
 
 _POSITIVE = (

@@ -168,7 +168,8 @@ def _announce(config, phases, inputs: Inputs, mesh, first_step, last_step) -> No
     print(
         f"{config.model}: {parameters.count(model):,} parameters, alignment {model.alignment}, {start}\n"
         f"{len(inputs.rows):,} rows of {config.data.length} tokens, {len(inputs.held_out.ids)} held out; "
-        f"{config.batch.rows} rows a step on {devices} ({jax.devices()[0].platform})\n"
+        f"{config.batch.rows} rows a step on {devices} ({jax.devices()[0].platform}, "
+        f"{settings.execution(config).attention} attention)\n"
         f"{last_step} steps: "
         + ", ".join(f"{p.name} block {p.block_size} x {p.steps}" for p in phases)
         + (f"\n{describe(inputs.lora)}" if inputs.lora else ""),
