@@ -11,7 +11,7 @@ from llada_jax.attention.visibility import block_diffusion, layout
 from llada_jax.bench.rows import Walk
 
 # The branches of the kernels' loops in program order.
-REGIONS = {"forward": ("full", "partial", "finish"), "backward": ("full", "partial", "finish", "row")}
+REGIONS = dict.fromkeys(("forward", "backward"), ("full", "partial", "finish"))
 
 
 def plan(segments: jax.Array, block_size: int, tiles: Tiles) -> Plan:
@@ -36,7 +36,6 @@ def walk(row: Plan, direction: str, heads: int, kv_heads: int, head_dim: int) ->
         "full": int((classes == 2).sum()) * kv_heads,
         "partial": int((classes == 1).sum()) * kv_heads,
         "finish": tiles * kv_heads,
-        "row": kv_heads,
         "step": steps * kv_heads,
     }
     rows = row.tiles.queries * heads // kv_heads
