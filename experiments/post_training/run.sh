@@ -3,7 +3,7 @@
 #
 #   bash experiments/post_training/run.sh SEED [FOLDER]        (FOLDER: runs/post_training)
 #
-# and, from the real weights of SmolLM2-135M, on a machine with an accelerator (four times the steps, sixteen times the
+# and, from the real weights of SmolLM2-135M, on a machine with an accelerator (four times the steps, thirty-two times the
 # tokens a step; --config.mesh.* as in the README):
 #
 #   bash experiments/post_training/run.sh SEED FOLDER smollm2_135m
@@ -19,7 +19,12 @@ source tools/setup_venv.sh eval
 here=experiments/post_training
 folder=${2:-runs/post_training}/$seed
 mkdir -p "$folder"
-if [ "$model" = tiny ]; then tokenizer=$folder/tokenizer; else tokenizer=$folder/ar; fi
+# SmolLM2's tokenizer spends four tokens on a number and has a system prompt: longer rows and answers.
+if [ "$model" = tiny ]; then
+  tokenizer=$folder/tokenizer length=128 answer_length=32
+else
+  tokenizer=$folder/ar length=256 answer_length=64
+fi
 
 step() { # NAME COMMAND...: runs a command once, and notes how long it took
   [ -e "$folder/$1.done" ] && return
@@ -30,7 +35,7 @@ step() { # NAME COMMAND...: runs a command once, and notes how long it took
 }
 pack() { # KIND SOURCE OUT
   python tools/pack_data.py --kind="$1" --source="$folder/$2" --tokenizer="$tokenizer" --out="$folder/$3" \
-    --length=128 "${@:4}"
+    --length="$length" "${@:4}"
 }
 train() { # STAGE ROWS [FLAGS...]
   step "train_$1" python -m llada_jax.train --config="$here/config.py:$1,$model" --workdir="$folder/$1" \
@@ -38,7 +43,7 @@ train() { # STAGE ROWS [FLAGS...]
 }
 answer() { # STAGE BLOCK_LENGTH: accuracy and tokens per forward on the 1,000 questions of the test
   step "answer_$1" python tools/evaluate.py --task=reasoning_gym:number_filtering --checkpoint="$folder/$1" \
-    --task_settings="$(python "$here/task.py" settings)" --questions=1000 --seed=1000000007 --gen_length=32 \
+    --task_settings="$(python "$here/task.py" settings)" --questions=1000 --seed=1000000007 --gen_length="$answer_length" \
     --block_length="$2" --threshold=0.95 --eos_early_stop --batch=128 --output="$folder/$1.json"
 }
 
@@ -69,7 +74,7 @@ for stage in cap sft_longer; do
 done
 # Wrong answers of the model itself, drawn at temperature 1, against the right ones.
 step draw python tools/generate.py --checkpoint="$folder/cap" --input="$folder/questions.jsonl" --batch=128 \
-  --output="$folder/drawn.jsonl" --temperature=1 --seed="$seed" --gen_length=32 --block_length=16 --eos_early_stop
+  --output="$folder/drawn.jsonl" --temperature=1 --seed="$seed" --gen_length="$answer_length" --block_length=16 --eos_early_stop
 step pairs python "$here/pairs.py" "$folder/drawn.jsonl" "$folder/pairs.jsonl"
 step pack_pairs pack preference pairs.jsonl pairs --block_align=16
 train dpo pairs --config.init_from="$folder/cap"
