@@ -24,3 +24,7 @@ if [ ! -e "$stamp" ]; then
   touch "$stamp"
 fi
 source .venv/bin/activate
+# libtpu, which the tests install, complains at length on a machine without a TPU.
+if [ ! -e /dev/accel0 ] && [ ! -e /dev/vfio/0 ] && [ ! -e /dev/nvidia0 ]; then
+  export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
+fi
