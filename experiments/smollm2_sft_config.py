@@ -8,7 +8,7 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "sft.py"
 
 
 def get_config(argument=None):
-    config = load_sibling(str(CONFIGS), "sft").get_config(argument or "smollm2_135m,length=128,steps=120")
+    config = load_sibling(str(CONFIGS), "sft").get_config(argument or "smollm2_135m,length=128,steps=60")
     config.execution.dtype = "float32"
     config.execution.attention = "dense"
     config.execution.remat = "none"
@@ -23,7 +23,7 @@ def get_config(argument=None):
     config.optimizer.learning_rate = 1e-3
     config.optimizer.weight_decay = 0.0
     config.optimizer.warmup_steps = 10
-    config.optimizer.decay_steps = 40
+    config.optimizer.decay_steps = 20
     config.checkpoint.every_steps = 1000
     config.checkpoint.keep_last = 1
     config.evaluation.every_steps = 1000
