@@ -27,11 +27,11 @@ ROWS = 512
 # (device kind, head_dim) -> chunks of a (forward, backward) step, by compiler-estimated cycles at 512 rows.
 STEPS = {
     ("TPU v5 lite", 64): (4, 4),
-    ("TPU v5 lite", 128): (2, 2),
+    ("TPU v5 lite", 128): (4, 2),
     ("TPU v5", 64): (4, 4),
-    ("TPU v5", 128): (2, 2),
+    ("TPU v5", 128): (4, 2),
     ("TPU v6 lite", 64): (4, 4),
-    ("TPU v6 lite", 128): (4, 4),
+    ("TPU v6 lite", 128): (8, 4),
     ("TPU7x", 64): (4, 4),
     ("TPU7x", 128): (4, 4),
 }
