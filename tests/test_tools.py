@@ -126,3 +126,4 @@ def test_bad_input_is_one_line_and_exit_code_2(checkpoint, tool, arguments, mess
 def test_help_shows_flags_and_use(tool):
     done = run(tool, "--help")
     assert done.returncode == 0 and f"tools/{tool}.py" in done.stdout and "--" in done.stdout
+    assert ("--gen_length" in done.stdout) == (tool in ("generate", "evaluate")), "flags that both tools share"

@@ -3,6 +3,7 @@
 from absl import flags
 
 FLAGS = flags.FLAGS
+flags.disclaim_key_flags()  # they belong to the command that calls define, whose --help lists them
 
 
 def define(gen_length: int) -> None:
