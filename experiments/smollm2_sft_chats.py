@@ -7,12 +7,13 @@ The first writes FOLDER/chats.jsonl to train on and FOLDER/questions.jsonl, othe
 chain_sum with two terms of one digit. The second counts the answers in the format, and the right ones.
 """
 
-import json
 import re
 import sys
 from pathlib import Path
 
 import reasoning_gym
+
+from llada_jax.data.jsonl import read_values, write_values
 
 
 def sums(seed: int, size: int):
@@ -27,12 +28,12 @@ def main(folder: str) -> None:
     chats = [{"messages": [user, {"role": "assistant", "content": answer}]} for user, answer in sums(0, 2000)]
     questions = [{"messages": [user], "solution": answer} for user, answer in sums(10**9, 40)]
     for name, rows in (("chats", chats), ("questions", questions)):
-        (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_values(out / f"{name}.jsonl", rows)
     print(f"{out}: {len(chats)} chats, {len(questions)} questions")
 
 
 def report(answers: str) -> None:
-    rows = [json.loads(line) for line in Path(answers).read_text().splitlines()]
+    rows = [row for _, row in read_values(answers)]
     formatted = [row for row in rows if re.fullmatch(r"The answer is -?\d+\.", row["answer"].strip())]
     right = [row for row in rows if row["answer"].strip() == row["solution"]]
     for row in rows[:4]:

@@ -29,6 +29,7 @@ from pathlib import Path
 from absl import flags
 
 from llada_jax import errors
+from llada_jax.data import jsonl
 from llada_jax.errors import InputError
 from llada_jax.sampling import flags as decoding
 
@@ -66,10 +67,11 @@ def main(argv) -> None:
     if not all(size.isdigit() and int(size) > 0 for size in _BLOCK_SIZES.value):
         raise InputError(f"--block_sizes={','.join(_BLOCK_SIZES.value)}, expected positive integers")
 
-    from llada_jax.data.order import Rows  # after the flags are right: jax takes seconds
-
     if task in ("answers", "reasoning_gym"):
         return _write(_answers(task, name))
+
+    from llada_jax.data.order import Rows  # after the flags are right: jax takes seconds
+
     rows = Rows(_DATA.value, 0, shuffle=False)
     count = min(_ROWS.value, len(rows))
     batch = Rows(_DATA.value, 0, len(rows) - count, shuffle=False).batch(0, count)
@@ -109,7 +111,7 @@ def _answers(task: str, name: str) -> dict:
         flush=True,
     )
     if _RECORDS.value:
-        Path(_RECORDS.value).write_text("".join(json.dumps(record) + "\n" for record in records))
+        jsonl.write_values(_RECORDS.value, records)
     source = {"task": _TASK.value, "data": _DATA.value, "settings": settings, "seed": _SEED.value}
     asked = {"checkpoint": _CHECKPOINT.value, **source, "decoding": dataclasses.asdict(config)}
     return asked | dataclasses.asdict(found)

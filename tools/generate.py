@@ -7,13 +7,12 @@ An input line is {"prompt": TEXT} or {"messages": [{"role": ..., "content": ...}
 "tokens" and "forward_passes". DIR: a converted checkpoint, a training step, or a workdir (its newest good step).
 """
 
-import json
 import time
-from pathlib import Path
 
 from absl import flags
 
 from llada_jax import errors
+from llada_jax.data import jsonl
 from llada_jax.errors import InputError
 from llada_jax.sampling import flags as decoding
 
@@ -33,7 +32,7 @@ def main(argv) -> None:
         raise InputError("--checkpoint=DIR and one of --prompt=TEXT and --input=FILE are required; see --help")
     if _INPUT.value and not _OUTPUT.value:
         raise InputError("--input needs --output=FILE")
-    rows = [{"prompt": _PROMPT.value}] if _INPUT.value is None else _read_rows(Path(_INPUT.value))
+    rows = [{"prompt": _PROMPT.value}] if _INPUT.value is None else _read_rows(_INPUT.value)
 
     import jax  # after the flags are right: it takes seconds
 
@@ -57,7 +56,7 @@ def main(argv) -> None:
         if _INPUT.value:
             print(f"{min(start + len(part), len(rows))}/{len(rows)} prompts, {seconds:.1f} s for the last {len(part)}")
     if _INPUT.value:
-        _write_rows(Path(_OUTPUT.value), rows)
+        jsonl.write_values(_OUTPUT.value, rows)
     else:
         row = rows[0]
         print(row["prompt"] + row["answer"])
@@ -65,20 +64,12 @@ def main(argv) -> None:
         print(f"\n[{tokens} tokens in {passes} forward passes: {tokens / max(passes, 1):.2f} tokens per forward]")
 
 
-def _read_rows(path: Path) -> list[dict]:
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
+def _read_rows(path: str) -> list[dict]:
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}:{number}: malformed JSON ({error})") from error
+    for place, row in jsonl.read_values(path):
         known = isinstance(row, dict) and (isinstance(row.get("prompt"), str) or isinstance(row.get("messages"), list))
         if not known:
-            raise InputError(f'{path}:{number}: expected "prompt" (text) or "messages" (list)')
+            raise InputError(f'{place}: expected "prompt" (text) or "messages" (list)')
         rows.append(row)
     if not rows:
         raise InputError(f"{path}: no prompts")
@@ -91,12 +82,6 @@ def _text(row: dict, tokenizer) -> str:
     if _CHAT.value:
         return tokenizer.apply_chat_template([{"role": "user", "content": row["prompt"]}])
     return row["prompt"]
-
-
-def _write_rows(path: Path, rows: list[dict]) -> None:
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    temporary.replace(path)
 
 
 if __name__ == "__main__":

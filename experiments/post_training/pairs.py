@@ -5,11 +5,9 @@
 A line of DRAWN has the `messages` of a question, its `solution`, and the `answer` that tools/generate.py drew.
 """
 
-import json
 import sys
-from pathlib import Path
 
-from task import write_rows
+from llada_jax.data.jsonl import read_values, write_values
 
 
 def pairs(rows):
@@ -21,9 +19,9 @@ def pairs(rows):
 
 
 def main(drawn: str, out: str) -> None:
-    rows = [json.loads(line) for line in Path(drawn).read_text().splitlines()]
+    rows = [row for _, row in read_values(drawn)]
     found = list(pairs(rows))
-    write_rows(Path(out), found)
+    write_values(out, found)
     print(f"{out}: {len(found)} wrong answers of {len(rows)}")
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 import reasoning_gym
 import tokenizers
 
+from llada_jax.data.jsonl import write_values
 from llada_jax.interop.tokenizer import Tokenizer, load_tokenizer
 
 NAME = "number_filtering"
@@ -76,12 +77,6 @@ def train_tokenizer(texts, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def write_rows(path: Path, rows) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    partial.replace(path)
-
-
 def main(folder: str, seed: str, tokenizer_folder: str = "") -> None:
     out = Path(folder)
     test = {question for question, _ in questions(TEST_SEED, TEST_SIZE)}
@@ -93,10 +88,10 @@ def main(folder: str, seed: str, tokenizer_folder: str = "") -> None:
     if not tokenizer_folder:
         train_tokenizer((part for pair in text[:5000] for part in pair), out / "tokenizer")
     tokenizer = load_tokenizer(tokenizer_folder or str(out / "tokenizer"))
-    write_rows(out / "text.jsonl", ({"text": as_text(tokenizer, *pair)} for pair in text))
-    write_rows(out / "chats.jsonl", ({"messages": messages(*pair)} for pair in chats))
+    write_values(out / "text.jsonl", ({"text": as_text(tokenizer, *pair)} for pair in text))
+    write_values(out / "chats.jsonl", ({"messages": messages(*pair)} for pair in chats))
     rest = pairs[len(text) + len(chats) :]
-    write_rows(out / "questions.jsonl", ({"messages": messages(q, a)[:1], "solution": a} for q, a in rest))
+    write_values(out / "questions.jsonl", ({"messages": messages(q, a)[:1], "solution": a} for q, a in rest))
     print(f"{out}: {len(text)} texts, {len(chats)} conversations, {len(rest)} questions for pairs")
 
 

@@ -1,9 +1,8 @@
 """Readers of rows with several fields: .jsonl lines and table rows as one stream that can be taken up anywhere."""
 
-import json
 from collections.abc import Iterator, Sequence
 
-from llada_jax.data import tables
+from llada_jax.data import jsonl, tables
 from llada_jax.data.sources import SourceFile
 from llada_jax.errors import InputError
 
@@ -40,12 +39,7 @@ def parse_row(row: bytes | dict) -> dict:
 
 def parse_object(line: bytes) -> dict:
     """The JSON object on a line. Raises InputError, without the place, when it is something else."""
-    try:
-        record = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise InputError("not UTF-8") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"malformed JSON ({getattr(error, 'msg', error)})") from error
+    record = jsonl.parse_line(line)
     if not isinstance(record, dict):
         raise InputError("not a JSON object")
     return record

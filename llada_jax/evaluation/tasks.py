@@ -1,14 +1,14 @@
 """Scores generated answers: questions in; accuracy and tokens per forward pass out, with standard errors."""
 
 import dataclasses
-import json
+import itertools
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import jax
 import numpy as np
 
+from llada_jax.data import jsonl
 from llada_jax.errors import InputError
 from llada_jax.interop.tokenizer import Tokenizer
 from llada_jax.sampling.generate import GenerateConfig, generate
@@ -75,18 +75,10 @@ def file_questions(path: str, limit: int | None = None) -> list[Question]:
     Blanks at either end do not count. Raises InputError with file and line.
     """
     questions = []
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such file")
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip() or (limit is not None and len(questions) == limit):
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}:{number}: malformed JSON ({error})") from error
+    for place, row in itertools.islice(jsonl.read_values(path), limit):
         known = isinstance(row, dict) and isinstance(row.get("answer"), str)
         if not known or (isinstance(row.get("prompt"), str) == isinstance(row.get("messages"), list)):
-            raise InputError(f'{path}:{number}: expected "answer" (text) and one of "prompt" (text), "messages" (list)')
+            raise InputError(f'{place}: expected "answer" (text) and one of "prompt" (text), "messages" (list)')
         expected = row["answer"].strip()
         score = lambda answer, expected=expected: float(answer.strip() == expected)  # noqa: E731
         questions.append(Question(row.get("messages"), row.get("prompt"), score))
@@ -110,7 +102,7 @@ def answer_questions(
     key = jax.random.key(0) if key is None else key
     eos_id = model.config.eos_token_id if config.eos_id is None else config.eos_id
     records, begin = [], time.perf_counter()
-    # Batches of like lengths share their prefill; each keeps its own key, so the order does not matter to an answer.
+    # Prompts of like lengths share their prefill. At temperature 0 an answer does not depend on its batch.
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
     for start in range(0, len(order), batch):
         rows = order[start : start + batch]

@@ -1,0 +1,40 @@
+"""JSON lines: one line parsed, a file read with the place of each line, a file written whole or not at all."""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from llada_jax.errors import InputError
+
+
+def parse_line(line: bytes):
+    """The JSON value on a line. Raises InputError, without the place, when it is none."""
+    try:
+        return json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise InputError("not UTF-8") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"malformed JSON ({getattr(error, 'msg', error)})") from error
+
+
+def read_values(path: str | os.PathLike) -> Iterator[tuple[str, object]]:
+    """Yields ("path:line", value) for the lines that are not blank. Raises InputError naming the file, or the place."""
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: no such file")
+    with open(path, "rb") as stream:
+        for number, line in enumerate(stream, 1):
+            place = f"{path}:{number}"
+            if line.strip():
+                try:
+                    value = parse_line(line)
+                except InputError as error:
+                    raise InputError(f"{place}: {error}") from error
+                yield place, value
+
+
+def write_values(path: str | os.PathLike, values: Iterable) -> None:
+    """Writes one value a line."""
+    partial = Path(f"{path}.partial")
+    partial.write_text("".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values), encoding="utf-8")
+    partial.replace(path)
