@@ -54,10 +54,15 @@ def shardings(abstract, logical_axes, mesh: Mesh):
     return jax.tree.map(lambda leaf, axes: NamedSharding(mesh, spec(axes, leaf.shape, mesh)), abstract, logical_axes)
 
 
+def mesh_in_force():
+    """The mesh of `jax.set_mesh` when it has several devices, else None: then there is nothing to share out."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.size == 1 else mesh
+
+
 def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     """Asks XLA to lay x out by its logical axes on the mesh in force (`jax.set_mesh`); without one, x unchanged."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if (mesh := mesh_in_force()) is None:
         return x
     return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh))
 
@@ -70,8 +75,7 @@ def over_batch(function):
     """
 
     def call(x, weights):
-        mesh = jax.sharding.get_abstract_mesh()
-        if mesh.empty or mesh.size == 1:
+        if (mesh := mesh_in_force()) is None:
             return function(x, weights)
         batch = spec(("batch",) + (None,) * (x.ndim - 1), x.shape, mesh)
         whole = jax.tree.map(lambda _: PartitionSpec(), weights)
@@ -88,8 +92,7 @@ def over_heads(attention):
     """
 
     def call(query, key, value, mask):
-        mesh = jax.sharding.get_abstract_mesh()
-        if mesh.empty or mesh.size == 1:
+        if (mesh := mesh_in_force()) is None:
             return attention(query, key, value, mask)
         heads = spec(("batch", None, "kv_heads", None), key.shape, mesh)
         specs = (heads, heads, heads, PartitionSpec(heads[0]))

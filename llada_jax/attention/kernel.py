@@ -32,8 +32,7 @@ def kernel_plan(visibility: Visibility, num_keys: int, group: int, head_dim: int
     queries = visibility.clean_start.shape[1]
     tiles = INTERPRET_TILES if interpret else tiles_for(device_kind(), head_dim, group, queries)
     local = functools.partial(make_plan, num_keys=num_keys, tiles=tiles)
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if (mesh := sharding.mesh_in_force()) is None:
         return local(visibility)
     rows = sharding.spec(("batch", None), visibility.clean_start.shape, mesh)
     # Every leaf of a plan is a concatenation over the shards of the batch.

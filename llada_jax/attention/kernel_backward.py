@@ -12,7 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from llada_jax.attention.kernel_walk import AHEAD, RING, Step, Walk, compiler_params, dot, in_hbm
+from llada_jax.attention.kernel_walk import AHEAD, RING, Step, Walk, dot, launch
 from llada_jax.attention.plan import Plan
 
 
@@ -23,9 +23,8 @@ def backward(query, key, value, cotangent, statistics, plan: Plan, interpret=Fal
     query tiles, 2, rows] float32: the forward kernel's log-sums and the sums of output * cotangent over head_dim.
     The gradient is that of exp2: the caller multiplies by what log2(e) / sqrt(head_dim) asks for.
     """
-    kv_heads, num_tiles, rows, head_dim = query.shape
+    _, num_tiles, rows, head_dim = query.shape
     chunks, chunk = plan.tiles.backward, plan.tiles.chunk
-    hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     scratch = [
         pltpu.VMEM((RING, rows, head_dim), query.dtype),
         pltpu.VMEM((RING, rows, head_dim), cotangent.dtype),
@@ -38,25 +37,15 @@ def backward(query, key, value, cotangent, statistics, plan: Plan, interpret=Fal
         pltpu.VMEM((plan.chunks_per_row, chunk, head_dim), jnp.float32),
         pltpu.VMEM((plan.chunks_per_row, chunk, head_dim), jnp.float32),
     ]
-    semaphores = [pltpu.SemaphoreType.DMA((n,)) for n in (RING, RING, RING, RING, RING, RING, 2, 2)]
-    return pl.pallas_call(
-        functools.partial(_kernel, plan, num_tiles),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
-            grid=(kv_heads,),
-            in_specs=[hbm] * 6,
-            out_specs=[hbm] * 3,
-            scratch_shapes=scratch + semaphores,
-        ),
-        out_shape=[
-            pltpu.HBM(query.shape, query.dtype),
-            pltpu.HBM(key.shape, jnp.float32),
-            pltpu.HBM(value.shape, jnp.float32),
-        ],
-        compiler_params=compiler_params(scratch, interpret),
-        interpret=interpret,
-        name="block_diffusion_attention_backward",
-    )(plan.backward_steps, plan.runs, *in_hbm(interpret, query, cotangent, statistics, plan.bounds, key, value))
+    results = [
+        pltpu.HBM(query.shape, query.dtype),
+        pltpu.HBM(key.shape, jnp.float32),
+        pltpu.HBM(value.shape, jnp.float32),
+    ]
+    operands = [query, cotangent, statistics, plan.bounds, key, value]
+    semaphores = (RING, RING, RING, RING, RING, RING, 2, 2)
+    kernel, name = functools.partial(_kernel, plan, num_tiles), "block_diffusion_attention_backward"
+    return launch(kernel, name, plan.backward_steps, plan.runs, operands, results, scratch, semaphores, interpret)
 
 
 def _kernel(

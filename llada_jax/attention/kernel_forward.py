@@ -11,7 +11,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from llada_jax.attention.kernel_walk import AHEAD, HIDDEN, RING, Step, Walk, compiler_params, dot, in_hbm
+from llada_jax.attention.kernel_walk import AHEAD, HIDDEN, RING, Step, Walk, dot, launch
 from llada_jax.attention.plan import Plan
 
 
@@ -25,7 +25,6 @@ def forward(query, key, value, plan: Plan, interpret=False):
     kv_heads, num_tiles, rows, head_dim = query.shape
     chunks, chunk = plan.tiles.forward, plan.tiles.chunk
     keys = chunks * chunk
-    hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     scratch = [
         pltpu.VMEM((RING, rows, head_dim), query.dtype),
         pltpu.VMEM((RING, chunks, chunk, head_dim), key.dtype),
@@ -38,24 +37,13 @@ def forward(query, key, value, plan: Plan, interpret=False):
         pltpu.VMEM((1, rows), jnp.float32),
         pltpu.VMEM((1, rows), jnp.float32),
     ]
-    semaphores = [pltpu.SemaphoreType.DMA((n,)) for n in (RING, RING, RING, RING, 2, 2)]
-    return pl.pallas_call(
-        functools.partial(_kernel, plan, num_tiles),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
-            grid=(kv_heads,),
-            in_specs=[hbm] * 4,
-            out_specs=[hbm] * 2,
-            scratch_shapes=scratch + semaphores,
-        ),
-        out_shape=[
-            pltpu.HBM(query.shape, query.dtype),
-            pltpu.HBM((kv_heads, num_tiles, 1, rows), jnp.float32),
-        ],
-        compiler_params=compiler_params(scratch, interpret),
-        interpret=interpret,
-        name="block_diffusion_attention_forward",
-    )(plan.forward_steps, plan.runs, *in_hbm(interpret, query, key, value, plan.bounds))
+    results = [
+        pltpu.HBM(query.shape, query.dtype),
+        pltpu.HBM((kv_heads, num_tiles, 1, rows), jnp.float32),
+    ]
+    operands, semaphores = [query, key, value, plan.bounds], (RING, RING, RING, RING, 2, 2)
+    kernel, name = functools.partial(_kernel, plan, num_tiles), "block_diffusion_attention_forward"
+    return launch(kernel, name, plan.forward_steps, plan.runs, operands, results, scratch, semaphores, interpret)
 
 
 def _kernel(

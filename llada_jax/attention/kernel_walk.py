@@ -114,15 +114,35 @@ def dot(a, b, contract_a: int, contract_b: int):
     return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
 
-def in_hbm(interpret, *operands):
-    """Keeps XLA from moving operands into fast memory: the kernel's copies would then be loops of vector moves.
+def launch(kernel, name, steps, runs, operands, results, scratch, semaphores, interpret):
+    """Runs `kernel` once per key/value head, the leading axis of operands[0], and returns its results.
 
-    For the same reason results are declared as pltpu.HBM.
+    results: their shapes, each a pltpu.HBM; steps, runs: of the plan, for scalar memory; scratch: buffers in fast
+    memory; semaphores: the size of each array of them.
+
+    Operands are kept in HBM, as results are: XLA would move some into fast memory, and the kernel's copies would then
+    be loops of vector moves.
     """
-    return operands if interpret else [pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in operands]
+    if not interpret:
+        operands = [pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in operands]
+    hbm = pl.BlockSpec(memory_space=pltpu.HBM)
+    return pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(operands[0].shape[0],),
+            in_specs=[hbm] * len(operands),
+            out_specs=[hbm] * len(results),
+            scratch_shapes=scratch + [pltpu.SemaphoreType.DMA((size,)) for size in semaphores],
+        ),
+        out_shape=results,
+        compiler_params=_compiler_params(scratch, interpret),
+        interpret=interpret,
+        name=name,
+    )(steps, runs, *operands)
 
 
-def compiler_params(scratch, interpret):
+def _compiler_params(scratch, interpret):
     """Key/value heads are shared out to the cores; raises InputError when the scratch does not fit fast memory."""
 
     def size(buffer):
