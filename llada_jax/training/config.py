@@ -199,13 +199,13 @@ def evaluation_block_sizes(config: ConfigDict) -> tuple[int, ...]:
     return (1,) if config.schedule.kind == "ar" else tuple(config.evaluation.block_sizes)
 
 
-def execution(config: ConfigDict) -> Execution:
-    """How to compute on the device at hand."""
+def execution(config: ConfigDict, platform: str | None = None) -> Execution:
+    """How to compute on a platform ("tpu", "gpu", "cpu"), by default the one at hand."""
     if config.execution.dtype not in ("float32", "bfloat16"):
         raise InputError(f'config.execution.dtype={config.execution.dtype!r}, expected "float32" or "bfloat16"')
     values = dict(config.execution)
     if values["attention"] == "auto":
-        values["attention"] = "kernel" if jax.default_backend() == "tpu" else "blockwise"
+        values["attention"] = "kernel" if (platform or jax.default_backend()) == "tpu" else "blockwise"
     return Execution(**values)
 
 
@@ -260,6 +260,12 @@ def check(config: ConfigDict) -> None:
             raise InputError(
                 f"config.evaluation.block_sizes: {block_size} does not divide data.length={config.data.length}"
             )
+
+
+def check_rows(config: ConfigDict, mesh) -> None:
+    """Raises InputError when the devices of the mesh cannot share the rows of a step evenly."""
+    if config.batch.rows // config.batch.micro_batches % (mesh.size // mesh.shape["tensor"]):
+        raise InputError(f"config.batch.rows={config.batch.rows} cannot be shared by {mesh.size} devices")
 
 
 def write(config: ConfigDict, path: Path) -> None:

@@ -33,14 +33,19 @@ class Loss(NamedTuple):
 
 
 def make_train_step(
-    model: ModelConfig | Lora, loss: Loss, optimizer: optax.GradientTransformation, micro_batches: int = 1
+    model: ModelConfig | Lora,
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    micro_batches: int = 1,
+    compiler_options: dict[str, str] | None = None,
 ):
     """Returns the jitted train_step(state, frozen, batch, block_size, embedding_noise_std, halves).
 
     It returns (state, metrics), metrics being float32 scalars. model: what trains, the model's weights or its adapters.
     frozen: weights that do not: the adapters' base, which is also the loss's reference; without adapters the reference,
     or None when the loss needs none. batch: data.order.Batch of arrays; block_size int32 and embedding_noise_std
-    float32 are run-time scalars; halves (schedule.Phase.halves) is static. The state is donated.
+    float32 are run-time scalars; halves (schedule.Phase.halves) is static. The state is donated. compiler_options: of
+    XLA (training/xla_options.py).
     """
     config = model.model if isinstance(model, Lora) else model
 
@@ -63,7 +68,7 @@ def make_train_step(
             metrics["mask_embedding_norm"] = jnp.linalg.norm(embedding[config.mask_token_id].astype(jnp.float32))
         return TrainState(state.step + 1, params, optimizer_state), metrics
 
-    return jax.jit(train_step, static_argnames="halves", donate_argnums=0)
+    return jax.jit(train_step, static_argnames="halves", donate_argnums=0, compiler_options=compiler_options)
 
 
 def whole(params, frozen, model: ModelConfig | Lora):
