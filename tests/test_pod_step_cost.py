@@ -146,7 +146,7 @@ HIDDEN = """HloModule m, is_scheduled=true
 ENTRY %main (x: bf16[4096,4096], w: bf16[1024,4096]) -> bf16[4096,4096] {
   %x = bf16[4096,4096]{1,0} parameter(0)
   %w = bf16[1024,4096]{1,0} parameter(1)
-  %start = (bf16[1024,4096]{1,0}, bf16[4096,4096]{1,0}) all-gather-start(%w), channel_id=1, replica_groups=[1,4]<=[4], dimensions={0}
+  %start = (bf16[1024,4096]{1,0}, bf16[4096,4096]{1,0}) all-gather-start(%w), channel_id=1, replica_groups=[1,4]<=[4]
   %between = bf16[4096,4096]{1,0} fusion(%x), kind=kOutput, calls=%matmul, metadata={op_name="jit(f)/dot"}
   %done = bf16[4096,4096]{1,0} all-gather-done(%start)
   ROOT %after = bf16[4096,4096]{1,0} fusion(%done), kind=kOutput, calls=%matmul, metadata={op_name="jit(f)/head/dot"}

@@ -17,9 +17,10 @@ from llada_jax.attention.blockwise import blockwise_attention
 from llada_jax.attention.dense import dense_attention
 from llada_jax.attention.kernel import kernel_attention, kernel_plan
 from llada_jax.errors import InputError
-from llada_jax.model import experts, head
+from llada_jax.model import experts, head, parameters
 from llada_jax.model.alignment import align
 from llada_jax.model.config import ModelConfig
+from llada_jax.model.grouped_matmul import KERNELS
 from llada_jax.model.layers import project, rms_norm, rope_angles, rotate, swiglu
 from llada_jax.model.lora import weight_of
 
@@ -37,20 +38,28 @@ REMAT_POLICIES = {
 class Execution:
     """How a pass is computed, never what it computes.
 
-    attention: a name in ATTENTIONS. remat: a name in REMAT_POLICIES. dtype: of activations; None is the parameters'.
-    interpret: run the attention kernel interpreted, on any device, slowly; for tests.
+    attention: a name in ATTENTIONS. experts: of their matmul, a name in grouped_matmul.KERNELS. exchange: how experts
+    and tokens meet over a mesh, a name in experts.EXCHANGES. remat: a name in REMAT_POLICIES. dtype: of activations
+    and of gathered weights; None is the parameters'. reduce_dtype: in which gradients of gathered weights are summed
+    over ranks; None is `dtype`, "float32" costs twice the bytes where `dtype` is "bfloat16". interpret: run the Pallas
+    kernels interpreted, on any device, slowly; for tests.
     """
 
     attention: str = "dense"
+    experts: str = "xla"
+    exchange: str = "weights"
     remat: str = "none"
     dtype: str | None = None
+    reduce_dtype: str | None = None
     interpret: bool = False
 
     def __post_init__(self):
-        if self.attention not in ATTENTIONS:
-            raise InputError(f"attention={self.attention!r}, expected one of {', '.join(ATTENTIONS)}")
-        if self.remat not in REMAT_POLICIES:
-            raise InputError(f"remat={self.remat!r}, expected one of {', '.join(REMAT_POLICIES)}")
+        for field, choices in (
+            ("attention", ATTENTIONS), ("experts", KERNELS), ("exchange", experts.EXCHANGES),
+            ("remat", tuple(REMAT_POLICIES)), ("reduce_dtype", (None, "float32")),
+        ):  # fmt: skip
+            if (value := getattr(self, field)) not in choices:
+                raise InputError(f"{field}={value!r}, expected one of {', '.join(map(str, choices))}")
 
 
 def hidden_states(
@@ -80,7 +89,7 @@ def hidden_states(
     attend = _attend(config, execution, visibility, tokens.shape[1] + cached)
     computed = {}
     for group in config.layer_groups:
-        layer = functools.partial(_layer, config, group, attend, cos, sin)
+        layer = functools.partial(_layer, config, group, execution, attend, cos, sin)
         if policy := REMAT_POLICIES[execution.remat]:
             layer = jax.checkpoint(layer, policy=policy)
         group_cache = None if cache is None else cache[group]
@@ -91,24 +100,26 @@ def hidden_states(
 def _attend(config, execution, visibility, num_keys):
     """attention(query, key, value) of a pass; what depends on the mask only is made here, once for all layers."""
     if execution.attention == "kernel":
-        group = config.num_heads // config.num_kv_heads
+        heads, kv_heads = config.num_heads, config.num_kv_heads
+        group = heads // (kv_heads * sharding.kv_copies(heads, kv_heads))
         plan = kernel_plan(visibility, num_keys, group, config.head_dim, execution.interpret)
         return functools.partial(kernel_attention, plan=plan, interpret=execution.interpret)
     attention = {"dense": dense_attention, "blockwise": blockwise_attention}[execution.attention]
     return functools.partial(attention, visibility=visibility)
 
 
-def _layer(config, group, attend, cos, sin, x, weights_and_cache):
+def _layer(config, group, execution, attend, cos, sin, x, weights_and_cache):
     weights, cache = weights_and_cache
-    weights = {k: w if k in ("router", "expert_bias") else w.astype(x.dtype) for k, w in weights.items()}
+    axes = parameters.layer_axes(config, group, weights)
+    routed = {k: w for k, w in weights.items() if group == "sparse" and weight_of(k) in _EXPERT_WEIGHTS}
+    weights = {k: sharding.gathered(w.astype(x.dtype), axes[k]) for k, w in weights.items() if k not in routed}
     h = rms_norm(x, weights["attention_norm"], config.rms_norm_eps)
     attended, keys_values = _attention(config, attend, weights, h, cos, sin, cache)
     x = x + attended
     h = rms_norm(x, weights["mlp_norm"], config.rms_norm_eps)
     if group == "sparse":
-        y = sharding.over_batch(lambda h, w: experts.moe(h.reshape(-1, h.shape[-1]), w, config).reshape(h.shape))(
-            h, {name: weights[name] for name in weights if weight_of(name) in _EXPERT_WEIGHTS}
-        )
+        moe = functools.partial(experts.moe, config=config, execution=execution)
+        y, _ = sharding.over_batch(moe, axes, execution.reduce_dtype)(h, routed)
     else:
         y = swiglu(h, weights)
     return sharding.constrain(x + y, ("batch", None, None)), keys_values

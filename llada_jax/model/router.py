@@ -22,8 +22,10 @@ def route(x: jax.Array, router: jax.Array, bias: jax.Array | None, config: Model
         scores = jax.nn.sigmoid(logits)
         ranking = scores if bias is None else scores + bias.astype(jnp.float32)[None]
         ranking = _limit_to_groups(ranking, config.num_groups, config.num_selected_groups)
-    _, experts = jax.lax.top_k(ranking, config.num_experts_per_token)
-    weights = jnp.take_along_axis(scores, experts, axis=-1)
+    _, experts = jax.lax.top_k(jax.lax.stop_gradient(ranking), config.num_experts_per_token)
+    # A sum with one term: the gradient of take_along_axis would be a scatter.
+    chosen = experts[..., None] == jnp.arange(config.num_experts)[None, None]
+    weights = jnp.where(chosen, scores[:, None], 0).sum(-1)
     if config.normalize_expert_weights and config.num_experts_per_token > 1:
         weights /= weights.sum(-1, keepdims=True) + 1e-20
     return experts, weights * config.routed_scaling_factor

@@ -67,7 +67,7 @@ def packing(length: int, mean: int) -> np.ndarray:
 
 
 def kernel_costs(shape: Shape, block_size: int, mean: int, num_rows: float, topology: Topology) -> dict[str, Cost]:
-    """{"forward", "backward": Cost of one call for num_rows rows}: the mean over the rows of the packing, times rows."""
+    """{"forward", "backward": Cost of one call for num_rows rows}: num_rows times the mean over the packing's rows."""
     compiled = compile_program(
         "llada_jax.pod.attention_cost:program", {"shape": dataclasses.asdict(shape)}, topology.name
     )

@@ -16,7 +16,6 @@ from ml_collections import ConfigDict
 
 from llada_jax import sharding
 from llada_jax.data.order import Batch
-from llada_jax.errors import InputError
 from llada_jax.model import parameters
 from llada_jax.model.config import ModelConfig, preset
 from llada_jax.model.lora import Lora

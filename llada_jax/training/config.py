@@ -96,8 +96,11 @@ def default_config(model: str) -> ConfigDict:
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, expert=1, tensor=1))
     config.execution = execution = ConfigDict()
     execution.attention = "dense"  # "blockwise", "kernel" (TPU), or "auto": the kernel on a TPU, blockwise elsewhere
+    execution.experts = "auto"  # "xla", "megablox" (TPU), or "auto": megablox on a TPU, xla elsewhere
+    execution.exchange = "weights"  # how experts and tokens meet over mesh.expert: "weights" or "tokens" are gathered
     execution.remat = "none"
     execution.dtype = "float32"
+    execution.reduce_dtype = ""  # of gradients of gathered weights, summed over ranks; "" is execution.dtype
 
     config.checkpoint = kept = ConfigDict()
     kept.every_steps = 50
@@ -203,10 +206,11 @@ def execution(config: ConfigDict, platform: str | None = None) -> Execution:
     """How to compute on a platform ("tpu", "gpu", "cpu"), by default the one at hand."""
     if config.execution.dtype not in ("float32", "bfloat16"):
         raise InputError(f'config.execution.dtype={config.execution.dtype!r}, expected "float32" or "bfloat16"')
-    values = dict(config.execution)
-    if values["attention"] == "auto":
-        values["attention"] = "kernel" if (platform or jax.default_backend()) == "tpu" else "blockwise"
-    return Execution(**values)
+    values, tpu = dict(config.execution), (platform or jax.default_backend()) == "tpu"
+    for field, on_tpu, elsewhere in (("attention", "kernel", "blockwise"), ("experts", "megablox", "xla")):
+        if values[field] == "auto":
+            values[field] = on_tpu if tpu else elsewhere
+    return Execution(**values | {"reduce_dtype": values["reduce_dtype"] or None})
 
 
 _POSITIVE = (

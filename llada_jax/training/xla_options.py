@@ -1,7 +1,7 @@
 """Options of the XLA compiler that a training step is compiled with, by platform."""
 
-# The gathers of sharded weights run behind arithmetic instead of before it; and over an axis that spans three sides of a
-# torus they are gathers at all: by default XLA makes each an all-reduce of zero-padded shards, at twice the bytes.
+# The gathers of sharded weights run behind arithmetic instead of before it; and over an axis that spans three sides of
+# a torus they are gathers at all: by default XLA makes each an all-reduce of zero-padded shards, at twice the bytes.
 _TPU = {
     "xla_enable_async_all_gather": "true",
     "xla_tpu_enable_async_collective_fusion": "true",
