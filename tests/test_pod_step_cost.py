@@ -174,6 +174,6 @@ def test_a_kernel_without_a_cost_is_refused():
     devices = Devices({"fsdp": 4}, topology, np.array(list(np.ndindex(2, 2, 1))), np.zeros(4, int))
     with pytest.raises(ValueError, match="between: a Pallas kernel of unknown cost"):
         step_lines(hlo.parse(text), topology.chip, {}, devices)
-    known = {"betw": lambda op: ("experts", Cost(3.0, 5.0))}
+    known = {"betw": lambda result, operands: ("experts", Cost(3.0, 5.0))}
     (line,) = [x for x in step_lines(hlo.parse(text), topology.chip, known, devices) if x.part == "experts"]
     assert (line.seconds, line.flops) == (3.0, 5.0)

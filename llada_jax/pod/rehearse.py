@@ -19,7 +19,7 @@ from llada_jax.data.order import Batch
 from llada_jax.model import parameters
 from llada_jax.model.config import ModelConfig, preset
 from llada_jax.model.lora import Lora
-from llada_jax.pod import attention_cost, hlo, useful_flops
+from llada_jax.pod import attention_cost, expert_cost, hlo, useful_flops
 from llada_jax.pod.chips import Topology
 from llada_jax.pod.collectives import Devices
 from llada_jax.pod.step_cost import PARTS, Line, step_lines
@@ -244,14 +244,38 @@ def _attention_shape(config: ConfigDict, step: Step) -> attention_cost.Shape:
 
 def _kernels(config: ConfigDict, step: Step, slices: Slices, packing: Packing):
     """{beginning of a Pallas kernel's name: its cost}."""
-    devices = step.mesh.size // step.mesh.shape["tensor"]
-    rows = config.batch.rows / config.batch.micro_batches / devices
+    rows = config.batch.rows / config.batch.micro_batches / (step.mesh.size // step.mesh.shape["tensor"])
     shape = _attention_shape(config, step)
     attention = attention_cost.kernel_costs(shape, packing.block_size, packing.mean_document, rows, slices.topology)
-    return {
-        f"block_diffusion_attention_{name}": lambda op, cost=cost: ("attention", cost)
+    kernels = {
+        f"block_diffusion_attention_{name}": lambda result, operands, cost=cost: ("attention", cost)
         for name, cost in attention.items()
     }
+    if step.model.is_moe:
+        experts = _expert_costs(config, step, slices.topology, rows * shape.positions, packing)
+
+        def gmm(result, operands):
+            (product,) = [x for x in operands if x.dtype == "bf16" and x.shape[:-1] == result[0].shape[:-1]]
+            return "experts", experts["gmm", product.shape[-1], result[0].shape[-1]]
+
+        kernels |= {"gmm": gmm, "tgmm": lambda result, operands: ("experts", experts["tgmm", *result[0].shape[1:]])}
+    return kernels
+
+
+def _expert_costs(config: ConfigDict, step: Step, topology: Topology, tokens: float, packing: Packing):
+    model, mesh = step.model, step.mesh.shape
+    width = model.moe_intermediate_size // mesh["tensor"]
+    rows, groups = round(tokens) * model.num_experts_per_token, model.num_experts
+    used = rows
+    if config.execution.exchange == "tokens":
+        # A rank holds its share of the experts and, in the worst case that its buffers are for, all pairs of all ranks.
+        used = round(rows * packing.busiest)
+        rows, groups = rows * mesh["expert"], groups // mesh["expert"]
+    costs = {}
+    for contracted, columns in ((model.hidden_size, 2 * width), (width, model.hidden_size)):
+        shape = expert_cost.Shape(rows, contracted, columns, groups)
+        costs |= expert_cost.kernel_costs(shape, expert_cost.routing(used, groups), topology)
+    return costs
 
 
 def _devices(mesh, slices: Slices) -> Devices:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 
 from llada_jax.pod.chips import Chip
 from llada_jax.pod.collectives import Collective, Devices, collective_cost, kind_of
-from llada_jax.pod.hlo import Module, Operation
+from llada_jax.pod.hlo import Array, Module, Operation
 from llada_jax.pod.operations import Cost, operation_cost
 
 PARTS = ("attention", "experts", "head", "dense", "glue", "collectives")
@@ -39,8 +39,8 @@ class Line:
     axes: str = ""
 
 
-# Seconds and FLOPs of one run of a Pallas kernel, and the part it belongs to.
-KernelCost = Callable[[Operation], tuple[str, Cost]]
+# (result, operands) of a Pallas kernel -> the part it belongs to, and the cost of one run.
+KernelCost = Callable[[tuple[Array, ...], tuple[Array, ...]], tuple[str, Cost]]
 
 
 def step_lines(
@@ -90,7 +90,7 @@ class _Walker:
                 for name in op.called:
                     self.walk(name, runs)
             elif op.target == "tpu_custom_call":
-                self._kernel(op, runs)
+                self._kernel(computation, op, runs)
             else:
                 self._operation(computation, op, runs)
 
@@ -104,10 +104,11 @@ class _Walker:
             branches.append(branch.lines)
         self.lines += max(branches, key=lambda lines: sum(line.seconds for line in lines))
 
-    def _kernel(self, op: Operation, runs: float) -> None:
+    def _kernel(self, computation: str, op: Operation, runs: float) -> None:
         for name, cost_of in self.kernels.items():
             if op.name.startswith(name):
-                part, cost = cost_of(op)
+                operands = (self.module.operand(computation, operand).result for operand in op.operands)
+                part, cost = cost_of(op.result, tuple(array for arrays in operands for array in arrays))
                 return self._add(op, part, cost, runs)
         raise ValueError(f"{op.name}: a Pallas kernel of unknown cost ({op.op_name})")
 
