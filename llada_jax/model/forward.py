@@ -80,7 +80,7 @@ def hidden_states(
     pass itself.
     """
     dtype = execution.dtype or params["embedding"].dtype
-    x = params["embedding"][tokens].astype(dtype)
+    x = head.embed(params["embedding"], tokens, dtype)
     if embedding_noise is not None:
         x = x + embedding_noise.astype(dtype)
     x = sharding.constrain(x, ("batch", None, None))
