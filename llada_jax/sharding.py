@@ -122,7 +122,8 @@ def _gather_axis_forward(x, axis, dimension, reduce_dtype):
 def _gather_axis_backward(axis, dimension, reduce_dtype, _, cotangent):
     summed = cotangent.astype(reduce_dtype or cotangent.dtype)
     summed = jax.lax.psum_scatter(summed, axis, scatter_dimension=dimension, tiled=True)
-    return (summed.astype(cotangent.dtype),)
+    # Else XLA may fuse the taking of this rank's part into what uses it, and reduce for all ranks.
+    return (jax.lax.optimization_barrier(summed).astype(cotangent.dtype),)
 
 
 _gather_axis.defvjp(_gather_axis_forward, _gather_axis_backward)

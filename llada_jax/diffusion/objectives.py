@@ -173,7 +173,9 @@ def score(
         added = _embedding_noise(example, embedding_noise_std, config.hidden_size)
     hidden = denoised_hidden(params, config, noisy, clean, example.where, example.positions, execution, added)
     matrix = head.head_matrix(params, config)
-    scores = head.token_scores(hidden, example.clean, example.masked, matrix, entropy_temperature)
+    scores = head.token_scores(
+        hidden, example.clean, example.masked, matrix, entropy_temperature, execution.reduce_dtype
+    )
     return Sums(
         weighted=(scores.nll * example.weights).sum(),
         nll=scores.nll.sum(),

@@ -79,12 +79,13 @@ def combine_experts(x, experts, expert_weights, gate_up, down, matmul=grouped_ma
     x [tokens, embed]; experts, expert_weights [tokens, k], experts not in 0 .. experts - 1 being elsewhere; gate_up
     [experts, embed, 2 * mlp], the gate first; down [experts, mlp, embed]. matmul: as grouped_matmul.
     """
-    move = sort_by_expert(experts, gate_up.shape[0])
-    sorted_x = checkpoint_name(dispatch(x, move), "expert_rows")
-    hidden = checkpoint_name(matmul(sorted_x, gate_up, move.group_sizes), "expert_hidden")
-    gate, up = jnp.split(hidden, 2, axis=1)
-    sorted_y = matmul(jax.nn.silu(gate) * up, down, move.group_sizes)
-    return combine(checkpoint_name(sorted_y, "expert_output"), expert_weights, move)
+    move = jax.tree.map(lambda part: checkpoint_name(part, "routing"), sort_by_expert(experts, gate_up.shape[0]))
+    sorted_x = checkpoint_name(rows_of_tokens(x, move), "expert_rows")
+    gate_up_x = checkpoint_name(matmul(sorted_x, gate_up, move.group_sizes), "expert_hidden")
+    gate, up = jnp.split(gate_up_x.astype(jnp.float32), 2, axis=1)
+    # Weighted before the last matmul, whose result the backward pass then does not need.
+    hidden = jax.nn.silu(gate) * up * rows_of_pairs(expert_weights, move)[:, None]
+    return sums_of_pairs(matmul(hidden.astype(x.dtype), down, move.group_sizes), move)
 
 
 class Move(NamedTuple):
@@ -121,47 +122,30 @@ def count_by_group(keys: jax.Array, groups: int) -> jax.Array:
 
 
 @jax.custom_vjp
-def dispatch(x: jax.Array, move: Move) -> jax.Array:
+def rows_of_tokens(x: jax.Array, move: Move) -> jax.Array:
     """x [tokens, embed] -> [rows, embed]: each token at the rows of its pairs."""
     return _take(x, move.pair // move.row.shape[1])
 
 
-def _dispatch_forward(x, move):
-    return dispatch(x, move), move
-
-
-def _dispatch_backward(move, cotangent):
-    parts = jnp.where(move.here[..., None], _take(cotangent, move.row), 0)
-    return parts.astype(jnp.float32).sum(axis=1).astype(cotangent.dtype), None
-
-
-dispatch.defvjp(_dispatch_forward, _dispatch_backward)
+@jax.custom_vjp
+def sums_of_pairs(y: jax.Array, move: Move) -> jax.Array:
+    """y [rows, embed] -> [tokens, embed]: over the pairs of each token that are here, in float32."""
+    pairs = jnp.where(move.here[..., None], _take(y, move.row), 0)
+    return pairs.astype(jnp.float32).sum(axis=1).astype(y.dtype)
 
 
 @jax.custom_vjp
-def combine(sorted_y: jax.Array, weights: jax.Array, move: Move) -> jax.Array:
-    """sum_j weights[t, j] * sorted_y[row of (t, j)], in float32, over the pairs that are here.
-
-    sorted_y [rows, embed]; weights [tokens, k] float32 -> [tokens, embed] in sorted_y's dtype.
-    """
-    parts = jnp.where(move.here[..., None], _take(sorted_y, move.row), 0)
-    return jnp.einsum("tkd,tk->td", parts.astype(jnp.float32), weights).astype(sorted_y.dtype)
+def rows_of_pairs(weights: jax.Array, move: Move) -> jax.Array:
+    """weights [tokens, k] -> [rows]"""
+    return _take(weights.reshape(-1), move.pair)
 
 
-def _combine_forward(sorted_y, weights, move):
-    return combine(sorted_y, weights, move), (sorted_y, weights, move)
-
-
-def _combine_backward(residuals, cotangent):
-    sorted_y, weights, move = residuals
-    at_rows = _take(cotangent, move.pair // move.row.shape[1]).astype(jnp.float32)
-    d_sorted_y = at_rows * _take(weights.reshape(-1), move.pair)[:, None]
-    of_rows = jnp.sum(at_rows * sorted_y.astype(jnp.float32), axis=1)
-    d_weights = jnp.where(move.here, _take(of_rows, move.row), 0)
-    return d_sorted_y.astype(sorted_y.dtype), d_weights, None
-
-
-combine.defvjp(_combine_forward, _combine_backward)
+rows_of_tokens.defvjp(lambda x, move: (rows_of_tokens(x, move), move), lambda move, d: (sums_of_pairs(d, move), None))
+sums_of_pairs.defvjp(lambda y, move: (sums_of_pairs(y, move), move), lambda move, d: (rows_of_tokens(d, move), None))
+rows_of_pairs.defvjp(
+    lambda weights, move: (rows_of_pairs(weights, move), move),
+    lambda move, d: (jnp.where(move.here, _take(d, move.row), 0), None),
+)
 
 
 def _take(x: jax.Array, index: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from llada_jax import sharding
 from llada_jax.attention import visibility as vis
@@ -26,11 +27,24 @@ from llada_jax.model.lora import weight_of
 
 # "kernel" runs on TPUs, the others anywhere.
 ATTENTIONS = ("dense", "blockwise", "kernel")
-# What the backward pass of a layer may keep; the rest is recomputed.
+_keep = jax.checkpoint_policies.save_only_these_names
+_ATTENTION = ("attention_output", "routing")  # the attention's output and statistics; which token goes where
+_PROJECTIONS = ("query", "key", "value")
+# What the backward pass of a layer keeps; the rest it computes again. From "full" to "none" each keeps more.
 REMAT_POLICIES = {
-    "none": None,
-    "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
     "full": jax.checkpoint_policies.nothing_saveable,
+    "attention": _keep(*_ATTENTION),
+    "projections": _keep(*_ATTENTION, *_PROJECTIONS),
+    "hidden": _keep(*_ATTENTION, *_PROJECTIONS, "expert_hidden"),  # of experts: gate and up
+    "rows": _keep(*_ATTENTION, *_PROJECTIONS, "expert_hidden", "expert_rows"),  # the experts' input too
+    "none": jax.checkpoint_policies.save_anything_except_these_names(sharding.GATHERED),
+    "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,  # results of plain matmuls: dense models
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(  # as "projections", in the host's memory
+        names_which_can_be_saved=["routing"],
+        names_which_can_be_offloaded=["attention_output", *_PROJECTIONS],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -80,7 +94,7 @@ def hidden_states(
     pass itself.
     """
     dtype = execution.dtype or params["embedding"].dtype
-    x = params["embedding"][tokens].astype(dtype)
+    x = head.embed(params["embedding"], tokens, dtype)
     if embedding_noise is not None:
         x = x + embedding_noise.astype(dtype)
     x = sharding.constrain(x, ("batch", None, None))
@@ -90,8 +104,9 @@ def hidden_states(
     computed = {}
     for group in config.layer_groups:
         layer = functools.partial(_layer, config, group, execution, attend, cos, sin)
-        if policy := REMAT_POLICIES[execution.remat]:
-            layer = jax.checkpoint(layer, policy=policy)
+        # Without a mesh there are no gathered weights to drop, and nothing to compute again.
+        if execution.remat != "none" or sharding.mesh_in_force() is not None:
+            layer = jax.checkpoint(layer, policy=REMAT_POLICIES[execution.remat])
         group_cache = None if cache is None else cache[group]
         x, computed[group] = jax.lax.scan(layer, x, (params[group], group_cache))
     return rms_norm(x, params["final_norm"], config.rms_norm_eps), computed
@@ -138,11 +153,14 @@ def _attention(config, attend, weights, x, cos, sin, cache):
         query = rms_norm(query, weights["query_norm"], config.rms_norm_eps)
         key = rms_norm(key, weights["key_norm"], config.rms_norm_eps)
     query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+    named = zip((query, key, value), _PROJECTIONS, strict=True)
+    query, key, value = (checkpoint_name(part, name) for part, name in named)
     own = {"key": key, "value": value}
     if cache is not None:
         key = jnp.concatenate([key, cache["key"]], axis=1)
         value = jnp.concatenate([value, cache["value"]], axis=1)
-    return project(attend(query, key, value), weights, "output", contracted=2), own
+    attended = checkpoint_name(attend(query, key, value), "attention_output")
+    return project(attended, weights, "output", contracted=2), own
 
 
 def _prepare(tokens, segment_ids, positions, block_size, block_origin):

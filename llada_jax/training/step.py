@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from llada_jax import sharding
 from llada_jax.diffusion import noise, objectives, preference
 from llada_jax.diffusion.objectives import Objective
 from llada_jax.diffusion.preference import Preference
+from llada_jax.model import parameters
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.forward import Execution
 from llada_jax.model.lora import Lora, attach
@@ -60,6 +62,7 @@ def make_train_step(
             return jax.grad(value, has_aux=True)(params)
 
         gradients, sums = _accumulate(gradient, state.params, example, micro_batches)
+        gradients = jax.tree.map(sharding.constrain, gradients, parameters.logical_axes(model))
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = loss.metrics(sums, total) | {"gradient_norm": optax.global_norm(gradients)}
