@@ -18,7 +18,8 @@ from llada_jax.errors import InputError
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
 
-# Logical axis -> mesh axes. A dimension that the axes do not divide stays whole.
+# Logical axis -> mesh axes, of which a dimension takes the first ones that divide it and that no dimension before it has
+# taken. Experts come before "embed": parts of whole experts are gathered where they are needed, without a transposition.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp", "expert"),
     "vocab": ("tensor",),
@@ -26,7 +27,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
-    "experts": ("expert",),
+    "experts": ("expert", "fsdp"),
     "layers": (),
 }
 
@@ -49,11 +50,13 @@ def make_mesh(data: int = -1, fsdp: int = 1, expert: int = 1, tensor: int = 1, d
 
 def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh) -> PartitionSpec:
     """PartitionSpec of an array with these logical axes on `mesh` (concrete or abstract)."""
-    entries = []
+    entries, taken = [], set()
     for axis, size in zip(axes, shape, strict=True):
-        names = tuple(name for name in RULES.get(axis, ()) if mesh.shape[name] > 1)
-        divides = names and size % math.prod(mesh.shape[name] for name in names) == 0
-        entries.append(names if divides else None)
+        free = [name for name in RULES.get(axis, ()) if mesh.shape[name] > 1 and name not in taken]
+        while size % math.prod(mesh.shape[name] for name in free):
+            free.pop()
+        taken |= set(free)
+        entries.append(tuple(free) or None)
     return PartitionSpec(*entries)
 
 

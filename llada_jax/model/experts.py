@@ -130,8 +130,11 @@ def rows_of_tokens(x: jax.Array, move: Move) -> jax.Array:
 @jax.custom_vjp
 def sums_of_pairs(y: jax.Array, move: Move) -> jax.Array:
     """y [rows, embed] -> [tokens, embed]: over the pairs of each token that are here, in float32."""
-    pairs = jnp.where(move.here[..., None], _take(y, move.row), 0)
-    return pairs.astype(jnp.float32).sum(axis=1).astype(y.dtype)
+    tokens, k = move.row.shape
+    # Pair-major, a sum of k arrays: a sum over a middle axis of size k would be one over sublanes on a TPU.
+    pairs = _take(y, move.row.T.reshape(-1)).reshape(k, tokens, -1)
+    parts = (jnp.where(move.here[:, j, None], pairs[j], 0).astype(jnp.float32) for j in range(k))
+    return functools.reduce(jnp.add, parts).astype(y.dtype)
 
 
 @jax.custom_vjp

@@ -74,7 +74,9 @@ def token_scores(
     chunks without a supervised position cost nothing. The tensor axis splits the vocabulary: its ranks then exchange
     a few numbers a position. reduce_dtype: of the head's gradient, as in sharding.Shards.
     """
-    local = functools.partial(_local_scores, temperature=entropy_temperature, vocab=head.shape[1])
+    local = jax.named_scope("head")(
+        functools.partial(_local_scores, temperature=entropy_temperature, vocab=head.shape[1])
+    )
     scores = sharding.over_batch(local, {"head": ("embed", "vocab")}, reduce_dtype)
     return TokenScores(*scores((hidden, targets, supervised), {"head": head}))
 

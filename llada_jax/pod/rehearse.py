@@ -5,6 +5,7 @@ config's mesh over all devices of the slices. Compiler-estimated, not measured.
 """
 
 import dataclasses
+import math
 import re
 import time
 
@@ -16,7 +17,7 @@ from ml_collections import ConfigDict
 
 from llada_jax import sharding
 from llada_jax.data.order import Batch
-from llada_jax.model import parameters
+from llada_jax.model import head, parameters
 from llada_jax.model.config import ModelConfig, preset
 from llada_jax.model.lora import Lora
 from llada_jax.pod import attention_cost, expert_cost, hlo, useful_flops
@@ -225,8 +226,9 @@ def rehearse(config: ConfigDict, slices: Slices, packing: Packing = Packing(), h
     module = hlo.parse(compiled.as_text())
     rows, length = config.batch.rows, config.data.length
     kernels = _kernels(config, step, slices, packing)
-    shares = {"head": useful_flops.MASKED_SHARE}
-    lines = step_lines(module, slices.topology.chip, kernels, _devices(step.mesh, slices), shares)
+    scored = 1.0 if halves == "clean" else useful_flops.MASKED_SHARE
+    trips = {"head": math.ceil(scored * _rows(config, step.mesh) * length / head.CHUNK)}
+    lines = step_lines(module, slices.topology.chip, kernels, _devices(step.mesh, slices), trips)
     shape = _attention_shape(config, step)
     documents = jnp.asarray(attention_cost.packing(length, packing.mean_document))
     pairs = useful_flops.allowed_pairs(shape.visibility(documents, packing.block_size)) / len(documents)
@@ -242,9 +244,14 @@ def _attention_shape(config: ConfigDict, step: Step) -> attention_cost.Shape:
     return attention_cost.Shape(config.data.length, step.halves, heads, kv_heads, step.model.head_dim)
 
 
+def _rows(config: ConfigDict, mesh) -> float:
+    """Of a micro-batch, on one device."""
+    return config.batch.rows / config.batch.micro_batches / (mesh.size // mesh.shape["tensor"])
+
+
 def _kernels(config: ConfigDict, step: Step, slices: Slices, packing: Packing):
     """{beginning of a Pallas kernel's name: its cost}."""
-    rows = config.batch.rows / config.batch.micro_batches / (step.mesh.size // step.mesh.shape["tensor"])
+    rows = _rows(config, step.mesh)
     shape = _attention_shape(config, step)
     attention = attention_cost.kernel_costs(shape, packing.block_size, packing.mean_document, rows, slices.topology)
     kernels = {

@@ -3,7 +3,7 @@
 Every operation belongs to a part: "attention" and "experts" (their Pallas kernels), "head" (what runs in the head's
 scope), "dense" (matrix multiplications elsewhere), "collectives", and "glue" (all the rest). A collective that is fused
 with arithmetic, or runs between its start and its done, is hidden by that arithmetic; the rest of it counts. A
-conditional costs its dearest branch; a loop whose trips the text does not say is refused.
+conditional costs its dearest branch. A loop whose trips neither the text nor the caller says is refused.
 Compiler-estimated, not measured.
 """
 
@@ -39,6 +39,11 @@ class Line:
     axes: str = ""
 
 
+def scopes(op: Operation) -> list[str]:
+    """Names of the scopes in which the program made it."""
+    return re.split(r"[/()]", op.op_name)
+
+
 # (result, operands) of a Pallas kernel -> the part it belongs to, and the cost of one run.
 KernelCost = Callable[[tuple[Array, ...], tuple[Array, ...]], tuple[str, Cost]]
 
@@ -48,15 +53,15 @@ def step_lines(
     chip: Chip,
     kernels: Mapping[str, KernelCost],
     devices: Devices | None = None,
-    shares: Mapping[str, float] | None = None,
+    trips: Mapping[str, float] | None = None,
 ) -> list[Line]:
     """Every operation that costs something.
 
-    kernels: by the beginning of their names. devices: of the mesh; None for a program without collectives. shares: how
-    much of a conditional's dearest branch counts, by the scope in which it stands, where the data say so.
+    kernels: by the beginning of their names. devices: of the mesh; None for a program without collectives. trips: of
+    loops whose length depends on the data, by the scope in which they stand.
     Raises ValueError on a kernel without a cost, or a loop of unknown length.
     """
-    walker = _Walker(module, chip, kernels, devices, shares or {})
+    walker = _Walker(module, chip, kernels, devices, trips or {})
     walker.walk(module.entry, 1.0)
     walker.hide()
     return [line for line in walker.lines if line.seconds or line.hidden or line.flops]
@@ -71,8 +76,8 @@ class _Chain:
 
 
 class _Walker:
-    def __init__(self, module, chip, kernels, devices, shares):
-        self.module, self.chip, self.kernels, self.devices, self.shares = module, chip, kernels, devices, shares
+    def __init__(self, module, chip, kernels, devices, trips):
+        self.module, self.chip, self.kernels, self.devices, self.trips = module, chip, kernels, devices, trips
         self.lines: list[Line] = []
         self._chains: dict[tuple, _Chain] = {}  # by channel and chain
         self._open: dict[str, _Chain] = {}  # started, not done: by the name of the start
@@ -80,10 +85,7 @@ class _Walker:
     def walk(self, computation: str, runs: float) -> None:
         for op in self.module.computations[computation]:
             if op.kind == "while":
-                trips = self.module.trip_count(computation, op)
-                if trips is None:
-                    raise ValueError(f"{op.name}: a loop of unknown length ({op.op_name})")
-                self.walk(op.called_as("body"), runs * trips)
+                self.walk(op.called_as("body"), runs * self._trips(computation, op))
             elif op.kind == "conditional":
                 self._branches(op, runs)
             elif op.kind in ("call", "call-start", "async-start"):
@@ -94,12 +96,19 @@ class _Walker:
             else:
                 self._operation(computation, op, runs)
 
+    def _trips(self, computation: str, loop: Operation) -> float:
+        trips = self.module.trip_count(computation, loop)
+        if trips is None:
+            trips = next((n for scope, n in self.trips.items() if scope in scopes(loop)), None)
+        if trips is None:
+            raise ValueError(f"{loop.name}: a loop of unknown length ({loop.op_name})")
+        return trips
+
     def _branches(self, op: Operation, runs: float) -> None:
-        share = next((share for scope, share in self.shares.items() if scope in op.op_name), 1.0)
         branches = []
         for name in op.called:
-            branch = _Walker(self.module, self.chip, self.kernels, self.devices, self.shares)
-            branch.walk(name, runs * share)
+            branch = _Walker(self.module, self.chip, self.kernels, self.devices, self.trips)
+            branch.walk(name, runs)
             branch.hide()
             branches.append(branch.lines)
         self.lines += max(branches, key=lambda lines: sum(line.seconds for line in lines))
@@ -152,7 +161,7 @@ class _Walker:
                 yield from self._fused(inner)
 
     def _part(self, op: Operation) -> str:
-        if "head" in re.split(r"[/()]", op.op_name):
+        if "head" in scopes(op):
             return "head"
         inside = (op, *self.module.inside(op))
         return "dense" if any(inner.kind in ("convolution", "dot") for inner in inside) else "glue"
