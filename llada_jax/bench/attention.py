@@ -9,6 +9,7 @@ TensorCore. Tile lists are built once per training step and are not in the numbe
 
 import dataclasses
 import importlib.util
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -87,15 +88,13 @@ def program(implementation: str, direction: str, length: int):
     return both, (arrays, mask, out)
 
 
-def costs(implementation: str, length: int, means, passes, topology: str) -> dict[tuple[int, str], Cost]:
-    """{(mean document length, pass): Cost}. Compiles a program for each pass, whatever the means."""
+def costs(implementation: str, length: int, means, passes, topology: str) -> Iterator[tuple[int, str, Cost]]:
+    """(mean document length, pass, Cost) of all, a pass at a time. Compiles a program for each, whatever the means."""
     chip = parse_topology(topology).chip
-    compiled = {name: _compile(implementation, name, length, topology) for name in passes}
-    return {
-        (mean, name): _cost(implementation, name, length, mean, compiled[name], chip)
-        for mean in means
-        for name in passes
-    }
+    for name in passes:
+        compiled = _compile(implementation, name, length, topology)
+        for mean in means:
+            yield mean, name, _cost(implementation, name, length, mean, compiled, chip)
 
 
 def needed_pairs(segments: np.ndarray, block_size: int) -> int:
