@@ -35,19 +35,28 @@ def output_and_gradients(attention, query, key, value, cotangent):
 
 
 def check_against_dense(visibility, tiles, query, key, value, cotangent):
+    """Output and gradients, each within its tolerance of what float32 gives for the same, possibly rounded, values.
+
+    bfloat16 backward: 2e-2 + 3e-2 of the value, as trusted kernels are held to. Forward, those are held to 3e-3, but
+    interpreted, with float32 weights that no TPU multiplies: the matrix unit takes bfloat16. The weights, the scaled
+    query and the output are each rounded by 2^-9 = 2e-3 at most. So 3e-3 is what the root mean square must keep, and
+    1e-2 (five roundings) what each element must; dense attention in bfloat16 reaches 5e-3.
+    """
     plan = make_plan(visibility, key.shape[1], tiles)
     values = query, key, value, cotangent
     found = jax.jit(lambda *v: output_and_gradients(lambda *x: kernel_attention(*x, plan, True), *v))(*values)
-    # The oracle computes in float32 from the same, possibly rounded, values.
     expected = output_and_gradients(
         lambda *x: dense_attention(*x, visibility), *(value.astype(jnp.float32) for value in values)
     )
     exact = query.dtype == jnp.float32
     for i, (a, b) in enumerate(zip(found, expected, strict=True)):
         assert a.dtype == query.dtype
+        a = a.astype(jnp.float32)
         forward = dict(atol=1e-5, rtol=0) if exact else dict(atol=1e-2, rtol=1e-2)
-        backward = dict(atol=5e-5, rtol=0) if exact else dict(atol=3e-2, rtol=3e-2)
-        np.testing.assert_allclose(a.astype(jnp.float32), b, **(backward if i else forward))
+        backward = dict(atol=5e-5, rtol=0) if exact else dict(atol=2e-2, rtol=3e-2)
+        np.testing.assert_allclose(a, b, **(backward if i else forward))
+        if not (exact or i):
+            assert jnp.linalg.norm(a - b) <= 3e-3 * jnp.linalg.norm(b)
 
 
 @settings(max_examples=6, deadline=None)
@@ -62,7 +71,7 @@ def test_kernel_equals_dense(length, block_size, origin, two_streams, heads, dty
     where = vis.layout(jnp.asarray(segments), block_size, origin)
     visibility = vis.block_diffusion(where) if two_streams else vis.block_causal(where)
     size = length * (1 + two_streams)
-    check_against_dense(visibility, TILES, *operands(rng, 2, size, size, *heads, dtype=dtype))
+    check_against_dense(visibility, TILES, *operands(rng, 2, size, size, *heads, head_dim=64, dtype=dtype))
 
 
 def test_decoding_a_block_against_ragged_caches():
