@@ -38,12 +38,16 @@ def _attention() -> None:
     lengths = _LENGTHS.value or (["1024"] if _DEVICE.value else ["2048", "4096", "8192"])
     if not all(length.isdecimal() and int(length) > 0 for length in lengths):
         raise InputError(f"--lengths={','.join(lengths)}, expected positive integers")
-    result = _measure(map(int, lengths)) if _DEVICE.value else _estimate(list(map(int, lengths)))
+    (_measure if _DEVICE.value else _estimate)(list(map(int, lengths)))
+
+
+def _write(result: list[dict]) -> None:
+    """Writes the rows so far: an interruption loses none of them."""
     if _JSON.value:
         Path(_JSON.value).write_text(json.dumps(result, indent=1) + "\n")
 
 
-def _estimate(lengths: list[int]) -> list[dict]:
+def _estimate(lengths: list[int]) -> None:
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # nothing runs on the TPU that programs are compiled for
@@ -66,8 +70,7 @@ def _estimate(lengths: list[int]) -> list[dict]:
     result = []
     for length in lengths:
         for name in implementations:
-            costs = attention.costs(name, length, rows.MEANS, _PASSES.value, topology.name)
-            for (mean, direction), cost in costs.items():
+            for mean, direction, cost in attention.costs(name, length, rows.MEANS, _PASSES.value, topology.name):
                 print(
                     f"{length:6} {f'mean {mean}' if mean else 'one':9} {name:15} {direction:8} {cost.tiles['full']:11} "
                     f"{cost.tiles['partial']:8} {cost.cycles / 1e6:8.1f} {cost.peak_share:5.1%} "
@@ -76,10 +79,10 @@ def _estimate(lengths: list[int]) -> list[dict]:
                 )
                 where = {"implementation": name, "length": length, "mean_document": mean, "pass": direction}
                 result.append(where | dataclasses.asdict(cost) | {"topology": topology.name})
-    return result
+                _write(result)
 
 
-def _measure(lengths) -> list[dict]:
+def _measure(lengths: list[int]) -> None:
     import jax
 
     jax.config.update("jax_platforms", _DEVICE.value)
@@ -100,7 +103,7 @@ def _measure(lengths) -> list[dict]:
         for name, row in measured.items():
             print(f"{length:6} {name:14} {row.seconds:10.3f} {row.temp_bytes / 2**20:24.1f} {row.loss:11.4f}")
             result.append({"implementation": name, "length": length} | dataclasses.asdict(row))
-    return result
+        _write(result)
 
 
 if __name__ == "__main__":
