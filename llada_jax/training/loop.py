@@ -70,7 +70,8 @@ def _run(config, phases, mesh, workdir: Path, inputs: Inputs, stop) -> None:
     if first_step >= last_step:
         return
 
-    train_step = make_train_step(inputs.trained, _loss(config, inputs.model), optimizer, config.batch.micro_batches)
+    loss, bias_rate = _loss(config, inputs.model), config.optimizer.expert_bias_rate
+    train_step = make_train_step(inputs.trained, loss, optimizer, config.batch.micro_batches, bias_rate)
     rates = learning_rate(config.optimizer, last_step)
     writer = MetricsWriter(workdir, first_step)
     progress = Progress(first_step, last_step, config.batch.rows * config.data.length)
