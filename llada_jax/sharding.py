@@ -18,8 +18,8 @@ from llada_jax.errors import InputError
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
 
-# Logical axis -> mesh axes, of which a dimension takes the first ones that divide it and that no dimension before it has
-# taken. Experts come before "embed": parts of whole experts are gathered where they are needed, without a transposition.
+# Logical axis -> mesh axes, of which a dimension takes the first ones that divide it and that no dimension before it
+# has taken. Experts come before "embed": whole experts are gathered where they are needed, without a transposition.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp", "expert"),
     "vocab": ("tensor",),

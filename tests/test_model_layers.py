@@ -16,7 +16,7 @@ from llada_jax.model.config import PRESETS, ModelConfig, RopeScaling, preset
 from llada_jax.model.forward import Execution
 from llada_jax.model.grouped_matmul import _tiles, grouped_matmul
 from llada_jax.model.layers import rope_frequencies
-from llada_jax.model.router import route
+from llada_jax.model.router import balanced_bias, route
 from llada_jax.sharding import Shards
 
 
@@ -144,6 +144,29 @@ def test_sigmoid_router_selects_with_bias_and_weighs_without():
     expected, expected_weights = route_by_loops(x, router, bias, c)
     assert np.array_equal(found, expected)
     np.testing.assert_allclose(weights, expected_weights, rtol=1e-4)
+
+
+def test_block_router_limits_the_experts_of_a_block():
+    """LLaDA2.2: by loops, 3 blocks of 8 tokens with 6 of 16 experts each; groups take no part."""
+    c, rng = preset("tiny_moe").replace(routing_block=8, routing_block_experts=6), np.random.default_rng(0)
+    x, router = rng.normal(size=(24, 128)), rng.normal(size=(128, 16)) * 0.1
+    bias = rng.normal(size=16) * 0.3
+    found, weights = route(*(jnp.asarray(a, jnp.float32) for a in (x, router, bias)), c)
+    scores = 1 / (1 + np.exp(-(x @ router)))
+    for block in range(3):
+        rows = slice(8 * block, 8 * block + 8)
+        allowed = np.argsort(-(scores[rows] + bias).max(axis=0))[:6]
+        for s, chosen, weight in zip(scores[rows], found[rows], weights[rows], strict=True):
+            expected = sorted(allowed, key=lambda e: -(s + bias)[e])[:4]
+            assert list(chosen) == expected
+            np.testing.assert_allclose(weight, s[expected] / s[expected].sum() * 2.5, rtol=1e-4)
+    with pytest.raises(InputError, match="routing_block=8 must divide"):
+        experts.moe(jnp.ones((2, 12, 128)), {}, Shards(), c, Execution())
+
+
+def test_bias_moves_towards_the_experts_with_little_load():
+    moved = balanced_bias(jnp.zeros((2, 4)), jnp.array([[9, 1, 1, 1], [3, 3, 3, 3]]), 1e-3)
+    np.testing.assert_allclose(moved, [[-1.5e-3, 5e-4, 5e-4, 5e-4], [0, 0, 0, 0]], atol=1e-9)
 
 
 @pytest.mark.parametrize("length", [10, 128, 200])

@@ -43,16 +43,18 @@ def batch_of(model) -> Batch:
 
 
 def loss_and_gradients(name: str, mesh=None, **execution):
-    """Of a step's loss, as host arrays; on `mesh`, the weights and the batch lie as the trainer lays them."""
+    """((loss, load of the experts), gradients), as host arrays; on `mesh`, weights and batch lie as the trainer's."""
     model = MODELS[name]
-    loss = denoising_loss(model, Objective(), Execution(attention="blockwise", **execution), seed=0)
+    objective = Objective(confidence_weight=0.5)  # entropies too
+    loss = denoising_loss(model, objective, Execution(attention="blockwise", **execution), seed=0)
     params, batch = parameters.initialize(model, jax.random.key(0)), batch_of(model)
 
     def value(params, batch):
         example = loss.prepare(batch, jnp.int32(8), "both")
-        return loss.value(params, None, example, loss.total(example), jnp.float32(0), "both")[0]
+        value, sums = loss.value(params, None, example, loss.total(example), jnp.float32(0), "both")
+        return value, sums.expert_load
 
-    function = jax.jit(jax.value_and_grad(value))
+    function = jax.jit(jax.value_and_grad(value, has_aux=True))
     if mesh is None:
         return jax.tree.map(np.asarray, function(params, batch))
     with jax.set_mesh(mesh):
@@ -69,7 +71,9 @@ def one_device():
 @pytest.mark.parametrize("name,sizes,execution", MESHES)
 def test_a_mesh_computes_what_one_device_does(one_device, name, sizes, execution):
     mesh = sharding.make_mesh(**{"data": 1} | sizes)
-    (loss, gradients), (expected_loss, expected) = loss_and_gradients(name, mesh, **execution), one_device[name]
+    (loss, load), gradients = loss_and_gradients(name, mesh, **execution)
+    (expected_loss, expected_load), expected = one_device[name]
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
+    np.testing.assert_array_equal(load, expected_load)
     scale = max(np.abs(g).max() for g in jax.tree.leaves(expected))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5 * scale), gradients, expected)

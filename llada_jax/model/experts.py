@@ -33,8 +33,10 @@ def moe(x: jax.Array, weights: dict[str, jax.Array], shards: sharding.Shards, co
 
     x [batch, length, embed], this shard's rows; weights: this shard's part of them. execution: forward.Execution.
     Returns y, as x, and how many of the tokens each expert got, int32 [1, experts]. Raises InputError where the tensor
-    axis does not divide the experts' width.
+    axis does not divide the experts' width, or routing blocks the length.
     """
+    if config.routing_block and x.shape[1] % config.routing_block:
+        raise InputError(f"a pass over {x.shape[1]} positions: routing_block={config.routing_block} must divide them")
     tensor = shards.size("tensor")
     if config.moe_intermediate_size % tensor:
         raise InputError(f"mesh.tensor={tensor} does not divide moe_intermediate_size={config.moe_intermediate_size}")

@@ -93,6 +93,13 @@ def hidden_states(
     ones. embedding_noise [batch, queries, embed] is added to the embedding output. Second result: as `cache`, of the
     pass itself.
     """
+    return run_layers(params, config, tokens, positions, visibility, execution, cache, embedding_noise)[:2]
+
+
+def run_layers(
+    params, config, tokens, positions, visibility, execution=Execution(), cache=None, embedding_noise=None
+):  # fmt: skip
+    """As hidden_states, and how many tokens each expert got: int32 [layers with experts, experts], None without any."""
     dtype = execution.dtype or params["embedding"].dtype
     x = head.embed(params["embedding"], tokens, dtype)
     if embedding_noise is not None:
@@ -101,15 +108,16 @@ def hidden_states(
     cos, sin = rope_angles(config, positions)
     cached = 0 if cache is None else next(iter(cache.values()))["key"].shape[2]
     attend = _attend(config, execution, visibility, tokens.shape[1] + cached)
-    computed = {}
+    computed, load = {}, None
     for group in config.layer_groups:
         layer = functools.partial(_layer, config, group, execution, attend, cos, sin)
         # Without a mesh there are no gathered weights to drop, and nothing to compute again.
         if execution.remat != "none" or sharding.mesh_in_force() is not None:
             layer = jax.checkpoint(layer, policy=REMAT_POLICIES[execution.remat])
         group_cache = None if cache is None else cache[group]
-        x, computed[group] = jax.lax.scan(layer, x, (params[group], group_cache))
-    return rms_norm(x, params["final_norm"], config.rms_norm_eps), computed
+        x, (computed[group], group_load) = jax.lax.scan(layer, x, (params[group], group_cache))
+        load = load if group_load is None else group_load
+    return rms_norm(x, params["final_norm"], config.rms_norm_eps), computed, load
 
 
 def _attend(config, execution, visibility, num_keys):
@@ -134,10 +142,11 @@ def _layer(config, group, execution, attend, cos, sin, x, weights_and_cache):
     h = rms_norm(x, weights["mlp_norm"], config.rms_norm_eps)
     if group == "sparse":
         moe = functools.partial(experts.moe, config=config, execution=execution)
-        y, _ = sharding.over_batch(moe, axes, execution.reduce_dtype)(h, routed)
+        y, load = sharding.over_batch(moe, axes, execution.reduce_dtype)(h, routed)
+        load = load.sum(axis=0)
     else:
-        y = swiglu(h, weights)
-    return sharding.constrain(x + y, ("batch", None, None)), keys_values
+        y, load = swiglu(h, weights), None
+    return sharding.constrain(x + y, ("batch", None, None)), (keys_values, load)
 
 
 _EXPERT_WEIGHTS = {"router", "expert_bias", "gate", "up", "down", "shared_gate", "shared_up", "shared_down"}
@@ -172,12 +181,16 @@ def _prepare(tokens, segment_ids, positions, block_size, block_origin):
     return segment_ids, positions, where
 
 
-def denoised_hidden(
-    params, config, noisy, clean, where, positions, execution=Execution(), noisy_embedding_noise=None
-) -> jax.Array:
-    """Hidden states [batch, length, embed] aligned with the tokens they predict; noisy or clean may be None.
+def denoised_hidden(params, config, noisy, clean, where, positions, execution=Execution()) -> jax.Array:
+    """As denoising_pass, the hidden states only."""
+    return denoising_pass(params, config, noisy, clean, where, positions, execution)[0]
 
-    Both: the two-stream pass [x_t | x_0] of Eq. 1. Only noisy: MDLM (Eq. 2). Only clean: block-causal, as in AR.
+
+def denoising_pass(params, config, noisy, clean, where, positions, execution=Execution(), noisy_embedding_noise=None):
+    """Hidden states [batch, length, embed] aligned with the tokens they predict, and the load of run_layers.
+
+    noisy or clean may be None. Both: the two-stream pass [x_t | x_0] of Eq. 1. Only noisy: MDLM (Eq. 2). Only clean:
+    block-causal, as in AR.
     """
     halves = [half for half in (noisy, clean) if half is not None]
     both = len(halves) == 2
@@ -187,11 +200,11 @@ def denoised_hidden(
         noise = jnp.concatenate([noise, jnp.zeros_like(noise)], axis=1)
     tokens = jnp.concatenate(halves, axis=1)
     positions = jnp.concatenate([positions] * len(halves), axis=1)
-    hidden, _ = hidden_states(params, config, tokens, positions, visibility, execution, embedding_noise=noise)
+    hidden, _, load = run_layers(params, config, tokens, positions, visibility, execution, embedding_noise=noise)
     length = halves[0].shape[1]
     noisy_hidden = None if noisy is None else hidden[:, :length]
     clean_hidden = None if clean is None else hidden[:, -length:]
-    return align(noisy_hidden, clean_hidden, where, config.alignment)
+    return align(noisy_hidden, clean_hidden, where, config.alignment), load
 
 
 def forward(

@@ -92,6 +92,7 @@ def default_config(model: str) -> ConfigDict:
     optimizer.eps = 1e-8
     optimizer.weight_decay = 0.1
     optimizer.clip_norm = 1.0
+    optimizer.expert_bias_rate = 0.0  # of the routers' loss-free balancing (Ling 2.0 trains with 1e-3); 0 freezes it
 
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, expert=1, tensor=1))
     config.execution = execution = ConfigDict()
@@ -220,7 +221,8 @@ _POSITIVE = (
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "seed", "optimizer.learning_rate", "optimizer.warmup_steps", "optimizer.decay_steps", "optimizer.weight_decay",
-    "optimizer.end_fraction", "objective.embedding_noise_std", "objective.embedding_noise_steps",
+    "optimizer.end_fraction", "optimizer.expert_bias_rate",
+    "objective.embedding_noise_std", "objective.embedding_noise_steps",
     "lora.rank", "checkpoint.keep_last", "checkpoint.keep_best",
 )  # fmt: skip
 
@@ -246,6 +248,12 @@ def check(config: ConfigDict) -> None:
     if config.lora.rank and not config.init_from:
         raise InputError(f'config.init_from="": config.lora.rank={config.lora.rank} adapts the model of a checkpoint')
     phases(config), objective(config), preference(config), execution(config)
+    if config.optimizer.expert_bias_rate:
+        if not PRESETS[config.model].expert_bias or config.lora.rank or config.preference.enabled:
+            raise InputError(
+                f"config.optimizer.expert_bias_rate={config.optimizer.expert_bias_rate}, expected 0: the model has no "
+                "expert bias, or the run is of adapters or DPO"
+            )
     if config.batch.rows % config.batch.micro_batches:
         raise InputError(
             f"config.batch.micro_batches={config.batch.micro_batches} does not divide batch.rows={config.batch.rows}"

@@ -73,8 +73,10 @@ def _run(config, phases, mesh, workdir: Path, inputs: Inputs, stop) -> None:
         return
 
     loss = train_loss(config, inputs.model, settings.execution(config))
-    options = xla_options(jax.default_backend())
-    train_step = make_train_step(inputs.trained, loss, optimizer, config.batch.micro_batches, options)
+    train_step = make_train_step(
+        inputs.trained, loss, optimizer, config.batch.micro_batches, config.optimizer.expert_bias_rate,
+        xla_options(jax.default_backend()),
+    )  # fmt: skip
     rates = learning_rate(config.optimizer, last_step)
     writer = MetricsWriter(workdir, first_step)
     progress = Progress(first_step, last_step, config.batch.rows * config.data.length)

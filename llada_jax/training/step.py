@@ -19,6 +19,7 @@ from llada_jax.model import parameters
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.forward import Execution
 from llada_jax.model.lora import Lora, attach
+from llada_jax.model.router import balanced_bias
 from llada_jax.training.state import TrainState
 
 
@@ -39,6 +40,7 @@ def make_train_step(
     loss: Loss,
     optimizer: optax.GradientTransformation,
     micro_batches: int = 1,
+    expert_bias_rate: float = 0.0,
     compiler_options: dict[str, str] | None = None,
 ):
     """Returns the jitted train_step(state, frozen, batch, block_size, embedding_noise_std, halves).
@@ -46,8 +48,9 @@ def make_train_step(
     It returns (state, metrics), metrics being float32 scalars. model: what trains, the model's weights or its adapters.
     frozen: weights that do not: the adapters' base, which is also the loss's reference; without adapters the reference,
     or None when the loss needs none. batch: data.order.Batch of arrays; block_size int32 and embedding_noise_std
-    float32 are run-time scalars; halves (schedule.Phase.halves) is static. The state is donated. compiler_options: of
-    XLA (training/xla_options.py).
+    float32 are run-time scalars; halves (schedule.Phase.halves) is static. The state is donated. expert_bias_rate: of
+    router.balanced_bias; 0 leaves the bias as it is; else the loss must be a denoising_loss and the model have one.
+    compiler_options: of XLA (training/xla_options.py).
     """
     config = model.model if isinstance(model, Lora) else model
 
@@ -65,6 +68,9 @@ def make_train_step(
         gradients = jax.tree.map(sharding.constrain, gradients, parameters.logical_axes(model))
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
+        if expert_bias_rate:
+            bias = balanced_bias(params["sparse"]["expert_bias"], sums.expert_load, expert_bias_rate)
+            params["sparse"] = params["sparse"] | {"expert_bias": bias}
         metrics = loss.metrics(sums, total) | {"gradient_norm": optax.global_norm(gradients)}
         if config.mask_token_id is not None:  # near zero after AR training; Section 7.1 watches it
             embedding = whole(params, frozen, model)["embedding"]
@@ -112,6 +118,9 @@ def denoising_loss(
         }
         if temperature is not None:
             named["correct_entropy"] = sums.correct_entropy / jnp.maximum(sums.correct, 1)
+        if sums.expert_load is not None:  # 1 is balanced: of each layer, the busiest expert's tokens over the mean
+            busiest = sums.expert_load.max(axis=1) / sums.expert_load.mean(axis=1)
+            named |= {"expert_load_mean": busiest.mean(), "expert_load_max": busiest.max()}
         return named
 
     return Loss(prepare, lambda example: objectives.normalizer(example, objective), value, metrics)
