@@ -2,11 +2,14 @@
 
 python tools/bench.py attention [--topology=v5p:2x2x1] [--lengths=2048,4096,8192] [--implementations=...] [--json=FILE]
 python tools/bench.py attention --device=cpu [--model=tiny] [--lengths=1024]
+python tools/bench.py experts [--topology=v5p:2x2x1] [--models=llada2_mini,llada2_flash] [--implementations=...]
 
 The first compiles attention ahead of time for a TPU, without one, and prints for 16 fixed rows of packed documents the
 tiles executed, the cycles that the compiler's schedules add up to on the busiest core of a device, their share of the
 matrix units' peak (counting only pairs that the mask needs), the copies at HBM bandwidth in cycles, and the temporaries
 in HBM: compiler-estimated, not measured. Baselines need the extra: pip install -e '.[tpu,bench]'.
+
+The last does so for the grouped matmuls of a layer's experts, megablox beside tokamax.
 
 The second times a training step of block diffusion with dense and with blockwise attention on the device at hand.
 """
@@ -26,12 +29,42 @@ _IMPLEMENTATIONS = flags.DEFINE_list("implementations", None, "Default: all.")
 _PASSES = flags.DEFINE_list("passes", ["forward", "backward", "both"], "forward, backward, both.")
 _DEVICE = flags.DEFINE_enum("device", None, ["cpu", "gpu", "tpu"], "Measure a training step on this device instead.")
 _MODEL = flags.DEFINE_string("model", "tiny", "Preset of the measured step.")
+_MODELS = flags.DEFINE_list("models", ["llada2_mini", "llada2_flash"], "Presets whose experts are costed.")
 _ROWS = flags.DEFINE_integer("rows", 1, "Rows of the measured step.")
 _JSON = flags.DEFINE_string("json", None, "File for the rows of the table.")
 
 
 def main(argv) -> None:
-    {"attention": _attention}[argv[1]]()
+    {"attention": _attention, "experts": _experts}[argv[1]]()
+
+
+def _experts() -> None:
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # nothing runs on the TPU that programs are compiled for
+    from llada_jax.bench import experts
+    from llada_jax.pod.chips import parse_topology
+
+    names = _IMPLEMENTATIONS.value or experts.IMPLEMENTATIONS
+    experts.check_implementations(names)
+    topology = parse_topology(_TOPOLOGY.value)
+    chip, result = topology.chip, []
+    print(f"{topology.name}: one device of {chip.cores_per_device} TensorCores at {chip.clock / 1e9:.2f} GHz")
+    print(f"{experts.TOKENS} positions, compiler-estimated: Mcycles of the busiest core, share of matrix-unit peak")
+    print("model         matmul  pass    implementation  tile             Mcycles  peak  copies")
+    for model in _MODELS.value:
+        for name in names:
+            for (matmul, direction), cost in experts.costs(name, model, topology.name).items():
+                tile = "x".join(map(str, cost.tile))
+                print(
+                    f"{model:13} {matmul:7} {direction:7} {name:15} {tile:16} {cost.cycles / 1e6:7.2f} "
+                    f"{cost.peak_share:5.1%} {cost.dma_cycles / 1e6:7.2f}",
+                    flush=True,
+                )
+                where = {"implementation": name, "model": model, "matmul": matmul, "pass": direction}
+                result.append(where | dataclasses.asdict(cost) | {"topology": topology.name})
+    if _JSON.value:
+        Path(_JSON.value).write_text(json.dumps(result, indent=1) + "\n")
 
 
 def _attention() -> None:
@@ -104,4 +137,4 @@ def _measure(lengths) -> list[dict]:
 
 
 if __name__ == "__main__":
-    errors.run(main, commands=("attention",))
+    errors.run(main, commands=("attention", "experts"))
