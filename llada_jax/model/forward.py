@@ -17,6 +17,7 @@ from llada_jax.attention import visibility as vis
 from llada_jax.attention.blockwise import blockwise_attention
 from llada_jax.attention.dense import dense_attention
 from llada_jax.attention.kernel import kernel_attention, kernel_plan
+from llada_jax.attention.residuals import NAMES as ATTENTION_RESIDUALS
 from llada_jax.errors import InputError
 from llada_jax.model import experts, head, parameters
 from llada_jax.model.alignment import align
@@ -28,7 +29,7 @@ from llada_jax.model.lora import weight_of
 # "kernel" runs on TPUs, the others anywhere.
 ATTENTIONS = ("dense", "blockwise", "kernel")
 _keep = jax.checkpoint_policies.save_only_these_names
-_ATTENTION = ("attention_output", "routing")  # the attention's output and statistics; which token goes where
+_ATTENTION = (*ATTENTION_RESIDUALS, "routing")  # which token goes where, and why
 _PROJECTIONS = ("query", "key", "value")
 # What the backward pass of a layer keeps; the rest it computes again. From "full" to "none" each keeps more.
 REMAT_POLICIES = {
@@ -41,7 +42,7 @@ REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,  # results of plain matmuls: dense models
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(  # as "projections", in the host's memory
         names_which_can_be_saved=["routing"],
-        names_which_can_be_offloaded=["attention_output", *_PROJECTIONS],
+        names_which_can_be_offloaded=[*ATTENTION_RESIDUALS, *_PROJECTIONS],
         offload_src="device",
         offload_dst="pinned_host",
     ),
@@ -168,8 +169,7 @@ def _attention(config, attend, weights, x, cos, sin, cache):
     if cache is not None:
         key = jnp.concatenate([key, cache["key"]], axis=1)
         value = jnp.concatenate([value, cache["value"]], axis=1)
-    attended = checkpoint_name(attend(query, key, value), "attention_output")
-    return project(attended, weights, "output", contracted=2), own
+    return project(attend(query, key, value), weights, "output", contracted=2), own
 
 
 def _prepare(tokens, segment_ids, positions, block_size, block_origin):

@@ -55,7 +55,7 @@ def operation_cost(module: Module, computation: str, op: Operation, chip: Chip) 
     matmuls = [(name, inner) for name, inner in _with_computations(module, computation, op) if _is_matmul(inner)]
     flops = sum(matmul_flops(module, name, inner) for name, inner in matmuls)
     peak = chip.peak_bf16 / chip.devices
-    passes = 6 if any("highest" in inner.attributes for _, inner in matmuls) else 1  # float32 as six of bfloat16
+    passes = max((_passes(inner) for _, inner in matmuls), default=1)
     by_flops = flops * passes / peak
     estimate = re.search(r'"estimated_cycles":"?(\d+)', op.attributes)
     if estimate and int(estimate.group(1)) < _SANE:
@@ -71,6 +71,12 @@ def _with_computations(module: Module, computation: str, op: Operation):
     for name in op.called:
         for inner in module.computations.get(name, ()):
             yield from _with_computations(module, name, inner)
+
+
+def _passes(matmul: Operation) -> int:
+    """Of bfloat16, in which the matrix units multiply float32."""
+    precision = re.search(r"operand_precision=\{(\w+)", matmul.attributes)
+    return {"highest": 6, "high": 3}.get(precision.group(1) if precision else "", 1)
 
 
 def _is_matmul(op: Operation) -> bool:
