@@ -106,18 +106,27 @@ def _tokamax():
 
 def costs(implementation: str, model: str, topology: str) -> dict[tuple[str, str], Cost]:
     """{(matmul, pass): Cost} of a layer of the preset. Compiles a program for each."""
-    config, chip = preset(model), parse_topology(topology).chip
-    rows = TOKENS * config.num_experts_per_token
-    sizes = group_sizes(rows, config.num_experts)
-    result = {}
-    for name, (contracted, columns) in matmuls(config).items():
-        for direction in PASSES:
-            arguments = dict(rows=rows, groups=len(sizes), contracted=contracted, columns=columns)
-            arguments |= {"implementation": implementation, "direction": direction}
-            (kernel,) = compile_program("llada_jax.bench.experts:program", arguments, topology).kernels.values()
-            shape = (columns, contracted) if direction == "dx" else (contracted, columns)
-            result[name, direction] = _cost(kernel, direction, sizes, shape, chip)
-    return result
+    config = preset(model)
+    sizes = group_sizes(TOKENS * config.num_experts_per_token, config.num_experts)
+    return {
+        (name, direction): kernel_cost(implementation, direction, sizes, *sides, topology)
+        for name, sides in matmuls(config).items()
+        for direction in PASSES
+    }
+
+
+def kernel_cost(
+    implementation: str, direction: str, sizes: np.ndarray, contracted: int, columns: int, topology: str, rows: int = 0
+) -> Cost:
+    """Of a pass of y [rows, columns] = x [rows, contracted] times its group's matrix, on one device. Compiles it.
+
+    sizes: rows of each group; rows: of the buffer, where it is larger than their sum.
+    """
+    arguments = dict(rows=rows or int(sizes.sum()), groups=len(sizes), contracted=contracted, columns=columns)
+    arguments |= {"implementation": implementation, "direction": direction}
+    (kernel,) = compile_program("llada_jax.bench.experts:program", arguments, topology).kernels.values()
+    shape = (columns, contracted) if direction == "dx" else (contracted, columns)
+    return _cost(kernel, direction, sizes, shape, parse_topology(topology).chip)
 
 
 def _cost(kernel: Kernel, direction: str, sizes: np.ndarray, shape: tuple[int, int], chip: Chip) -> Cost:

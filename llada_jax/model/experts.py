@@ -71,17 +71,20 @@ def _routed(x, experts, expert_weights, weights, shards, execution):
         jax.lax.all_gather(part, "expert", axis=0, tiled=True) for part in (x, experts, expert_weights)
     )
     first = jax.lax.axis_index("expert") * gate_up.shape[0]
-    y = combine_experts(x, experts - first, expert_weights, gate_up, down, matmul)
+    y = combine_experts(x, experts - first, expert_weights, gate_up, down, matmul, some_elsewhere=True)
     return jax.lax.psum_scatter(y, "expert", scatter_dimension=0, tiled=True)
 
 
-def combine_experts(x, experts, expert_weights, gate_up, down, matmul=grouped_matmul) -> jax.Array:
+def combine_experts(
+    x, experts, expert_weights, gate_up, down, matmul=grouped_matmul, some_elsewhere: bool = False
+) -> jax.Array:
     """sum_k w_k down_k(silu(gate_k x) * up_k x), summed in float32, over the experts that are here.
 
-    x [tokens, embed]; experts, expert_weights [tokens, k], experts not in 0 .. experts - 1 being elsewhere; gate_up
-    [experts, embed, 2 * mlp], the gate first; down [experts, mlp, embed]. matmul: as grouped_matmul.
+    x [tokens, embed]; experts, expert_weights [tokens, k]; gate_up [experts, embed, 2 * mlp], the gate first; down
+    [experts, mlp, embed]. matmul: as grouped_matmul. some_elsewhere: experts not in 0 .. experts - 1 are not here.
     """
-    move = jax.tree.map(lambda part: checkpoint_name(part, "routing"), sort_by_expert(experts, gate_up.shape[0]))
+    move = sort_by_expert(experts, gate_up.shape[0], some_elsewhere)
+    move = jax.tree.map(lambda part: checkpoint_name(part, "routing"), move)
     sorted_x = checkpoint_name(rows_of_tokens(x, move), "expert_rows")
     gate_up_x = checkpoint_name(matmul(sorted_x, gate_up, move.group_sizes), "expert_hidden")
     gate, up = (half.astype(jnp.float32) for half in jnp.split(gate_up_x, 2, axis=1))
@@ -93,26 +96,32 @@ def combine_experts(x, experts, expert_weights, gate_up, down, matmul=grouped_ma
 class Move(NamedTuple):
     """Where rows go: a pair (token, one of its k experts) has a row of the sorted order.
 
-    pair [rows]: the pair token * k + j of each row. row [tokens, k]: the row of each pair. here [tokens, k] bool: its
-    expert is here; rows of pairs that are not come last, may be missing, and hold nothing of meaning.
+    pair [rows]: the pair token * k + j of each row. row [k, tokens]: the row of each pair. here [k, tokens] bool: its
+    expert is here; rows of pairs that are not come last, may be missing, and hold nothing of meaning. None: all are.
     group_sizes [experts] int32: rows of each expert.
     """
 
     pair: jax.Array
     row: jax.Array
-    here: jax.Array
+    here: jax.Array | None
     group_sizes: jax.Array
 
+    def where_here(self, x: jax.Array) -> jax.Array:
+        """x [k, tokens, ...], zero where a pair's expert is elsewhere."""
+        return x if self.here is None else jnp.where(jnp.expand_dims(self.here, range(2, x.ndim)), x, 0)
 
-def sort_by_expert(experts: jax.Array, num_experts: int) -> Move:
-    """experts [tokens, k] int, of a token all different; those outside 0 .. num_experts - 1 are elsewhere."""
+
+def sort_by_expert(experts: jax.Array, num_experts: int, some_elsewhere: bool = False) -> Move:
+    """experts [tokens, k] int, of a token all different; some_elsewhere: not all in 0 .. num_experts - 1."""
     tokens, k = experts.shape
-    here = (experts >= 0) & (experts < num_experts)
-    keys = jnp.where(here, experts, num_experts).reshape(-1)
+    here = (experts >= 0) & (experts < num_experts) if some_elsewhere else None
+    keys = (jnp.where(here, experts, num_experts) if some_elsewhere else experts).reshape(-1)
     order = jnp.argsort(keys, stable=True)
-    rows = tokens * min(k, num_experts)  # at most so many pairs are here
-    row = jnp.argsort(order).reshape(tokens, k)
-    return Move(order[:rows], jnp.minimum(row, rows - 1), here, count_by_group(keys, num_experts))
+    row = jnp.argsort(order).reshape(tokens, k).T
+    if some_elsewhere:
+        rows = tokens * min(k, num_experts)  # at most so many pairs are here
+        order, row, here = order[:rows], jnp.minimum(row, rows - 1), here.T
+    return Move(order, row, here, count_by_group(keys, num_experts))
 
 
 def count_by_group(keys: jax.Array, groups: int) -> jax.Array:
@@ -126,17 +135,15 @@ def count_by_group(keys: jax.Array, groups: int) -> jax.Array:
 @jax.custom_vjp
 def rows_of_tokens(x: jax.Array, move: Move) -> jax.Array:
     """x [tokens, embed] -> [rows, embed]: each token at the rows of its pairs."""
-    return _take(x, move.pair // move.row.shape[1])
+    return _take(x, move.pair // len(move.row))
 
 
 @jax.custom_vjp
 def sums_of_pairs(y: jax.Array, move: Move) -> jax.Array:
     """y [rows, embed] -> [tokens, embed]: over the pairs of each token that are here, in float32."""
-    tokens, k = move.row.shape
-    # Pair-major, a sum of k arrays: a sum over a middle axis of size k would be one over sublanes on a TPU.
-    pairs = _take(y, move.row.T.reshape(-1)).reshape(k, tokens, -1)
-    parts = (jnp.where(move.here[:, j, None], pairs[j], 0).astype(jnp.float32) for j in range(k))
-    return functools.reduce(jnp.add, parts).astype(y.dtype)
+    pairs = move.where_here(_take(y, move.row))
+    # Pair by pair: of a sum over the axis XLA would first write all of it in float32.
+    return functools.reduce(jnp.add, (pair.astype(jnp.float32) for pair in pairs)).astype(y.dtype)
 
 
 @jax.custom_vjp
@@ -149,7 +156,7 @@ rows_of_tokens.defvjp(lambda x, move: (rows_of_tokens(x, move), move), lambda mo
 sums_of_pairs.defvjp(lambda y, move: (sums_of_pairs(y, move), move), lambda move, d: (rows_of_tokens(d, move), None))
 rows_of_pairs.defvjp(
     lambda weights, move: (rows_of_pairs(weights, move), move),
-    lambda move, d: (jnp.where(move.here, _take(d, move.row), 0), None),
+    lambda move, d: (move.where_here(_take(d, move.row)).T, None),
 )
 
 

@@ -98,38 +98,55 @@ def hidden_states(
 
 
 def run_layers(
-    params, config, tokens, positions, visibility, execution=Execution(), cache=None, embedding_noise=None
+    params, config, tokens, positions, visibility, execution=Execution(), cache=None, embedding_noise=None, wanted=None
 ):  # fmt: skip
-    """As hidden_states, and how many tokens each expert got: int32 [layers with experts, experts], None without any."""
+    """As hidden_states, and how many tokens each expert got: int32 [layers with experts, experts], None without any.
+
+    wanted: compute the hidden states of so many first positions only; of the others the last layer needs its keys and
+    values alone. None: of all.
+    """
     dtype = execution.dtype or params["embedding"].dtype
     x = head.embed(params["embedding"], tokens, dtype)
     if embedding_noise is not None:
         x = x + embedding_noise.astype(dtype)
     x = sharding.constrain(x, ("batch", None, None))
     cos, sin = rope_angles(config, positions)
-    cached = 0 if cache is None else next(iter(cache.values()))["key"].shape[2]
-    attend = _attend(config, execution, visibility, tokens.shape[1] + cached)
-    computed, load = {}, None
-    for group in config.layer_groups:
+    num_keys = tokens.shape[1] + (0 if cache is None else next(iter(cache.values()))["key"].shape[2])
+
+    def layer_of(group, visibility):
+        attend = _attend(config, execution, visibility, num_keys)
         layer = functools.partial(_layer, config, group, execution, attend, cos, sin)
         # Without a mesh there are no gathered weights to drop, and nothing to compute again.
-        if execution.remat != "none" or sharding.mesh_in_force() is not None:
-            layer = jax.checkpoint(layer, policy=REMAT_POLICIES[execution.remat])
-        group_cache = None if cache is None else cache[group]
-        x, (computed[group], group_load) = jax.lax.scan(layer, x, (params[group], group_cache))
-        load = load if group_load is None else group_load
+        if execution.remat == "none" and sharding.mesh_in_force() is None:
+            return layer
+        return jax.checkpoint(layer, policy=REMAT_POLICIES[execution.remat])
+
+    *_, last = config.layer_groups
+    computed, load = {}, None
+    for group in config.layer_groups:
+        stacked = params[group], None if cache is None else cache[group]
+        some = wanted is not None and group == last
+        all_but_last = jax.tree.map(lambda w: w[:-1], stacked) if some else stacked  # noqa: B023
+        x, (computed[group], load) = jax.lax.scan(layer_of(group, visibility), x, all_but_last)
+        if some:
+            layer = layer_of(group, jax.tree.map(lambda bound: bound[:, :wanted], visibility))
+            x, part = layer(x, jax.tree.map(lambda w: w[-1], stacked))
+            computed[group], load = jax.tree.map(
+                lambda before, own: jnp.concatenate([before, own[None]]), (computed[group], load), part
+            )
     return rms_norm(x, params["final_norm"], config.rms_norm_eps), computed, load
 
 
 def _attend(config, execution, visibility, num_keys):
-    """attention(query, key, value) of a pass; what depends on the mask only is made here, once for all layers."""
+    """(attention(query, key, value), its number of queries); what the mask decides is made here, for all layers."""
+    queries = visibility.clean_start.shape[1]
     if execution.attention == "kernel":
         heads, kv_heads = config.num_heads, config.num_kv_heads
         group = heads // (kv_heads * sharding.kv_copies(heads, kv_heads))
         plan = kernel_plan(visibility, num_keys, group, config.head_dim, execution.interpret)
-        return functools.partial(kernel_attention, plan=plan, interpret=execution.interpret)
+        return functools.partial(kernel_attention, plan=plan, interpret=execution.interpret), queries
     attention = {"dense": dense_attention, "blockwise": blockwise_attention}[execution.attention]
-    return functools.partial(attention, visibility=visibility)
+    return functools.partial(attention, visibility=visibility), queries
 
 
 def _layer(config, group, execution, attend, cos, sin, x, weights_and_cache):
@@ -139,7 +156,7 @@ def _layer(config, group, execution, attend, cos, sin, x, weights_and_cache):
     weights = {k: sharding.gathered(w.astype(x.dtype), axes[k]) for k, w in weights.items() if k not in routed}
     h = rms_norm(x, weights["attention_norm"], config.rms_norm_eps)
     attended, keys_values = _attention(config, attend, weights, h, cos, sin, cache)
-    x = x + attended
+    x = x[:, : attended.shape[1]] + attended
     h = rms_norm(x, weights["mlp_norm"], config.rms_norm_eps)
     if group == "sparse":
         moe = functools.partial(experts.moe, config=config, execution=execution)
@@ -154,15 +171,18 @@ _EXPERT_WEIGHTS = {"router", "expert_bias", "gate", "up", "down", "shared_gate",
 
 
 def _attention(config, attend, weights, x, cos, sin, cache):
-    def heads(name):
+    """The attention of a layer, of the first positions of x only where `attend` has fewer queries; keys and values."""
+    attend, queries = attend
+
+    def heads(name, x):
         y = project(x, weights, name)
         return y + weights[name + "_bias"][None, None] if config.qkv_bias else y
 
-    query, key, value = heads("query"), heads("key"), heads("value")
+    query, key, value = heads("query", x[:, :queries]), heads("key", x), heads("value", x)
     if config.qk_norm:
         query = rms_norm(query, weights["query_norm"], config.rms_norm_eps)
         key = rms_norm(key, weights["key_norm"], config.rms_norm_eps)
-    query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+    query, key = rotate(query, cos[:, :queries], sin[:, :queries]), rotate(key, cos, sin)
     named = zip((query, key, value), _PROJECTIONS, strict=True)
     query, key, value = (checkpoint_name(part, name) for part, name in named)
     own = {"key": key, "value": value}
@@ -200,10 +220,14 @@ def denoising_pass(params, config, noisy, clean, where, positions, execution=Exe
         noise = jnp.concatenate([noise, jnp.zeros_like(noise)], axis=1)
     tokens = jnp.concatenate(halves, axis=1)
     positions = jnp.concatenate([positions] * len(halves), axis=1)
-    hidden, _, load = run_layers(params, config, tokens, positions, visibility, execution, embedding_noise=noise)
     length = halves[0].shape[1]
+    # Of the clean half's last hidden states only "shifted" models read any.
+    wanted = length if both and config.alignment == "same" else None
+    hidden, _, load = run_layers(
+        params, config, tokens, positions, visibility, execution, embedding_noise=noise, wanted=wanted
+    )
     noisy_hidden = None if noisy is None else hidden[:, :length]
-    clean_hidden = None if clean is None else hidden[:, -length:]
+    clean_hidden = None if clean is None or wanted is not None else hidden[:, -length:]
     return align(noisy_hidden, clean_hidden, where, config.alignment), load
 
 

@@ -16,13 +16,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from llada_jax import sharding
+from llada_jax.bench import experts
 from llada_jax.data.order import Batch
 from llada_jax.model import head, parameters
 from llada_jax.model.config import ModelConfig, preset
 from llada_jax.model.lora import Lora
-from llada_jax.pod import attention_cost, expert_cost, hlo, useful_flops
+from llada_jax.pod import attention_cost, hlo, useful_flops
 from llada_jax.pod.chips import Topology
 from llada_jax.pod.collectives import Devices
+from llada_jax.pod.operations import Cost
 from llada_jax.pod.step_cost import PARTS, Line, step_lines
 from llada_jax.pod.topology import slice_devices, slice_index
 from llada_jax.training import config as settings
@@ -261,29 +263,34 @@ def _kernels(config: ConfigDict, step: Step, slices: Slices, packing: Packing):
         for name, cost in attention.items()
     }
     if step.model.is_moe:
-        experts = _expert_costs(config, step, slices.topology, rows * shape.positions, packing)
+        grouped = _expert_costs(config, step, slices.topology, rows * shape.positions, packing)
 
         def gmm(result, operands):
             (product,) = [x for x in operands if x.dtype == "bf16" and x.shape[:-1] == result[0].shape[:-1]]
-            return "experts", experts["gmm", product.shape[-1], result[0].shape[-1]]
+            return "experts", grouped["gmm", product.shape[-1], result[0].shape[-1]]
 
-        kernels |= {"gmm": gmm, "tgmm": lambda result, operands: ("experts", experts["tgmm", *result[0].shape[1:]])}
+        kernels |= {"gmm": gmm, "tgmm": lambda result, operands: ("experts", grouped["tgmm", *result[0].shape[1:]])}
     return kernels
 
 
 def _expert_costs(config: ConfigDict, step: Step, topology: Topology, tokens: float, packing: Packing):
+    """{(kernel, contracted, columns): Cost} of the grouped matmuls and of their gradients, tokens of one device."""
     model, mesh = step.model, step.mesh.shape
     width = model.moe_intermediate_size // mesh["tensor"]
     rows, groups = round(tokens) * model.num_experts_per_token, model.num_experts
-    used = rows
-    if config.execution.exchange == "tokens":
-        # A rank holds its share of the experts and, in the worst case that its buffers are for, all pairs of all ranks.
-        used = round(rows * packing.busiest)
-        rows, groups = rows * mesh["expert"], groups // mesh["expert"]
+    sizes = experts.group_sizes(rows, groups)
+    if config.execution.exchange == "tokens" and mesh["expert"] > 1:
+        # A rank holds its share of the experts; its buffers are for the worst case, all pairs of all ranks.
+        sizes = experts.group_sizes(round(rows * packing.busiest), groups // mesh["expert"])
+        rows *= mesh["expert"]
     costs = {}
     for contracted, columns in ((model.hidden_size, 2 * width), (width, model.hidden_size)):
-        shape = expert_cost.Shape(rows, contracted, columns, groups)
-        costs |= expert_cost.kernel_costs(shape, expert_cost.routing(used, groups), topology)
+        flops = 2.0 * float(sizes.sum()) * contracted * columns
+        for direction in experts.PASSES:
+            found = experts.kernel_cost("megablox", direction, sizes, contracted, columns, topology.name, rows)
+            sides = (columns, contracted) if direction == "dx" else (contracted, columns)
+            seconds = max(found.cycles, found.dma_cycles) / topology.chip.clock
+            costs["tgmm" if direction == "dw" else "gmm", *sides] = Cost(seconds, flops)
     return costs
 
 
