@@ -6,7 +6,9 @@ python tools/bench.py attention --device=cpu [--model=tiny] [--lengths=1024]
 The first compiles attention ahead of time for a TPU, without one, and prints for 16 fixed rows of packed documents the
 tiles executed, the cycles that the compiler's schedules add up to on the busiest core of a device, their share of the
 matrix units' peak (counting only pairs that the mask needs), the copies at HBM bandwidth in cycles, and the temporaries
-in HBM: compiler-estimated, not measured. Baselines need the extra: pip install -e '.[tpu,bench]'.
+in HBM: compiler-estimated, not measured. Where rows can be held against a bar (bench/bars.py) it says whether they meet
+it. --passes=decode costs a batch that decodes a block a row against caches of --lengths. Baselines need the extra:
+pip install -e '.[tpu,bench]'.
 
 The second times a training step of block diffusion with dense and with blockwise attention on the device at hand.
 """
@@ -23,7 +25,7 @@ from llada_jax.errors import InputError
 _TOPOLOGY = flags.DEFINE_string("topology", "v5p:2x2x1", "Slice to compile for, v5e | v5p | v6e | tpu7x.")
 _LENGTHS = flags.DEFINE_list("lengths", None, "Tokens of a row. Default: 2048,4096,8192, or 1024 with --device.")
 _IMPLEMENTATIONS = flags.DEFINE_list("implementations", None, "Default: all.")
-_PASSES = flags.DEFINE_list("passes", ["forward", "backward", "both"], "forward, backward, both.")
+_PASSES = flags.DEFINE_list("passes", ["forward", "backward", "both"], "forward, backward, both, decode.")
 _DEVICE = flags.DEFINE_enum("device", None, ["cpu", "gpu", "tpu"], "Measure a training step on this device instead.")
 _MODEL = flags.DEFINE_string("model", "tiny", "Preset of the measured step.")
 _ROWS = flags.DEFINE_integer("rows", 1, "Rows of the measured step.")
@@ -51,7 +53,7 @@ def _estimate(lengths: list[int]) -> None:
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # nothing runs on the TPU that programs are compiled for
-    from llada_jax.bench import attention, rows  # after the flags are parsed: jax takes seconds
+    from llada_jax.bench import attention, bars, rows  # after the flags are parsed: jax takes seconds
     from llada_jax.pod.chips import parse_topology
 
     implementations = _IMPLEMENTATIONS.value or attention.IMPLEMENTATIONS
@@ -80,6 +82,8 @@ def _estimate(lengths: list[int]) -> None:
                 where = {"implementation": name, "length": length, "mean_document": mean, "pass": direction}
                 result.append(where | dataclasses.asdict(cost) | {"topology": topology.name})
                 _write(result)
+    for bar in bars.bars(result):
+        print(bar)
 
 
 def _measure(lengths: list[int]) -> None:
