@@ -68,11 +68,15 @@ def write_folder(folder: Path, config: dict, tensors: dict) -> Path:
     return folder
 
 
+def read_all(leaves) -> dict[str, np.ndarray]:
+    return {leaf.name: leaf.read(0, leaf.shape[leaf.axis]) for leaf in leaves}
+
+
 def stream(folder: Path, dtype=None):
     """(source, {leaf name: array}) of a checkpoint folder."""
     source = convert.read_source(str(folder))
     plans = huggingface.plan_leaves(source.tensors, source.config)
-    return source, dict(huggingface.iter_leaves(plans, dtype))
+    return source, read_all(huggingface.leaves(plans, dtype))
 
 
 def by_columns(heads: np.ndarray) -> np.ndarray:

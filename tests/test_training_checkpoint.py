@@ -113,8 +113,18 @@ def test_large_leaves_are_cut_into_chunks(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint_files, "_CHUNK_BYTES", 1000)
     _, params = write(tmp_path / "out")
     assert bits_equal(checkpoint.load_params(tmp_path / "out"), params)
-    assert checkpoint_files._chunk_shape((16, 128, 64), 4) == [4, 4, 8]
-    assert checkpoint_files._chunk_shape((0, 3), 4) == [1, 3]
+    assert checkpoint_files._chunk_shape((16, 128, 64), 4, 0) == [4, 4, 8]
+    assert checkpoint_files._chunk_shape((0, 3), 4, 0) == [1, 3]
+
+
+def test_no_chunk_belongs_to_two_slabs(monkeypatch):
+    monkeypatch.setattr(checkpoint_files, "_CHUNK_BYTES", 1000)
+    monkeypatch.setattr(checkpoint_files, "SLAB_BYTES", 4000)
+    for shape, axis in {(100, 8, 8): 0, (8, 300): 1, (5000,): 0, (3, 9, 70): 2, (1, 4096): 0}.items():
+        length = checkpoint_files.slab_length(shape, 4, axis)
+        chunk = checkpoint_files._chunk_shape(shape, 4, axis)
+        assert length >= shape[axis] or length % chunk[axis] == 0
+        assert np.prod(chunk) * 4 <= 1000
 
 
 def test_wrong_leaves_are_refused(tmp_path):

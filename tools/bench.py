@@ -11,10 +11,19 @@ it. --passes=decode costs a batch that decodes a block a row against caches of -
 pip install -e '.[tpu,bench]'.
 
 The second times a training step of block diffusion with dense and with blockwise attention on the device at hand.
+
+python tools/bench.py convert [--layers=6] [--rounds=3] [--directory=DIR]
+
+makes a Hugging Face checkpoint of random weights with the names, shapes and shards of LLaDA2.0-mini (9.5 GB with 6
+layers) in DIR, imports and exports it in turn with `cp -r` and fsync of the same files, each from a cold cache, and
+prints seconds, rates, and the most memory that a command held; DIR needs room for three copies, and is emptied again.
 """
 
 import dataclasses
 import json
+import os
+import shutil
+import tempfile
 from pathlib import Path
 
 from absl import flags
@@ -29,11 +38,14 @@ _PASSES = flags.DEFINE_list("passes", ["forward", "backward", "both"], "forward,
 _DEVICE = flags.DEFINE_enum("device", None, ["cpu", "gpu", "tpu"], "Measure a training step on this device instead.")
 _MODEL = flags.DEFINE_string("model", "tiny", "Preset of the measured step.")
 _ROWS = flags.DEFINE_integer("rows", 1, "Rows of the measured step.")
+_LAYERS = flags.DEFINE_integer("layers", 6, "Layers of the converted checkpoint, at least 2.", lower_bound=2)
+_ROUNDS = flags.DEFINE_integer("rounds", 3, "Conversions and copies in turn; the fastest counts.", lower_bound=1)
+_DIRECTORY = flags.DEFINE_string("directory", ".", "Where the checkpoints to convert are made and removed.")
 _JSON = flags.DEFINE_string("json", None, "File for the rows of the table.")
 
 
 def main(argv) -> None:
-    {"attention": _attention}[argv[1]]()
+    {"attention": _attention, "convert": _convert}[argv[1]]()
 
 
 def _attention() -> None:
@@ -110,5 +122,39 @@ def _measure(lengths: list[int]) -> None:
         _write(result)
 
 
+def _convert() -> None:
+    from llada_jax.bench import convert
+    from llada_jax.model.config import preset
+
+    folder = Path(tempfile.mkdtemp(prefix="bench_convert_", dir=_DIRECTORY.value))
+    try:
+        source, copied, ours, exported = (folder / name for name in ("source", "copied", "ours", "exported"))
+        size = convert.write_source(source, preset("llada2_mini").replace(num_layers=_LAYERS.value))
+        base = convert.interpreter().peak_bytes
+        print(f"{size / 1e9:.2f} GB, imports alone hold {base / 2**20:.0f} MiB; load average {os.getloadavg()[0]:.1f}")
+        print("round command seconds  MB/s  CPU seconds  MiB above the imports")
+        result = []
+        for number in range(_ROUNDS.value):
+            runs = {"cp": convert.copy(source, copied), "import": convert.import_folder(source, ours)}
+            shutil.rmtree(copied)
+            runs["export"] = convert.export_folder(ours, exported)
+            for name, run in runs.items():
+                above = max(0, run.peak_bytes - base)
+                print(f"{number:5} {name:7} {run.seconds:7.1f} {size / run.seconds / 1e6:5.0f} {run.cpu_seconds:12.1f} "
+                      f"{above / 2**20:22.0f}", flush=True)  # fmt: skip
+                result.append({"command": name, "bytes": size, "bytes_above_imports": above} | dataclasses.asdict(run))
+            _write(result)
+            if differing := convert.differences(source, exported):
+                raise AssertionError(f"{differing[0]} and {len(differing) - 1} more tensors have changed")
+            shutil.rmtree(ours)
+            shutil.rmtree(exported)
+        least = {name: min(row["seconds"] for row in result if row["command"] == name) for name in runs}
+        for name in ("import", "export"):
+            print(f"{name}: {least['cp'] / least[name]:.0%} of the rate of cp (fastest of {_ROUNDS.value} each)")
+        print(f"every tensor came back byte for byte; load average {os.getloadavg()[0]:.1f}")
+    finally:
+        shutil.rmtree(folder)
+
+
 if __name__ == "__main__":
-    errors.run(main, commands=("attention",))
+    errors.run(main, commands=("attention", "convert"))

@@ -1,24 +1,22 @@
 """Import: a Hugging Face folder or a GGUF file -> a checkpoint of ours, with a mask token where one is to be had."""
 
 import dataclasses
-import math
+import functools
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator
-from pathlib import Path
 
-import ml_dtypes
 import numpy as np
+from etils import epath
 
 from llada_jax.errors import InputError
 from llada_jax.interop import gguf, hf_config, huggingface, tokenizer
 from llada_jax.model import parameters
 from llada_jax.model.config import ModelConfig
 from llada_jax.training import checkpoint
+from llada_jax.training.checkpoint_stream import Leaf, identity_of, slabs
 
 CONVERTER_VERSION = 1
-_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 # LLaDA2's padded vocabulary and mask; in Ling's chat tokenizer the same id is <|role_end|>.
 _LLADA2_VOCAB, _LLADA2_MASK = 157_184, 156_895
 
@@ -31,7 +29,7 @@ class Source:
     hf: dict  # config.json as it was found
     tensors: dict[str, huggingface.StoredTensor]
     tokenizer_files: dict[str, bytes]
-    paths: list[Path]
+    paths: list[epath.Path]
     notices: list[str]
 
 
@@ -62,7 +60,8 @@ def import_checkpoint(
     Raises InputError, naming the file, tensor or flag, before anything is written.
     """
     begun = time.monotonic()
-    _check_flags(dtype, alignment, mask_token_id, add_mask_token)
+    target = None if dtype is None else huggingface.parse_dtype(dtype)
+    _check_flags(alignment, mask_token_id, add_mask_token)
     found = read_source(source)
     plans = huggingface.plan_leaves(found.tensors, found.config)
     config = found.config if alignment is None else found.config.replace(alignment=alignment)
@@ -70,24 +69,23 @@ def import_checkpoint(
     notices = [*found.notices, *mask.notices]
     for notice in notices:
         print(f"notice: {notice}")
-    target = None if dtype is None else _DTYPES[dtype]
-    leaves = huggingface.iter_leaves(plans, target)
-    dtypes = sorted({huggingface.leaf_dtype(plan, target).name for plan in plans})
+    leaves = huggingface.leaves(plans, target)
+    dtypes = sorted({leaf.dtype.name for leaf in leaves})
     lineage = {
         "source": os.path.abspath(source),
-        "source_files": {path.name: path.stat().st_size for path in found.paths},
+        "source_files": {path.name: path.stat().length for path in found.paths},
         "converter_version": CONVERTER_VERSION,
         "dtype": dtypes,
         "hf_config": found.hf,
         "notices": notices,
     }
-    checkpoint.write_weights(
+    checkpoint.write_leaves(
         out,
         mask.config,
-        append_mean_row(leaves) if mask.appended else leaves,
+        [with_mean_row(leaf) for leaf in leaves] if mask.appended else leaves,
         mask.tokenizer_files,
         lineage,
-        total_bytes=sum(math.prod(p.parameter.shape) * huggingface.leaf_dtype(p, target).itemsize for p in plans),
+        identity=identity_of(CONVERTER_VERSION, [(str(path), path.stat().mtime) for path in found.paths]),
     )
     c = mask.config
     print(
@@ -96,9 +94,7 @@ def import_checkpoint(
     )
 
 
-def _check_flags(dtype, alignment, mask_token_id, add_mask_token) -> None:
-    if dtype is not None and dtype not in _DTYPES:
-        raise InputError(f"--dtype={dtype}, expected one of {', '.join(_DTYPES)}")
+def _check_flags(alignment, mask_token_id, add_mask_token) -> None:
     if alignment not in (None, "same", "shifted"):
         raise InputError(f"--alignment={alignment}, expected same or shifted")
     if mask_token_id is not None and add_mask_token:
@@ -110,7 +106,7 @@ def _check_flags(dtype, alignment, mask_token_id, add_mask_token) -> None:
 
 def read_source(source: str) -> Source:
     """Opens and checks a source. Raises InputError naming the file or field at fault."""
-    path = Path(source)
+    path = epath.Path(source)
     if path.is_file() and path.suffix == ".gguf":
         return _read_gguf(path)
     if path.is_file():
@@ -123,7 +119,7 @@ def read_source(source: str) -> Source:
     return _read_folder(path)
 
 
-def _read_folder(folder: Path) -> Source:
+def _read_folder(folder: epath.Path) -> Source:
     hf = _read_json(folder, "config.json")
     generation = _read_json(folder, "generation_config.json")
     eos = generation.get("eos_token_id")
@@ -140,14 +136,14 @@ def _read_folder(folder: Path) -> Source:
     return Source(config, hf, tensors, files, paths, notices)
 
 
-def _read_gguf(path: Path) -> Source:
+def _read_gguf(path: epath.Path) -> Source:
     file = gguf.open_gguf(path)
     config = gguf.model_config(file)
     files = gguf.tokenizer_files(file)
     return Source(config, hf_config.to_hf(config), gguf.open_weights(file, config), files, [path], [])
 
 
-def _read_json(folder: Path, name: str) -> dict:
+def _read_json(folder: epath.Path, name: str) -> dict:
     path = folder / name
     try:
         return tokenizer.read_json({name: path.read_bytes()} if path.is_file() else {}, name, str(folder))
@@ -238,14 +234,25 @@ def _check_mask_name(names: tokenizer.Tokenizer | None, mask_id: int, source: st
         )
 
 
-def append_mean_row(leaves: Iterable[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
-    """Adds one row to the embedding and one column to the head: the mean of those that exist.
+def with_mean_row(leaf: Leaf) -> Leaf:
+    """The embedding with one row more, the head with one column: the mean of those that exist; another leaf as it is.
 
     AR training drives the rows of unused ids towards zero; the mean keeps the scale that the norms expect.
     """
-    for name, leaf in leaves:
-        if name in ("embedding", "head"):
-            axis = 0 if name == "embedding" else 1
-            mean = np.mean(leaf, axis=axis, keepdims=True, dtype=np.float32).astype(leaf.dtype)
-            leaf = np.concatenate([leaf, mean], axis)
-        yield name, leaf
+    if leaf.name not in ("embedding", "head"):
+        return leaf
+    axis, size = leaf.axis, leaf.shape[leaf.axis]
+
+    @functools.cache
+    def mean() -> np.ndarray:
+        bounds = slabs(leaf.shape, leaf.dtype.itemsize, axis)
+        total = sum(np.sum(leaf.read(*each), axis, np.float32, keepdims=True) for each in bounds)
+        return (total / np.float32(size)).astype(leaf.dtype)
+
+    def read(first, last):
+        if last <= size:
+            return leaf.read(first, last)
+        return np.concatenate([leaf.read(first, size), mean()], axis) if first < size else mean()
+
+    shape = (*leaf.shape[:axis], size + 1, *leaf.shape[axis + 1 :])
+    return dataclasses.replace(leaf, shape=shape, read=read)

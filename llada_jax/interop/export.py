@@ -1,25 +1,27 @@
-"""Export: a checkpoint of ours -> a Hugging Face folder of safetensors, streamed tensor by tensor.
+"""Export: a checkpoint of ours -> a Hugging Face folder of safetensors, streamed slab by slab.
 
 Every name, shape and slice comes from the declarations (model/parameters.py), as on import.
 """
 
+import functools
 import json
 import math
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from etils import epath
 
 from llada_jax.errors import InputError
 from llada_jax.interop import hf_config
-from llada_jax.interop.huggingface import source_name, stored_shape
+from llada_jax.interop.huggingface import parse_dtype, source_name, stored_shape, transposed
 from llada_jax.model import parameters
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.parameters import Parameter
 from llada_jax.training import checkpoint
 from llada_jax.training import checkpoint_files as files
+from llada_jax.training.checkpoint_stream import identity_of, in_order, partial, slabs, split_axis, target_dtype
 from llada_jax.training.progress import byte_progress
 
 SHARD_BYTES = 5 * 10**9
@@ -27,11 +29,9 @@ _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 class Target(NamedTuple):
-    """One tensor of the folder: the leaves it is made of, one below the other, and which expert of them."""
+    """One tensor of the folder and where its bytes lie in its shard."""
 
     name: str
-    leaves: list[tuple[str, Parameter]]
-    expert: int | None
     shape: tuple[int, ...]
     dtype: np.dtype
 
@@ -40,31 +40,53 @@ class Target(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def export_checkpoint(path: str, out: str, shard_bytes: int = SHARD_BYTES) -> None:
+class Group(NamedTuple):
+    """Leaves whose rows, one leaf below the other, are the rows of `targets`, one target below the other: one leaf of
+    one tensor, a leaf of all its experts, or the leaves of a fused tensor.
+    """
+
+    leaves: list[tuple[str, Parameter]]
+    targets: list[Target]
+
+    @property
+    def bytes(self) -> int:
+        return sum(target.bytes for target in self.targets)
+
+
+def export_checkpoint(path: str, out: str, shard_bytes: int = SHARD_BYTES, dtype: str | None = None) -> None:
     """Writes config.json, tokenizer files and safetensors (an index too when there is more than one shard) at `out`.
 
-    path: a checkpoint, a step or a workdir. `out` appears when complete. Raises InputError when `out` exists, a tensor
-    is damaged, or its dtype has no place in safetensors.
+    path: a checkpoint, a step or a workdir. dtype: "float32" or "bfloat16", by default that of each tensor; a float32
+    expert bias is never cast. A shard has at most shard_bytes, unless one leaf (the experts of a layer) has more.
+    `out` appears when complete; a run that was killed goes on behind its last whole shard. Raises InputError when `out`
+    exists, a tensor is damaged, or its dtype has no place in safetensors.
     """
     directory = checkpoint.candidates(path)[0]
     config, lineage = checkpoint.read_config(directory)
     reader = checkpoint.open_weights(directory)
-    shards = _shards(_targets(config, reader), shard_bytes)
-    with checkpoint.replacing(files.epath.Path(os.path.abspath(out))) as folder:
-        folder = Path(folder)
-        hf = source_config(lineage) | _changed(hf_config.to_hf(config), source_config(lineage))
-        hf["torch_dtype"] = np.dtype(reader.entries["embedding"].dtype).name
-        (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
-        for name, content in checkpoint.read_tokenizer_files(directory).items():
-            (folder / name).write_bytes(content)
-        total = sum(target.bytes for shard in shards for target in shard)
+    to = None if dtype is None else parse_dtype(dtype)
+    shards = _shards(_groups(config, reader, to), shard_bytes)
+    hf = hf_config.exported(config, source_config(lineage), shards[0][0].targets[0].dtype)
+    small = {"config.json": (json.dumps(hf, indent=2) + "\n").encode(), **checkpoint.read_tokenizer_files(directory)}
+    identity = identity_of(files.read_digests(directory).sha256, shard_bytes, dtype, hf)
+    with partial(epath.Path(out), identity) as (folder, notes):
+        total = sum(group.bytes for shard in shards for group in shard)
         with byte_progress(f"writing {out}", total) as advance:
             for number, shard in enumerate(shards):
-                _write_shard(folder / shard_name(number, len(shards)), shard, reader, advance)
+                name = shard_name(number, len(shards))
+                if name in notes.read():
+                    advance(sum(group.bytes for group in shard))
+                else:
+                    _write_shard(folder / name, shard, reader, advance)
+                    notes.add(name, "")
         if len(shards) > 1:
-            where = {t.name: shard_name(n, len(shards)) for n, shard in enumerate(shards) for t in shard}
+            where = {
+                t.name: shard_name(n, len(shards)) for n, shard in enumerate(shards) for g in shard for t in g.targets
+            }
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        for name, content in reversed(small.items()):  # config.json last: without it there is no model here
+            (folder / name).write_bytes(content)
 
 
 def shard_name(number: int, count: int) -> str:
@@ -78,75 +100,70 @@ def source_config(lineage: dict) -> dict:
     return lineage.get("hf_config", {})
 
 
-def _changed(ours: dict, source: dict) -> dict:
-    """Our keys that say something else than the source's config.json does; the rest stays as it was written."""
-    if not source:
-        return ours
-    try:
-        same = hf_config.to_hf(hf_config.from_hf(source))
-    except InputError:  # a GGUF file's metadata
-        return ours
-    return {key: value for key, value in ours.items() if key not in same or same[key] != value}
-
-
-def _targets(config: ModelConfig, reader: files.TensorReader) -> list[Target]:
+def _groups(config: ModelConfig, reader, to: np.dtype | None) -> list[Group]:
     """Every tensor of the folder, in the order of the layers."""
-    found: dict[str, Target] = {}
+    groups: dict[str, Group] = {}
     for leaf, (parameter, layer) in parameters.leaves(config).items():
-        dtype = np.dtype(reader.entries[leaf].dtype)
+        dtype = target_dtype(leaf, np.dtype(reader.entries[leaf].dtype), to)
         if dtype.name not in _DTYPES:
             raise InputError(f'tensor "{leaf}" has dtype {dtype.name}; safetensors get {", ".join(_DTYPES)}')
-        for expert in range(parameter.shape[0]) if parameter.per_expert else [None]:
-            name, shape = source_name(parameter, layer, expert), stored_shape(parameter)
-            if name in found:  # fused: rows follow rows in the order of declaration
-                one = found[name]
-                shape = (one.shape[0] + shape[0], *shape[1:])
-                found[name] = one._replace(leaves=[*one.leaves, (leaf, parameter)], shape=shape)
-            else:
-                found[name] = Target(name, [(leaf, parameter)], expert, shape, dtype)
-    return list(found.values())
+        experts = range(parameter.shape[0]) if parameter.per_expert else [None]
+        shape = stored_shape(parameter)
+        targets = [Target(source_name(parameter, layer, expert), shape, dtype) for expert in experts]
+        if fused := groups.get(targets[0].name):  # rows follow rows in the order of declaration
+            (one,) = fused.targets
+            targets = [one._replace(shape=(one.shape[0] + shape[0], *shape[1:]))]
+            groups[one.name] = Group([*fused.leaves, (leaf, parameter)], targets)
+        else:
+            groups[targets[0].name] = Group([(leaf, parameter)], targets)
+    return list(groups.values())
 
 
-def _shards(targets: list[Target], limit: int) -> list[list[Target]]:
-    shards: list[list[Target]] = [[]]
+def _shards(groups: list[Group], limit: int) -> list[list[Group]]:
+    shards: list[list[Group]] = [[]]
     size = 0
-    for target in targets:
-        if shards[-1] and size + target.bytes > limit:
+    for group in groups:
+        if shards[-1] and size + group.bytes > limit:
             shards.append([])
             size = 0
-        shards[-1].append(target)
-        size += target.bytes
+        shards[-1].append(group)
+        size += group.bytes
     return shards
 
 
-def _write_shard(path: Path, targets: list[Target], reader: files.TensorReader, advance) -> None:
+def _write_shard(path: epath.Path, groups: list[Group], reader, advance) -> None:
     header, offset = {"__metadata__": {"format": "pt"}}, 0
-    for target in targets:
+    for target in (target for group in groups for target in group.targets):
         span = [offset, offset + target.bytes]
         header[target.name] = {"dtype": _DTYPES[target.dtype.name], "shape": list(target.shape), "data_offsets": span}
         offset += target.bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
+    with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for array in _arrays(targets, reader):
-            file.write(np.ascontiguousarray(array).view(np.uint8).data)
-            advance(array.nbytes)
+        for value in in_order(functools.partial(_slab, reader.slabs()), _slab_tasks(groups, reader)):
+            file.write(value.reshape(-1).view(np.uint8).data)
+            advance(value.nbytes)
         file.flush()
-        os.fsync(file.fileno())
+        if files.renames(path):
+            os.fsync(file.fileno())
 
 
-def _arrays(targets: list[Target], reader: files.TensorReader) -> Iterator[np.ndarray]:
-    """The tensors' values; the leaf read last is kept, since its experts follow one another."""
-    kept_name, kept = "", np.empty(0)
-    for target in targets:
-        parts = []
-        for leaf, parameter in target.leaves:
-            if leaf != kept_name:
-                kept_name, kept = leaf, reader.read(leaf, verify=True)
-            value = kept if target.expert is None else kept[target.expert]
-            rows, *columns = stored_shape(parameter)
-            if parameter.matrix:
-                value = value.reshape(*columns, rows).T
-            parts.append(value.reshape(rows, *columns))
-        yield parts[0] if len(parts) == 1 else np.concatenate(parts)
+def _slab_tasks(groups: list[Group], reader) -> Iterator[tuple]:
+    for group in groups:
+        for leaf, parameter in group.leaves:
+            axis, entry = split_axis(parameter), reader.entries[leaf]
+            step = reader.slab_length(leaf, axis)
+            for bounds in slabs(entry.shape, entry.dtype.itemsize, axis, step):
+                yield leaf, parameter, group.targets[0].dtype, *bounds
+
+
+def _slab(source, leaf: str, parameter: Parameter, dtype: np.dtype, first: int, last: int) -> np.ndarray:
+    """Rows of the stored tensor, or whole experts."""
+    value = source.read(leaf, split_axis(parameter), first, last).astype(dtype, copy=False)
+    if parameter.matrix:
+        columns = stored_shape(parameter)[1]
+        value = transposed(
+            value.reshape(-1, columns, value.shape[-1]) if parameter.per_expert else value.reshape(columns, -1)
+        )
+    return np.ascontiguousarray(value)

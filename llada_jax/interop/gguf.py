@@ -132,9 +132,11 @@ def _hf_name(file: GgufFile, name: str) -> tuple[str, str]:
     raise InputError(f"{file.path}: unexpected tensor {name}: a llama model has none")
 
 
-def _read(tensor: gguf.ReaderTensor, shape: tuple[int, ...], heads: int | None) -> np.ndarray:
-    value = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False).reshape(shape)
-    return value if heads is None else _undo_rotary_order(value, heads)
+def _read(tensor: gguf.ReaderTensor, shape: tuple[int, ...], heads: int | None, first: int, last: int) -> np.ndarray:
+    whole = slice(None) if heads else slice(first, last)  # the quantised blocks lie along the rows
+    value = gguf.quants.dequantize(tensor.data[whole], tensor.tensor_type).astype(np.float32, copy=False)
+    value = value.reshape(-1, *shape[1:])
+    return _undo_rotary_order(value, heads)[first:last] if heads else value
 
 
 def _undo_rotary_order(rows: np.ndarray, heads: int) -> np.ndarray:

@@ -2,6 +2,8 @@
 
 import math
 
+import numpy as np
+
 from llada_jax.errors import InputError
 from llada_jax.model.config import ModelConfig, RopeScaling
 
@@ -253,6 +255,17 @@ def _token(hf: dict, name: str) -> int | None:
     if value is None or value == -1:
         return None
     return _integer({name: value}, name)
+
+
+def exported(config: ModelConfig, source: dict, dtype: np.dtype) -> dict:
+    """config.json of an export: that of the folder the weights come from ({}: none), with what has changed since."""
+    ours = to_hf(config)
+    try:
+        same = to_hf(from_hf(source)) if source else {}
+    except InputError:  # a GGUF file's metadata
+        same = {}
+    changed = {key: value for key, value in ours.items() if key not in same or same[key] != value}
+    return source | changed | {"torch_dtype": dtype.name}
 
 
 def to_hf(config: ModelConfig) -> dict:

@@ -1,37 +1,50 @@
-"""Tensors of a Hugging Face checkpoint -> a stream of our checkpoint leaves, one at a time.
+"""Tensors of a Hugging Face checkpoint -> leaves of ours, read slab by slab.
 
 Names, shapes and transforms come from `parameters.leaves(config)`. `plan_leaves` checks every name and shape from the
-files' headers; after that `iter_leaves` can only fail on a disk error.
+files' headers; after that reading the leaves can only fail on a disk error.
 """
 
 import collections
 import dataclasses
+import functools
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Iterable
+from pathlib import PurePosixPath
 
+import jax
 import ml_dtypes
 import numpy as np
+from etils import epath
 
 from llada_jax.errors import InputError
 from llada_jax.model import parameters
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.parameters import Parameter
+from llada_jax.training import digest
+from llada_jax.training.checkpoint_stream import Leaf, split_axis, target_dtype
 
 _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _NAMES_SHOWN = 3
 
 
+def parse_dtype(name: str) -> np.dtype:
+    """Raises InputError when it is none of those that weights can be converted to."""
+    known = {dtype.name: dtype for dtype in (_DTYPES["F32"], _DTYPES["BF16"])}
+    if name not in known:
+        raise InputError(f"--dtype={name}, expected one of {', '.join(known)}")
+    return known[name]
+
+
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file: `read` gives its whole value, often a memory map of it."""
+    """A tensor in a file: read(a, b) gives indices a to b of its first axis."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
     file: str
-    read: Callable[[], np.ndarray]
+    read: Callable[[int, int], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +63,7 @@ class LeafPlan:
 # --- files ---------------------------------------------------------------------------------------------------------
 
 
-def find_weights(folder: Path) -> tuple[list[Path], dict[str, Path]]:
+def find_weights(folder: epath.Path) -> tuple[list[epath.Path], dict[str, epath.Path]]:
     """(weight files in order, {tensor name: shard} of the index or {}): one file, or the shards of an index.
 
     Symbolic links are followed (the hub's cache is made of them). Raises InputError naming a file that is missing, or
@@ -66,7 +79,7 @@ def find_weights(folder: Path) -> tuple[list[Path], dict[str, Path]]:
     raise InputError(f"{folder}: no model.safetensors, model.safetensors.index.json, or pytorch_model.bin")
 
 
-def open_weights(folder: Path) -> dict[str, StoredTensor]:
+def open_weights(folder: epath.Path) -> dict[str, StoredTensor]:
     """Every tensor of a checkpoint folder, from the headers only.
 
     Raises InputError naming the file that is missing, truncated or inconsistent with the index.
@@ -83,7 +96,7 @@ def open_weights(folder: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _read_index(index: Path) -> dict[str, Path]:
+def _read_index(index: epath.Path) -> dict[str, epath.Path]:
     """{tensor name: shard}."""
     try:
         weight_map = json.loads(index.read_bytes())["weight_map"]
@@ -101,10 +114,10 @@ def _read_index(index: Path) -> dict[str, Path]:
     return {name: shards[file] for name, file in named.items()}
 
 
-def open_safetensors(path: Path) -> dict[str, StoredTensor]:
+def open_safetensors(path: epath.Path) -> dict[str, StoredTensor]:
     """Tensors of one file. Raises InputError if it is truncated, malformed or holds another dtype than F32/F16/BF16."""
     header, start = _read_header(path)
-    size = path.stat().st_size
+    size = path.stat().length
     tensors = {}
     for name, entry in header.items():
         try:
@@ -118,14 +131,14 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
             raise InputError(f"{path}: {name} has {last - first} bytes, not those of shape {list(shape)}")
         if start + last > size:
             raise InputError(f"{path}: truncated, {size} bytes where its header needs at least {start + last}")
-        tensors[name] = _mapped(path, _DTYPES[dtype], shape, start + first)
+        tensors[name] = _stored(path, _DTYPES[dtype], shape, start + first)
     return tensors
 
 
-def _read_header(path: Path) -> tuple[dict, int]:
+def _read_header(path: epath.Path) -> tuple[dict, int]:
     """(header without metadata, offset of the data)."""
     try:
-        size = path.stat().st_size
+        size = path.stat().length
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             text = file.read(min(length, size))
@@ -140,16 +153,26 @@ def _read_header(path: Path) -> tuple[dict, int]:
         raise InputError(f"{path}: not a safetensors file ({error})") from error
 
 
-def _mapped(path: Path, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> StoredTensor:
-    def read():
-        if math.prod(shape) == 0:
-            return np.empty(shape, dtype)
-        return np.memmap(path, dtype, "r", offset, shape)
+def _stored(path: epath.Path, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> StoredTensor:
+    each = math.prod(shape[1:]) * dtype.itemsize
+
+    def read(first, last):
+        value = np.empty(shape and (last - first, *shape[1:]), dtype)
+        data = memoryview(value.reshape(-1).view(np.uint8))
+        try:
+            with path.open("rb") as file:
+                file.seek(offset + first * each)
+                count = file.readinto(data)
+        except OSError as error:
+            raise InputError(f"{path}: {error.strerror}") from error
+        if count != len(data):
+            raise InputError(f"{path}: truncated while it was read")
+        return value
 
     return StoredTensor(shape, dtype, str(path), read)
 
 
-def _open_torch(path: Path) -> dict[str, StoredTensor]:
+def _open_torch(path: epath.Path) -> dict[str, StoredTensor]:
     try:
         import torch
     except ImportError as error:
@@ -161,7 +184,11 @@ def _open_torch(path: Path) -> dict[str, StoredTensor]:
         raise InputError(f"{path}: {error}") from error
 
     def reader(tensor, dtype):
-        return lambda: tensor.contiguous().view(torch.uint8).numpy().view(dtype).reshape(tuple(tensor.shape))
+        def read(first, last):
+            rows = tensor[first:last].contiguous() if tensor.ndim else tensor
+            return rows.view(torch.uint8).numpy().view(dtype).reshape(tuple(rows.shape))
+
+        return read
 
     tensors = {}
     for name, tensor in state.items():
@@ -177,11 +204,9 @@ def _open_torch(path: Path) -> dict[str, StoredTensor]:
 
 def stored_shape(parameter: Parameter) -> tuple[int, ...]:
     """Shape in a Hugging Face checkpoint of one tensor (of one expert); with hf_rows, of our rows of it."""
-    shape, axes = parameter.shape, parameter.axes
-    if parameter.per_expert:
-        shape, axes = shape[1:], axes[1:]
+    shape = parameter.shape[1:] if parameter.per_expert else parameter.shape
     if parameter.matrix:
-        inputs = 1 if axes[0] == "embed" else len(shape) - 1
+        inputs = 1 if parameter.per_expert else split_axis(parameter)
         return math.prod(shape[inputs:]), math.prod(shape[:inputs])
     return (math.prod(shape),) if parameter.hf_name.endswith(".bias") else shape
 
@@ -263,42 +288,38 @@ def _some(names: Iterable[str]) -> str:
     return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
-def leaf_dtype(plan: LeafPlan, dtype: np.dtype | None) -> np.dtype:
-    """The dtype to write: the stored one unless `dtype` is given. A float32 expert bias stays float32: the router
-    compares scores that a lower precision would tie."""
-    keep = plan.name.endswith(".expert_bias") and plan.dtype == np.float32
-    return plan.dtype if dtype is None or keep else np.dtype(dtype)
+def leaves(plans: Iterable[LeafPlan], dtype: np.dtype | None = None) -> list[Leaf]:
+    """The leaves in our layout, read when they are asked for."""
+
+    def leaf(plan: LeafPlan) -> Leaf:
+        target = target_dtype(plan.name, plan.dtype, dtype)
+        read = functools.partial(_read_experts if plan.parameter.per_expert else _read_rows, plan, target)
+        return Leaf(plan.name, plan.parameter.shape, target, read, split_axis(plan.parameter))
+
+    return [leaf(plan) for plan in plans]
 
 
-def iter_leaves(plans: Iterable[LeafPlan], dtype: np.dtype | None = None) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields (leaf name, C-contiguous array in our layout), keeping none: the consumer decides how many live."""
-    for plan in plans:
-        yield plan.name, _read_leaf(plan, leaf_dtype(plan, dtype))
-
-
-def _read_leaf(plan: LeafPlan, dtype: np.dtype) -> np.ndarray:
+def _read_rows(plan: LeafPlan, dtype: np.dtype, first: int, last: int) -> np.ndarray:
     parameter = plan.parameter
-    if not parameter.per_expert:
-        return _convert(plan.sources[0].read(), parameter, dtype).reshape(parameter.shape)
-    leaf = np.empty(parameter.shape, dtype)
-    merged = plan.sources[0].read() if len(plan.sources[0].shape) == 3 else None
-    for expert in range(len(leaf)):
-        value = plan.sources[expert].read() if merged is None else merged[expert]
-        leaf[expert] = _convert(value, parameter, dtype)
-    return leaf
+    start, stop = parameter.hf_rows or (0, plan.sources[0].shape[0])
+    each = (stop - start) // parameter.shape[split_axis(parameter)]
+    value = plan.sources[0].read(start + first * each, start + last * each).astype(dtype, copy=False)
+    axis, shape = split_axis(parameter), parameter.shape
+    return (transposed(value) if parameter.matrix else value).reshape(*shape[:axis], last - first, *shape[axis + 1 :])
 
 
-def _convert(value: np.ndarray, parameter: Parameter, dtype: np.dtype) -> np.ndarray:
-    if parameter.hf_rows:
-        value = value[slice(*parameter.hf_rows)]
-    if parameter.matrix:
-        return _transpose(value, dtype)
-    return np.array(value, dtype)
+def _read_experts(plan: LeafPlan, dtype: np.dtype, first: int, last: int) -> np.ndarray:
+    if len(plan.sources) == 1:  # the merged form
+        return transposed(plan.sources[0].read(first, last).astype(dtype, copy=False))
+    value = np.empty((last - first, *stored_shape(plan.parameter)), dtype)
+    for row, source in enumerate(plan.sources[first:last]):
+        value[row] = source.read(0, len(value[row]))
+    return transposed(value)
 
 
-def _transpose(matrix: np.ndarray, dtype: np.dtype, rows: int = 64) -> np.ndarray:
-    """A transposed copy, by strips of rows: 4 times as fast as numpy's own on matrices beyond the cache."""
-    result = np.empty(matrix.shape[::-1], dtype)
-    for first in range(0, len(matrix), rows):
-        result[:, first : first + rows] = matrix[first : first + rows].T
-    return result
+def transposed(value: np.ndarray) -> np.ndarray:
+    """A copy with the last two axes exchanged; the CPU device copies strided arrays 4 times as fast as numpy."""
+    bits = value.view(f"uint{8 * value.itemsize}").swapaxes(-1, -2)
+    device = digest.cpu_device()
+    copy = np.ascontiguousarray(bits) if device is None else np.asarray(jax.device_put(bits, device))
+    return copy.view(value.dtype)

@@ -5,12 +5,11 @@ and its weights are those of its base with the adapters merged. Wherever a path 
 a workdir (or its checkpoints/ folder), which stands for its newest intact step.
 """
 
-import contextlib
 import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
 import jax
@@ -24,6 +23,7 @@ from llada_jax.model.config import ModelConfig
 from llada_jax.model.lora import Lora
 from llada_jax.training import checkpoint_arrays as arrays
 from llada_jax.training import checkpoint_files as files
+from llada_jax.training import checkpoint_stream as stream
 from llada_jax.training.checkpoint_files import DamagedError
 from llada_jax.training.lora import MergedReader, base_of, read_sharded
 from llada_jax.training.progress import byte_progress
@@ -46,25 +46,35 @@ def write_weights(
     leaves: Iterable[tuple[str, np.ndarray]],
     tokenizer_files: dict[str, bytes],
     lineage: dict,
-    total_bytes: int | None = None,
 ) -> None:
-    """Writes a checkpoint from a stream of (leaf name, array), holding one leaf at a time.
+    """Writes a checkpoint of arrays in memory, {leaf name: array}.items(); else as write_leaves."""
+    write_leaves(out, config, [stream.leaf_of(*pair) for pair in leaves], tokenizer_files, lineage, identity=None)
 
-    The names and shapes must be those of parameters.leaves(config), in any order. Until all is written and flushed the
-    files are in a hidden directory beside `out` (on an object store: in `out`, still without digests.json); a failure
-    removes them. total_bytes: size of all leaves, for the progress bar; by default leaf after leaf is counted.
+
+def write_leaves(
+    out: str | os.PathLike,
+    config: ModelConfig,
+    leaves: Sequence[stream.Leaf],
+    tokenizer_files: dict[str, bytes],
+    lineage: dict,
+    identity: str | None,
+) -> None:
+    """Writes a checkpoint of tensors that are still to be made, a few slabs at a time.
+
+    The names and shapes must be those of parameters.leaves(config), in any order. identity: what the tensors are made
+    of (stream.identity_of), by which a later run may go on with what this one leaves when it is killed
+    (stream.partial); None: it starts anew.
     Raises InputError when `out` exists, or a leaf is missing, unknown, given twice or of another shape.
     """
     out = epath.Path(out)
-    with replacing(out) as directory:
+    _check_leaves(leaves, config)
+    if identity is not None:
+        kinds = [(leaf.name, leaf.shape, leaf.dtype.name, leaf.axis) for leaf in leaves]
+        identity = stream.identity_of(identity, config.to_dict(), lineage, kinds, files.FORMAT)
+    with stream.partial(out, identity) as (directory, notes):
         write_header(directory, config, tokenizer_files, lineage)
-        writer = files.TensorWriter(directory / "params")
-        entries = {}
-        with byte_progress(f"writing {out}", total_bytes) as advance:
-            for name, array in _checked(leaves, config):
-                entries[name] = writer.write(name, array)
-                advance(array.nbytes)
-        writer.close()
+        with byte_progress(f"writing {out}", sum(leaf.nbytes for leaf in leaves)) as advance:
+            entries = stream.write_leaves(directory / "params", leaves, notes, advance)
         files.finish(directory, {"params": entries})
 
 
@@ -80,40 +90,16 @@ def write_header(
         (directory / "tokenizer" / name).write_bytes(data)
 
 
-@contextlib.contextmanager
-def replacing(out: epath.Path) -> Iterator[epath.Path]:
-    """Yields a new directory that becomes `out` when the block ends, and is removed when it fails.
-
-    Raises InputError when `out` is there already (an empty directory is not in the way).
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        what = "exists already" if files.is_complete(out) or files.renames(out) else "holds an incomplete checkpoint"
-        raise InputError(f"{out}: {what}; remove it or choose another directory")
-    directory = out.parent / f".{out.name}.partial" if files.renames(out) else out
-    if directory != out and directory.exists():
-        print(f"removing {directory}, which an interrupted run left", file=sys.stderr)
-        directory.rmtree()
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        yield directory
-        if directory != out:
-            os.replace(directory, out)
-    except BaseException:
-        directory.rmtree(missing_ok=True)
-        raise
-
-
-def _checked(leaves: Iterable[tuple[str, np.ndarray]], config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
+def _check_leaves(leaves: Sequence[stream.Leaf], config: ModelConfig) -> None:
     missing = {name: parameter.shape for name, (parameter, _) in parameters.leaves(config).items()}
     seen = set()
-    for name, array in leaves:
+    for name, shape in ((leaf.name, tuple(leaf.shape)) for leaf in leaves):
         if name not in missing:
             raise InputError(f'weights: leaf "{name}" is {"given twice" if name in seen else "not one of the model"}')
-        if tuple(array.shape) != missing[name]:
-            raise InputError(f'weights: leaf "{name}" has shape {list(array.shape)}, expected {list(missing[name])}')
+        if shape != missing[name]:
+            raise InputError(f'weights: leaf "{name}" has shape {list(shape)}, expected {list(missing[name])}')
         del missing[name]
         seen.add(name)
-        yield name, array
     if missing:
         raise InputError(f'weights: leaf "{next(iter(missing))}" and {len(missing) - 1} others are missing')
 

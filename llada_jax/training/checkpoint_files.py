@@ -14,7 +14,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,13 +23,15 @@ import tensorstore as ts
 from etils import epath
 
 from llada_jax.errors import InputError
-from llada_jax.training.digest import digest
+from llada_jax.training.digest import digest, host_lanes, to_hex
 
 FORMAT = 1
 DIGESTS = "digests.json"
 TENSOR_FOLDERS = ("params", "optimizer")
 # Small enough that a host of a pod reads little beside its own shards, large enough for an object store.
 _CHUNK_BYTES = 16 * 2**20
+# What is read, converted and written at once.
+SLAB_BYTES = 64 * 2**20
 _OCDBT_NAMES = ("manifest.ocdbt", "d")
 
 
@@ -164,7 +167,7 @@ def _first_line(error: Exception) -> str:
 
 
 class TensorWriter:
-    """Writes the tensors of one folder, one at a time, so that Orbax restores them as a flat dict.
+    """Writes the tensors of one folder, slab by slab, so that Orbax restores them as a flat dict. Thread-safe.
 
     Orbax's own partial save keeps a database per call and reads every earlier one at each call; writing into a single
     database takes the same time for any number of tensors.
@@ -172,28 +175,29 @@ class TensorWriter:
 
     def __init__(self, folder: epath.Path):
         folder.mkdir(parents=True, exist_ok=True)
-        self._folder, self._context, self._names = folder, ts.Context(), []
+        self._folder, self._context = folder, ts.Context()
 
-    def write(self, name: str, array: np.ndarray) -> Entry:
-        """Returns when the tensor is on disk; its digest is computed meanwhile."""
-        spec = {"driver": "zarr", "kvstore": _kvstore(self._folder, name), "metadata": {"compressor": None}}
-        layout = ts.ChunkLayout(chunk_shape=_chunk_shape(array.shape, array.dtype.itemsize))
+    def write(self, leaf, first: int, value: np.ndarray) -> ts.Future:
+        """Begins to write `value` from index `first` on along leaf.axis; its future's result comes when it is on disk.
+
+        `value` must not change before that.
+        """
+        spec = {"driver": "zarr", "kvstore": _kvstore(self._folder, leaf.name), "metadata": {"compressor": None}}
+        layout = ts.ChunkLayout(chunk_shape=_chunk_shape(leaf.shape, leaf.dtype.itemsize, leaf.axis))
         store = ts.open(
-            spec, create=True, context=self._context, dtype=ts.dtype(array.dtype), shape=array.shape,
+            spec, open=True, create=True, context=self._context, dtype=ts.dtype(leaf.dtype), shape=leaf.shape,
             chunk_layout=layout, write=True,
         ).result()  # fmt: skip
-        written = store.write(array)
-        described = entry(array)
-        written.result()
-        self._names.append(name)
-        return described
+        if leaf.shape:
+            where = (slice(None),) * leaf.axis + (slice(first, first + value.shape[leaf.axis]),)
+            store = store[where]
+        return store.write(value, can_reference_source_data_indefinitely=True)
 
-    def close(self) -> None:
+    def close(self, names: Sequence[str]) -> None:
         """Writes the tree's metadata, as Orbax expects it."""
         value = {"value_type": "np.ndarray", "skip_deserialize": False}
         tree = {
-            str((name,)): {"key_metadata": [{"key": name, "key_type": 2}], "value_metadata": value}
-            for name in self._names
+            str((name,)): {"key_metadata": [{"key": name, "key_type": 2}], "value_metadata": value} for name in names
         }
         write_json(
             self._folder / "_METADATA",
@@ -223,14 +227,9 @@ class TensorReader:
         expected = self.entries.get(name)
         if expected is None:
             raise DamagedError(f'checkpoint {self.directory}: there is no tensor "{self._label(name)}"')
-        try:
-            store = self._open(name)
-            found = (tuple(store.shape), store.dtype.numpy_dtype)
-            value = np.asarray((store[index] if index else store).read().result())
-        except Exception as error:  # tensorstore raises plain ValueError and others
-            raise DamagedError(
-                f'checkpoint {self.directory}: tensor "{self._label(name)}" cannot be read ({_first_line(error)})'
-            ) from error
+        store = self._attempt(name, lambda: self._open(name))
+        found = (tuple(store.shape), store.dtype.numpy_dtype)
+        value = self._attempt(name, lambda: np.asarray((store[index] if index else store).read().result()))
         if found != (expected.shape, expected.dtype):
             raise DamagedError(
                 f'checkpoint {self.directory}: tensor "{self._label(name)}" is damaged: {found[1]} {list(found[0])}, '
@@ -240,6 +239,25 @@ class TensorReader:
             self.check(name, digest(value))
         return value
 
+    def verify(self, name: str) -> None:
+        """Reads the tensor slab by slab. Raises DamagedError naming it."""
+        step, size = self.slab_length(name, 0), (*self.entries[name].shape, 1)[0]
+        slabs = self.slabs()
+        for first in range(0, max(size, 1), step):
+            slabs.read(name, 0, first, min(first + step, size))
+
+    def slabs(self) -> "VerifiedSlabs":
+        return VerifiedSlabs(self)
+
+    def slab_length(self, name: str, axis: int) -> int:
+        """Indices along `axis` to read at once: about SLAB_BYTES, and whole chunks. Raises DamagedError."""
+        expected = self.entries[name]
+        if not expected.shape:
+            return 1
+        wanted = slab_length(expected.shape, expected.dtype.itemsize, axis)
+        chunk = self._attempt(name, lambda: self._open(name).chunk_layout.read_chunk.shape[axis])
+        return max(chunk, wanted // chunk * chunk)
+
     def check(self, name: str, found: str) -> None:
         """Raises DamagedError naming the tensor unless `found` is its digest."""
         if found != (expected := self.entries[name].digest):
@@ -247,6 +265,14 @@ class TensorReader:
                 f'checkpoint {self.directory}: tensor "{self._label(name)}" is damaged '
                 f"(digest {found} expected {expected})"
             )
+
+    def _attempt(self, name: str, action: Callable):
+        try:
+            return action()
+        except Exception as error:  # tensorstore raises plain ValueError and others
+            raise DamagedError(
+                f'checkpoint {self.directory}: tensor "{self._label(name)}" cannot be read ({_first_line(error)})'
+            ) from error
 
     def _open(self, name: str):
         if name not in self._stores:
@@ -258,13 +284,37 @@ class TensorReader:
         return name if self.folder == "params" else f"{self.folder}/{name}"
 
 
+class VerifiedSlabs:
+    """One pass over the tensors of a reader in slabs, in any order and from any thread: whoever reads the last slab of
+    a tensor compares the tensor's digest.
+    """
+
+    def __init__(self, reader: TensorReader):
+        self._reader, self._lock = reader, threading.Lock()
+        self._sums: dict[str, tuple[int, np.ndarray]] = {}  # elements read, and their sums
+
+    def read(self, name: str, axis: int, first: int, last: int) -> np.ndarray:
+        """Indices first to last along `axis`. Raises DamagedError naming the tensor."""
+        expected = self._reader.entries[name]
+        index = (slice(None),) * axis + (slice(first, last),) if expected.shape else ()
+        value = self._reader.read(name, index)
+        lanes = host_lanes(value, tuple(part.start or 0 for part in index) + (0,) * (value.ndim - len(index)),
+                           expected.shape)  # fmt: skip
+        with self._lock:
+            count, total = self._sums.get(name, (0, np.zeros(2, np.uint32)))
+            self._sums[name] = count, total = count + value.size, total + lanes
+        if count == math.prod(expected.shape):
+            self._reader.check(name, to_hex(total))
+        return value
+
+
 def verify_tensors(directory: epath.Path, digests: Digests, folders: Iterable[str]) -> Iterable[str]:
     """Problems of the tensors, one line each; reads them one by one."""
     for folder in folders:
         reader = TensorReader(directory, folder, digests.tensors.get(folder, {}))
         for name in reader.entries:
             try:
-                reader.read(name, verify=True)
+                reader.verify(name)
             except DamagedError as error:
                 yield str(error)
 
@@ -275,10 +325,21 @@ def _kvstore(folder: epath.Path, name: str) -> dict:
     return {"driver": "ocdbt", "base": base, "path": f"{name}/"}
 
 
-def _chunk_shape(shape: tuple[int, ...], itemsize: int) -> list[int]:
-    """Halves the longest side until a chunk is small: close to cubic, as a mesh may split any axis."""
+def slab_length(shape: tuple[int, ...], itemsize: int, axis: int) -> int:
+    """Indices along `axis` that hold about SLAB_BYTES, a power of two."""
+    size = shape[axis] if shape else 1
+    each = math.prod(shape) // max(size, 1) * itemsize
+    return 1 << max(0, (SLAB_BYTES // max(each, 1)).bit_length() - 1)
+
+
+def _chunk_shape(shape: tuple[int, ...], itemsize: int, axis: int) -> list[int]:
+    """A slab, its longest side halved until a chunk is small: close to cubic, as a mesh may split any axis, and no
+    chunk belongs to two slabs.
+    """
     chunk = [max(1, size) for size in shape]
+    if chunk:
+        chunk[axis] = min(chunk[axis], slab_length(shape, itemsize, axis))
     while math.prod(chunk) * itemsize > _CHUNK_BYTES:
-        axis = chunk.index(max(chunk))
-        chunk[axis] = -(-chunk[axis] // 2)
+        side = chunk.index(max(chunk))
+        chunk[side] = -(-chunk[side] // 2)
     return chunk

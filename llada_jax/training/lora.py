@@ -5,6 +5,8 @@ the base and the sha256 of its digests.json. Whoever asks for the weights of suc
 the low-rank terms added (model/lora.py), in the base's dtype.
 """
 
+import functools
+
 import jax
 import numpy as np
 from etils import epath
@@ -72,6 +74,12 @@ class MergedReader:
         low_rank = (self.adapters.read(each, verify=verify) for each in (a, b))
         return lora.merge(weight, *low_rank, self.lora.scale, np)
 
+    def slabs(self) -> "MergedSlabs":
+        return MergedSlabs(self)
+
+    def slab_length(self, name: str, axis: int) -> int:
+        return self.base.slab_length(name, axis)
+
     def read_sharded(self, wanted, verify: bool = True) -> list[jax.Array]:
         """As arrays.read_sharded: the base's parts are read where they lie and merged on the devices."""
         merged = read_sharded(self.base, wanted, verify)
@@ -89,6 +97,21 @@ class MergedReader:
 
         with jax.default_matmul_precision("highest"):
             return jax.jit(merge, out_shardings=weights.sharding, donate_argnums=0)(weights, a, b)
+
+
+class MergedSlabs:
+    """As checkpoint_files.VerifiedSlabs. An adapted weight is cut along its first output axis, as its B is along 1."""
+
+    def __init__(self, reader: MergedReader):
+        self._reader, self._base = reader, reader.base.slabs()
+        self._adapter = functools.cache(functools.partial(reader.adapters.read, verify=True))
+
+    def read(self, name: str, axis: int, first: int, last: int) -> np.ndarray:
+        weight = self._base.read(name, axis, first, last)
+        a, b = lora.adapter_names(name)
+        if a not in self._reader.adapters.entries:
+            return weight
+        return lora.merge(weight, self._adapter(a), self._adapter(b)[:, first:last], self._reader.lora.scale, np)
 
 
 def read_sharded(reader: files.TensorReader | MergedReader, wanted, verify: bool = True) -> list[jax.Array]:

@@ -1,20 +1,26 @@
 """Top-k checkpoint merge (Section 4.3): the plain mean of the weights of the best checkpoints."""
 
-import math
+import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from etils import epath
 
 from llada_jax.errors import InputError
+from llada_jax.model import parameters
+from llada_jax.model.parameters import Parameter
 from llada_jax.training import checkpoint, saver
+from llada_jax.training.checkpoint_stream import Leaf, split_axis, target_dtype
 
 
-def merge_checkpoints(paths: Sequence[str | os.PathLike], out: str | os.PathLike) -> None:
-    """Writes the mean of the checkpoints' weights at `out`, averaged in float32, tensor by tensor, digests verified.
+def merge_checkpoints(
+    paths: Sequence[str | os.PathLike], out: str | os.PathLike, dtype: np.dtype | None = None
+) -> None:
+    """Writes the mean of the checkpoints' weights at `out`, averaged in float32, slab by slab, digests verified.
 
-    dtypes, model and tokenizer are the first one's. Raises InputError when a checkpoint is damaged or of another model.
+    Model, tokenizer and, unless `dtype` is given, dtypes are the first one's. Raises InputError when a
+    checkpoint is damaged or of another model.
     """
     directories = [checkpoint.candidates(path)[0] for path in paths]
     if not directories:
@@ -27,22 +33,27 @@ def merge_checkpoints(paths: Sequence[str | os.PathLike], out: str | os.PathLike
             field = next(name for name, value in config.to_dict().items() if other.to_dict()[name] != value)
             raise InputError(f"{directory}: model {field} differs from that of {directories[0]}")
         readers.append(checkpoint.open_weights(directory))
-    entries = readers[0].entries
+    slabs = [reader.slabs() for reader in readers]
 
-    def means() -> Iterator[tuple[str, np.ndarray]]:
-        for name, entry in entries.items():
-            total = np.zeros(entry.shape, np.float32)
-            for reader in readers:
-                total += reader.read(name, verify=True).astype(np.float32)
-            yield name, (total / np.float32(len(readers))).astype(entry.dtype)
+    def mean(name: str, axis: int, to: np.dtype, first: int, last: int) -> np.ndarray:
+        total = slabs[0].read(name, axis, first, last).astype(np.float32)
+        for each in slabs[1:]:
+            total += each.read(name, axis, first, last)
+        total /= np.float32(len(slabs))
+        return total.astype(to, copy=False)
 
-    checkpoint.write_weights(
+    def leaf(name: str, parameter: Parameter) -> Leaf:
+        entry, axis = readers[0].entries[name], split_axis(parameter)
+        to = target_dtype(name, entry.dtype, dtype)
+        return Leaf(name, entry.shape, to, functools.partial(mean, name, axis, to), axis)
+
+    checkpoint.write_leaves(
         out,
         config,
-        means(),
+        [leaf(name, parameter) for name, (parameter, _) in parameters.leaves(config).items()],
         checkpoint.read_tokenizer_files(directories[0]),
         {"merged": [os.fspath(directory) for directory in directories]},
-        total_bytes=sum(math.prod(e.shape) * e.dtype.itemsize for e in entries.values()),
+        identity=None,
     )
 
 

@@ -1,0 +1,143 @@
+"""The rate of import and export beside that of `cp` and fsync, on a synthetic checkpoint with the hub's layout.
+
+Names, shapes, dtypes and sharding are those of LLaDA2.0-mini at full width, with fewer layers: bfloat16, every expert a
+tensor of its own, shards of at most 5 GB whose tensors lie in alphabetical order.
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from etils import epath
+
+from llada_jax.interop import hf_config, huggingface
+from llada_jax.interop.export import SHARD_BYTES, shard_name
+from llada_jax.interop.huggingface import source_name, stored_shape
+from llada_jax.model import parameters
+from llada_jax.model.config import ModelConfig
+
+TOOLS = Path(__file__).parents[2] / "tools"
+_RANDOM_BYTES = 64 * 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One command: wall-clock seconds, those of the CPU, and the most memory it held, in bytes."""
+
+    seconds: float
+    cpu_seconds: float
+    peak_bytes: int
+
+
+def write_source(folder: Path, config: ModelConfig, shard_bytes: int = SHARD_BYTES) -> int:
+    """Writes a Hugging Face folder of random bfloat16 weights; returns the bytes of its tensors."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for parameter, layer in parameters.leaves(config).values():
+        for expert in range(parameter.shape[0]) if parameter.per_expert else [None]:
+            name, (rows, *columns) = source_name(parameter, layer, expert), stored_shape(parameter)
+            shapes[name] = (shapes[name][0] + rows if name in shapes else rows, *columns)  # fused rows follow rows
+    shards: list[dict[str, int]] = [{}]
+    for name, shape in shapes.items():
+        size = 2 * int(np.prod(shape))
+        if shards[-1] and sum(shards[-1].values()) + size > shard_bytes:
+            shards.append({})
+        shards[-1][name] = size
+    folder.mkdir(parents=True)
+    weight_map = {}
+    for number, shard in enumerate(shards):
+        file = shard_name(number, len(shards))
+        weight_map |= dict.fromkeys(shard, file)
+        _write_shard(folder / file, {name: (shapes[name], shard[name]) for name in sorted(shard)}, seed=number)
+    total = sum(sum(shard.values()) for shard in shards)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    hf = hf_config.exported(config, {}, np.dtype(np.float32)) | {"torch_dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(hf))
+    return total
+
+
+def _write_shard(path: Path, tensors: dict[str, tuple[tuple[int, ...], int]], seed: int) -> None:
+    header, offset = {}, 0
+    for name, (shape, size) in tensors.items():
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header).encode()
+    rng = np.random.default_rng(seed)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        while offset > 0:
+            file.write(rng.bytes(min(offset, _RANDOM_BYTES)))
+            offset -= _RANDOM_BYTES
+        os.fsync(file.fileno())
+
+
+def copy(source: Path, out: Path) -> Run:
+    """`cp -r` and fsync of every file."""
+
+    def sync():
+        for path in out.iterdir():
+            _with_file(path, os.fsync)
+
+    return _run(["cp", "-r", str(source), str(out)], source, sync)
+
+
+def import_folder(source: Path, out: Path) -> Run:
+    return _run([sys.executable, str(TOOLS / "hf_to_orbax.py"), f"--source={source}", f"--out={out}"], source)
+
+
+def export_folder(source: Path, out: Path) -> Run:
+    return _run([sys.executable, str(TOOLS / "orbax_to_hf.py"), f"--checkpoint={source}", f"--out={out}"], source)
+
+
+def interpreter() -> Run:
+    """A command that imports everything and converts nothing."""
+    return _run([sys.executable, str(TOOLS / "orbax_to_hf.py"), "--help"], Path(os.devnull))
+
+
+def _run(command: list[str], source: Path, then: Callable[[], None] = lambda: None) -> Run:
+    """Runs the command once nothing of `source` is in the page cache. Raises RuntimeError when it fails."""
+    for path in [source] if source.is_file() else [path for path in source.rglob("*") if path.is_file()]:
+        _with_file(path, lambda file: (os.fsync(file), os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)))
+    environment = os.environ | {"PYTHONPATH": str(TOOLS.parent), "JAX_PLATFORMS": "cpu"}
+    with tempfile.TemporaryFile() as log:
+        begun = time.monotonic()
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        then()
+        seconds = time.monotonic() - begun
+        if process.returncode:
+            log.seek(0)
+            raise RuntimeError(f"{' '.join(command)}: {log.read().decode()}")
+    return Run(seconds, usage.ru_utime + usage.ru_stime, 1024 * usage.ru_maxrss)
+
+
+def differences(a: Path, b: Path) -> list[str]:
+    """Names of the tensors that two Hugging Face folders do not have byte for byte in common."""
+    first, second = (huggingface.open_weights(epath.Path(folder)) for folder in (a, b))
+    differing = set(first) ^ set(second)
+    for name in first.keys() & second.keys():
+        x, y = first[name], second[name]
+        if (x.shape, x.dtype) != (y.shape, y.dtype) or _bytes(x) != _bytes(y):
+            differing.add(name)
+    return sorted(differing)
+
+
+def _bytes(tensor: huggingface.StoredTensor) -> bytes:
+    return tensor.read(0, *tensor.shape[:1]).tobytes()
+
+
+def _with_file(path: Path, function: Callable[[int], object]) -> None:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        function(file)
+    finally:
+        os.close(file)
