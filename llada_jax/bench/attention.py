@@ -49,9 +49,13 @@ class Class:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """A pass over the 16 rows. `tiles` counts all cores and heads; `peak_share` only pairs that the mask needs."""
+    """A pass over the 16 rows. `tiles` counts all cores and heads; `peak_share` only pairs that the mask needs.
+
+    tile_pairs: the query-key pairs of a tile, of each pass.
+    """
 
     tiles: dict[str, int]
+    tile_pairs: dict[str, int]
     classes: dict[str, Class]
     cycles: float
     peak_share: float
@@ -163,7 +167,7 @@ def _walks(implementation: str, direction: str, length: int, mean: int, chip: Ch
 
 
 def _cost(implementation: str, direction: str, length: int, mean: int, compiled: Program, chip: Chip) -> Cost:
-    tiles, classes, dma_bytes = {"full": 0, "partial": 0}, {}, 0
+    tiles, tile_pairs, classes, dma_bytes = {"full": 0, "partial": 0}, {}, {}, 0
     directions = ("forward", "backward") if direction == "both" else (direction,)
     if implementation != "dense":
         regions = (kernel if implementation == "llada" else _splash()).REGIONS
@@ -173,6 +177,7 @@ def _cost(implementation: str, direction: str, length: int, mean: int, compiled:
             prefix = f"{name} " if direction == "both" else ""
             classes |= {prefix + region: cost for region, cost in part.items()}
             tiles = {kind: tiles[kind] + executed[kind] for kind in tiles}
+            tile_pairs[name] = walks[0].tile_pairs
             dma_bytes += sum(walk.dma_bytes for walk in walks)
     # A decoding batch is one program.
     classes["xla"] = Class(xla_cycles(compiled.hlo, chip).cycles, 0.0, 1 if direction == "decode" else rows.ROWS)
@@ -184,6 +189,7 @@ def _cost(implementation: str, direction: str, length: int, mean: int, compiled:
     macs = pairs * HEADS * sum(_MACS_PER_PAIR[name] for name in directions)
     return Cost(
         tiles=tiles,
+        tile_pairs=tile_pairs,
         classes=classes,
         cycles=cycles,
         peak_share=macs / (cycles * chip.macs_per_cycle * chip.cores_per_device),

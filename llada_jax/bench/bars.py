@@ -1,10 +1,13 @@
 """What the kernel must reach, and what rows of tools/bench.py attention say of it.
 
-A tile's cost is its cycles over those for which it needs the matrix units, so tiles of different sizes compare.
+Tiles of different sizes compare by their cycles for each query-key pair.
 """
 
 import dataclasses
 from collections.abc import Iterator
+
+from llada_jax.bench.attention import HEAD_DIM
+from llada_jax.pod.chips import CHIPS
 
 # Chip -> bars of a tile; the packed rows of the others.
 FULL_OVER_FLOOR = {"v5p": 1.25}
@@ -35,7 +38,8 @@ def bars(rows: list[dict]) -> Iterator[Bar]:
         where = f"{row['topology']}, {row['length']}, {row['pass']}"
         full, masked = (_tile(row, kind) for kind in ("full", "partial"))
         if chip in FULL_OVER_FLOOR:
-            yield Bar(f"{where}: full forward tile / matrix-unit floor", full, FULL_OVER_FLOOR[chip])
+            floor = 2 * HEAD_DIM / CHIPS[chip].macs_per_cycle
+            yield Bar(f"{where}: full forward tile / matrix-unit floor", full / floor, FULL_OVER_FLOOR[chip])
         if splash and chip in FULL_OVER_SPLASH:
             ratio = full / _tile(splash, "full")
             yield Bar(f"{where}: full forward tile / splash's", ratio, FULL_OVER_SPLASH[chip])
@@ -59,5 +63,6 @@ def _same(rows: list[dict], row: dict, **changed) -> dict | None:
 
 
 def _tile(row: dict, kind: str) -> float:
+    """Cycles a pair."""
     cost = row["classes"][f"forward {kind}" if row["pass"] == "both" else kind]
-    return max(cost["bundles"], cost["mxu_cycles"]) / cost["mxu_cycles"]
+    return max(cost["bundles"], cost["mxu_cycles"]) / row["tile_pairs"]["forward"]

@@ -59,4 +59,4 @@ def walk(row: Plan, direction: str, heads: int, kv_heads: int, head_dim: int) ->
     moved += tiles * ((2 if direction == "forward" else 3) * block + 8 * rows + 16 * row.tiles.queries)
     if direction == "backward":
         moved += 2 * row.chunks_per_row * row.tiles.chunk * head_dim * 4
-    return Walk(regions, launches=kv_heads, dma_bytes=moved * kv_heads)
+    return Walk(regions, kv_heads, moved * kv_heads, tile_pairs=rows * chunks * row.tiles.chunk)
