@@ -149,8 +149,7 @@ def kernel_walks(direction: str, length: int, mean: int, head_dim: int, tiles: T
     if direction == "decode":
         plans = [kernel.decoding_plan(jnp.asarray(rows.cached(length)), length, BLOCK_SIZE, tiles)]
     else:
-        make = jax.jit(lambda segments: kernel.plan(segments, BLOCK_SIZE, tiles))
-        plans = [make(segments) for segments in rows.segment_ids(length, mean)]
+        plans = [kernel.plan(segments, BLOCK_SIZE, tiles) for segments in rows.segment_ids(length, mean)]
     direction = "backward" if direction == "backward" else "forward"
     return [kernel.walk(plan, direction, HEADS, KV_HEADS, head_dim) for plan in plans]
 

@@ -1,5 +1,7 @@
 """Our kernel (attention/kernel.py) as the bench sees it."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,7 @@ from llada_jax.bench.rows import ROWS, Walk
 REGIONS = dict.fromkeys(("forward", "backward", "decode"), ("full", "partial", "finish"))
 
 
+@functools.partial(jax.jit, static_argnames="tiles")
 def plan(segments: jax.Array, block_size: int, tiles: Tiles) -> Plan:
     """Of one row: segments [length] int32."""
     return make_plan(block_diffusion(layout(segments[None], block_size)), 2 * segments.size, tiles)
