@@ -1,5 +1,11 @@
 """The training step over eight fake devices: every mesh computes what one device does."""
 
+import json
+import os
+import socket
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,25 +48,31 @@ def batch_of(model) -> Batch:
     return Batch(ids, segments, np.ones((ROWS, LENGTH), bool), index, np.zeros_like(index))
 
 
-def loss_and_gradients(name: str, mesh=None, **execution):
-    """((loss, load of the experts), gradients), as host arrays; on `mesh`, weights and batch lie as the trainer's."""
+def loss_and_gradients(name: str, mesh=None, reduce=None, **execution):
+    """((loss, load of the experts), gradients), as host arrays; on `mesh`, weights and batch lie as the trainer's.
+
+    reduce: of the gradients, inside the program.
+    """
     model = MODELS[name]
     objective = Objective(confidence_weight=0.5)  # entropies too
     loss = denoising_loss(model, objective, Execution(attention="blockwise", **execution), seed=0)
-    params, batch = parameters.initialize(model, jax.random.key(0)), batch_of(model)
 
     def value(params, batch):
         example = loss.prepare(batch, jnp.int32(8), "both")
         value, sums = loss.value(params, None, example, loss.total(example), jnp.float32(0), "both")
         return value, sums.expert_load
 
-    function = jax.jit(jax.value_and_grad(value, has_aux=True))
+    def function(params, batch):
+        result, gradients = jax.value_and_grad(value, has_aux=True)(params, batch)
+        return result, gradients if reduce is None else jax.tree.map(reduce, gradients)
+
+    params, batch = parameters.initialize(model, jax.random.key(0)), batch_of(model)
     if mesh is None:
-        return jax.tree.map(np.asarray, function(params, batch))
+        return jax.tree.map(np.asarray, jax.jit(function)(params, batch))
     with jax.set_mesh(mesh):
         params = jax.device_put(params, sharding.shardings(params, parameters.logical_axes(model), mesh))
         rows = jax.tree.map(lambda x: jax.NamedSharding(mesh, sharding.spec(("batch",), x.shape[:1], mesh)), batch)
-        return jax.tree.map(np.asarray, function(params, jax.device_put(batch, rows)))
+        return jax.tree.map(np.asarray, jax.jit(function)(params, jax.device_put(batch, rows)))
 
 
 @pytest.fixture(scope="module")
@@ -77,3 +89,48 @@ def test_a_mesh_computes_what_one_device_does(one_device, name, sizes, execution
     np.testing.assert_array_equal(load, expected_load)
     scale = max(np.abs(g).max() for g in jax.tree.leaves(expected))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5 * scale), gradients, expected)
+
+
+def summary(gradient: jax.Array) -> jax.Array:
+    """Three numbers of an array, float32: its norm, and its sum with smooth and with alternating weights."""
+    flat = gradient.reshape(-1)
+    index = jnp.arange(flat.size, dtype=jnp.float32)
+    return jnp.stack([jnp.linalg.norm(flat), (flat * jnp.cos(index / 97)).sum(), (flat * jnp.cos(2.9 * index)).sum()])
+
+
+PROCESS = """
+import json, sys
+import jax
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
+from llada_jax import sharding
+from test_sharding import loss_and_gradients, summary
+mesh = sharding.make_mesh(data=1, fsdp=4, expert=2)
+(loss, load), gradients = loss_and_gradients("tiny_moe", mesh, summary, exchange="tokens")
+print(json.dumps([float(loss), [leaf.tolist() for leaf in jax.tree.leaves(gradients)]]))
+"""
+
+
+def test_two_processes_compute_what_one_device_does():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=4"),
+    }
+    processes = [
+        subprocess.Popen([sys.executable, "-c", PROCESS, address, str(i)], env=env, text=True, stdout=subprocess.PIPE)
+        for i in range(2)
+    ]
+    (expected, _), gradients = loss_and_gradients("tiny_moe", reduce=summary)
+    try:
+        outputs = [process.communicate(timeout=500)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0
+        loss, found = json.loads(output.splitlines()[-1])
+        np.testing.assert_allclose(loss, expected, rtol=1e-5)
+        np.testing.assert_allclose(found, jax.tree.leaves(gradients), rtol=2e-3, atol=1e-5)

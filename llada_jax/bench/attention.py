@@ -22,6 +22,7 @@ from llada_jax.attention.dense import dense_attention
 from llada_jax.attention.tiles import Tiles, tiles_for
 from llada_jax.attention.visibility import Visibility, block_diffusion, layout
 from llada_jax.bench import kernel, rows
+from llada_jax.bench.bars import bars
 from llada_jax.errors import InputError
 from llada_jax.pod.aot import Program, compile_program
 from llada_jax.pod.chips import Chip, parse_topology
@@ -209,3 +210,35 @@ def kernel_classes(schedule: Kernel, walks: list[rows.Walk], names, chip: Chip):
     executed["launch"] = sum(max(walk.launches, cores) for walk in walks)
     found = region_costs(schedule, names).items()
     return executed, {name: Class(cost.bundles, cost.mxu_cycles, executed[name] // cores) for name, cost in found}
+
+
+def table(implementations, lengths, passes, topology_name: str) -> Iterator[dict]:
+    """Prints a line for every cost, as it comes, and yields its values, then the bars that they can be held against.
+
+    Raises InputError on an unknown name.
+    """
+    check_implementations(implementations)
+    topology = parse_topology(topology_name)
+    for field, values, known in (("lengths", lengths, rows.LENGTHS), ("passes", passes, PASSES)):
+        for value in values:
+            if value not in known:
+                raise InputError(f"--{field}={value}, expected some of {', '.join(map(str, known))}")
+    chip = topology.chip
+    print(f"{topology.name}: one device of {chip.cores_per_device} TensorCores at {chip.clock / 1e9:.2f} GHz")
+    print("16 rows, compiler-estimated: Mcycles of the busiest core, share of matrix-unit peak, Mcycles of copies")
+    print("length documents implementation  pass      full tiles  partial  Mcycles  peak  copies temp GiB")
+    found = []
+    for length in lengths:
+        for name in implementations:
+            for mean, direction, cost in costs(name, length, rows.MEANS, passes, topology.name):
+                print(
+                    f"{length:6} {f'mean {mean}' if mean else 'one':9} {name:15} {direction:8} {cost.tiles['full']:11} "
+                    f"{cost.tiles['partial']:8} {cost.cycles / 1e6:8.1f} {cost.peak_share:5.1%} "
+                    f"{cost.dma_cycles / 1e6:7.1f} {cost.temp_bytes / 2**30:6.3f}",
+                    flush=True,
+                )
+                where = {"implementation": name, "length": length, "mean_document": mean, "pass": direction}
+                found.append(where | dataclasses.asdict(cost) | {"topology": topology.name})
+                yield found[-1]
+    for bar in bars(found, HEAD_DIM):
+        print(bar)

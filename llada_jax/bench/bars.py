@@ -6,7 +6,6 @@ Tiles of different sizes compare by their cycles for each query-key pair.
 import dataclasses
 from collections.abc import Iterator
 
-from llada_jax.bench.attention import HEAD_DIM
 from llada_jax.pod.chips import CHIPS
 
 # Chip -> bars of a tile; the packed rows of the others.
@@ -28,7 +27,7 @@ class Bar:
         return f"{self.name}: {self.value:.3f}, at most {self.at_most}: {verdict}"
 
 
-def bars(rows: list[dict]) -> Iterator[Bar]:
+def bars(rows: list[dict], head_dim: int) -> Iterator[Bar]:
     """The bars that these rows of the bench (its JSON) can be held against."""
     for row in rows:
         if row["implementation"] != "llada" or row["mean_document"] or row["pass"] not in ("forward", "both"):
@@ -38,7 +37,7 @@ def bars(rows: list[dict]) -> Iterator[Bar]:
         where = f"{row['topology']}, {row['length']}, {row['pass']}"
         full, masked = (_tile(row, kind) for kind in ("full", "partial"))
         if chip in FULL_OVER_FLOOR:
-            floor = 2 * HEAD_DIM / CHIPS[chip].macs_per_cycle
+            floor = 2 * head_dim / CHIPS[chip].macs_per_cycle
             yield Bar(f"{where}: full forward tile / matrix-unit floor", full / floor, FULL_OVER_FLOOR[chip])
         if splash and chip in FULL_OVER_SPLASH:
             ratio = full / _tile(splash, "full")

@@ -84,7 +84,7 @@ def combine_experts(x, experts, expert_weights, gate_up, down, matmul=grouped_ma
     move = jax.tree.map(lambda part: checkpoint_name(part, "routing"), sort_by_expert(experts, gate_up.shape[0]))
     sorted_x = checkpoint_name(rows_of_tokens(x, move), "expert_rows")
     gate_up_x = checkpoint_name(matmul(sorted_x, gate_up, move.group_sizes), "expert_hidden")
-    gate, up = jnp.split(gate_up_x.astype(jnp.float32), 2, axis=1)
+    gate, up = (half.astype(jnp.float32) for half in jnp.split(gate_up_x, 2, axis=1))
     # Weighted before the last matmul, whose result the backward pass then does not need.
     hidden = jax.nn.silu(gate) * up * rows_of_pairs(expert_weights, move)[:, None]
     return sums_of_pairs(matmul(hidden.astype(x.dtype), down, move.group_sizes), move)

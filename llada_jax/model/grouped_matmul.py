@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
-from llada_jax.model import grouped_tiles
+from llada_jax.attention.tiles import device_kind
+from llada_jax.model import grouped_tiles as table
 
 # The package exports its module's function under the module's name.
 megablox = importlib.import_module("jax.experimental.pallas.ops.tpu.megablox.gmm")
@@ -33,7 +34,7 @@ def grouped_matmul(
     """
     if kernel == "xla":
         return _rows_times_groups(x, w, group_sizes)
-    return _gmm(x, w, group_sizes, interpret)
+    return rows_times_groups(x, w, group_sizes, interpret)
 
 
 def _forward(x, w, group_sizes, kernel, interpret):
@@ -45,16 +46,17 @@ def _backward(kernel, interpret, residuals, dy):
     if kernel == "xla":
         dx = _rows_times_groups(dy, jnp.swapaxes(w, 1, 2), group_sizes)
         return dx, _group_gradients(x, dy, group_sizes, w), None
-    dx = _gmm(dy, w, group_sizes, interpret, transpose_rhs=True)
-    return dx, _tgmm(x, dy, group_sizes, interpret).astype(w.dtype), None
+    dx = rows_times_groups(dy, w, group_sizes, interpret, transpose_rhs=True)
+    return dx, group_gradients(x, dy, group_sizes, interpret).astype(w.dtype), None
 
 
 grouped_matmul.defvjp(_forward, _backward)
 
 
-def _gmm(x, w, group_sizes, interpret, transpose_rhs=False):
-    columns, contracted = w.shape[1 if transpose_rhs else 2], x.shape[1]
-    tiles = grouped_tiles.rows_times_groups(x.shape[0], contracted, columns, interpret)
+def rows_times_groups(x, w, group_sizes, interpret=False, transpose_rhs=False) -> jax.Array:
+    """x [rows, in] times its group's w[g], or w[g]^T, by the Pallas kernel; otherwise as grouped_matmul."""
+    columns = w.shape[1 if transpose_rhs else 2]
+    tiles = _interpreted(x, columns) if interpret else table.rows_times_groups(*x.shape, columns, device_kind())
     y = megablox.gmm(
         _whole_tiles(x, tiles[0]), w, group_sizes.astype(jnp.int32), preferred_element_type=x.dtype, tiling=tiles,
         transpose_rhs=transpose_rhs, interpret=pltpu.InterpretParams() if interpret else False,
@@ -62,13 +64,19 @@ def _gmm(x, w, group_sizes, interpret, transpose_rhs=False):
     return y[: x.shape[0]]
 
 
-def _tgmm(x, dy, group_sizes, interpret):
-    tiles = grouped_tiles.group_gradients(x.shape[0], x.shape[1], dy.shape[1], interpret)
+def group_gradients(x, dy, group_sizes, interpret=False) -> jax.Array:
+    """sum over the rows of each group of x^T dy, [groups, in, out] in x's dtype, by the Pallas kernel."""
+    columns = dy.shape[1]
+    tiles = _interpreted(x, columns) if interpret else table.group_gradients(*x.shape, columns, device_kind())
     x, dy = _whole_tiles(x, tiles[0]), _whole_tiles(dy, tiles[0])
     return megablox.tgmm(
         x.swapaxes(0, 1), dy, group_sizes.astype(jnp.int32), preferred_element_type=x.dtype, tiling=tiles,
         interpret=pltpu.InterpretParams() if interpret else False,
     )  # fmt: skip
+
+
+def _interpreted(x, columns) -> tuple[int, int, int]:
+    return min(16, x.shape[0]), x.shape[1], columns
 
 
 def _whole_tiles(x: jax.Array, tile: int) -> jax.Array:

@@ -9,7 +9,6 @@ A tile is (rows, contracted, columns). By compiler-estimated cycles (tools/bench
 
 import math
 
-from llada_jax.attention.tiles import device_kind
 from llada_jax.errors import InputError
 
 ROWS = {"TPU v5 lite": 128, "TPU v5": 128, "TPU v6 lite": 256, "TPU7x": 256}
@@ -17,31 +16,27 @@ TWO_CORES = {"TPU v5"}
 LARGEST = 2**21  # elements of a weight tile; two of them, of bfloat16, take half of the 16 MiB that a kernel gets
 
 
-def rows_times_groups(rows: int, contracted: int, columns: int, interpret: bool) -> tuple[int, int, int]:
-    """For y [rows, columns] = x [rows, contracted] times its group's matrix. Raises InputError on an unknown device."""
-    if interpret:
-        return min(16, rows), contracted, columns
-    kind = _kind()
-    tile = _fewest_parts(columns, 2 if kind in TWO_CORES else 1, LARGEST // contracted)
-    return _rows(kind, rows), contracted, tile
+def rows_times_groups(rows: int, contracted: int, columns: int, kind: str) -> tuple[int, int, int]:
+    """For y [rows, columns] = x [rows, contracted] times its group's matrix, on a device of this kind.
+
+    Raises InputError when the table has no such device.
+    """
+    _check(kind)
+    return _rows(kind, rows), contracted, _fewest_parts(columns, 1 + (kind in TWO_CORES), LARGEST // contracted)
 
 
-def group_gradients(rows: int, contracted: int, columns: int, interpret: bool) -> tuple[int, int, int]:
+def group_gradients(rows: int, contracted: int, columns: int, kind: str) -> tuple[int, int, int]:
     """For dw [groups, contracted, columns], each the sum over its group's rows. Raises InputError likewise."""
-    if interpret:
-        return min(16, rows), contracted, columns
-    kind = _kind()
-    # The accumulator is float32, and the result is held twice.
-    part = min(contracted, 2048)
-    return _rows(kind, rows), part, _fewest_parts(columns, 2 if kind in TWO_CORES else 1, LARGEST // 2 // part)
+    _check(kind)
+    part = min(contracted, 2048)  # the accumulator is float32, and the result is held twice
+    return _rows(kind, rows), part, _fewest_parts(columns, 1 + (kind in TWO_CORES), LARGEST // 2 // part)
 
 
-def _kind() -> str:
-    if (kind := device_kind()) not in ROWS:
+def _check(kind: str) -> None:
+    if kind not in ROWS:
         raise InputError(
             f"experts='megablox': no tile sizes for {kind}, only for {', '.join(ROWS)}; elsewhere use experts='xla'"
         )
-    return kind
 
 
 def _rows(kind: str, rows: int) -> int:
