@@ -7,7 +7,9 @@ python tools/bench.py experts [--topology=v5p:2x2x1] [--models=llada2_mini,llada
 The first compiles attention ahead of time for a TPU, without one, and prints for 16 fixed rows of packed documents the
 tiles executed, the cycles that the compiler's schedules add up to on the busiest core of a device, their share of the
 matrix units' peak (counting only pairs that the mask needs), the copies at HBM bandwidth in cycles, and the temporaries
-in HBM: compiler-estimated, not measured. Baselines need the extra: pip install -e '.[tpu,bench]'.
+in HBM: compiler-estimated, not measured. Where rows can be held against a bar (bench/bars.py) it says whether they meet
+it. --passes=decode costs a batch that decodes a block a row against caches of --lengths. Baselines need the extra:
+pip install -e '.[tpu,bench]'.
 
 The last does so for the grouped matmuls of a layer's experts, megablox beside tokamax.
 
@@ -32,7 +34,7 @@ from llada_jax.errors import InputError
 _TOPOLOGY = flags.DEFINE_string("topology", "v5p:2x2x1", "Slice to compile for, v5e | v5p | v6e | tpu7x.")
 _LENGTHS = flags.DEFINE_list("lengths", None, "Tokens of a row. Default: 2048,4096,8192, or 1024 with --device.")
 _IMPLEMENTATIONS = flags.DEFINE_list("implementations", None, "Default: all.")
-_PASSES = flags.DEFINE_list("passes", ["forward", "backward", "both"], "forward, backward, both.")
+_PASSES = flags.DEFINE_list("passes", ["forward", "backward", "both"], "forward, backward, both, decode.")
 _DEVICE = flags.DEFINE_enum("device", None, ["cpu", "gpu", "tpu"], "Measure a training step on this device instead.")
 _MODEL = flags.DEFINE_string("model", "tiny", "Preset of the measured step.")
 _MODELS = flags.DEFINE_list("models", ["llada2_mini", "llada2_flash"], "Presets whose experts are costed.")

@@ -22,6 +22,7 @@ from llada_jax.attention.dense import dense_attention
 from llada_jax.attention.tiles import Tiles, tiles_for
 from llada_jax.attention.visibility import Visibility, block_diffusion, layout
 from llada_jax.bench import kernel, rows
+from llada_jax.bench.bars import bars
 from llada_jax.errors import InputError
 from llada_jax.pod.aot import Program, compile_program
 from llada_jax.pod.chips import Chip, parse_topology
@@ -49,9 +50,13 @@ class Class:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """A pass over the 16 rows. `tiles` counts all cores and heads; `peak_share` only pairs that the mask needs."""
+    """A pass over the 16 rows. `tiles` counts all cores and heads; `peak_share` only pairs that the mask needs.
+
+    tile_pairs: the query-key pairs of a tile, of each pass.
+    """
 
     tiles: dict[str, int]
+    tile_pairs: dict[str, int]
     classes: dict[str, Class]
     cycles: float
     peak_share: float
@@ -145,8 +150,7 @@ def kernel_walks(direction: str, length: int, mean: int, head_dim: int, tiles: T
     if direction == "decode":
         plans = [kernel.decoding_plan(jnp.asarray(rows.cached(length)), length, BLOCK_SIZE, tiles)]
     else:
-        make = jax.jit(lambda segments: kernel.plan(segments, BLOCK_SIZE, tiles))
-        plans = [make(segments) for segments in rows.segment_ids(length, mean)]
+        plans = [kernel.plan(segments, BLOCK_SIZE, tiles) for segments in rows.segment_ids(length, mean)]
     direction = "backward" if direction == "backward" else "forward"
     return [kernel.walk(plan, direction, HEADS, KV_HEADS, head_dim) for plan in plans]
 
@@ -163,7 +167,7 @@ def _walks(implementation: str, direction: str, length: int, mean: int, chip: Ch
 
 
 def _cost(implementation: str, direction: str, length: int, mean: int, compiled: Program, chip: Chip) -> Cost:
-    tiles, classes, dma_bytes = {"full": 0, "partial": 0}, {}, 0
+    tiles, tile_pairs, classes, dma_bytes = {"full": 0, "partial": 0}, {}, {}, 0
     directions = ("forward", "backward") if direction == "both" else (direction,)
     if implementation != "dense":
         regions = (kernel if implementation == "llada" else _splash()).REGIONS
@@ -173,6 +177,7 @@ def _cost(implementation: str, direction: str, length: int, mean: int, compiled:
             prefix = f"{name} " if direction == "both" else ""
             classes |= {prefix + region: cost for region, cost in part.items()}
             tiles = {kind: tiles[kind] + executed[kind] for kind in tiles}
+            tile_pairs[name] = walks[0].tile_pairs
             dma_bytes += sum(walk.dma_bytes for walk in walks)
     # A decoding batch is one program.
     classes["xla"] = Class(xla_cycles(compiled.hlo, chip).cycles, 0.0, 1 if direction == "decode" else rows.ROWS)
@@ -184,6 +189,7 @@ def _cost(implementation: str, direction: str, length: int, mean: int, compiled:
     macs = pairs * HEADS * sum(_MACS_PER_PAIR[name] for name in directions)
     return Cost(
         tiles=tiles,
+        tile_pairs=tile_pairs,
         classes=classes,
         cycles=cycles,
         peak_share=macs / (cycles * chip.macs_per_cycle * chip.cores_per_device),
@@ -207,7 +213,10 @@ def kernel_classes(schedule: Kernel, walks: list[rows.Walk], names, chip: Chip):
 
 
 def table(implementations, lengths, passes, topology_name: str) -> Iterator[dict]:
-    """Prints a line for every cost, as it comes, and yields its values. Raises InputError on an unknown name."""
+    """Prints a line for every cost, as it comes, and yields its values, then the bars that they can be held against.
+
+    Raises InputError on an unknown name.
+    """
     check_implementations(implementations)
     topology = parse_topology(topology_name)
     for field, values, known in (("lengths", lengths, rows.LENGTHS), ("passes", passes, PASSES)):
@@ -218,6 +227,7 @@ def table(implementations, lengths, passes, topology_name: str) -> Iterator[dict
     print(f"{topology.name}: one device of {chip.cores_per_device} TensorCores at {chip.clock / 1e9:.2f} GHz")
     print("16 rows, compiler-estimated: Mcycles of the busiest core, share of matrix-unit peak, Mcycles of copies")
     print("length documents implementation  pass      full tiles  partial  Mcycles  peak  copies temp GiB")
+    found = []
     for length in lengths:
         for name in implementations:
             for mean, direction, cost in costs(name, length, rows.MEANS, passes, topology.name):
@@ -228,4 +238,7 @@ def table(implementations, lengths, passes, topology_name: str) -> Iterator[dict
                     flush=True,
                 )
                 where = {"implementation": name, "length": length, "mean_document": mean, "pass": direction}
-                yield where | dataclasses.asdict(cost) | {"topology": topology.name}
+                found.append(where | dataclasses.asdict(cost) | {"topology": topology.name})
+                yield found[-1]
+    for bar in bars(found, HEAD_DIM):
+        print(bar)

@@ -1,5 +1,7 @@
 """Our kernel (attention/kernel.py) as the bench sees it."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,7 @@ from llada_jax.bench.rows import ROWS, Walk
 REGIONS = dict.fromkeys(("forward", "backward", "decode"), ("full", "partial", "finish"))
 
 
+@functools.partial(jax.jit, static_argnames="tiles")
 def plan(segments: jax.Array, block_size: int, tiles: Tiles) -> Plan:
     """Of one row: segments [length] int32."""
     return make_plan(block_diffusion(layout(segments[None], block_size)), 2 * segments.size, tiles)
@@ -59,4 +62,4 @@ def walk(row: Plan, direction: str, heads: int, kv_heads: int, head_dim: int) ->
     moved += tiles * ((2 if direction == "forward" else 3) * block + 8 * rows + 16 * row.tiles.queries)
     if direction == "backward":
         moved += 2 * row.chunks_per_row * row.tiles.chunk * head_dim * 4
-    return Walk(regions, launches=kv_heads, dma_bytes=moved * kv_heads)
+    return Walk(regions, kv_heads, moved * kv_heads, tile_pairs=rows * chunks * row.tiles.chunk)

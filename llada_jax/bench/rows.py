@@ -22,12 +22,13 @@ FILLED = tuple((2 * row + 1) / (2 * ROWS) for row in range(ROWS))
 @dataclasses.dataclass(frozen=True)
 class Walk:
     """What a kernel executes for one row, all heads: times per region ("step" among them), entries of its main loop,
-    and bytes copied from and to HBM.
+    bytes copied from and to HBM, and the query-key pairs of a tile.
     """
 
     regions: dict[str, int]
     launches: int
     dma_bytes: int
+    tile_pairs: int
 
 
 def document_lengths(length: int, mean: int) -> list[list[int]]:
