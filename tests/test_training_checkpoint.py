@@ -110,7 +110,7 @@ def test_plain_orbax_reads_params(written, reader):
 
 
 def test_large_leaves_are_cut_into_chunks(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint_files, "_CHUNK_BYTES", 1000)
+    monkeypatch.setattr(checkpoint_files, "CHUNK_BYTES", 1000)
     _, params = write(tmp_path / "out")
     assert bits_equal(checkpoint.load_params(tmp_path / "out"), params)
     assert checkpoint_files._chunk_shape((16, 128, 64), 4, 0) == [4, 4, 8]
@@ -118,7 +118,7 @@ def test_large_leaves_are_cut_into_chunks(tmp_path, monkeypatch):
 
 
 def test_no_chunk_belongs_to_two_slabs(monkeypatch):
-    monkeypatch.setattr(checkpoint_files, "_CHUNK_BYTES", 1000)
+    monkeypatch.setattr(checkpoint_files, "CHUNK_BYTES", 1000)
     monkeypatch.setattr(checkpoint_files, "SLAB_BYTES", 4000)
     for shape, axis in {(100, 8, 8): 0, (8, 300): 1, (5000,): 0, (3, 9, 70): 2, (1, 4096): 0}.items():
         length = checkpoint_files.slab_length(shape, 4, axis)

@@ -70,7 +70,8 @@ def write_leaves(
     _check_leaves(leaves, config)
     if identity is not None:
         kinds = [(leaf.name, leaf.shape, leaf.dtype.name, leaf.axis) for leaf in leaves]
-        identity = stream.identity_of(identity, config.to_dict(), lineage, kinds, files.FORMAT, stream.since_boot())
+        layout = (files.FORMAT, files.SLAB_BYTES, files.CHUNK_BYTES)
+        identity = stream.identity_of(identity, config.to_dict(), lineage, kinds, layout, stream.since_boot())
     with stream.partial(out, identity) as (directory, notes):
         write_header(directory, config, tokenizer_files, lineage)
         with byte_progress(f"writing {out}", sum(leaf.nbytes for leaf in leaves)) as advance:

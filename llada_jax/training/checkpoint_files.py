@@ -29,7 +29,7 @@ FORMAT = 1
 DIGESTS = "digests.json"
 TENSOR_FOLDERS = ("params", "optimizer")
 # Small enough that a host of a pod reads little beside its own shards, large enough for an object store.
-_CHUNK_BYTES = 16 * 2**20
+CHUNK_BYTES = 16 * 2**20
 # What is read, converted and written at once.
 SLAB_BYTES = 64 * 2**20
 _OCDBT_NAMES = ("manifest.ocdbt", "d")
@@ -343,7 +343,7 @@ def _chunk_shape(shape: tuple[int, ...], itemsize: int, axis: int) -> list[int]:
     chunk = [max(1, size) for size in shape]
     if chunk:
         chunk[axis] = min(chunk[axis], slab_length(shape, itemsize, axis))
-    while math.prod(chunk) * itemsize > _CHUNK_BYTES:
+    while math.prod(chunk) * itemsize > CHUNK_BYTES:
         side = chunk.index(max(chunk))
         chunk[side] = -(-chunk[side] // 2)
     return chunk
