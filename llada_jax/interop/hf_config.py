@@ -71,7 +71,12 @@ _HONOURED_LING = {
 
 def architecture_of(hf: dict) -> str:
     """Our name of the architecture. Raises InputError listing the supported ones."""
-    names, model_type = hf.get("architectures") or [], hf.get("model_type")
+    names, model_type = hf.get("architectures", []), hf.get("model_type")
+    names = [] if names is None else names
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in [*names, model_type or ""]):
+        raise InputError(
+            f"config.json: architectures={names!r}, model_type={model_type!r}, expected names of classes and of the model's type"
+        )
     if names and names[0] in _CLASSES:
         return _CLASSES[names[0]]
     if not names and model_type in _MODEL_TYPES:
@@ -242,6 +247,8 @@ def _integer(hf: dict, name: str, default=None) -> int:
     value = _field(hf, name, default)
     if isinstance(value, bool) or not isinstance(value, int):
         raise InputError(f"config.json: {name}={value!r}, expected an integer")
+    if abs(value) >= 2**31:
+        raise InputError(f"config.json: {name} has {len(str(abs(value)))} digits, expected an integer below 2^31")
     return value
 
 
