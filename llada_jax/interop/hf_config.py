@@ -74,9 +74,7 @@ def architecture_of(hf: dict) -> str:
     names, model_type = hf.get("architectures", []), hf.get("model_type")
     names = [] if names is None else names
     if not isinstance(names, list) or not all(isinstance(name, str) for name in [*names, model_type or ""]):
-        raise InputError(
-            f"config.json: architectures={names!r}, model_type={model_type!r}, expected names of classes and of the model's type"
-        )
+        raise InputError(f"config.json: architectures={names!r}, model_type={model_type!r}, expected names")
     if names and names[0] in _CLASSES:
         return _CLASSES[names[0]]
     if not names and model_type in _MODEL_TYPES:
