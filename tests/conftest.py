@@ -26,6 +26,17 @@ GEN_KEY = re.compile(r"gen_p(\d+)_g(\d+)_b(\d+)_s(\d+)_t([\d.]+)_e(\d)_eos(\d+)"
 EDIT_KEY = re.compile(r"edit_p(\d+)_g(\d+)_b(\d+)_t([\d.]+)_et([\d.]+)_ps(\d+)_e(\d)_eos(\d+)")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--soak", action="store_true", help="run the long repetitions of tests too")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--soak"):
+        for item in items:
+            if item.get_closest_marker("soak"):
+                item.add_marker(pytest.mark.skip(reason="only with --soak"))
+
+
 @pytest.fixture(scope="session")
 def golden(tmp_path_factory):
     """golden(name) -> (checkpoint as loaded after import, arrays of golden.npz)."""

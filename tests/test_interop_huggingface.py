@@ -2,6 +2,7 @@ import json
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import ml_dtypes
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 from llada_jax.errors import InputError
 from llada_jax.interop import convert, huggingface
 from llada_jax.model import parameters
+from llada_jax.training import checkpoint
 
 GOLDENS = Path(__file__).parent / "data/goldens"
 MOE_TINY = ["ling_tiny", "ling_tiny_mtp", "llada2_tiny", "llada2_tiny_yarn"]
@@ -198,13 +200,38 @@ def test_rotary_buffers_are_ignored(tmp_path):
     assert_same_bits(invert(leaves, source.config), tensors)
 
 
-def test_links_out_of_the_folder_are_followed(tmp_path):
-    """As in the hub's cache, where a snapshot is made of links to blobs."""
+def test_links_of_the_hubs_cache_are_followed_and_no_others(tmp_path):
+    """There a snapshot is made of links to blobs."""
     blobs = write_folder(tmp_path / "blobs", TINY | CLASSES["llama"], tiny_tensors("llama"))
-    (tmp_path / "snapshot").mkdir()
-    for name in ("config.json", "model.safetensors"):
-        (tmp_path / "snapshot" / name).symlink_to(blobs / name)
-    assert len(stream(tmp_path / "snapshot")[1]) == len(stream(blobs)[1])
+    for folder in (tmp_path / "snapshots" / "0123abc", tmp_path / "elsewhere"):
+        folder.mkdir(parents=True)
+        for name in ("config.json", "model.safetensors"):
+            (folder / name).symlink_to(blobs / name)
+    assert len(stream(tmp_path / "snapshots" / "0123abc")[1]) == len(stream(blobs)[1])
+    with pytest.raises(InputError, match="config.json is a link out of the folder, to .*blobs/config.json"):
+        stream(tmp_path / "elsewhere")
+
+
+def test_a_model_of_the_hub_is_downloaded_first(tmp_path, monkeypatch):
+    folder = write_folder(tmp_path / "hf", TINY | CLASSES["llama"], tiny_tensors("llama"))
+    asked = []
+
+    def download(name, revision, allow_patterns):
+        asked.append((name, revision))
+        assert "*.safetensors" in allow_patterns
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    convert.import_checkpoint("hf://owner/name@v2", str(tmp_path / "out"))
+    assert asked == [("owner/name", "v2")]
+    assert checkpoint.read_config(tmp_path / "out")[1]["source"] == "hf://owner/name@v2"
+
+
+def test_the_hub_cannot_be_reached(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match="hf://owner/name: cannot be downloaded"):
+        convert.import_checkpoint("hf://owner/name", str(tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []
 
 
 # Each changes a copy of a golden and says what the error must name.

@@ -1,4 +1,6 @@
-"""Imports a Hugging Face checkpoint (a folder) or a GGUF file.
+"""Imports a Hugging Face checkpoint (a folder, or one of the hub) or a GGUF file.
+
+The same command goes on where a killed one was; --out appears when it is complete.
 
 Example:
   python tools/hf_to_orbax.py --source=Ling-mini-base-2.0 --out=checkpoints/ling_mini --add_mask_token
@@ -9,7 +11,9 @@ from absl import flags
 from llada_jax import errors
 from llada_jax.interop import convert
 
-_SOURCE = flags.DEFINE_string("source", None, "Hugging Face folder, or .gguf file.", required=True)
+_SOURCE = flags.DEFINE_string(
+    "source", None, "Hugging Face folder, hf://OWNER/NAME[@REVISION], or .gguf file.", required=True
+)
 _OUT = flags.DEFINE_string("out", None, "Folder to write; must not exist.", required=True)
 _DTYPE = flags.DEFINE_string("dtype", None, "float32 or bfloat16; by default the stored one.")
 _ALIGNMENT = flags.DEFINE_string(

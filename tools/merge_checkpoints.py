@@ -2,18 +2,22 @@
 
 python tools/merge_checkpoints.py --checkpoints=A,B,C --out=DIR
 python tools/merge_checkpoints.py --workdir=DIR --best=3 --out=DIR     (the 3 saved steps of least held-out NELBO)
+
+One checkpoint and --dtype: a conversion. An expert bias in float32 stays so.
 """
 
 from absl import flags
 
 from llada_jax import errors
 from llada_jax.errors import InputError
+from llada_jax.interop.huggingface import parse_dtype
 from llada_jax.training import merge
 
 _CHECKPOINTS = flags.DEFINE_list("checkpoints", [], "Checkpoints to average.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of a training run, instead of --checkpoints.")
 _BEST = flags.DEFINE_integer("best", 3, "How many steps of --workdir.", lower_bound=1)
 _OUT = flags.DEFINE_string("out", None, "Folder of the result.", required=True)
+_DTYPE = flags.DEFINE_string("dtype", None, "float32 or bfloat16; by default that of the first checkpoint.")
 
 
 def main(argv) -> None:
@@ -26,7 +30,8 @@ def main(argv) -> None:
         for path, nelbo in best:
             print(f"step {path.name}: held-out NELBO {nelbo:.4f}")
         paths = [path for path, _ in best]
-    merge.merge_checkpoints(paths, _OUT.value)
+    dtype = None if _DTYPE.value is None else parse_dtype(_DTYPE.value)
+    merge.merge_checkpoints(paths, _OUT.value, dtype)
     print(f"{_OUT.value}: the mean of {len(paths)} checkpoints")
 
 

@@ -11,6 +11,7 @@ from etils import epath
 
 from llada_jax.errors import InputError
 from llada_jax.interop import gguf, hf_config, huggingface, tokenizer
+from llada_jax.interop.folder import file_in, open_source
 from llada_jax.model import parameters
 from llada_jax.model.config import ModelConfig
 from llada_jax.training import checkpoint
@@ -72,7 +73,7 @@ def import_checkpoint(
     leaves = huggingface.leaves(plans, target)
     dtypes = sorted({leaf.dtype.name for leaf in leaves})
     lineage = {
-        "source": os.path.abspath(source),
+        "source": source if "://" in source else os.path.abspath(source),
         "source_files": {path.name: path.stat().length for path in found.paths},
         "converter_version": CONVERTER_VERSION,
         "dtype": dtypes,
@@ -106,13 +107,13 @@ def _check_flags(alignment, mask_token_id, add_mask_token) -> None:
 
 def read_source(source: str) -> Source:
     """Opens and checks a source. Raises InputError naming the file or field at fault."""
-    path = epath.Path(source)
+    path = open_source(source)
     if path.is_file() and path.suffix == ".gguf":
         return _read_gguf(path)
     if path.is_file():
         raise InputError(f"{source}: expected a folder with config.json, or a .gguf file")
     if not path.is_dir():
-        raise InputError(f"{source}: no such folder or file (a model of the hub must be downloaded first)")
+        raise InputError(f"{source}: no such folder or file (of the hub: --source=hf://OWNER/NAME)")
     if not (path / "config.json").is_file():
         ggufs = sorted(path.glob("*.gguf"))
         raise InputError(f"{source}: no config.json" + (f"; pass the file {ggufs[0].name} instead" if ggufs else ""))
@@ -144,7 +145,7 @@ def _read_gguf(path: epath.Path) -> Source:
 
 
 def _read_json(folder: epath.Path, name: str) -> dict:
-    path = folder / name
+    path = file_in(folder, name)
     try:
         return tokenizer.read_json({name: path.read_bytes()} if path.is_file() else {}, name, str(folder))
     except OSError as error:

@@ -53,23 +53,28 @@ class Group(NamedTuple):
         return sum(target.bytes for target in self.targets)
 
 
-def export_checkpoint(path: str, out: str, shard_bytes: int = SHARD_BYTES, dtype: str | None = None) -> None:
+def export_checkpoint(
+    path: str, out: str, shard_bytes: int = SHARD_BYTES, dtype: str | None = None, step: int | None = None
+) -> None:
     """Writes config.json, tokenizer files and safetensors (an index too when there is more than one shard) at `out`.
 
-    path: a checkpoint, a step or a workdir. dtype: "float32" or "bfloat16", by default that of each tensor; a float32
-    expert bias is never cast. A shard has at most shard_bytes, unless one leaf (the experts of a layer) has more.
-    `out` appears when complete; a run that was killed goes on behind its last whole shard. Raises InputError when `out`
-    exists, a tensor is damaged, or its dtype has no place in safetensors.
+    path: a checkpoint, or a workdir, of which `step` (by default the newest) is taken; training may go on. dtype:
+    "float32" or "bfloat16", by default that of each tensor; a float32 expert bias is never cast. A shard has at most
+    shard_bytes, unless one leaf (the experts of a layer) has more. `out` appears when complete; a run that was killed
+    goes on behind its last whole shard. Raises InputError when `out` exists, a tensor is damaged, or its dtype has no
+    place in safetensors.
     """
-    directory = checkpoint.candidates(path)[0]
+    directory = _directory(path, step)
     config, lineage = checkpoint.read_config(directory)
     reader = checkpoint.open_weights(directory)
     to = None if dtype is None else parse_dtype(dtype)
     shards = _shards(_groups(config, reader, to), shard_bytes)
     hf = hf_config.exported(config, source_config(lineage), shards[0][0].targets[0].dtype)
+    for name in sorted({value.split(".")[0] for value in hf.get("auto_map", {}).values()}):
+        print(f"notice: auto_map names {name}.py: transformers needs a copy of it in {out}; SGLang and dInfer do not")
     small = {"config.json": (json.dumps(hf, indent=2) + "\n").encode(), **checkpoint.read_tokenizer_files(directory)}
     identity = identity_of(files.read_digests(directory).sha256, shard_bytes, dtype, hf)
-    with partial(epath.Path(out), identity) as (folder, notes):
+    with partial(files.absolute(out), identity) as (folder, notes):
         total = sum(group.bytes for shard in shards for group in shard)
         with byte_progress(f"writing {out}", total) as advance:
             for number, shard in enumerate(shards):
@@ -87,6 +92,16 @@ def export_checkpoint(path: str, out: str, shard_bytes: int = SHARD_BYTES, dtype
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
         for name, content in reversed(small.items()):  # config.json last: without it there is no model here
             (folder / name).write_bytes(content)
+
+
+def _directory(path: str, step: int | None) -> epath.Path:
+    found = checkpoint.candidates(path)
+    if step is None:
+        return found[0]
+    for directory in found:
+        if directory.name == str(step):
+            return directory
+    raise InputError(f"--step={step}: {path} has {', '.join(each.name for each in found)}")
 
 
 def shard_name(number: int, count: int) -> str:

@@ -40,6 +40,14 @@ _DEFAULTS = {
     | {"first_k_dense_replace": 0, "routed_scaling_factor": 2.5},
 }
 
+# Not a key of transformers: which token a position predicts, where that is not the architecture's own alignment.
+_ALIGNMENT = "diffusion_alignment"
+_LLADA2_AUTO_MAP = {
+    "AutoConfig": "configuration_llada2_moe.LLaDA2MoeConfig",
+    "AutoModel": "modeling_llada2_moe.LLaDA2MoeModel",
+    "AutoModelForCausalLM": "modeling_llada2_moe.LLaDA2MoeModelLM",
+}
+
 # Field -> the values that our forward pass computes; None (or no such key) is always one of them.
 _HONOURED = {
     "hidden_act": ("silu", "swish"),
@@ -63,7 +71,10 @@ _HONOURED_LING = {
 
 def architecture_of(hf: dict) -> str:
     """Our name of the architecture. Raises InputError listing the supported ones."""
-    names, model_type = hf.get("architectures") or [], hf.get("model_type")
+    names, model_type = hf.get("architectures", []), hf.get("model_type")
+    names = [] if names is None else names
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in [*names, model_type or ""]):
+        raise InputError(f"config.json: architectures={names!r}, model_type={model_type!r}, expected names")
     if names and names[0] in _CLASSES:
         return _CLASSES[names[0]]
     if not names and model_type in _MODEL_TYPES:
@@ -73,7 +84,7 @@ def architecture_of(hf: dict) -> str:
 
 
 def from_hf(hf: dict) -> ModelConfig:
-    """ModelConfig of a config.json. AR architectures get alignment "shifted", LLaDA2 "same".
+    """ModelConfig of a config.json. AR architectures get alignment "shifted", LLaDA2 "same", unless it says otherwise.
 
     Raises InputError naming the field: a missing or malformed one, or a value that the forward pass cannot honour.
     """
@@ -107,13 +118,17 @@ def from_hf(hf: dict) -> ModelConfig:
         qk_norm=ling or architecture in ("qwen3", "qwen3_moe"),
         tie_word_embeddings=_boolean(hf, "tie_word_embeddings", False),
         initializer_range=_number(hf, "initializer_range", 0.02),
-        alignment="same" if architecture == "llada2_moe" else "shifted",
+        alignment=hf.get(_ALIGNMENT, _own_alignment(architecture)),
         mask_token_id=_token(hf, "mask_token_id"),
         # The Ling family's config.json often holds no eos: it is the pad token.
         eos_token_id=pad if ling and eos is None else eos,
         pad_token_id=pad,
         **_experts(hf, architecture),
     )
+
+
+def _own_alignment(architecture: str) -> str:
+    return "same" if architecture == "llada2_moe" else "shifted"
 
 
 def _experts(hf: dict, architecture: str) -> dict:
@@ -230,6 +245,8 @@ def _integer(hf: dict, name: str, default=None) -> int:
     value = _field(hf, name, default)
     if isinstance(value, bool) or not isinstance(value, int):
         raise InputError(f"config.json: {name}={value!r}, expected an integer")
+    if abs(value) >= 2**31:
+        raise InputError(f"config.json: {name} has {len(str(abs(value)))} digits, expected an integer below 2^31")
     return value
 
 
@@ -258,18 +275,37 @@ def _token(hf: dict, name: str) -> int | None:
 
 
 def exported(config: ModelConfig, source: dict, dtype: np.dtype) -> dict:
-    """config.json of an export: that of the folder the weights come from ({}: none), with what has changed since."""
+    """config.json of an export: that of the folder the weights come from ({}: none), with what has changed since.
+
+    What differs from the source's: the dtype; ids of special tokens that it did not name; num_nextn_predict_layers,
+    as such layers are dropped on import; the alignment, where it is not that of the architecture. A Ling model whose
+    positions predict their own token is a LLaDA2 model, and so it is called.
+    Raises InputError naming the field that config.json cannot express for this architecture.
+    """
+    if config.architecture == "bailing_moe" and config.alignment == "same":
+        config = config.replace(architecture="llada2_moe")
     ours = to_hf(config)
     try:
         same = to_hf(from_hf(source)) if source else {}
     except InputError:  # a GGUF file's metadata
         same = {}
     changed = {key: value for key, value in ours.items() if key not in same or same[key] != value}
-    return source | changed | {"torch_dtype": dtype.name}
+    if "model_type" in changed and config.architecture == "llada2_moe":
+        changed["auto_map"] = _LLADA2_AUTO_MAP
+    if source.get("num_nextn_predict_layers"):
+        changed["num_nextn_predict_layers"] = 0
+    hf = source | changed
+    hf |= {"dtype" if "dtype" in source else "torch_dtype": dtype.name}
+    back = from_hf(hf).replace(stores_tied_head=config.stores_tied_head).to_dict()
+    for field, value in config.to_dict().items():
+        # Ling's and LLaDA2's eos is the pad token when there is no other.
+        if back[field] != value and (field, value) != ("eos_token_id", None):
+            raise InputError(f"model {field}={value!r}: {config.architecture} has no config.json that says so")
+    return hf
 
 
 def to_hf(config: ModelConfig) -> dict:
-    """config.json of a model; `from_hf(to_hf(config)) == config` but for alignment and stores_tied_head."""
+    """config.json of a model; `from_hf(to_hf(config)) == config` but for stores_tied_head."""
     c = config
     class_name = next(name for name, architecture in _CLASSES.items() if architecture == c.architecture)
     hf = {
@@ -294,6 +330,8 @@ def to_hf(config: ModelConfig) -> dict:
     }
     if c.mask_token_id is not None:
         hf["mask_token_id"] = c.mask_token_id
+    if c.alignment != _own_alignment(c.architecture):
+        hf[_ALIGNMENT] = c.alignment
     return hf | _experts_to_hf(c)
 
 

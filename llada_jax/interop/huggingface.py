@@ -11,7 +11,6 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable
-from pathlib import PurePosixPath
 
 import jax
 import ml_dtypes
@@ -19,6 +18,7 @@ import numpy as np
 from etils import epath
 
 from llada_jax.errors import InputError
+from llada_jax.interop.folder import file_in
 from llada_jax.model import parameters
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.parameters import Parameter
@@ -66,11 +66,10 @@ class LeafPlan:
 def find_weights(folder: epath.Path) -> tuple[list[epath.Path], dict[str, epath.Path]]:
     """(weight files in order, {tensor name: shard} of the index or {}): one file, or the shards of an index.
 
-    Symbolic links are followed (the hub's cache is made of them). Raises InputError naming a file that is missing, or
-    an index entry that leads out of the folder.
+    Raises InputError naming a file that is missing, or an index entry or link that leads out of the folder.
     """
     for name in ("model.safetensors", "pytorch_model.bin"):
-        single, index = folder / name, folder / f"{name}.index.json"
+        single, index = file_in(folder, name), file_in(folder, f"{name}.index.json")
         if single.is_file():
             return [single], {}
         if index.is_file():
@@ -99,29 +98,37 @@ def open_weights(folder: epath.Path) -> dict[str, StoredTensor]:
 def _read_index(index: epath.Path) -> dict[str, epath.Path]:
     """{tensor name: shard}."""
     try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
+        weight_map = json.loads(index.read_bytes(), object_pairs_hook=_once)["weight_map"]
         named = {str(name): str(file) for name, file in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{index}: not an index of shards ({type(error).__name__}: {error})") from error
+    if not named:
+        raise InputError(f"{index}: lists no tensors")
     shards = {}
     for file in dict.fromkeys(named.values()):
-        # Checked by name: resolving would follow the links of the hub's cache out of the folder.
-        if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts or "\\" in file:
-            raise InputError(f"{index}: {file!r} leads out of the folder")
-        shards[file] = index.parent / file
+        shards[file] = file_in(index.parent, file, str(index))
         if not shards[file].is_file():
             raise InputError(f"{shards[file]}: missing shard, named in {index.name}")
     return {name: shards[file] for name, file in named.items()}
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object of which no key is given twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is given twice")
+    return found
 
 
 def open_safetensors(path: epath.Path) -> dict[str, StoredTensor]:
     """Tensors of one file. Raises InputError if it is truncated, malformed or holds another dtype than F32/F16/BF16."""
     header, start = _read_header(path)
     size = path.stat().length
-    tensors = {}
+    tensors, spans = {}, []
     for name, entry in header.items():
         try:
-            dtype, shape = entry["dtype"], tuple(int(n) for n in entry["shape"])
+            dtype, shape = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
             first, last = (int(n) for n in entry["data_offsets"])
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}: malformed header entry of {name}") from error
@@ -132,6 +139,14 @@ def open_safetensors(path: epath.Path) -> dict[str, StoredTensor]:
         if start + last > size:
             raise InputError(f"{path}: truncated, {size} bytes where its header needs at least {start + last}")
         tensors[name] = _stored(path, _DTYPES[dtype], shape, start + first)
+        spans.append((first, last, name))
+    end = 0
+    for first, last, name in sorted(spans):
+        if first != end:
+            raise InputError(f"{path}: {name} begins at byte {first} of the data, expected {end}")
+        end = last
+    if start + end != size:
+        raise InputError(f"{path}: {size} bytes where its header needs {start + end}")
     return tensors
 
 
@@ -147,7 +162,7 @@ def _read_header(path: epath.Path) -> tuple[dict, int]:
     if 8 + length > size:
         raise InputError(f"{path}: truncated, {size} bytes where its header needs at least {8 + length}")
     try:
-        header = json.loads(text)
+        header = json.loads(text, object_pairs_hook=_once)
         return {name: entry for name, entry in header.items() if name != "__metadata__"}, 8 + length
     except (ValueError, AttributeError, RecursionError) as error:
         raise InputError(f"{path}: not a safetensors file ({error})") from error
@@ -241,6 +256,7 @@ def plan_leaves(tensors: dict[str, StoredTensor], config: ModelConfig) -> list[L
 
     Raises InputError naming a tensor that is missing, unexpected or of the wrong shape, and its file.
     """
+    _check_counts(tensors, config)
     unclaimed = set(tensors)
     rows = _rows_claimed(config)
     plans = []
@@ -263,6 +279,14 @@ def plan_leaves(tensors: dict[str, StoredTensor], config: ModelConfig) -> list[L
     if unclaimed:
         raise InputError(f"unexpected tensor {_some(unclaimed)}: the config declares no such parameter")
     return plans
+
+
+def _check_counts(tensors: dict[str, StoredTensor], config: ModelConfig) -> None:
+    """Keeps an absurd number in config.json from becoming as many expectations."""
+    if config.num_layers > len(tensors):
+        raise InputError(f"config.json: num_hidden_layers={config.num_layers}, but there are {len(tensors)} tensors")
+    if config.num_experts > max(len(tensors), *(tensor.shape[0] for tensor in tensors.values() if tensor.shape)):
+        raise InputError(f"config.json: num_experts={config.num_experts}, but there are {len(tensors)} tensors")
 
 
 def _rows_claimed(config: ModelConfig) -> dict[str, int]:

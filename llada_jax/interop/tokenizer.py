@@ -14,6 +14,7 @@ import jinja2.sandbox
 import tokenizers
 
 from llada_jax.errors import InputError
+from llada_jax.interop.folder import file_in
 
 MASK_NAMES = ("<|mask|>", "<|mask_token|>", "[MASK]")
 NEW_MASK = "<|mask|>"
@@ -125,10 +126,11 @@ def load_tokenizer(directory: str) -> Tokenizer:
 
 def read_files(folder: Path) -> dict[str, bytes]:
     """The tokenizer's files in a folder; {} without tokenizer.json."""
-    if not (folder / "tokenizer.json").is_file():
+    if not file_in(folder, "tokenizer.json").is_file():
         return {}
+    paths = {name: file_in(folder, name) for name in FILE_NAMES}
     try:
-        return {name: (folder / name).read_bytes() for name in FILE_NAMES if (folder / name).is_file()}
+        return {name: path.read_bytes() for name, path in paths.items() if path.is_file()}
     except OSError as error:
         raise InputError(f"{error.filename}: {error.strerror}") from error
 

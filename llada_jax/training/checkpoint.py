@@ -66,11 +66,12 @@ def write_leaves(
     (stream.partial); None: it starts anew.
     Raises InputError when `out` exists, or a leaf is missing, unknown, given twice or of another shape.
     """
-    out = epath.Path(out)
+    out = files.absolute(out)
     _check_leaves(leaves, config)
     if identity is not None:
         kinds = [(leaf.name, leaf.shape, leaf.dtype.name, leaf.axis) for leaf in leaves]
-        identity = stream.identity_of(identity, config.to_dict(), lineage, kinds, files.FORMAT)
+        layout = (files.FORMAT, files.SLAB_BYTES, files.CHUNK_BYTES)
+        identity = stream.identity_of(identity, config.to_dict(), lineage, kinds, layout, stream.since_boot())
     with stream.partial(out, identity) as (directory, notes):
         write_header(directory, config, tokenizer_files, lineage)
         with byte_progress(f"writing {out}", sum(leaf.nbytes for leaf in leaves)) as advance:

@@ -110,7 +110,13 @@ class Notes:
         (self._directory / item).write_text(text)
 
 
-_IDENTITY = "identity.json"
+_IDENTITY = "identity"
+_BOOT = epath.Path("/proc/sys/kernel/random/boot_id")
+
+
+def since_boot() -> str:
+    """Changes when the machine restarts, by which what it wrote and did not bring to the disk may be lost."""
+    return _BOOT.read_text().strip() if _BOOT.exists() else ""
 
 
 def identity_of(*values) -> str:
@@ -169,7 +175,7 @@ def _remove(notes: epath.Path) -> None:
 def write_leaves(
     folder: epath.Path, leaves: Sequence[Leaf], notes: Notes, advance: Callable[[int], None]
 ) -> dict[str, files.Entry]:
-    """Writes the tensors of one folder but for slabs that are noted, and notes each slab once it is on the disk."""
+    """Writes the tensors of one folder but for slabs that are noted, and notes each slab once it is written."""
     writer = files.TensorWriter(folder)
     sums = {leaf.name: np.zeros(2, np.uint32) for leaf in leaves}
     done = {item: text for item, text in notes.read().items() if len(text) == 16}  # a torn note is none
