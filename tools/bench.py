@@ -1,4 +1,4 @@
-"""Measures or estimates what the parts of a training step cost.
+"""Measures or estimates what the parts of a training step, and decoding, cost.
 
 python tools/bench.py attention [--topology=v5p:2x2x1] [--lengths=2048,4096,8192] [--implementations=...] [--json=FILE]
 python tools/bench.py attention --device=cpu [--model=tiny] [--lengths=1024]
@@ -9,6 +9,14 @@ matrix units' peak (counting only pairs that the mask needs), the copies at HBM 
 in HBM: compiler-estimated, not measured. Baselines need the extra: pip install -e '.[tpu,bench]'.
 
 The second times a training step of block diffusion with dense and with blockwise attention on the device at hand.
+
+python tools/bench.py decode [--model=tiny_moe] [--batches=1,4,16,64] [--parts=recompute,prefix,commit,batches,...]
+
+Times decoding on the device at hand, with random weights: 512 tokens, one per forward, with the cache and with the
+prefix computed again at every step (recompute); a step after a prefix of 512 tokens against one after none (prefix); a
+pass over windows of one and of two blocks (commit); throughput and positions evaluated per token against batch
+(batches); 200 ragged requests, batched continuously (continuous); and the cost model, with the experts that a batch
+reaches: bytes, FLOPs and roofline time of a pass of --cost_model, and where it becomes compute-bound (cost).
 """
 
 import dataclasses
@@ -25,22 +33,26 @@ _LENGTHS = flags.DEFINE_list("lengths", None, "Tokens of a row. Default: 2048,40
 _IMPLEMENTATIONS = flags.DEFINE_list("implementations", None, "Default: all.")
 _PASSES = flags.DEFINE_list("passes", ["forward", "backward", "both"], "forward, backward, both.")
 _DEVICE = flags.DEFINE_enum("device", None, ["cpu", "gpu", "tpu"], "Measure a training step on this device instead.")
-_MODEL = flags.DEFINE_string("model", "tiny", "Preset of the measured step.")
+_MODEL = flags.DEFINE_string("model", None, "Preset that is measured. Default: tiny; decode: tiny_moe.")
 _ROWS = flags.DEFINE_integer("rows", 1, "Rows of the measured step.")
+_BATCHES = flags.DEFINE_list("batches", ["1", "4", "16", "64"], "decode: rows of a batch.")
+_PARTS = flags.DEFINE_list("parts", None, "decode: recompute, prefix, commit, batches, continuous, cost. Default: all.")
+_COST_MODEL = flags.DEFINE_string("cost_model", "llada2_mini", "decode: preset of the cost model.")
+_CHIP = flags.DEFINE_string("chip", "v5p", "decode: chip of the cost model, v5e | v5p | v6e | tpu7x.")
 _JSON = flags.DEFINE_string("json", None, "File for the rows of the table.")
 
 
 def main(argv) -> None:
-    {"attention": _attention}[argv[1]]()
+    result = {"attention": _attention, "decode": _decode}[argv[1]]()
+    if _JSON.value:
+        Path(_JSON.value).write_text(json.dumps(result, indent=1) + "\n")
 
 
-def _attention() -> None:
+def _attention() -> list[dict]:
     lengths = _LENGTHS.value or (["1024"] if _DEVICE.value else ["2048", "4096", "8192"])
     if not all(length.isdecimal() and int(length) > 0 for length in lengths):
         raise InputError(f"--lengths={','.join(lengths)}, expected positive integers")
-    result = _measure(map(int, lengths)) if _DEVICE.value else _estimate(list(map(int, lengths)))
-    if _JSON.value:
-        Path(_JSON.value).write_text(json.dumps(result, indent=1) + "\n")
+    return _measure(map(int, lengths)) if _DEVICE.value else _estimate(list(map(int, lengths)))
 
 
 def _estimate(lengths: list[int]) -> list[dict]:
@@ -89,10 +101,9 @@ def _measure(lengths) -> list[dict]:
     from llada_jax.model.config import preset
 
     names = _IMPLEMENTATIONS.value or ["dense", "blockwise"]
-    model = preset(_MODEL.value)
-    print(
-        f"{jax.devices()[0].device_kind}, {_MODEL.value}, {_ROWS.value} row(s) of one document, block size 32: a step"
-    )
+    name = _MODEL.value or "tiny"
+    model = preset(name)
+    print(f"{jax.devices()[0].device_kind}, {name}, {_ROWS.value} row(s) of one document, block size 32: a step")
     print(f"length implementation  seconds (least of {REPEATS})  temporaries MiB  loss")
     result = []
     for length in lengths:
@@ -103,5 +114,22 @@ def _measure(lengths) -> list[dict]:
     return result
 
 
+def _decode() -> dict:
+    from llada_jax.bench.decode_report import PARTS, report
+    from llada_jax.model.config import preset
+    from llada_jax.pod.chips import CHIPS
+
+    parts = _PARTS.value or list(PARTS)
+    for part in parts:
+        if part not in PARTS:
+            raise InputError(f"--parts={part}, expected some of {', '.join(PARTS)}")
+    if not all(rows.isdecimal() and int(rows) > 0 for rows in _BATCHES.value):
+        raise InputError(f"--batches={','.join(_BATCHES.value)}, expected positive integers")
+    if _CHIP.value not in CHIPS:
+        raise InputError(f"--chip={_CHIP.value}, expected one of {', '.join(CHIPS)}")
+    model = _MODEL.value or "tiny_moe"
+    return report(model, parts, [int(rows) for rows in _BATCHES.value], preset(_COST_MODEL.value), CHIPS[_CHIP.value])
+
+
 if __name__ == "__main__":
-    errors.run(main, commands=("attention",))
+    errors.run(main, commands=("attention", "decode"))

@@ -14,6 +14,7 @@ import numpy as np
 from llada_jax import sharding
 from llada_jax.attention import visibility as vis
 from llada_jax.attention.blockwise import blockwise_attention
+from llada_jax.attention.cached import cached_attention
 from llada_jax.attention.dense import dense_attention
 from llada_jax.attention.kernel import kernel_attention, kernel_plan
 from llada_jax.errors import InputError
@@ -67,8 +68,8 @@ def hidden_states(
 
     tokens, positions [batch, queries] int. cache: keys and values of earlier clean tokens, {group: {"key", "value":
     [layers, batch, cached, kv_heads, head_dim]}}, which are the clean keys; the pass's own keys are then the noisy
-    ones. embedding_noise [batch, queries, embed] is added to the embedding output. Second result: as `cache`, of the
-    pass itself.
+    ones, and attention is attention/cached.py's, whatever `execution` names. embedding_noise [batch, queries, embed]
+    is added to the embedding output. Second result: as `cache`, of the pass itself.
     """
     dtype = execution.dtype or params["embedding"].dtype
     x = params["embedding"][tokens].astype(dtype)
@@ -76,8 +77,10 @@ def hidden_states(
         x = x + embedding_noise.astype(dtype)
     x = sharding.constrain(x, ("batch", None, None))
     cos, sin = rope_angles(config, positions)
-    cached = 0 if cache is None else next(iter(cache.values()))["key"].shape[2]
-    attend = _attend(config, execution, visibility, tokens.shape[1] + cached)
+    if cache is None:
+        attend = _attend(config, execution, visibility, tokens.shape[1])
+    else:
+        attend = functools.partial(cached_attention, visibility=visibility)
     computed = {}
     for group in config.layer_groups:
         layer = functools.partial(_layer, config, group, attend, cos, sin)
@@ -128,10 +131,8 @@ def _attention(config, attend, weights, x, cos, sin, cache):
         key = rms_norm(key, weights["key_norm"], config.rms_norm_eps)
     query, key = rotate(query, cos, sin), rotate(key, cos, sin)
     own = {"key": key, "value": value}
-    if cache is not None:
-        key = jnp.concatenate([key, cache["key"]], axis=1)
-        value = jnp.concatenate([value, cache["value"]], axis=1)
-    return project(attend(query, key, value), weights, "output", contracted=2), own
+    cached = () if cache is None else (cache["key"], cache["value"])
+    return project(attend(query, key, value, *cached), weights, "output", contracted=2), own
 
 
 def _prepare(tokens, segment_ids, positions, block_size, block_origin):
