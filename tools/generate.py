@@ -94,7 +94,8 @@ def _answer_file(model, rows: list[dict], configs) -> None:
     for answer in serve(model.params, model.config, requests, batch, longest, model.tokenizer, usage=usage):
         rows[answer.index] |= _record(answer)
         done += 1
-        print(f"{done}/{count} prompts, {usage.busy:.0%} of {batch} rows busy", flush=True)
+        if done % batch == 0 or done == count:
+            print(f"{done}/{count} prompts, {usage.busy:.0%} of {batch} rows busy", flush=True)
     jsonl.write_values(_OUTPUT.value, rows)
 
 

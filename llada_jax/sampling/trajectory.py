@@ -65,6 +65,7 @@ def draw(pieces: list[str], steps: np.ndarray, confidence: np.ndarray, spans: li
     shades = ListedColormap([color(step, most) for step in range(most)])
     scale = pyplot.cm.ScalarMappable(pyplot.Normalize(0.5, most + 0.5), shades)
     bar = figure.colorbar(scale, ax=axes, orientation="horizontal", fraction=0.35 / (len(spans) + 1), pad=0.03)
+    bar.set_ticks(sorted({round(tick) for tick in np.linspace(1, most, min(most, 8))}))
     bar.set_label("step of the block", fontsize=8)
     figure.savefig(path, dpi=160, bbox_inches="tight", metadata={"Date": None} if path.endswith(".svg") else None)
     pyplot.close(figure)
