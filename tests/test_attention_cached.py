@@ -12,7 +12,7 @@ from llada_jax.attention.dense import dense_attention
 
 @pytest.mark.parametrize("chunk", [4, 7, 64])
 def test_equals_dense_attention(monkeypatch, chunk):
-    monkeypatch.setattr(cached, "CHUNK", chunk)
+    monkeypatch.setattr(cached, "LEAST_CHUNK", chunk)
     rng = np.random.default_rng(0)
     block, rows, length = 3, 4, 19
     starts = jnp.array([0, 3, 6, 12])  # the longest prefix ends in the middle of the cache
@@ -26,7 +26,7 @@ def test_equals_dense_attention(monkeypatch, chunk):
 
 
 def test_reads_nothing_beyond_the_longest_prefix(monkeypatch):
-    monkeypatch.setattr(cached, "CHUNK", 4)
+    monkeypatch.setattr(cached, "LEAST_CHUNK", 4)
     ones = jnp.ones((1, 2, 2, 8))
     poisoned = jnp.ones((1, 16, 2, 8)).at[:, 8:].set(jnp.nan)
     found = cached.cached_attention(ones, ones, ones, poisoned, poisoned, vis.window(jnp.array([6]), 2))

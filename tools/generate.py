@@ -83,6 +83,7 @@ def _answer_file(model, rows: list[dict], configs) -> None:
     import numpy as np
 
     from llada_jax.sampling.batching import Request, Usage, serve
+    from llada_jax.sampling.generate import prefill_execution
 
     prompts = [np.array(model.tokenizer.encode(_text(row, model.tokenizer)), np.int32) for row in rows]
     count = len(rows)
@@ -91,7 +92,11 @@ def _answer_file(model, rows: list[dict], configs) -> None:
     longest = max(len(prompt) + config.gen_length for prompt, config in zip(prompts, configs, strict=True))
     usage, done = Usage(), 0
     batch = min(_BATCH.value, count)
-    for answer in serve(model.params, model.config, requests, batch, longest, model.tokenizer, usage=usage):
+    execution = prefill_execution(max(map(len, prompts)))
+    answers = serve(
+        model.params, model.config, requests, batch, longest, model.tokenizer, execution=execution, usage=usage
+    )
+    for answer in answers:
         rows[answer.index] |= _record(answer)
         done += 1
         if done % batch == 0 or done == count:
@@ -120,6 +125,7 @@ def _answer_one(model, prompt: str, config):
     import numpy as np
 
     from llada_jax.sampling.batching import Request, serve
+    from llada_jax.sampling.generate import prefill_execution
 
     ids = np.array(model.tokenizer.encode(prompt), np.int32)
     known, printed = [], ""
@@ -136,8 +142,9 @@ def _answer_one(model, prompt: str, config):
     length = 1 << (len(ids) + config.gen_length - 1).bit_length()
     request = Request(ids, config, _SEED.value)
     (answer,) = serve(
-        model.params, model.config, [request], 1, length, model.tokenizer, admit_every=4, on_tokens=print_new
-    )
+        model.params, model.config, [request], 1, length, model.tokenizer, admit_every=4,
+        execution=prefill_execution(len(ids)), on_tokens=print_new,
+    )  # fmt: skip
     print(answer.text[len(printed) :])
     passes = answer.forward_passes + answer.commit_passes + answer.prefill_passes
     print(

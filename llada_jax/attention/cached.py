@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from llada_jax.attention.visibility import Visibility
 
-CHUNK = 256
+LEAST_CHUNK, MOST_CHUNK = 128, 1024
 _LOWEST = -1e30  # finite, so that a row that sees nothing yet keeps a finite maximum
 
 
@@ -42,10 +42,11 @@ def cached_attention(
         )
         return output * kept[..., None] + update, new_highest, total * kept + weights.sum(axis=-1)
 
-    chunk = min(CHUNK, cached_key.shape[1])
+    length = cached_key.shape[1]
+    chunk = min(length, MOST_CHUNK, max(LEAST_CHUNK, length // 8))
 
     def visit_cache(i, state):
-        start = jnp.minimum(i * chunk, cached_key.shape[1] - chunk)  # the last chunk may overlap the one before
+        start = jnp.minimum(i * chunk, length - chunk)  # the last chunk may overlap the one before
         position = start + jnp.arange(chunk)
         visible = _inside(jnp.where(position >= i * chunk, position, -1), visibility.clean_start, visibility.clean_end)
         part = [jax.lax.dynamic_slice_in_dim(x, start, chunk, axis=1) for x in (cached_key, cached_value)]

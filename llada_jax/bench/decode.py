@@ -22,8 +22,7 @@ BLOCK = 32
 
 
 def least_seconds(function, repeats: int = 3) -> float:
-    """The least of `repeats` runs, after one that compiles."""
-    function()
+    """The least of `repeats` runs."""
     seconds = []
     for _ in range(repeats):
         begin = time.perf_counter()
@@ -61,11 +60,12 @@ def throughput(params, config: ModelConfig, rows: int, commit: str, gen_length: 
     )  # fmt: skip
 
 
-def cached_against_recomputed(params, config: ModelConfig, tokens: int = 512) -> tuple[float, float]:
-    """Seconds for `tokens` tokens, one per forward, with the cache and with the prefix computed again at every step.
+def cached_against_recomputed(params, config: ModelConfig, tokens: int = 512) -> tuple[float, float, float]:
+    """Seconds for `tokens` tokens, one per forward, with the cache and with the prefix computed again at every step;
+    and the share of tokens before the first that differs (rounding may turn a near tie).
 
     Recomputed: the reference's algorithm, a jitted pass over all positions up to the end of the current block, logits
-    of that block only, a program for each of its lengths; everything stays on the device. Both give the same tokens.
+    of that block only, a program for each of its lengths; everything stays on the device. Same alignment only.
     """
     g = GenerateConfig(gen_length=tokens - 1, block_length=BLOCK, threshold=2.0, eos_id=-1)
     prompt = np.array([3], np.int32)
@@ -96,9 +96,9 @@ def cached_against_recomputed(params, config: ModelConfig, tokens: int = 512) ->
     def cached():
         return generate(params, config, [prompt], g).tokens[0]
 
-    if config.alignment != "same" or not np.array_equal(recomputed(), cached()):
-        raise AssertionError("cached and recomputed decoding differ")
-    return least_seconds(cached), least_seconds(recomputed)
+    differs = np.append(recomputed() != cached(), True)
+    seconds = [(least_seconds(cached, 1), least_seconds(recomputed, 1)) for _ in range(3)]  # in turn
+    return min(pair[0] for pair in seconds), min(pair[1] for pair in seconds), float(differs.argmax() / (tokens - 1))
 
 
 def step_seconds(params, config: ModelConfig, prefixes=(0, 512)) -> dict[int, float]:
@@ -133,7 +133,7 @@ def pass_seconds(params, config: ModelConfig, rows: int) -> tuple[float, float]:
     one_or_two = [
         jax.jit(functools.partial(decode.window_pass, params, config, program, blocks=blocks)) for blocks in (1, 2)
     ]
-    return tuple(least_seconds(lambda p=p: jax.block_until_ready(p(state)), 10) for p in one_or_two)
+    return tuple(least_seconds(lambda p=p: jax.block_until_ready(p(state)), 11) for p in one_or_two)  # one compiles
 
 
 def ragged_requests(config: ModelConfig, count: int, longest: int = 192) -> list[Request]:

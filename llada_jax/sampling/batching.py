@@ -65,16 +65,22 @@ class Answer:
 
 @dataclasses.dataclass
 class Usage:
-    """What the device has done so far. busy: share of the rows that were running, over all passes of decoding.
+    """What the device has done so far. Positions are those of all rows: idle ones and the padding of prefills included.
 
-    Positions are those of all rows: idle ones and the padding of prefills included.
+    iterations: passes of decoding; row_passes: rows summed over them, running_row_passes those with a request.
     """
 
     iterations: int = 0
-    busy: float = 0.0
+    row_passes: int = 0
+    running_row_passes: int = 0
     decoding_positions: int = 0
     prefill_passes: int = 0
     prefill_positions: int = 0
+
+    @property
+    def busy(self) -> float:
+        """Share of the rows that were running, over all passes of decoding."""
+        return self.running_row_passes / max(self.row_passes, 1)
 
 
 def serve(
@@ -175,8 +181,10 @@ def _admit(params, config, program, state: State, new, usage: Usage) -> State:
 def _finished(config, state: State, running: dict, block: int, tokenizer, on_tokens, usage: Usage, rows: int):
     """Answers of the rows that have finished, which become free; tells on_tokens of finished blocks."""
     finished, start = np.asarray(state.finished), np.asarray(state.start)
-    usage.iterations, usage.decoding_positions = int(state.iterations), int(state.positions_evaluated)
-    usage.busy = int(state.busy) / (usage.iterations * rows)
+    usage.iterations += int(state.iterations)
+    usage.row_passes += int(state.iterations) * rows
+    usage.running_row_passes += int(state.busy)
+    usage.decoding_positions += int(state.positions_evaluated)
     done = [row for row in running if finished[row]]
     if on_tokens is not None:
         tokens = np.asarray(state.tokens)

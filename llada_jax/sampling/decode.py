@@ -37,11 +37,11 @@ def decode(
 
 
 def _advance(params, config: ModelConfig, program: Program, state: State, iterations) -> State:
-    end = state.iterations + jnp.minimum(iterations, jnp.iinfo(jnp.int32).max - state.iterations)
+    none = jnp.zeros((), jnp.int32)
     return jax.lax.while_loop(
-        lambda state: ~state.finished.all() & (state.iterations < end),
+        lambda state: ~state.finished.all() & (state.iterations < iterations),
         functools.partial(iterate, params, config, program),
-        state,
+        state.replace(iterations=none, busy=none, positions_evaluated=none),
     )
 
 
@@ -88,7 +88,10 @@ def admit(params, config: ModelConfig, program: Program, state: State, rows, req
 
 @functools.partial(jax.jit, static_argnames=("config", "program"), donate_argnames=("state",))
 def advance(params, config: ModelConfig, program: Program, state: State, iterations) -> State:
-    """At most `iterations` (int32) passes over the batch; fewer when every row has finished. Donates the state."""
+    """At most `iterations` (int32) passes over the batch; fewer when every row has finished. Donates the state.
+
+    The state's counts of passes, running rows and positions are those of this call.
+    """
     return _advance(params, config, program, state, iterations)
 
 

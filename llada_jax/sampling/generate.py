@@ -142,6 +142,13 @@ def program_of(config: ModelConfig, configs, execution: Execution = Execution())
     )
 
 
+def prefill_execution(longest: int) -> Execution:
+    """How to prefill prompts of up to `longest` tokens on this device."""
+    if jax.default_backend() == "tpu":
+        return Execution(attention="kernel")
+    return Execution(attention="blockwise" if longest > 1024 else "dense")  # dense holds [longest, longest] scores
+
+
 def requests_of(config: ModelConfig, lengths: np.ndarray, configs: Sequence[GenerateConfig], keys) -> Requests:
     """Requests of [rows] from prompt lengths [rows], their configs and keys [rows]."""
 

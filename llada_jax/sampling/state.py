@@ -63,7 +63,8 @@ class State:
     cache: {group: {"key", "value": [layers, rows, canvas + block, kv_heads, head_dim]}}; the last block is scratch.
     fuse_share [] float32: finished blocks are committed in two-block windows when at least this share of the running
     rows has one to commit, else in a pass of their own; 0 always fuses, above 1 never does.
-    iterations, busy, positions_evaluated [] int32: passes over the batch, running rows and positions summed over them.
+    iterations, busy, positions_evaluated [] int32: passes since the host last looked, and the running rows and the
+    positions of all rows summed over them.
     """
 
     requests: Requests
