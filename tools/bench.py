@@ -1,4 +1,4 @@
-"""Measures or estimates what the parts of a training step cost.
+"""Measures or estimates what the parts of a training step, and decoding, cost.
 
 python tools/bench.py attention [--topology=v5p:2x2x1] [--lengths=2048,4096,8192] [--implementations=...] [--json=FILE]
 python tools/bench.py attention --device=cpu [--model=tiny] [--lengths=1024]
@@ -20,6 +20,14 @@ python tools/bench.py convert [--layers=6] [--rounds=3] [--directory=DIR]
 makes a Hugging Face checkpoint of random weights with the names, shapes and shards of LLaDA2.0-mini (9.5 GB with 6
 layers) in DIR, imports and exports it in turn with `cp -r` and fsync of the same files, each from a cold cache, and
 prints seconds, rates, and the most memory that a command held; DIR needs room for three copies, and is emptied again.
+
+python tools/bench.py decode [--model=tiny_moe] [--batches=1,4,16,64] [--parts=recompute,prefix,commit,batches,...]
+
+Times decoding on the device at hand, with random weights: 512 tokens, one per forward, with the cache and with the
+prefix computed again at every step (recompute); a step after a prefix of 512 tokens against one after none (prefix); a
+pass over windows of one and of two blocks (commit); throughput and positions evaluated per token against batch
+(batches); 200 ragged requests, batched continuously (continuous); and the cost model, with the experts that a batch
+reaches: bytes, FLOPs and roofline time of a pass of --cost_model, and where it becomes compute-bound (cost).
 """
 
 import json
@@ -36,12 +44,16 @@ _LENGTHS = flags.DEFINE_list("lengths", None, "Tokens of a row. Default: 2048,40
 _IMPLEMENTATIONS = flags.DEFINE_list("implementations", None, "Default: all.")
 _PASSES = flags.DEFINE_list("passes", ["forward", "backward", "both"], "forward, backward, both, decode.")
 _DEVICE = flags.DEFINE_enum("device", None, ["cpu", "gpu", "tpu"], "Measure a training step on this device instead.")
-_MODEL = flags.DEFINE_string("model", "tiny", "Preset of the measured step.")
+_MODEL = flags.DEFINE_string("model", None, "Preset that is measured. Default: tiny; decode: tiny_moe.")
 _MODELS = flags.DEFINE_list("models", ["llada2_mini", "llada2_flash"], "Presets whose experts are costed.")
 _ROWS = flags.DEFINE_integer("rows", 1, "Rows of the measured step.")
 _LAYERS = flags.DEFINE_integer("layers", 6, "Layers of the converted checkpoint, at least 2.", lower_bound=2)
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Conversions and copies in turn; the fastest counts.", lower_bound=1)
 _DIRECTORY = flags.DEFINE_string("directory", ".", "Where the checkpoints to convert are made and removed.")
+_BATCHES = flags.DEFINE_list("batches", ["1", "4", "16", "64"], "decode: rows of a batch.")
+_PARTS = flags.DEFINE_list("parts", None, "decode: recompute, prefix, commit, batches, continuous, cost. Default: all.")
+_COST_MODEL = flags.DEFINE_string("cost_model", "llada2_mini", "decode: preset of the cost model.")
+_CHIP = flags.DEFINE_string("chip", "v5p", "decode: chip of the cost model, v5e | v5p | v6e | tpu7x.")
 _JSON = flags.DEFINE_string("json", None, "File for the rows of the table.")
 
 
@@ -68,7 +80,9 @@ def _attention() -> Iterator[dict]:
     if _DEVICE.value:
         from llada_jax.bench import step
 
-        return step.table(_IMPLEMENTATIONS.value or ["dense", "blockwise"], lengths, _MODEL.value, _ROWS.value)
+        return step.table(
+            _IMPLEMENTATIONS.value or ["dense", "blockwise"], lengths, _MODEL.value or "tiny", _ROWS.value
+        )
     from llada_jax.bench import attention
 
     names = _IMPLEMENTATIONS.value or attention.IMPLEMENTATIONS
@@ -88,7 +102,24 @@ def _convert() -> Iterator[dict]:
     return convert.table(_DIRECTORY.value, _LAYERS.value, _ROUNDS.value)
 
 
-COMMANDS = {"attention": _attention, "experts": _experts, "convert": _convert}
+def _decode() -> Iterator[dict]:
+    from llada_jax.bench.decode_report import PARTS, report
+    from llada_jax.model.config import preset
+    from llada_jax.pod.chips import CHIPS
+
+    parts = _PARTS.value or list(PARTS)
+    for part in parts:
+        if part not in PARTS:
+            raise InputError(f"--parts={part}, expected some of {', '.join(PARTS)}")
+    if not all(rows.isdecimal() and int(rows) > 0 for rows in _BATCHES.value):
+        raise InputError(f"--batches={','.join(_BATCHES.value)}, expected positive integers")
+    if _CHIP.value not in CHIPS:
+        raise InputError(f"--chip={_CHIP.value}, expected one of {', '.join(CHIPS)}")
+    model, batches = _MODEL.value or "tiny_moe", [int(rows) for rows in _BATCHES.value]
+    yield report(model, parts, batches, preset(_COST_MODEL.value), CHIPS[_CHIP.value])
+
+
+COMMANDS = {"attention": _attention, "experts": _experts, "convert": _convert, "decode": _decode}
 
 if __name__ == "__main__":
     errors.run(main, commands=tuple(COMMANDS))

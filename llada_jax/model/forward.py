@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from llada_jax import sharding
 from llada_jax.attention import visibility as vis
 from llada_jax.attention.blockwise import blockwise_attention
+from llada_jax.attention.cached import cached_attention
 from llada_jax.attention.dense import dense_attention
 from llada_jax.attention.kernel import kernel_attention, kernel_plan
 from llada_jax.attention.residuals import NAMES as ATTENTION_RESIDUALS
@@ -91,8 +92,8 @@ def hidden_states(
 
     tokens, positions [batch, queries] int. cache: keys and values of earlier clean tokens, {group: {"key", "value":
     [layers, batch, cached, kv_heads, head_dim]}}, which are the clean keys; the pass's own keys are then the noisy
-    ones. embedding_noise [batch, queries, embed] is added to the embedding output. Second result: as `cache`, of the
-    pass itself.
+    ones, and attention is attention/cached.py's, whatever `execution` names. embedding_noise [batch, queries, embed]
+    is added to the embedding output. Second result: as `cache`, of the pass itself.
     """
     return run_layers(params, config, tokens, positions, visibility, execution, cache, embedding_noise)[:2]
 
@@ -111,10 +112,12 @@ def run_layers(
         x = x + embedding_noise.astype(dtype)
     x = sharding.constrain(x, ("batch", None, None))
     cos, sin = rope_angles(config, positions)
-    num_keys = tokens.shape[1] + (0 if cache is None else next(iter(cache.values()))["key"].shape[2])
 
     def layer_of(group, visibility):
-        attend = _attend(config, execution, visibility, num_keys)
+        if cache is None:
+            attend = _attend(config, execution, visibility, tokens.shape[1])
+        else:
+            attend = functools.partial(cached_attention, visibility=visibility)
         layer = functools.partial(_layer, config, group, execution, attend, cos, sin)
         # Without a mesh there are no gathered weights to drop, and nothing to compute again.
         if execution.remat == "none" and sharding.mesh_in_force() is None:
@@ -186,10 +189,8 @@ def _attention(config, attend, weights, x, cos, sin, cache):
     named = zip((query, key, value), _PROJECTIONS, strict=True)
     query, key, value = (checkpoint_name(part, name) for part, name in named)
     own = {"key": key, "value": value}
-    if cache is not None:
-        key = jnp.concatenate([key, cache["key"]], axis=1)
-        value = jnp.concatenate([value, cache["value"]], axis=1)
-    return project(attend(query, key, value), weights, "output", contracted=2), own
+    cached = () if cache is None else (cache["key"], cache["value"])
+    return project(attend(query, key, value, *cached), weights, "output", contracted=2), own
 
 
 def _prepare(tokens, segment_ids, positions, block_size, block_origin):
