@@ -29,7 +29,8 @@ def route(x: jax.Array, router: jax.Array, bias: jax.Array | None, config: Model
             ranking = _limit_in_blocks(ranking, config.routing_block, config.routing_block_experts)
         else:
             ranking = _limit_to_groups(ranking, config.num_groups, config.num_selected_groups)
-    _, experts = jax.lax.top_k(jax.lax.stop_gradient(ranking), config.num_experts_per_token)
+    experts = jax.lax.top_k(jax.lax.stop_gradient(ranking), config.num_experts_per_token)[1]
+    experts = checkpoint_name(experts, "routing")
     # A sum with one term: the gradient of take_along_axis would be a scatter.
     chosen = experts[..., None] == jnp.arange(config.num_experts)[None, None]
     weights = jnp.where(chosen, scores[:, None], 0).sum(-1)

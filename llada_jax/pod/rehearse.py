@@ -17,7 +17,9 @@ from ml_collections import ConfigDict
 
 from llada_jax import sharding
 from llada_jax.bench import experts
+from llada_jax.bench.rows import LENGTHS, MEANS
 from llada_jax.data.order import Batch
+from llada_jax.errors import InputError
 from llada_jax.model import head, parameters
 from llada_jax.model.config import ModelConfig, preset
 from llada_jax.model.lora import Lora
@@ -70,6 +72,8 @@ class Step:
 def lower_step(config: ConfigDict, slices: Slices, halves: str) -> Step:
     """Traces the trainer's step over the mesh of config.mesh. Raises InputError where the config is refused."""
     settings.check(config)
+    if config.data.length not in LENGTHS:
+        raise InputError(f"config.data.length={config.data.length}: packings exist of {', '.join(map(str, LENGTHS))}")
     devices = list(slice_devices(slices.topology, slices.count).reshape(-1))
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
     model = preset(config.model)
@@ -217,6 +221,8 @@ class Rehearsal:
 
 def rehearse(config: ConfigDict, slices: Slices, packing: Packing = Packing(), halves: str = "both") -> Rehearsal:
     """Raises InputError on bad input and DoesNotFit when the compiler runs out of a chip's memory."""
+    if packing.mean_document not in MEANS:
+        raise InputError(f"--mean_document={packing.mean_document}, expected one of {', '.join(map(str, MEANS))}")
     step = lower_step(config, slices, halves)
     begin = time.perf_counter()
     try:
