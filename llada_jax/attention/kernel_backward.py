@@ -4,8 +4,8 @@ The weights are recomputed from the saved log-sum. Gradients of keys and values 
 keys of one row and one key/value head, and leave it when the row ends; that of queries gathers per query tile. So each
 tile is visited once (five matrix products), and nothing larger than the gradients is ever written.
 
-Fast memory bounds the keys of a row, at head_dim 64 and 128 alike (a register has 128 lanes): 43 thousand on v5p and
-tpu7x, 108 thousand on v5e and v6e. Longer rows go in equal parts (`key_parts`): the kernel runs once for each part of
+Fast memory bounds the keys of a row, at head_dim 64 and 128 alike (a register has 128 lanes): 44 thousand on v5p and
+tpu7x, 109 thousand on v5e and v6e. Longer rows go in equal parts (`key_parts`): the kernel runs once for each part of
 the keys, and the gradients of queries, float32, are added up between the runs.
 """
 

@@ -95,8 +95,8 @@ def timed(head_dim: int, interpret: bool = False, lengths=LENGTHS, batch: int = 
     def price(name: str, tiles: Tiles) -> float:
         length = lengths["decode" if name == "decode" else "row"]
         if name == "decode":
-            masks, queries, keys = [window(jnp.asarray(rows.cached(length)[:batch]), BLOCK_SIZE)], BLOCK_SIZE, 0
-            keys = BLOCK_SIZE + length
+            masks = [window(jnp.asarray(rows.cached(length)[:batch]), BLOCK_SIZE)]
+            queries, keys = BLOCK_SIZE, BLOCK_SIZE + length
         else:
             segments = [jnp.asarray(rows.segment_ids(LENGTHS["row"], mean)[:batch, :length]) for mean in rows.MEANS]
             masks, queries, keys = [block_diffusion(layout(x, BLOCK_SIZE)) for x in segments], 2 * length, 2 * length
@@ -104,13 +104,14 @@ def timed(head_dim: int, interpret: bool = False, lengths=LENGTHS, batch: int = 
         random = zip(jax.random.split(jax.random.key(0), 3), shapes, strict=True)
         arrays = [jax.random.normal(key, (batch, *shape, head_dim), jnp.bfloat16) for key, shape in random]
         forward = jax.jit(lambda arrays, plan: kernel_attention(*arrays, plan, interpret))
+        saving = jax.jit(lambda arrays, plan: jax.vjp(lambda *x: kernel_attention(*x, plan, interpret), *arrays))
         backward = jax.jit(lambda vjp, cotangent: vjp(cotangent))
 
         def seconds(mask) -> float:
             plan = make_plan(mask, keys, tiles)
             if name != "backward":
                 return _least_seconds(forward, arrays, plan)
-            out, vjp = jax.vjp(lambda *x: kernel_attention(*x, plan, interpret), *arrays)
+            out, vjp = saving(arrays, plan)
             return _least_seconds(backward, vjp, out)
 
         return sum(map(seconds, masks))
