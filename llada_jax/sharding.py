@@ -36,7 +36,12 @@ GATHERED = "gathered_weight"  # what remat policies call gathered weights: keepi
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, expert: int = 1, tensor: int = 1, devices=None) -> Mesh:
-    """Mesh over all devices; one size may be -1 ("what is left"). Raises InputError when the product is wrong."""
+    """Mesh over all devices; one size may be -1 ("what is left"). Raises InputError when the product is wrong.
+
+    On a TPU slice give an axis some sides of its torus, not all: libtpu 0.0.42 lowers a gather, or a reduce-scatter,
+    among all chips of a slice to an all-reduce, which moves twice the bytes. For weights split over 64 chips of
+    v5p:4x4x4 that is fsdp=16, expert=4: each axis is then gathered on its own (Shards.gather).
+    """
     devices = jax.devices() if devices is None else devices
     sizes = dict(zip(MESH_AXES, (data, fsdp, expert, tensor), strict=True))
     free = [axis for axis, size in sizes.items() if size == -1]

@@ -98,8 +98,7 @@ def _local_scores(inputs, weights, shards, temperature, vocab):
     back = jnp.argsort(order)
     chunks = permute(flat(hidden), order, back).reshape(-1, chunk, width)
     used = (supervised.sum(dtype=jnp.int32) + chunk - 1) // chunk
-    score = functools.partial(_score, temperature=temperature, axis=axis)
-    scores = _score_chunks(chunks, head, targets[order].reshape(-1, chunk), used, score)
+    scores = _score_chunks(chunks, head, targets[order].reshape(-1, chunk), used, temperature, axis)
     scores = jnp.moveaxis(scores, 1, 0).reshape(3, -1)
     scores = permute(scores.T, back, order).T * supervised[None]
     return tuple(scores[:, : batch * length].reshape(3, batch, length))
@@ -117,30 +116,37 @@ permute.defvjp(
 )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _score_chunks(chunks, head, targets, used, score) -> jax.Array:
-    """score(logits, targets) of the first `used` chunks, zeros of the others: [chunks, 3, chunk] float32.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _score_chunks(chunks, head, targets, used, temperature, axis) -> jax.Array:
+    """Scores of the first `used` chunks, zeros of the others: [chunks, 3, chunk] float32.
 
-    chunks [chunks, chunk, embed]; head [embed, vocab]; targets [chunks, chunk]; used: a run-time int.
+    chunks [chunks, chunk, embed]; head [embed, vocab]; targets [chunks, chunk]; used: a run-time int. The gradient is
+    by hand: with the softmax's norm at hand, logits are turned into their gradient as the matmul gives them, and that
+    of the head is summed in float32.
     """
-
-    def one(i, scores):
-        return scores.at[i].set(score(_logits(chunks[i], head), targets[i]))
-
-    return jax.lax.fori_loop(0, used, one, jnp.zeros((len(chunks), 3, chunks.shape[1])))
+    return _score_chunks_forward(chunks, head, targets, used, temperature, axis)[0]
 
 
-def _score_chunks_forward(chunks, head, targets, used, score):
-    return _score_chunks(chunks, head, targets, used, score), (chunks, head, targets, used)
+def _score_chunks_forward(chunks, head, targets, used, temperature, axis):
+    def one(i, results):
+        new = _score(_logits(chunks[i], head), targets[i], temperature, axis)
+        return jax.tree.map(lambda all_chunks, chunk: all_chunks.at[i].set(chunk), results, new)
+
+    empty = tuple(jnp.zeros((len(chunks), n, chunks.shape[1])) for n in (3, 2))
+    scores, norms = jax.lax.fori_loop(0, used, one, empty)
+    return scores, (chunks, head, targets, used, scores, norms)
 
 
-def _score_chunks_backward(score, residuals, cotangent):
-    chunks, head, targets, used = residuals
+def _score_chunks_backward(temperature, axis, residuals, cotangent):
+    chunks, head, targets, used, scores, norms = residuals
+    if axis is not None:
+        cotangent = cotangent * jax.lax.axis_size(axis)  # as in sharding.sum_over
 
     def one(i, gradients):
         d_chunks, d_head = gradients
-        _, vjp = jax.vjp(lambda z: score(z, targets[i]), _logits(chunks[i], head))
-        dz = vjp(cotangent[i])[0].astype(head.dtype)
+        z = _logits(chunks[i], head)
+        dz = _d_logits(z, targets[i], norms[i], scores[i, 2], cotangent[i], temperature, axis).astype(head.dtype)
+        dz = jax.lax.optimization_barrier(dz)  # once: XLA would compute it again in each of the two matmuls
         return d_chunks.at[i].set(dz @ head.T), d_head + jnp.dot(chunks[i].T, dz, preferred_element_type=jnp.float32)
 
     zeros = jnp.zeros_like(chunks), jnp.zeros(head.shape, jnp.float32)
@@ -155,34 +161,46 @@ def _logits(hidden, head):
     return jnp.dot(hidden, head, preferred_element_type=jnp.float32)
 
 
-def _score(z, targets, temperature, axis) -> jax.Array:
-    """[3, chunk] float32: negative log-likelihood, correctness (ties go to the lowest index) and entropy.
+def _score(z, targets, temperature, axis) -> tuple[jax.Array, jax.Array]:
+    """[3, chunk] float32: negative log-likelihood, correctness (ties go to the lowest index) and entropy; [2, chunk]:
+    log-sum-exp of the logits and of logits / temperature.
 
-    z: logits [chunk, vocab]; with an axis, this rank's part of the vocabulary, and the targets are of all of it.
+    z: logits [chunk, vocab]; with an axis, this rank's part of the vocabulary, while targets are of all of it.
     """
-    total, highest, lowest = (functools.partial(combine, axis=axis) for combine in (_psum, _pmax, _pmin))
-    index = jnp.arange(z.shape[1])[None] + (0 if axis is None else jax.lax.axis_index(axis) * z.shape[1])
-    peak = highest(jax.lax.stop_gradient(z).max(axis=1))
-    at_target = total(jnp.where(index == targets[:, None], z, 0).sum(axis=1))
-    log_norm = peak + jnp.log(total(jnp.exp(z - peak[:, None]).sum(axis=1)))
-    best = lowest(jnp.where(z == peak[:, None], index, jnp.iinfo(jnp.int32).max).min(axis=1))
-    correct = (best == targets).astype(jnp.float32)
-    entropy = jnp.zeros_like(log_norm)
+
+    def total(x):
+        x = x.sum(axis=1)
+        return x if axis is None else jax.lax.psum(x, axis)
+
+    index = _indices(z, axis)
+    peak = z.max(axis=1)
+    peak = peak if axis is None else jax.lax.pmax(peak, axis)
+    shifted = z - peak[:, None]
+    log_norm = peak + jnp.log(total(jnp.exp(shifted)))
+    at_target = total(jnp.where(index == targets[:, None], z, 0))
+    # Sums only, which XLA takes in one pass over the logits; an argmax is another.
+    earlier = total(jnp.where((shifted == 0) & (index < targets[:, None]), 1.0, 0))
+    correct = ((at_target == peak) & (earlier == 0)).astype(jnp.float32)
+    entropy = tempered = jnp.zeros_like(log_norm)
     if temperature is not None:
-        shifted = (z - peak[:, None]) / temperature
-        weights = jnp.exp(shifted)
-        norm = total(weights.sum(axis=1))
-        entropy = jnp.log(norm) - total((weights * shifted).sum(axis=1)) / norm
-    return jnp.stack([log_norm - at_target, correct, entropy])
+        weights = jnp.exp(shifted / temperature)
+        norm = total(weights)
+        entropy = jnp.log(norm) - total(weights * shifted) / (temperature * norm)
+        tempered = peak / temperature + jnp.log(norm)
+    return jnp.stack([log_norm - at_target, correct, entropy]), jnp.stack([log_norm, tempered])
 
 
-def _psum(x, axis):
-    return x if axis is None else jax.lax.psum(x, axis)
+def _d_logits(z, targets, norms, entropy, cotangent, temperature, axis) -> jax.Array:
+    """The gradient of _score in z [chunk, vocab]; cotangent [3, chunk], norms and entropy as _score gave them."""
+    target = (_indices(z, axis) == targets[:, None]).astype(jnp.float32)
+    dz = cotangent[0][:, None] * (jnp.exp(z - norms[0][:, None]) - target)
+    if temperature is not None:
+        log_p = z / temperature - norms[1][:, None]
+        dz -= cotangent[2][:, None] * jnp.exp(log_p) * (log_p + entropy[:, None]) / temperature
+    return dz
 
 
-def _pmax(x, axis):
-    return x if axis is None else jax.lax.pmax(x, axis)
-
-
-def _pmin(x, axis):
-    return x if axis is None else jax.lax.pmin(x, axis)
+def _indices(z, axis) -> jax.Array:
+    """Where the columns of z are in the vocabulary, int32 [1, columns]."""
+    first = 0 if axis is None else jax.lax.axis_index(axis) * z.shape[1]
+    return first + jnp.arange(z.shape[1])[None]
