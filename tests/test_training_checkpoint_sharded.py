@@ -17,7 +17,7 @@ from llada_jax.training import checkpoint, checkpoint_files, saver
 
 CONFIG = PRESETS["tiny_moe"].replace(hidden_size=256, moe_intermediate_size=256, vocab_size=1024)
 PROCESS = """
-    import math, sys, jax, numpy as np, tensorstore as ts
+    import sys, jax, numpy as np, tensorstore as ts
     if {count} > 1:
         jax.distributed.initialize("localhost:{port}", {count}, int(sys.argv[1]))
     from llada_jax import sharding
@@ -33,8 +33,9 @@ PROCESS = """
 
     before = bytes_read()
     params = checkpoint.load_params("{directory}", shardings=where)
-    needed = sum(shard.data.nbytes for leaf in jax.tree.leaves(params) for shard in leaf.addressable_shards)
-    print("read", bytes_read() - before, "needed", needed, "whole", sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
+    leaves = jax.tree.leaves(params)
+    needed = sum(shard.data.nbytes for leaf in leaves for shard in leaf.addressable_shards)
+    print("read", bytes_read() - before, "needed", needed, "whole", sum(leaf.nbytes for leaf in leaves))
 """
 
 
