@@ -25,7 +25,7 @@ PADDED = PRESETS["tiny"].replace(mask_token_id=None, eos_token_id=None, pad_toke
 
 
 def command(*flags, cwd=ROOT) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "tpu"}  # it is not to wait for a TPU
     line = [sys.executable, str(ROOT / "tools/hf_to_orbax.py"), *map(str, flags)]
     return subprocess.run(line, capture_output=True, text=True, cwd=cwd, env=environment, check=False)
 

@@ -104,6 +104,25 @@ def test_pieces_know_their_place(start, size):
     assert np.array_equal(digest.lanes(x[rows, columns], np, start, x.shape) + outside, digest.lanes(alone, np))
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize(
+    "shape,axis,cuts",
+    [((70, 3, 10_000), 2, (0, 4100, 9000)), ((40, 100, 800), 0, (0, 3, 36)), ((9, 130, 50), 1, (0, 7))],
+)
+def test_slabs_add_up_to_the_whole(monkeypatch, compiled, shape, axis, cuts):
+    """Long runs are summed by a compiled loop, or by numpy where there is no CPU device."""
+    if not compiled:
+        monkeypatch.setattr(digest, "cpu_device", lambda: None)
+    x = random_array(5, shape, "uint8")
+    total = np.zeros(2, np.uint32)
+    for first, last in zip(cuts, (*cuts[1:], shape[axis]), strict=True):
+        start = [0] * 3
+        start[axis] = first
+        total += digest.host_lanes(np.take(x, range(first, last), axis), tuple(start), shape)
+    assert np.array_equal(total, digest.lanes(x, np)) and digest.to_hex(total) == digest.digest(x)
+    assert np.array_equal(digest.from_hex(digest.to_hex(total)), total)
+
+
 def test_index_beyond_32_bits(monkeypatch):
     """The split of the index into (row, place), at a size that fits in memory."""
     monkeypatch.setattr(digest, "_leading", lambda shape: 1 if len(shape) > 1 else 0)

@@ -6,6 +6,7 @@ Example:
   python tools/hf_to_orbax.py --source=Ling-mini-base-2.0 --out=checkpoints/ling_mini --add_mask_token
 """
 
+import jax
 from absl import flags
 
 from llada_jax import errors
@@ -25,6 +26,7 @@ _ADD_MASK_TOKEN = flags.DEFINE_bool("add_mask_token", False, "Make a mask token:
 
 def main(argv):
     del argv
+    jax.config.update("jax_platforms", "cpu")  # the chips may be another process's
     convert.import_checkpoint(
         _SOURCE.value,
         _OUT.value,

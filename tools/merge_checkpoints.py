@@ -6,6 +6,7 @@ python tools/merge_checkpoints.py --workdir=DIR --best=3 --out=DIR     (the 3 sa
 One checkpoint and --dtype: a conversion. An expert bias in float32 stays so.
 """
 
+import jax
 from absl import flags
 
 from llada_jax import errors
@@ -22,6 +23,7 @@ _DTYPE = flags.DEFINE_string("dtype", None, "float32 or bfloat16; by default tha
 
 def main(argv) -> None:
     del argv
+    jax.config.update("jax_platforms", "cpu")  # the chips may be another process's
     if bool(_CHECKPOINTS.value) == bool(_WORKDIR.value):
         raise InputError("one of --checkpoints=A,B,C and --workdir=DIR is required")
     paths = _CHECKPOINTS.value

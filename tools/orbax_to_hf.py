@@ -6,6 +6,7 @@ DIR: a converted or merged checkpoint, one step of a training run, or a workdir 
 may go on meanwhile). The weights of a LoRA run are merged. The same command goes on where a killed one was.
 """
 
+import jax
 from absl import flags
 
 from llada_jax import errors
@@ -19,6 +20,7 @@ _DTYPE = flags.DEFINE_string("dtype", None, "float32 or bfloat16; by default tha
 
 def main(argv) -> None:
     del argv
+    jax.config.update("jax_platforms", "cpu")  # the chips may be another process's
     export_checkpoint(_CHECKPOINT.value, _OUT.value, dtype=_DTYPE.value, step=_STEP.value)
     print(f"{_OUT.value}: written")
 

@@ -6,6 +6,7 @@ DIR: a converted checkpoint, one step of a training run, or a workdir (all its c
 problem and exits with code 2, or "ok: ..." for each checkpoint. Tensors are read one by one.
 """
 
+import jax
 from absl import flags
 
 from llada_jax import errors
@@ -16,6 +17,7 @@ _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Directory to verify.", re
 
 def main(argv) -> int:
     del argv
+    jax.config.update("jax_platforms", "cpu")  # the chips may be another process's
     failed = False
     for directory in checkpoint.candidates(_CHECKPOINT.value):
         problems = checkpoint.verify(directory)

@@ -64,7 +64,7 @@ def export_checkpoint(
     goes on behind its last whole shard. Raises InputError when `out` exists, a tensor is damaged, or its dtype has no
     place in safetensors.
     """
-    directory = _directory(path, step)
+    directory = checkpoint.directory_of(path, step)
     config, lineage = checkpoint.read_config(directory)
     reader = checkpoint.open_weights(directory)
     to = None if dtype is None else parse_dtype(dtype)
@@ -92,16 +92,6 @@ def export_checkpoint(
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
         for name, content in reversed(small.items()):  # config.json last: without it there is no model here
             (folder / name).write_bytes(content)
-
-
-def _directory(path: str, step: int | None) -> epath.Path:
-    found = checkpoint.candidates(path)
-    if step is None:
-        return found[0]
-    for directory in found:
-        if directory.name == str(step):
-            return directory
-    raise InputError(f"--step={step}: {path} has {', '.join(each.name for each in found)}")
 
 
 def shard_name(number: int, count: int) -> str:

@@ -6,12 +6,12 @@ import functools
 import hashlib
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import jinja2
 import jinja2.ext
 import jinja2.sandbox
 import tokenizers
+from etils import epath
 
 from llada_jax.errors import InputError
 from llada_jax.interop.folder import file_in
@@ -116,7 +116,7 @@ def load_tokenizer(directory: str) -> Tokenizer:
 
     Raises InputError naming the folder or file if there is none or it cannot be read.
     """
-    folder = Path(directory)
+    folder = epath.Path(directory)
     if (folder / "tokenizer" / "tokenizer.json").is_file():
         folder = folder / "tokenizer"
     if not (folder / "tokenizer.json").is_file():
@@ -124,7 +124,7 @@ def load_tokenizer(directory: str) -> Tokenizer:
     return from_files(read_files(folder), str(folder))
 
 
-def read_files(folder: Path) -> dict[str, bytes]:
+def read_files(folder: epath.Path) -> dict[str, bytes]:
     """The tokenizer's files in a folder; {} without tokenizer.json."""
     if not file_in(folder, "tokenizer.json").is_file():
         return {}

@@ -5,9 +5,12 @@ and its weights are those of its base with the adapters merged. Wherever a path 
 a workdir (or its checkpoints/ folder), which stands for its newest intact step.
 """
 
+import functools
+import importlib.metadata
 import json
 import math
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
@@ -85,10 +88,25 @@ def write_header(
     """Writes config.json and tokenizer/."""
     lora = isinstance(config, Lora)
     held = {"model": config.model.to_dict(), "lora": config.to_dict()} if lora else {"model": config.to_dict()}
-    files.write_json(directory / "config.json", {"format": files.FORMAT, **held, "lineage": lineage})
+    files.write_json(directory / "config.json", {"format": files.FORMAT, **held, "lineage": lineage, "code": code()})
     for name, data in tokenizer_files.items():
         (directory / "tokenizer").mkdir(exist_ok=True)
         (directory / "tokenizer" / name).write_bytes(data)
+
+
+@functools.cache
+def code() -> str:
+    """What wrote a checkpoint: the version of this package or, in a clone of its repository, the commit."""
+    repository = epath.Path(__file__).parents[2]
+    line = ["git", "-C", str(repository), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        if (repository / ".git").exists():
+            return (
+                f"llada_jax, commit {subprocess.run(line, capture_output=True, text=True, check=True).stdout.strip()}"
+            )
+        return f"llada_jax {importlib.metadata.version('llada_jax')}"
+    except (OSError, subprocess.CalledProcessError, importlib.metadata.PackageNotFoundError):
+        return "llada_jax"
 
 
 def _check_leaves(leaves: Sequence[stream.Leaf], config: ModelConfig) -> None:
@@ -203,6 +221,19 @@ def candidates(path: str | os.PathLike) -> list[epath.Path]:
     raise InputError(f"checkpoint {path}: neither a complete checkpoint (no {files.DIGESTS}) nor a workdir with steps")
 
 
+def directory_of(path: str | os.PathLike, step: int | None = None) -> epath.Path:
+    """The checkpoint that `path` is, or a step of the workdir that it is, by default the newest; its weights are not
+    read. Raises InputError naming the steps there are.
+    """
+    found = candidates(path)
+    if step is None:
+        return found[0]
+    for directory in found:
+        if directory.name == str(step):
+            return directory
+    raise InputError(f"--step={step}: {path} has {', '.join(each.name for each in found)}")
+
+
 # ---- loading
 
 
@@ -242,18 +273,19 @@ def load_checkpoint(path: str | os.PathLike, dtype=None, verify: bool = True) ->
 
 
 def _read_config(directory: epath.Path) -> tuple[ModelConfig, dict]:
-    values = _read_header(directory)
+    values = read_header(directory)
     return ModelConfig.from_dict(values["model"]), values["lineage"]
 
 
 def read_held(directory: epath.Path) -> ModelConfig | Lora:
     """What the tensors in params/ are: a model's, or its adapters."""
-    values = _read_header(directory)
+    values = read_header(directory)
     model = ModelConfig.from_dict(values["model"])
     return Lora.from_dict(model, values["lora"]) if "lora" in values else model
 
 
-def _read_header(directory: epath.Path) -> dict:
+def read_header(directory: epath.Path) -> dict:
+    """config.json: "model", "lineage", of a LoRA run "lora", and "code", the version that wrote it."""
     return json.loads(files.read_file(directory, files.read_digests(directory), "config.json"))
 
 

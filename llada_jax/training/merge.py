@@ -25,7 +25,7 @@ def merge_checkpoints(
     directories = [checkpoint.candidates(path)[0] for path in paths]
     if not directories:
         raise InputError("no checkpoints to merge")
-    config, _ = checkpoint.read_config(directories[0])
+    config, lineage = checkpoint.read_config(directories[0])
     readers = []
     for directory in directories:
         other, _ = checkpoint.read_config(directory)
@@ -52,7 +52,7 @@ def merge_checkpoints(
         config,
         [leaf(name, parameter) for name, (parameter, _) in parameters.leaves(config).items()],
         checkpoint.read_tokenizer_files(directories[0]),
-        {"merged": [os.fspath(directory) for directory in directories]},
+        {"merged": [os.fspath(directory) for directory in directories], "source": lineage},
         identity=None,
     )
 

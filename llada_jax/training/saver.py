@@ -75,7 +75,7 @@ class Saver:
         trees = {folder: tree for folder, tree in trees.items() if tree}
         entries = {"optimizer": {}} | {folder: _describe(tree) for folder, tree in trees.items()}
         directory = self._directory / f".{step}.partial" if files.renames(target) else target
-        items = {folder: ocp.args.PyTreeSave(tree) for folder, tree in trees.items()}
+        items = {folder: ocp.args.PyTreeSave(tree, save_args=_chunked(tree)) for folder, tree in trees.items()}
         self._checkpointer.save(directory, args=ocp.args.Composite(**items), force=True)
 
         def finish():
@@ -103,6 +103,11 @@ class Saver:
         self._thread.join()
         error, self._thread, self._error = self._error, None, None
         arrays.agree(error, f"{self._directory}: another process could not save")
+
+
+def _chunked(tree: dict) -> dict:
+    """Orbax's chunks are the shards of this run; the next run may have more devices, and should read only its parts."""
+    return {name: ocp.SaveArgs(chunk_byte_size=files.CHUNK_BYTES) for name in tree}
 
 
 def _make_checkpointer() -> ocp.AsyncCheckpointer:
