@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llada_jax.errors import InputError
@@ -50,7 +51,19 @@ def make_mesh(data: int = -1, fsdp: int = 1, expert: int = 1, tensor: int = 1, d
         sizes[free[0]] = len(devices) // known
     if math.prod(sizes.values()) != len(devices) or min(sizes.values()) < 1:
         raise InputError(f"mesh {sizes} does not match {len(devices)} devices")
-    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, (AxisType.Auto,) * len(MESH_AXES), devices=devices)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if sizes["data"] % slices:
+        raise InputError(f"mesh.data={sizes['data']}: {slices} slices are joined along it, expected a multiple of them")
+    inner = sizes | {"data": sizes["data"] // slices}
+    # An axis may take half of a side of the torus.
+    make = functools.partial(mesh_utils.create_device_mesh, allow_split_physical_axes=True)
+    if slices > 1:
+        outer = (slices,) + (1,) * (len(sizes) - 1)
+        make = functools.partial(
+            mesh_utils.create_hybrid_device_mesh, dcn_mesh_shape=outer, allow_split_physical_axes=True
+        )
+    places = make(tuple(inner.values()), devices=list(devices))
+    return Mesh(places, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh) -> PartitionSpec:

@@ -27,6 +27,7 @@ _DOCUMENTS = flags.DEFINE_integer("mean_document", 1024, "Tokens of a packed doc
 _BLOCK_SIZE = flags.DEFINE_integer("block_size", 32, "Of the diffusion, for counting tiles.")
 _BUSIEST = flags.DEFINE_float("busiest", 1.0, "Load of the busiest shard's experts over the mean; 1 is balanced.")
 _OPERATIONS = flags.DEFINE_integer("operations", 0, "Print so many of the dearest operations.")
+_SAVE = flags.DEFINE_string("save", None, "File for the compiled step: --config.compiled_step=FILE of the trainer.")
 _JSON = flags.DEFINE_string("json", None, "File for all numbers, every operation included.")
 
 
@@ -44,7 +45,7 @@ def main(argv) -> None:
     slices = Slices(parse_topology(_TOPOLOGY.value), _SLICES.value)
     packing = Packing(_DOCUMENTS.value, _BLOCK_SIZE.value, _BUSIEST.value)
     try:
-        result = rehearse(resolved(_CONFIG), slices, packing, _HALVES.value)
+        result = rehearse(resolved(_CONFIG), slices, packing, _HALVES.value, _SAVE.value)
     except DoesNotFit as error:
         if _JSON.value:
             chip = slices.topology.chip

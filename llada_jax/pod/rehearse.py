@@ -19,6 +19,7 @@ from llada_jax import sharding
 from llada_jax.bench import experts
 from llada_jax.bench.rows import LENGTHS, MEANS
 from llada_jax.data.order import Batch
+from llada_jax.diffusion import schedule
 from llada_jax.errors import InputError
 from llada_jax.model import head, parameters
 from llada_jax.model.config import ModelConfig, preset
@@ -30,6 +31,7 @@ from llada_jax.pod.operations import Cost
 from llada_jax.pod.step_cost import PARTS, Line, step_lines
 from llada_jax.pod.topology import slice_devices, slice_index
 from llada_jax.training import config as settings
+from llada_jax.training import saved_step
 from llada_jax.training import state as states
 from llada_jax.training.loop import train_loss
 from llada_jax.training.optimizer import make_optimizer
@@ -66,6 +68,7 @@ class Step:
     mesh: jax.sharding.Mesh
     state: states.TrainState
     model: ModelConfig
+    trained: ModelConfig | Lora
     halves: str
 
 
@@ -83,7 +86,7 @@ def lower_step(config: ConfigDict, slices: Slices, halves: str) -> Step:
     trained = Lora(model, config.lora.rank, config.lora.alpha, config.lora.targets) if config.lora.rank else model
     settings.check_rows(config, mesh)
     with jax.set_mesh(mesh):
-        optimizer = make_optimizer(config.optimizer, trained, 1_000)
+        optimizer = make_optimizer(config.optimizer, trained, schedule.total_steps(settings.phases(config)))
         state = _sharded(states.abstract(trained, optimizer), lambda x: states.shardings(x, trained, mesh))
         frozen = None
         if config.lora.rank or (config.preference.enabled and config.preference.reference == "frozen"):
@@ -97,7 +100,7 @@ def lower_step(config: ConfigDict, slices: Slices, halves: str) -> Step:
         replicated = NamedSharding(mesh, PartitionSpec())
         scalars = [jax.ShapeDtypeStruct((), dtype, sharding=replicated) for dtype in (jnp.int32, jnp.float32)]
         lowered = step.lower(state, frozen, _batch(config, mesh), *scalars, halves)
-    return Step(lowered, mesh, state, model, halves)
+    return Step(lowered, mesh, state, model, trained, halves)
 
 
 def _sharded(abstract, shardings_of):
@@ -219,8 +222,13 @@ class Rehearsal:
         }
 
 
-def rehearse(config: ConfigDict, slices: Slices, packing: Packing = Packing(), halves: str = "both") -> Rehearsal:
-    """Raises InputError on bad input and DoesNotFit when the compiler runs out of a chip's memory."""
+def rehearse(
+    config: ConfigDict, slices: Slices, packing: Packing = Packing(), halves: str = "both", save: str | None = None
+) -> Rehearsal:
+    """Raises InputError on bad input and DoesNotFit when the compiler runs out of a chip's memory.
+
+    save: a file for the compiled step (training/saved_step.py).
+    """
     if packing.mean_document not in MEANS:
         raise InputError(f"--mean_document={packing.mean_document}, expected one of {', '.join(map(str, MEANS))}")
     step = lower_step(config, slices, halves)
@@ -233,6 +241,8 @@ def rehearse(config: ConfigDict, slices: Slices, packing: Packing = Packing(), h
             raise DoesNotFit(str(error)) from error
         raise
     compile_seconds = time.perf_counter() - begin
+    if save:
+        saved_step.save(save, compiled, saved_step.identity(config, step.trained, step.mesh, halves))
     module = hlo.parse(compiled.as_text())
     rows, length = config.batch.rows, config.data.length
     kernels = _kernels(config, step, slices, packing)

@@ -32,6 +32,8 @@ def default_config(model: str) -> ConfigDict:
     config.alignment = ""  # "same" or "shifted"; "" is the checkpoint's (or the preset's)
     config.init_from = ""  # a checkpoint whose weights to start from; "" starts from random weights
     config.seed = 0
+    config.compiled_step = ""  # a file of tools/rehearse.py --save: the program of the steps with ...
+    config.compiled_halves = "both"  # ... these halves (schedule.Phase); others are compiled here
 
     config.data = data = ConfigDict()
     data.path = ""  # rows made by tools/pack_data.py

@@ -20,7 +20,7 @@ from llada_jax.model import parameters
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.forward import Execution
 from llada_jax.training import config as settings
-from llada_jax.training import held_out, saver
+from llada_jax.training import held_out, saved_step, saver
 from llada_jax.training import state as states
 from llada_jax.training.inputs import Inputs, initial_params, lineage, open_inputs
 from llada_jax.training.lora import describe
@@ -72,11 +72,7 @@ def _run(config, phases, mesh, workdir: Path, inputs: Inputs, stop) -> None:
     if first_step >= last_step:
         return
 
-    loss = train_loss(config, inputs.model, settings.execution(config))
-    train_step = make_train_step(
-        inputs.trained, loss, optimizer, config.batch.micro_batches, config.optimizer.expert_bias_rate,
-        xla_options(jax.default_backend()),
-    )  # fmt: skip
+    train_step = _train_step(config, inputs, optimizer, mesh)
     rates = learning_rate(config.optimizer, last_step)
     writer = MetricsWriter(workdir, first_step)
     progress = Progress(first_step, last_step, config.batch.rows * config.data.length)
@@ -106,6 +102,21 @@ def _run(config, phases, mesh, workdir: Path, inputs: Inputs, stop) -> None:
                 break
     keep.wait()
     print(f"{'stopped' if stop.is_set else 'finished'} at step {done}: {workdir}", flush=True)
+
+
+def _train_step(config, inputs: Inputs, optimizer, mesh):
+    """make_train_step's function; where config.compiled_step has its program, that."""
+    loss = train_loss(config, inputs.model, settings.execution(config))
+    options = xla_options(jax.default_backend())
+    rate = config.optimizer.expert_bias_rate
+    train_step = make_train_step(inputs.trained, loss, optimizer, config.batch.micro_batches, rate, options)
+    if not config.compiled_step:
+        return train_step
+    made_for = saved_step.identity(config, inputs.trained, mesh, config.compiled_halves)
+    compiled = saved_step.load(config.compiled_step, made_for, mesh.devices.flat)
+    return lambda *arguments: (
+        compiled(*arguments[:-1]) if arguments[-1] == config.compiled_halves else train_step(*arguments)
+    )
 
 
 def train_loss(config: ConfigDict, model: ModelConfig, execution: Execution) -> Loss:
