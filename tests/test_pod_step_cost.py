@@ -136,6 +136,24 @@ def test_an_all_gather_costs_its_ring_over_the_links_of_its_axes(topology, sizes
     assert line.seconds == pytest.approx(moved / bandwidth)
 
 
+@pytest.mark.parametrize(
+    "groups,axes",
+    [
+        ("{{0,1},{2,3},{4,5},{6,7}}", "tensor"), ("{{0,2,4,6},{1,3,5,7}}", "fsdp"), ("{}", "fsdp+tensor"),
+        ("[4,2]<=[8]", "tensor"), ("[2,4]<=[4,2]T(1,0)", "fsdp"), ("[1,8]<=[8]", "fsdp+tensor"),
+        ("mesh['a'=4,'b'=2] {'b'}", "tensor"), ("mesh['a'=4,'b'=2] {'a','b'}", "fsdp+tensor"),
+        ("mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}", "fsdp"),
+        ("mesh['a'=2,'b'=4], device_ids=([8]) {'a'}", "fsdp"),
+    ],
+)  # fmt: skip
+def test_replica_groups_in_every_form_name_their_mesh_axes(groups, axes):
+    text = HIDDEN.replace("[1,4]<=[4]", groups)
+    devices = Devices({"fsdp": 4, "tensor": 2}, parse_topology("v5p:2x2x2"), np.array(list(np.ndindex(2, 2, 2))),
+                      np.zeros(8, int))  # fmt: skip
+    (line,) = [x for x in step_lines(hlo.parse(text), CHIPS["v5p"], {}, devices) if x.part == "collectives"]
+    assert line.axes == axes
+
+
 HIDDEN = """HloModule m, is_scheduled=true
 
 %matmul (a: bf16[4096,4096]) -> bf16[4096,4096] {

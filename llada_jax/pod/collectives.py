@@ -10,6 +10,7 @@ line must pass everything). Groups that span slices use the data-centre network.
 """
 
 import dataclasses
+import math
 import re
 
 import numpy as np
@@ -17,6 +18,10 @@ import numpy as np
 from llada_jax.pod.chips import Topology
 from llada_jax.pod.hlo import Module, Operation
 
+_GROUPS = re.compile(
+    r"replica_groups=(mesh\[.*?\](?:, device_ids=\(.*?\)\)?)? \{[^:}]*\}|\{\{.*?\}\}|\{\}|"
+    r"\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)"
+)
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 
 
@@ -104,26 +109,35 @@ def _group(op: Operation, kind: str, devices: int) -> np.ndarray:
     if kind == "collective-permute":
         pairs = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", op.attributes)
         return np.array([int(pairs.group(1)), int(pairs.group(2))])
-    text = re.search(r"replica_groups=(.*?), (?=[a-z_]+=)", op.attributes + ", end=").group(1)
+    if (found := _GROUPS.search(op.attributes)) is None:
+        raise ValueError(f"replica groups of {op.name}: {op.attributes[:120]}")
+    text = found.group(1)
     if listed := re.match(r"\{\{([\d,]+)\}", text):
         return np.array([int(number) for number in listed.group(1).split(",")])
     if text == "{}":
         return np.arange(devices)
-    if named := re.match(r"mesh\[(.*?)\] \{(.*?)\}$", text):
-        return _named_group(text, named)
-    if iota := re.match(r"\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        shape = [int(side) for side in iota.group(3).split(",")]
-        order = [int(axis) for axis in iota.group(4).split(",")] if iota.group(4) else range(len(shape))
-        return np.arange(devices).reshape(shape).transpose(order).reshape(int(iota.group(1)), -1)[0]
-    raise ValueError(f"replica groups of {op.name}: {text[:120]}")
+    if text.startswith("mesh"):
+        return _named_group(text)
+    groups, order = re.match(r"\[(\d+),\d+\]<=(.*)", text).groups()
+    return _iota(order).reshape(int(groups), -1)[0]
 
 
-def _named_group(text: str, named: re.Match) -> np.ndarray:
-    """mesh['axis_0'=4,'axis_1'=16] {'axis_1'}: the devices along the named axes."""
-    sizes = re.findall(r"'([^']+)'=(\d+)", named.group(1))
-    wanted = re.findall(r"'([^']+)'", named.group(2))
-    if "device_ids" in text or set(wanted) - {name for name, _ in sizes} or ":" in named.group(2):
-        raise ValueError(f"replica groups {text[:120]}")
-    numbers = np.arange(int(np.prod([int(size) for _, size in sizes]))).reshape([int(size) for _, size in sizes])
-    picked = tuple(slice(None) if name in wanted else 0 for name, _ in sizes)
-    return numbers[picked].reshape(-1)
+def _iota(text: str) -> np.ndarray:
+    """[4,2]T(1,0): the numbers 0 .. 7 in that shape, transposed; flat."""
+    shape, order = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()
+    numbers = np.arange(np.prod(_integers(shape))).reshape(_integers(shape))
+    return numbers.transpose(_integers(order) if order else None).reshape(-1)
+
+
+def _named_group(text: str) -> np.ndarray:
+    """mesh['a'=4,'b'=16], device_ids=([16,4]T(1,0)) {'b'}: the devices along the named axes."""
+    mesh, numbers, wanted = re.match(r"mesh\[(.*?)\](?:, device_ids=\((.*?\)?)\))? \{(.*?)\}$", text).groups()
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
+    wanted = re.findall(r"'([^']+)'", wanted)
+    flat = _iota(numbers or f"[{math.prod(sizes.values())}]")
+    picked = tuple(slice(None) if name in wanted else 0 for name in sizes)
+    return flat.reshape(tuple(sizes.values()))[picked].reshape(-1)
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in text.split(","))
