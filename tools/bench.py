@@ -15,6 +15,7 @@ The second times a training step of block diffusion with dense and with blockwis
 """
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
@@ -43,6 +44,7 @@ def _experts() -> None:
 
     jax.config.update("jax_platforms", "cpu")  # nothing runs on the TPU that programs are compiled for
     from llada_jax.bench import experts
+    from llada_jax.model.config import preset
     from llada_jax.pod.chips import parse_topology
 
     names = _IMPLEMENTATIONS.value or experts.IMPLEMENTATIONS
@@ -54,7 +56,8 @@ def _experts() -> None:
     print("model         matmul  pass    implementation  tile             Mcycles  peak  copies")
     for model in _MODELS.value:
         for name in names:
-            for (matmul, direction), cost in experts.costs(name, model, topology.name).items():
+            for matmul, direction in itertools.product(experts.matmuls(preset(model)), experts.PASSES):
+                cost = experts.cost(name, model, matmul, direction, topology.name)
                 tile = "x".join(map(str, cost.tile))
                 print(
                     f"{model:13} {matmul:7} {direction:7} {name:15} {tile:16} {cost.cycles / 1e6:7.2f} "

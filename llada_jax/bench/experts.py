@@ -19,13 +19,17 @@ from llada_jax.model import grouped_matmul, grouped_tiles
 from llada_jax.model.config import ModelConfig, preset
 from llada_jax.pod.aot import compile_program
 from llada_jax.pod.chips import Chip, parse_topology
-from llada_jax.pod.schedule_reader import Kernel, region_costs
+from llada_jax.pod.schedule_reader import region_costs
 
 IMPLEMENTATIONS = ("megablox", "tokamax")
 PASSES = ("forward", "dx", "dw")
 TOKENS = 4 * 8192  # four rows of 2 x 4096 positions
-# The kernels' regions that do vector work, in program order.
-REGIONS = {"forward": ("tile",), "dx": ("tile",), "dw": ("zero", "tile", "write")}
+# The kernels' regions that do vector work, in program order; tokamax's tile is the whole of a step, without a branch.
+_DW = ("zero", "tile", "write")
+REGIONS = {
+    "megablox": {"forward": ("tile",), "dx": ("tile",), "dw": _DW},
+    "tokamax": {"forward": (), "dx": (), "dw": _DW},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,23 +107,20 @@ def _tokamax():
     return gmm, tgmm
 
 
-def costs(implementation: str, model: str, topology: str) -> dict[tuple[str, str], Cost]:
-    """{(matmul, pass): Cost} of a layer of the preset. Compiles a program for each."""
+def cost(implementation: str, model: str, matmul: str, direction: str, topology: str) -> Cost:
+    """Of one of the `matmuls` of a layer of the preset. Compiles a program."""
     config, chip = preset(model), parse_topology(topology).chip
-    rows = TOKENS * config.num_experts_per_token
-    sizes = group_sizes(rows, config.num_experts)
-    result = {}
-    for name, (contracted, columns) in matmuls(config).items():
-        for direction in PASSES:
-            arguments = dict(rows=rows, groups=len(sizes), contracted=contracted, columns=columns)
-            arguments |= {"implementation": implementation, "direction": direction}
-            (kernel,) = compile_program("llada_jax.bench.experts:program", arguments, topology).kernels.values()
-            shape = (columns, contracted) if direction == "dx" else (contracted, columns)
-            result[name, direction] = _cost(kernel, direction, sizes, shape, chip)
-    return result
+    sizes = group_sizes(TOKENS * config.num_experts_per_token, config.num_experts)
+    contracted, columns = matmuls(config)[matmul]
+    arguments = dict(rows=int(sizes.sum()), groups=len(sizes), contracted=contracted, columns=columns)
+    arguments |= {"implementation": implementation, "direction": direction}
+    (kernel,) = compile_program("llada_jax.bench.experts:program", arguments, topology).kernels.values()
+    regions = region_costs(kernel, REGIONS[implementation][direction])
+    shape = (columns, contracted) if direction == "dx" else (contracted, columns)
+    return _cost(regions, kernel.split, direction, sizes, shape, chip)
 
 
-def _cost(kernel: Kernel, direction: str, sizes: np.ndarray, shape: tuple[int, int], chip: Chip) -> Cost:
+def _cost(regions: dict, split: bool, direction: str, sizes: np.ndarray, shape: tuple[int, int], chip: Chip) -> Cost:
     contracted, columns = shape
     choose = grouped_tiles.group_gradients if direction == "dw" else grouped_tiles.rows_times_groups
     tile = choose(int(sizes.sum()), contracted, columns, kind=chip.device_kind)
@@ -127,12 +128,11 @@ def _cost(kernel: Kernel, direction: str, sizes: np.ndarray, shape: tuple[int, i
     visits = tile_visits(sizes, tile[0])
     times = {"tile": visits * parts, "step": visits * parts, "launch": 1}
     times |= {"zero": len(sizes) * parts, "write": len(sizes) * parts}
-    found = region_costs(kernel, REGIONS[direction])
     # The split axis is that of the columns; its tiles are dealt to the cores in turn.
-    cores = chip.cores_per_device if kernel.split else 1
+    cores = chip.cores_per_device if split else 1
     tiles_of_columns = -(-columns // tile[2])
     share = -(-tiles_of_columns // cores) / tiles_of_columns
-    cycles = sum(cost.cycles * times[region] * (1 if region == "launch" else share) for region, cost in found.items())
+    cycles = sum(cost.cycles * times[region] * (1 if region == "launch" else share) for region, cost in regions.items())
     macs = int(sizes.sum()) * contracted * columns
     return Cost(
         tile=tile,
