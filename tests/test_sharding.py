@@ -25,16 +25,17 @@ MODELS = {
     "tiny": preset("tiny").replace(**SMALL | dict(rotary_dim=8)),
     "tiny_moe": preset("tiny_moe").replace(**SMALL | dict(rotary_dim=4, moe_intermediate_size=16)),
 }
+BLOCKWISE = dict(attention="blockwise")
 MESHES = [
-    ("tiny", dict(fsdp=8), {}),
-    ("tiny", dict(tensor=8), {}),  # beyond the 4 key/value heads
-    ("tiny_moe", dict(data=8), {}),
+    ("tiny", dict(fsdp=8), dict(remat="dots")),
+    ("tiny", dict(tensor=8), BLOCKWISE),  # beyond the 4 key/value heads
+    ("tiny_moe", dict(data=8), dict(remat="attention")),
     ("tiny_moe", dict(fsdp=8), dict(remat="full", reduce_dtype="float32")),
-    ("tiny_moe", dict(expert=8), {}),
-    ("tiny_moe", dict(expert=8), dict(exchange="tokens")),
-    ("tiny_moe", dict(tensor=8), {}),
-    ("tiny_moe", dict(data=2, expert=2, tensor=2), dict(exchange="tokens")),
-    ("tiny_moe", dict(fsdp=4, expert=2), {}),
+    ("tiny_moe", dict(expert=8), dict(remat="projections")),
+    ("tiny_moe", dict(expert=8), dict(exchange="tokens", remat="hidden")),
+    ("tiny_moe", dict(tensor=8), BLOCKWISE | dict(remat="offload")),
+    ("tiny_moe", dict(data=2, expert=2, tensor=2), BLOCKWISE | dict(exchange="tokens")),
+    ("tiny_moe", dict(fsdp=4, expert=2), dict(remat="rows")),
     ("tiny_moe", dict(fsdp=2, expert=4), dict(exchange="tokens")),
 ]
 
@@ -55,7 +56,7 @@ def loss_and_gradients(name: str, mesh=None, reduce=None, **execution):
     """
     model = MODELS[name]
     objective = Objective(confidence_weight=0.5)  # entropies too
-    loss = denoising_loss(model, objective, Execution(attention="blockwise", **execution), seed=0)
+    loss = denoising_loss(model, objective, Execution(**execution), seed=0)
 
     def value(params, batch):
         example = loss.prepare(batch, jnp.int32(8), "both")

@@ -12,5 +12,6 @@ def test_real_models_take_the_kernel_on_a_tpu_and_blockwise_attention_elsewhere(
     for stage in ("wsd", "sft", "cap", "dpo"):
         config = settings.load_sibling("configs/ar.py", stage).get_config("llada2_mini")
         assert settings.execution(config).attention == expected
+        assert settings.execution(config).experts == ("megablox" if backend == "tpu" else "xla")
     config.execution.attention = "dense"
     assert settings.execution(config).attention == "dense"

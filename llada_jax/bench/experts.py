@@ -8,6 +8,7 @@ of tiles are not in the numbers.
 
 import dataclasses
 import importlib.util
+import itertools
 from collections.abc import Iterator
 
 import jax
@@ -20,13 +21,17 @@ from llada_jax.model import grouped_matmul, grouped_tiles
 from llada_jax.model.config import ModelConfig, preset
 from llada_jax.pod.aot import compile_program
 from llada_jax.pod.chips import Chip, parse_topology
-from llada_jax.pod.schedule_reader import Kernel, region_costs
+from llada_jax.pod.schedule_reader import region_costs
 
 IMPLEMENTATIONS = ("megablox", "tokamax")
 PASSES = ("forward", "dx", "dw")
 TOKENS = 4 * 8192  # four rows of 2 x 4096 positions
-# The kernels' regions that do vector work, in program order.
-REGIONS = {"forward": ("tile",), "dx": ("tile",), "dw": ("zero", "tile", "write")}
+# The kernels' regions that do vector work, in program order; tokamax's tile is the whole of a step, without a branch.
+_DW = ("zero", "tile", "write")
+REGIONS = {
+    "megablox": {"forward": ("tile",), "dx": ("tile",), "dw": _DW},
+    "tokamax": {"forward": (), "dx": (), "dw": _DW},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,17 +109,6 @@ def _tokamax():
     return gmm, tgmm
 
 
-def costs(implementation: str, model: str, topology: str) -> dict[tuple[str, str], Cost]:
-    """{(matmul, pass): Cost} of a layer of the preset. Compiles a program for each."""
-    config = preset(model)
-    sizes = group_sizes(TOKENS * config.num_experts_per_token, config.num_experts)
-    return {
-        (name, direction): kernel_cost(implementation, direction, sizes, *sides, topology)
-        for name, sides in matmuls(config).items()
-        for direction in PASSES
-    }
-
-
 def kernel_cost(
     implementation: str, direction: str, sizes: np.ndarray, contracted: int, columns: int, topology: str, rows: int = 0
 ) -> Cost:
@@ -125,11 +119,12 @@ def kernel_cost(
     arguments = dict(rows=rows or int(sizes.sum()), groups=len(sizes), contracted=contracted, columns=columns)
     arguments |= {"implementation": implementation, "direction": direction}
     (kernel,) = compile_program("llada_jax.bench.experts:program", arguments, topology).kernels.values()
+    regions = region_costs(kernel, REGIONS[implementation][direction])
     shape = (columns, contracted) if direction == "dx" else (contracted, columns)
-    return _cost(kernel, direction, sizes, shape, parse_topology(topology).chip)
+    return _cost(regions, kernel.split, direction, sizes, shape, parse_topology(topology).chip)
 
 
-def _cost(kernel: Kernel, direction: str, sizes: np.ndarray, shape: tuple[int, int], chip: Chip) -> Cost:
+def _cost(regions: dict, split: bool, direction: str, sizes: np.ndarray, shape: tuple[int, int], chip: Chip) -> Cost:
     contracted, columns = shape
     choose = grouped_tiles.group_gradients if direction == "dw" else grouped_tiles.rows_times_groups
     tile = choose(int(sizes.sum()), contracted, columns, kind=chip.device_kind)
@@ -137,12 +132,11 @@ def _cost(kernel: Kernel, direction: str, sizes: np.ndarray, shape: tuple[int, i
     visits = tile_visits(sizes, tile[0])
     times = {"tile": visits * parts, "step": visits * parts, "launch": 1}
     times |= {"zero": len(sizes) * parts, "write": len(sizes) * parts}
-    found = region_costs(kernel, REGIONS[direction])
     # The split axis is that of the columns; its tiles are dealt to the cores in turn.
-    cores = chip.cores_per_device if kernel.split else 1
+    cores = chip.cores_per_device if split else 1
     tiles_of_columns = -(-columns // tile[2])
     share = -(-tiles_of_columns // cores) / tiles_of_columns
-    cycles = sum(cost.cycles * times[region] * (1 if region == "launch" else share) for region, cost in found.items())
+    cycles = sum(cost.cycles * times[region] * (1 if region == "launch" else share) for region, cost in regions.items())
     macs = int(sizes.sum()) * contracted * columns
     return Cost(
         tile=tile,
@@ -179,14 +173,16 @@ def table(implementations, models, topology_name: str) -> Iterator[dict]:
     print(f"{topology.name}: one device of {chip.cores_per_device} TensorCores at {chip.clock / 1e9:.2f} GHz")
     print(f"{TOKENS} positions, compiler-estimated: Mcycles of the busiest core, share of matrix-unit peak")
     print("model         matmul  pass    implementation  tile             Mcycles  peak  copies")
-    for model in models:
-        for name in implementations:
-            for (matmul, direction), cost in costs(name, model, topology.name).items():
-                tile = "x".join(map(str, cost.tile))
-                print(
-                    f"{model:13} {matmul:7} {direction:7} {name:15} {tile:16} {cost.cycles / 1e6:7.2f} "
-                    f"{cost.peak_share:5.1%} {cost.dma_cycles / 1e6:7.2f}",
-                    flush=True,
-                )
-                where = {"implementation": name, "model": model, "matmul": matmul, "pass": direction}
-                yield where | dataclasses.asdict(cost) | {"topology": topology.name}
+    for model, name, direction in itertools.product(models, implementations, PASSES):
+        config = preset(model)
+        sizes = group_sizes(TOKENS * config.num_experts_per_token, config.num_experts)
+        for matmul, sides in matmuls(config).items():
+            cost = kernel_cost(name, direction, sizes, *sides, topology.name)
+            tile = "x".join(map(str, cost.tile))
+            print(
+                f"{model:13} {matmul:7} {direction:7} {name:15} {tile:16} {cost.cycles / 1e6:7.2f} "
+                f"{cost.peak_share:5.1%} {cost.dma_cycles / 1e6:7.2f}",
+                flush=True,
+            )
+            where = {"implementation": name, "model": model, "matmul": matmul, "pass": direction}
+            yield where | dataclasses.asdict(cost) | {"topology": topology.name}
