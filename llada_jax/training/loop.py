@@ -5,6 +5,7 @@ Rows and noise are functions of the step alone, so a resumed run is the uninterr
 
 import contextlib
 import math
+import os
 from pathlib import Path
 
 import jax
@@ -41,6 +42,8 @@ def train(config: ConfigDict, workdir: str, devices=None) -> None:
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
     if config.batch.rows // config.batch.micro_batches % (mesh.size // mesh.shape["tensor"]):
         raise InputError(f"config.batch.rows={config.batch.rows} cannot be shared by {mesh.size} devices")
+    if "://" in os.fspath(workdir):
+        raise InputError(f"--workdir={workdir}: metrics and packed rows are appended to, which needs a local directory")
     directory = Path(workdir)
     inputs = open_inputs(config, directory)
     if inputs.source is not None:
