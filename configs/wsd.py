@@ -14,6 +14,7 @@ Options: length (tokens a row). A real conversion starts from an imported checkp
 
 from pathlib import Path
 
+from llada_jax.model.config import PRESETS
 from llada_jax.training.config import default_config, parse_argument, refuse_unknown
 
 PACKAGE = str(Path(__file__).resolve().parent.parent / "llada_jax")
@@ -41,6 +42,17 @@ def _tiny(config):
     config.checkpoint.every_steps = 20
 
 
+def _pod(config):
+    """Weights, gradients and optimizer state split over the chips: over as many as there are experts, so that whole
+    experts are gathered; more chips hold copies.
+    """
+    config.mesh.data, config.mesh.fsdp = 1, -1
+    config.execution.remat = "hidden"
+    if PRESETS[config.model].hidden_size > 2048:
+        config.batch.rows = 1024
+        config.mesh.data, config.mesh.fsdp = -1, PRESETS[config.model].num_experts
+
+
 def _conversion(config, length: int):
     """The paper's curriculum; it publishes neither steps nor learning rates, so these are ours."""
     decay = []
@@ -60,7 +72,10 @@ def _conversion(config, length: int):
     config.objective.embedding_noise_steps = 500
     config.execution.dtype = "bfloat16"
     config.execution.attention = "auto"
+    config.execution.experts = "auto"
     config.execution.remat = "full"
+    if PRESETS[config.model].is_moe:
+        _pod(config)
     config.checkpoint.every_steps = 500
     config.evaluation.every_steps = 500
     config.evaluation.block_sizes = (1, 4, 32, length)

@@ -10,6 +10,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from llada_jax import errors
+from llada_jax.config_flag import resolved
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Training config, FILE.py:MODEL[,option=N].")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints and metrics; made if it does not exist.")
@@ -21,15 +22,7 @@ def main(argv) -> None:
         raise errors.InputError("--config=FILE.py:MODEL and --workdir=DIR are required; see --help")
     from llada_jax.training.loop import train  # importing jax takes seconds: not before the flags are right
 
-    train(_config(), _WORKDIR.value)
-
-
-def _config():
-    try:
-        _CONFIG.value.lock()  # a file that could not be read shows at the first use
-        return _CONFIG.value
-    except OSError as error:
-        raise errors.InputError(f"--config: {str(error).strip().splitlines()[-1].strip()}") from error
+    train(resolved(_CONFIG), _WORKDIR.value)
 
 
 if __name__ == "__main__":

@@ -145,18 +145,6 @@ def test_a_query_without_keys_gives_zero_and_no_gradient():
     assert not d_query[0, ::2].any() and not d_key[0, 2].any() and jnp.isfinite(d_value).all()
 
 
-def test_blockwise_visits_only_the_chunks_that_a_tile_sees():
-    """Packed documents: the loops' trip counts are data, so the visits are counted in the tiles' runs."""
-    from llada_jax.attention.blockwise import KEY_CHUNK, _tiles
-
-    length, document = 8 * KEY_CHUNK, 2 * KEY_CHUNK
-    segments = jnp.arange(length)[None] // document + 1
-    tiles = _tiles(vis.block_diffusion(vis.layout(segments, 32)))
-    assert int((tiles.noisy_count + tiles.clean_count).max()) == 3  # its own noisy chunk and two clean ones
-    whole = _tiles(vis.block_diffusion(vis.layout(jnp.ones_like(segments), 32)))
-    assert int(whole.clean_count.sum()) == 2 * (8 * 9 // 2) and int(whole.noisy_count.sum()) == 8
-
-
 def test_a_training_step_with_blockwise_attention_needs_less_than_half_the_memory():
     from llada_jax.bench.step import compiled_step
     from llada_jax.model.config import preset

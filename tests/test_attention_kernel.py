@@ -1,4 +1,4 @@
-"""The Pallas kernel, interpreted, against dense attention; and compiled ahead of time for every TPU it knows."""
+"""The Pallas kernel, interpreted, against dense attention."""
 
 import jax
 import jax.numpy as jnp
@@ -6,17 +6,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llada_jax import sharding
 from llada_jax.attention import kernel
 from llada_jax.attention import visibility as vis
+from llada_jax.attention.blockwise import blockwise_attention
 from llada_jax.attention.dense import dense_attention
 from llada_jax.attention.kernel import kernel_attention, kernel_plan
 from llada_jax.attention.plan import make_plan
-from llada_jax.attention.tiles import STEPS, Tiles
+from llada_jax.attention.tiles import Tiles
 from llada_jax.errors import InputError
 from llada_jax.model.forward import Execution, denoise
 
@@ -34,20 +33,29 @@ def output_and_gradients(attention, query, key, value, cotangent):
     return output, *vjp(cotangent)
 
 
-def check_against_dense(visibility, tiles, query, key, value, cotangent):
-    plan = make_plan(visibility, key.shape[1], tiles)
+def check_against_dense(visibility, tiles, query, key, value, cotangent, parts=1):
+    """Output and gradients, each within its tolerance of what float32 gives for the same, possibly rounded, values.
+
+    bfloat16 backward: 2e-2 + 3e-2 of the value, as trusted kernels are held to. Forward, those are held to 3e-3, but
+    interpreted, with float32 weights that no TPU multiplies: the matrix unit takes bfloat16. The weights, the scaled
+    query and the output are each rounded by 2^-9 = 2e-3 at most. So 3e-3 is what the root mean square must keep, and
+    1e-2 (five roundings) what each element must; dense attention in bfloat16 reaches 5e-3.
+    """
+    plan = make_plan(visibility, key.shape[1], tiles, parts)
     values = query, key, value, cotangent
     found = jax.jit(lambda *v: output_and_gradients(lambda *x: kernel_attention(*x, plan, True), *v))(*values)
-    # The oracle computes in float32 from the same, possibly rounded, values.
     expected = output_and_gradients(
         lambda *x: dense_attention(*x, visibility), *(value.astype(jnp.float32) for value in values)
     )
     exact = query.dtype == jnp.float32
     for i, (a, b) in enumerate(zip(found, expected, strict=True)):
         assert a.dtype == query.dtype
+        a = a.astype(jnp.float32)
         forward = dict(atol=1e-5, rtol=0) if exact else dict(atol=1e-2, rtol=1e-2)
-        backward = dict(atol=5e-5, rtol=0) if exact else dict(atol=3e-2, rtol=3e-2)
-        np.testing.assert_allclose(a.astype(jnp.float32), b, **(backward if i else forward))
+        backward = dict(atol=5e-5, rtol=0) if exact else dict(atol=2e-2, rtol=3e-2)
+        np.testing.assert_allclose(a, b, **(backward if i else forward))
+        if not (exact or i):
+            assert jnp.linalg.norm(a - b) <= 3e-3 * jnp.linalg.norm(b)
 
 
 @settings(max_examples=6, deadline=None)
@@ -62,13 +70,31 @@ def test_kernel_equals_dense(length, block_size, origin, two_streams, heads, dty
     where = vis.layout(jnp.asarray(segments), block_size, origin)
     visibility = vis.block_diffusion(where) if two_streams else vis.block_causal(where)
     size = length * (1 + two_streams)
-    check_against_dense(visibility, TILES, *operands(rng, 2, size, size, *heads, dtype=dtype))
+    check_against_dense(visibility, TILES, *operands(rng, 2, size, size, *heads, head_dim=64, dtype=dtype))
 
 
-def test_decoding_a_block_against_ragged_caches():
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_decoding_against_ragged_caches(blocks):
+    """A block sees its own noisy keys and the cache before it; two blocks at once, the second also the first."""
     rng = np.random.default_rng(0)
-    visibility = vis.window(jnp.array([0, 70, 33], jnp.int32), 8)
-    check_against_dense(visibility, Tiles(8, 2, 2, chunk=16), *operands(rng, 3, 8, 8 + 70, 4, 2))
+    queries = 8 * blocks
+    visibility = vis.window(jnp.array([0, 70, 33], jnp.int32), queries)
+    end = jnp.broadcast_to(jnp.arange(queries) // 8 * 8 + 8, (3, queries))
+    visibility = visibility.replace(noisy_end=end.astype(jnp.int32))
+    values = operands(rng, 3, queries, queries + 70, 4, 2)
+    check_against_dense(visibility, Tiles(8, 2, 2, chunk=16), *values)
+    found, expected = (f(*values[:3], visibility) for f in (blockwise_attention, dense_attention))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_gradients_of_long_rows_in_parts(dtype):
+    """Three parts of the keys: a part without noisy keys that some tile sees, and parts that divide neither half."""
+    rng = np.random.default_rng(6)
+    segments = jnp.asarray(np.repeat([[1, 2, 3, 0], [1, 1, 1, 1]], [13, 30, 5, 2], axis=1))
+    visibility = vis.block_diffusion(vis.layout(segments, 8))
+    values = operands(rng, 2, 100, 100, 4, 2, head_dim=64, dtype=dtype)
+    check_against_dense(visibility, Tiles(16, 2, 2, chunk=8), *values, parts=3)
 
 
 def test_rows_longer_than_the_ring_of_copies():
@@ -147,32 +173,3 @@ def test_kernel_is_refused_where_there_is_no_tpu():
     visibility = vis.block_causal(vis.layout(jnp.ones((1, 8), jnp.int32), 4))
     with pytest.raises(InputError, match="no tile sizes for cpu.*blockwise"):
         kernel_plan(visibility, 8, 1, 128)
-
-
-TOPOLOGIES = {"TPU v5 lite": "v5e:2x2", "TPU v5": "v5p:2x2x1", "TPU v6 lite": "v6e:2x2", "TPU7x": "tpu7x:2x2x1"}
-
-
-@pytest.mark.parametrize("kind,head_dim", sorted(STEPS))
-def test_kernel_compiles_for(kind, head_dim, monkeypatch):
-    """Forward and backward of training rows, ahead of time; needs libtpu, not a TPU."""
-    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
-    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    device = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[kind]).devices[0]
-    assert device.device_kind == kind
-    mesh = Mesh(np.array([device]), ("device",), axis_types=(AxisType.Auto,))
-
-    def shape(*sizes, dtype=jnp.bfloat16):
-        return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
-
-    def step(segments, *values):
-        visibility = vis.block_diffusion(vis.layout(segments, 32))
-        plan = kernel_plan(visibility, 2 * segments.shape[1], 4, head_dim)
-        return output_and_gradients(lambda *x: kernel_attention(*x, plan), *values)
-
-    query, key = shape(2, 1024, 8, head_dim), shape(2, 1024, 2, head_dim)
-    with jax.set_mesh(mesh):
-        compiled = jax.jit(step).lower(shape(2, 512, dtype=jnp.int32), query, key, key, query).compile()
-    text = compiled.as_text()
-    assert "block_diffusion_attention_forward" in text and "block_diffusion_attention_backward" in text
-    scores = 2 * 8 * 1024 * 1024 * 4
-    assert compiled.memory_analysis().temp_size_in_bytes < scores / 2

@@ -5,15 +5,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llada_jax.attention import plan as plans
 from llada_jax.attention import visibility as vis
 from llada_jax.attention.plan import make_plan, step_classes
-from llada_jax.attention.tiles import STEPS, Tiles, tiles_for
-from llada_jax.errors import InputError
+from llada_jax.attention.tiles import Tiles
 
 # Row length and tile sizes: few, because each is a compilation.
 SIZES = [(24, Tiles(8, 2, 3, chunk=8)), (37, Tiles(4, 1, 2, chunk=8)), (37, Tiles(16, 3, 4, chunk=4))]
@@ -99,17 +97,3 @@ def test_block_size_and_documents_are_data():
     )
     steps = [int(compiled(jnp.full((1, 32), 1, jnp.int32), b)[0]) for b in (1, 8, 32)]
     assert compiled._cache_size() == 1 and len(set(steps)) > 1
-
-
-@pytest.mark.parametrize("kind,head_dim", sorted(STEPS))
-@pytest.mark.parametrize(
-    "group,queries,expected", [(4, 8192, 128), (8, 8192, 64), (1, 8192, 512), (3, 300, 128), (4, 20, 32)]
-)
-def test_table_gives_tiles_that_fill_the_rows(kind, head_dim, group, queries, expected):
-    assert tiles_for(kind, head_dim, group, queries).queries == expected
-
-
-def test_unknown_devices_and_head_dims_are_refused():
-    for kind, head_dim in (("cpu", 128), ("TPU v5", 80)):
-        with pytest.raises(InputError, match=f"{kind} with head_dim {head_dim}.*blockwise"):
-            tiles_for(kind, head_dim, 4, 512)

@@ -16,6 +16,7 @@ from llada_jax.diffusion.objectives import Objective
 from llada_jax.evaluation.likelihood import ESTIMATOR, ar_nll, block_nelbo
 from llada_jax.model import parameters
 from llada_jax.model.config import preset
+from llada_jax.model.forward import denoised_hidden
 
 TINY = preset("tiny").replace(num_layers=2, hidden_size=64, intermediate_size=96, num_heads=2, num_kv_heads=1)
 MOE = preset("tiny_moe").replace(num_layers=2, hidden_size=64)
@@ -291,7 +292,7 @@ def test_confidence_loss_is_the_mean_entropy_of_correct_tokens_and_moves_nothing
     example = example.replace(clean=jnp.asarray(clean))
     sums, _ = objectives.score(params, TINY, example, "noisy", entropy_temperature=temperature)
     two_stream = example.replace(clean=jnp.asarray(ids))
-    hidden = objectives.denoised_hidden(params, TINY, two_stream.noisy, None, example.where, example.positions)
+    hidden = denoised_hidden(params, TINY, two_stream.noisy, None, example.where, example.positions)
     log_p = jax.nn.log_softmax(hidden @ params["head"])
     correct = np.asarray((log_p.argmax(-1) == clean) & example.masked)
     sharpened = np.asarray(jax.nn.log_softmax(log_p / temperature))

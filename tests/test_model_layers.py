@@ -1,5 +1,7 @@
 """Experts, router, head and rotary embedding against plain formulas; presets against published sizes."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +13,11 @@ import llada_jax
 from llada_jax.errors import InputError
 from llada_jax.model import experts, head, parameters
 from llada_jax.model.config import PRESETS, ModelConfig, RopeScaling, preset
+from llada_jax.model.forward import Execution
+from llada_jax.model.grouped_matmul import _tiles, grouped_matmul
 from llada_jax.model.layers import rope_frequencies
-from llada_jax.model.router import route
+from llada_jax.model.router import balanced_bias, route
+from llada_jax.sharding import Shards
 
 
 def test_presets_have_the_published_number_of_parameters():
@@ -40,18 +45,29 @@ def test_stack_is_the_inverse_of_unstack():
 @settings(max_examples=15, deadline=None)
 @given(st.sampled_from([(1, 4), (37, 5), (64, 40), (300, 3)]), st.integers(0, 50))
 def test_grouped_matmul_is_a_matmul_by_group(size, seed):
-    rows, groups = size
+    check_grouped_matmul(*size, seed, kernel="xla")
+
+
+@pytest.mark.parametrize("rows,groups,missing", [(37, 5, 0), (64, 40, 0), (48, 3, 11)])
+def test_megablox_is_a_matmul_by_group(rows, groups, missing):
+    check_grouped_matmul(rows, groups, 0, missing, kernel="megablox", interpret=True)
+
+
+def check_grouped_matmul(rows, groups, seed, missing=0, **execution):
+    """`missing` rows at the end are of no group: they hold anything, also in dx, and change nothing else."""
     rng = np.random.default_rng(seed)
-    ids = np.sort(rng.integers(0, groups, rows))
+    ids = np.sort(rng.integers(0, groups, rows - missing))
     x, w, cotangent = (
         jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((rows, 8), (groups, 8, 12), (rows, 12))
     )  # fmt: skip
+    used = slice(rows - missing)
     sizes = jnp.bincount(ids, length=groups)
-    ours = jax.vjp(lambda x, w: experts.grouped_matmul(x, w, sizes), x, w)
-    plain = jax.vjp(lambda x, w: jnp.einsum("mk,mkn->mn", x, w[ids]), x, w)
+    ours = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes, **execution)[used], x, w)
+    plain = jax.vjp(lambda x, w: jnp.einsum("mk,mkn->mn", x[used], w[ids]), x, w)
     np.testing.assert_allclose(ours[0], plain[0], atol=1e-5)
-    for a, b in zip(ours[1](cotangent), plain[1](cotangent), strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-5)
+    (dx, dw), (plain_dx, plain_dw) = ours[1](cotangent[used]), plain[1](cotangent[used])
+    np.testing.assert_allclose(dx[used], plain_dx[used], atol=2e-5)
+    np.testing.assert_allclose(dw, plain_dw, atol=2e-5)
 
 
 def test_experts_equal_the_dense_sum_over_all_experts():
@@ -69,7 +85,7 @@ def test_experts_equal_the_dense_sum_over_all_experts():
         return jnp.einsum("ted,tke,tk->td", y, jax.nn.one_hot(chosen, count), weights)
 
     def ours(x, gate, up, down, weights):
-        return experts.combine_experts(x, chosen, weights, gate, up, down)
+        return experts.combine_experts(x, chosen, weights, jnp.concatenate([gate, up], 2), down)
 
     arguments = x, gate, up, down, weights
     np.testing.assert_allclose(ours(*arguments), dense(*arguments), rtol=1e-4, atol=1e-4)
@@ -77,12 +93,31 @@ def test_experts_equal_the_dense_sum_over_all_experts():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), *gradients)
 
 
+def float_scatters(function, *arguments) -> list[str]:
+    """Types of what a traced program scatters; a scatter of rows is serial on a TPU."""
+    return re.findall(r":(f\d+)\[[\d,]*\] = scatter", str(jax.make_jaxpr(function)(*arguments)))
+
+
+def test_experts_move_tokens_without_scatter():
+    config = preset("tiny_moe").replace(hidden_size=32, moe_intermediate_size=16)
+    weights = jax.tree.map(lambda w: w[0], parameters.initialize(config, jax.random.key(0))["sparse"])
+
+    def loss(x, weights):
+        y, _ = experts.moe(x, weights, Shards(), config, Execution())
+        return jnp.sin(y).sum()
+
+    assert float_scatters(jax.grad(lambda x: jnp.sin(x[jnp.array([1, 0])]).sum()), jnp.ones((2, 3))) == ["f32"]
+    x = jnp.ones((2, 16, 32))
+    # The one that is left adds up the tiles of a group in the weight gradient of the kernel "xla".
+    assert len(float_scatters(jax.grad(loss, (0, 1)), x, weights)) == 2
+
+
 def test_cost_of_the_experts_does_not_grow_with_their_number():
     def flops(count):
         x, w = jnp.ones((256, 16)), jnp.ones((count, 16, 16))
         sizes = jnp.zeros(count, jnp.int32).at[:4].set(64)
-        tile, used, *_ = experts._tiles(256, sizes)
-        assert experts.grouped_matmul(x, w, sizes).shape == (256, 16)
+        tile, used, *_ = _tiles(256, sizes)
+        assert grouped_matmul(x, w, sizes).shape == (256, 16)
         return tile * int(used)
 
     assert flops(256) <= 2 * flops(8)
@@ -111,8 +146,32 @@ def test_sigmoid_router_selects_with_bias_and_weighs_without():
     np.testing.assert_allclose(weights, expected_weights, rtol=1e-4)
 
 
+def test_block_router_limits_the_experts_of_a_block():
+    """LLaDA2.2: by loops, 3 blocks of 8 tokens with 6 of 16 experts each; groups take no part."""
+    c, rng = preset("tiny_moe").replace(routing_block=8, routing_block_experts=6), np.random.default_rng(0)
+    x, router = rng.normal(size=(24, 128)), rng.normal(size=(128, 16)) * 0.1
+    bias = rng.normal(size=16) * 0.3
+    found, weights = route(*(jnp.asarray(a, jnp.float32) for a in (x, router, bias)), c)
+    scores = 1 / (1 + np.exp(-(x @ router)))
+    for block in range(3):
+        rows = slice(8 * block, 8 * block + 8)
+        allowed = np.argsort(-(scores[rows] + bias).max(axis=0))[:6]
+        for s, chosen, weight in zip(scores[rows], found[rows], weights[rows], strict=True):
+            expected = sorted(allowed, key=lambda e: -(s + bias)[e])[:4]
+            assert list(chosen) == expected
+            np.testing.assert_allclose(weight, s[expected] / s[expected].sum() * 2.5, rtol=1e-4)
+    with pytest.raises(InputError, match="routing_block=8 must divide"):
+        experts.moe(jnp.ones((2, 12, 128)), {}, Shards(), c, Execution())
+
+
+def test_bias_moves_towards_the_experts_with_little_load():
+    moved = balanced_bias(jnp.zeros((2, 4)), jnp.array([[9, 1, 1, 1], [3, 3, 3, 3]]), 1e-3)
+    np.testing.assert_allclose(moved, [[-1.5e-3, 5e-4, 5e-4, 5e-4], [0, 0, 0, 0]], atol=1e-9)
+
+
 @pytest.mark.parametrize("length", [10, 128, 200])
-def test_token_scores_equal_the_full_softmax(length):
+def test_token_scores_equal_the_full_softmax(length, monkeypatch):
+    monkeypatch.setattr(head, "CHUNK", 64)
     rng = np.random.default_rng(0)
     hidden, matrix = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, length, 8), (8, 33)))
     targets = jnp.asarray(rng.integers(0, 33, (2, length)))
@@ -120,13 +179,14 @@ def test_token_scores_equal_the_full_softmax(length):
     ramp = jnp.arange(length, dtype=jnp.float32)[None]
 
     def ours(hidden, matrix):
-        s = head.token_scores(hidden, targets, supervised, matrix, entropy_temperature=1.0)
+        s = head.token_scores(hidden, targets, supervised, matrix, entropy_temperature=0.7)
         return (s.nll * ramp).sum() + s.entropy.sum(), s
 
     def plain(hidden, matrix):
         log_p = jax.nn.log_softmax(hidden @ matrix)
         nll = -jnp.take_along_axis(log_p, targets[..., None], -1)[..., 0] * supervised
-        entropy = -(jnp.exp(log_p) * log_p).sum(-1) * supervised
+        tempered = jax.nn.log_softmax(hidden @ matrix / 0.7)
+        entropy = -(jnp.exp(tempered) * tempered).sum(-1) * supervised
         correct = (log_p.argmax(-1) == targets) * supervised
         return (nll * ramp).sum() + entropy.sum(), head.TokenScores(nll, correct, entropy)
 

@@ -5,11 +5,14 @@ import numpy as np
 import pytest
 
 import llada_jax
-from llada_jax import GenerateConfig
+from llada_jax import GenerateConfig, sharding
 from llada_jax.errors import InputError
 from llada_jax.model import parameters
 from llada_jax.model.config import preset
 from llada_jax.sampling import accept
+from llada_jax.sampling.decode import iterate
+from llada_jax.sampling.generate import program_of
+from llada_jax.sampling.state import empty_state
 
 CONFIGS = {
     "same": preset("tiny_moe").replace(num_layers=2),
@@ -31,7 +34,8 @@ def recompute(params, config, prompt, g: GenerateConfig):
     tokens = np.full(total, config.mask_token_id)
     tokens[:p] = prompt
     masked = np.arange(total) >= p
-    due, passes = accept.schedule(b, min(g.steps, g.gen_length)), 0
+    steps, passes = min(g.steps, g.gen_length), 0
+    due = [accept.due(b, steps, step) for step in range(steps)]
     for start in range(p // b * b, total, b):
         for step in range(len(due)):
             window = np.arange(start, start + b)
@@ -62,13 +66,111 @@ def test_equals_recomputation_for_ragged_prompts_and_batches(model):
     b = 4
     prompts = [rng.integers(0, 500, n) for n in (1, b - 1, b, b + 1, 5 * b + 3)]
     g = GenerateConfig(gen_length=10, block_length=b, steps=3, threshold=0.3, eos_id=-1)
-    batched = llada_jax.generate(params, config, prompts, g)
+    fused, separate = (llada_jax.generate(params, config, prompts, g, fuse_share=share) for share in (0.0, 2.0))
     for row, prompt in enumerate(prompts):
         expected, passes = recompute(params, config, prompt, g)
-        assert np.array_equal(batched.tokens[row], expected), row
-        assert batched.forward_passes[row] == passes
-        alone = llada_jax.generate(params, config, [prompt], g)
-        assert np.array_equal(alone.tokens[0], expected)
+        for out in (fused, separate):
+            assert np.array_equal(out.tokens[row], expected), row
+            assert out.forward_passes[row] == passes
+    assert fused.commit_passes.sum() == 0
+    decoded = [(len(prompt) + 9) // b - len(prompt) // b for prompt in prompts]  # blocks but the last
+    assert separate.commit_passes.tolist() == decoded
+    prefilled = np.array([len(prompt) // b * b for prompt in prompts])
+    assert separate.prefill_passes.tolist() == (prefilled > 0).tolist()
+    evaluated = prefilled + b * (separate.forward_passes + separate.commit_passes)
+    assert separate.positions_evaluated.tolist() == evaluated.tolist()
+    total = separate.forward_passes + separate.commit_passes + separate.prefill_passes
+    assert np.allclose(separate.tokens_per_forward, 10 / total)
+
+
+def test_alone_and_in_a_batch_of_other_settings(model):
+    params, config = model
+    prompts = [np.arange(9), np.arange(3) + 40, np.arange(14) + 7]
+    changes = (dict(threshold=2.0), dict(gen_length=3, steps=1), dict(temperature=0.8, top_k=20, top_p=0.9))
+    configs = [GenerateConfig(**dict(gen_length=8, block_length=4, eos_id=-1) | change) for change in changes]
+    batch = llada_jax.generate(params, config, prompts, configs)
+    greedy = llada_jax.generate(params, config, prompts[:1], configs[0])
+    assert np.array_equal(batch.tokens[0], greedy.tokens[0]) and len(batch.tokens[1]) == 3
+    drawn = [llada_jax.generate(params, config, [*prompts[:2], prompts[2]], configs[2]).tokens[2]]
+    assert np.array_equal(batch.tokens[2], drawn[0])
+
+
+def test_steps_and_confidence_say_when_and_how_surely_each_token_was_written(model):
+    params, config = model
+    g = GenerateConfig(gen_length=8, block_length=4, threshold=2.0, eos_id=-1)
+    out = llada_jax.generate(params, config, [np.arange(4)], g)
+    steps, confidence = out.steps[0].reshape(2, 4), out.confidence[0]
+    assert (np.sort(steps) == np.arange(4)).all()  # one token a step
+    assert ((confidence > 0) & (confidence <= 1)).all()
+    first = int(np.argmin(steps[0]))
+    noisy = np.append(np.arange(4), [config.mask_token_id] * 4)
+    logits = np.array(llada_jax.denoise(params, config, noisy[None], noisy[None], block_size=4)[0, 4 + first])
+    logits[config.mask_token_id] = -np.inf
+    assert np.isclose(np.exp(logits.max() - np.logaddexp.reduce(logits)), confidence[first], rtol=1e-3)
+
+
+@pytest.mark.parametrize("rule", ["sglang", "dinfer", "entropy", "fixed"])
+def test_other_rules(model, rule):
+    params, config = model
+    shared = dict(gen_length=8, block_length=4, eos_id=-1, rule=rule)
+    sure = GenerateConfig(**shared, threshold=0.0, entropy_bound=1e9, steps=1)
+    unsure = GenerateConfig(**shared, threshold=2.0, entropy_bound=0.0)
+    out = llada_jax.generate(params, config, [np.arange(4)] * 2, [sure, unsure])
+    if rule == "dinfer":  # which takes near-ties of the largest together
+        unsure_passes = range(2, 9)
+    else:
+        unsure_passes = [8]  # a token a step
+    assert out.forward_passes[0] == 2 and out.forward_passes[1] in unsure_passes
+    assert config.mask_token_id not in out.tokens[0]
+    one_by_one = llada_jax.generate(
+        params, config, [np.arange(4)], GenerateConfig(gen_length=8, block_length=4, threshold=2.0, eos_id=-1)
+    )
+    if rule in ("sglang", "fixed"):
+        assert np.array_equal(out.tokens[1], one_by_one.tokens[0])
+
+
+@pytest.mark.parametrize("rule", ["sglang", "llada2"])
+def test_stops_inside_a_block_once_all_before_the_end_is_written(model, rule):
+    params, config = model
+    shared = dict(gen_length=12, block_length=12, threshold=2.0, rule=rule)
+    free = llada_jax.generate(params, config, [np.arange(12)], GenerateConfig(**shared, eos_id=-1))
+    # The position whose prefix is written first: ending there must stop the block early.
+    done = [int(max(free.steps[0][: i + 1])) + 1 for i in range(12)]
+    at = int(np.argmin(done))
+    g = GenerateConfig(**shared, eos_id=int(free.tokens[0][at]), eos_early_stop=True)
+    out = llada_jax.generate(params, config, [np.arange(12)], g)
+    first = int(np.flatnonzero(free.tokens[0] == g.eos_id)[0])
+    assert np.array_equal(out.tokens[0], free.tokens[0][: first + 1])
+    assert out.forward_passes[0] <= done[at]
+
+
+def test_all_probability_on_the_mask_token_still_ends(model):
+    params, config = model
+    params = dict(params, head=params["head"].at[:, config.mask_token_id].set(params["head"].sum(1) * 50))
+    out = llada_jax.generate(params, config, [np.arange(5)], GenerateConfig(gen_length=3, block_length=4, eos_id=-1))
+    assert len(out.tokens[0]) == 3 and config.mask_token_id not in out.tokens[0]
+
+
+def test_a_mesh_decodes_as_one_device_does(model):
+    params, config = model
+    prompts = [np.arange(n) for n in (3, 6, 9, 12)]
+    g = GenerateConfig(gen_length=8, block_length=4, threshold=0.3, eos_id=-1)
+    expected = llada_jax.generate(params, config, prompts, g)
+    mesh = sharding.make_mesh(data=4, tensor=2)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, sharding.shardings(params, parameters.logical_axes(config), mesh))
+        out = llada_jax.generate(placed, config, prompts, g)
+    assert all(np.array_equal(a, b) for a, b in zip(out.tokens, expected.tokens, strict=True))
+
+
+def test_the_step_can_be_compiled_from_abstract_arguments(model):
+    params, config = model
+    program = program_of(config, [GenerateConfig(gen_length=8, block_length=4)])
+    abstract = jax.eval_shape(lambda: empty_state(config, program, 4, 16, "float32"))
+    step = jax.jit(iterate, static_argnames=("config", "program"))
+    shapes = jax.eval_shape(lambda: params)
+    lowered = step.lower(shapes, config, program, abstract)
+    assert jax.tree.structure(lowered.out_info) == jax.tree.structure(abstract)
 
 
 def test_end_of_sequence_is_looked_for_among_generated_tokens_only(model):
@@ -127,7 +229,15 @@ def test_top_k_of_one_is_argmax(model):
 
 @pytest.mark.parametrize(
     "field,value",
-    [("gen_length", 0), ("block_length", 0), ("steps", -1), ("temperature", -0.1), ("top_p", 0.0), ("rule", "best")],
+    [
+        ("gen_length", 0),
+        ("block_length", 0),
+        ("steps", -1),
+        ("temperature", -0.1),
+        ("top_p", 0.0),
+        ("rule", "best"),
+        ("entropy_bound", -1.0),
+    ],
 )
 def test_refuses_values_out_of_range(field, value):
     with pytest.raises(InputError, match=field):
@@ -151,6 +261,10 @@ def test_refuses_bad_prompts(model):
     assert llada_jax.generate(params, config, [], g).tokens == []
 
 
-def test_schedule_spreads_the_block_over_the_steps():
-    assert accept.schedule(8, 3) == [3, 3, 2]
-    assert accept.schedule(4, 6) == [1, 1, 1, 1, 0, 0]
+def test_refuses_configs_that_cannot_share_a_batch(model):
+    params, config = model
+    one, other = GenerateConfig(gen_length=4), GenerateConfig(gen_length=4, block_length=16)
+    with pytest.raises(InputError, match="block_length: 32 and 16 in one batch"):
+        llada_jax.generate(params, config, [np.arange(3)] * 2, [one, other])
+    with pytest.raises(InputError, match="1 configs for 2 prompts"):
+        llada_jax.generate(params, config, [np.arange(3)] * 2, [one])

@@ -17,10 +17,10 @@ from llada_jax.interop.tokenizer import load_tokenizer
 ROOT = Path(__file__).parent.parent
 
 
-def run(tool, *arguments, timeout=300):
+def run(tool, *arguments, timeout=300, stdin=None):
     env = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
     command = [sys.executable, str(ROOT / "tools" / f"{tool}.py"), *map(str, arguments)]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout, input=stdin)
 
 
 @pytest.fixture(scope="module")
@@ -34,18 +34,22 @@ def checkpoint(tmp_path_factory):
             (source / path.name).write_bytes(path.read_bytes())
     for name, content in byte_tokenizer(508, 511).files.items():
         (source / name).write_bytes(content)
+    (source / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}|{% endfor %}")
     import_checkpoint(str(source), str(folder / "checkpoint"))
     return folder / "checkpoint"
 
 
-def test_generate_a_prompt(checkpoint):
-    done = run("generate", f"--checkpoint={checkpoint}", "--prompt=def f(", "--gen_length=8", "--block_length=4")
+def test_generate_a_prompt_and_draw_how_the_answer_filled(checkpoint, tmp_path):
+    arguments = f"--checkpoint={checkpoint}", "--prompt=def f(", "--gen_length=8", "--block_length=4"
+    done = run("generate", *arguments, "--trajectory", f"--save={tmp_path / 'filled.svg'}")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("def f(") and "tokens per forward" in done.stdout
+    assert done.stdout.startswith("def f(") and "tokens per forward" in done.stdout and "0 commit" in done.stdout
+    assert "block   2" in done.stdout and "steps" in (tmp_path / "filled.svg").read_text()
 
 
-def test_generate_from_jsonl(checkpoint, tmp_path):
+def test_generate_from_jsonl_with_settings_of_each_line(checkpoint, tmp_path):
     prompts = [{"prompt": text, "id": i} for i, text in enumerate(["a", "bb", "ccc"])]
+    prompts[1] |= {"gen_length": 2, "temperature": 0.5, "seed": 3}
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(p) + "\n" for p in prompts))
     output = tmp_path / "out.jsonl"
     arguments = f"--checkpoint={checkpoint}", f"--input={tmp_path / 'in.jsonl'}", "--gen_length=4", "--batch=2"
@@ -54,6 +58,18 @@ def test_generate_from_jsonl(checkpoint, tmp_path):
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert [row["id"] for row in rows] == [0, 1, 2]
     assert all(row["tokens"] <= 4 and row["forward_passes"] >= 1 and isinstance(row["answer"], str) for row in rows)
+    assert rows[1]["tokens"] <= 2
+    for row in rows:
+        assert row["tokens"] == len(row["token_ids"]) == len(row["steps"]) == len(row["confidences"])
+        passes = row["forward_passes"] + row["commit_passes"] + row["prefill_passes"]
+        assert row["tokens_per_forward"] == pytest.approx(row["tokens"] / passes, abs=1e-3)
+
+
+def test_generate_holds_a_conversation(checkpoint):
+    arguments = f"--checkpoint={checkpoint}", "--chat", "--gen_length=4", "--block_length=4"
+    done = run("generate", *arguments, stdin="hello\nagain\n")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("tokens per forward") == 2
 
 
 def test_pack_then_evaluate(checkpoint, tmp_path):
@@ -105,6 +121,9 @@ def test_verify(checkpoint):
         ("generate", ["--checkpoint=CHECKPOINT", "--prompt=x", "--rule=best"], "rule='best'"),
         ("generate", ["--checkpoint=CHECKPOINT", "--prompt=x", "--gen_length=0"], "gen_length=0"),
         ("generate", ["--checkpoint=CHECKPOINT", "--input=/nowhere.jsonl", "--output=/tmp/x"], "/nowhere.jsonl"),
+        ("generate", ["--checkpoint=CHECKPOINT", "--prompt=x", "--save=picture.txt"], "--save=picture.txt"),
+        ("generate", ["--checkpoint=CHECKPOINT", "--prompt=x", "--output=/tmp/x"], "--input"),
+        ("bench", ["decode", "--parts=speed"], "--parts=speed"),
         ("evaluate", ["--checkpoint=CHECKPOINT", "--data=/nowhere"], "/nowhere"),
         ("evaluate", ["--checkpoint=CHECKPOINT", "--data=x", "--task=mmlu"], "mmlu"),
         ("evaluate", ["--checkpoint=CHECKPOINT", "--data=x", "--task=preference"], "--task=preference needs one"),

@@ -1,13 +1,26 @@
 """Answers prompts by block diffusion.
 
-python tools/generate.py --checkpoint=DIR --prompt=TEXT
+python tools/generate.py --checkpoint=DIR --prompt=TEXT [--trajectory [--save=FILE.png]]
+python tools/generate.py --checkpoint=DIR --chat
 python tools/generate.py --checkpoint=DIR --input=prompts.jsonl --output=answers.jsonl
 
-An input line is {"prompt": TEXT} or {"messages": [{"role": ..., "content": ...}, ...]}; its answer line adds "answer",
-"tokens" and "forward_passes". DIR: a converted checkpoint, a training step, or a workdir (its newest good step).
+Text is printed as its blocks are finished. --chat alone holds a conversation; with --prompt it puts the prompt into the
+checkpoint's chat template. --trajectory shows how the answer filled: a line for each block, every token coloured by the
+step that wrote it; --save draws that as a picture (pip install -e '.[plot]').
+
+An input line is {"prompt": TEXT} or {"messages": [{"role": ..., "content": ...}, ...]}, and may set "seed" and any of
+"gen_length", "steps", "threshold", "temperature", "top_k", "top_p", "eos_early_stop", "editing_threshold",
+"max_post_steps", "entropy_bound" for itself. Its answer line adds "answer", "tokens", "forward_passes",
+"commit_passes", "prefill_passes", "tokens_per_forward", "positions_evaluated" and, for each token, its "token_ids",
+and the "steps" of its block and "confidences" at which it was written. Requests are batched continuously: --batch of
+them are decoded together, and the next one takes the place of the first that ends. DIR: a converted checkpoint, a
+training step, or a workdir (its newest good step).
 """
 
-import time
+import dataclasses
+import importlib.util
+import sys
+from pathlib import Path
 
 from absl import flags
 
@@ -18,62 +31,179 @@ from llada_jax.sampling import flags as decoding
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of the checkpoint or workdir.")
 _PROMPT = flags.DEFINE_string("prompt", None, "Text to continue.")
-_CHAT = flags.DEFINE_bool("chat", False, "Put --prompt into the checkpoint's chat template, as the user's turn.")
+_CHAT = flags.DEFINE_bool("chat", False, "Talk; or with --prompt, put it into the chat template as the user's turn.")
 _INPUT = flags.DEFINE_string("input", None, "JSONL file of prompts.")
 _OUTPUT = flags.DEFINE_string("output", None, "JSONL file of answers, for --input.")
 decoding.define(gen_length=128)
-_BATCH = flags.DEFINE_integer("batch", 8, "Prompts decoded together.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of the draws at temperature > 0.")
+_BATCH = flags.DEFINE_integer("batch", 8, "Prompts decoded together.", lower_bound=1)
+_SEED = flags.DEFINE_integer("seed", 0, "Of the draws at temperature > 0.", lower_bound=0)
+_TRAJECTORY = flags.DEFINE_bool("trajectory", False, "Show how the answer filled.")
+_SAVE = flags.DEFINE_string("save", None, "Picture of the trajectory, .svg or .png.")
+
+PER_REQUEST = (
+    "gen_length", "steps", "threshold", "temperature", "top_k", "top_p", "eos_early_stop", "editing_threshold",
+    "max_post_steps", "entropy_bound",
+)  # fmt: skip
 
 
 def main(argv) -> None:
     del argv
-    if not _CHECKPOINT.value or (_PROMPT.value is None) == (_INPUT.value is None):
-        raise InputError("--checkpoint=DIR and one of --prompt=TEXT and --input=FILE are required; see --help")
-    if _INPUT.value and not _OUTPUT.value:
-        raise InputError("--input needs --output=FILE")
-    rows = [{"prompt": _PROMPT.value}] if _INPUT.value is None else _read_rows(_INPUT.value)
-
-    import jax  # after the flags are right: it takes seconds
-
-    from llada_jax.sampling.generate import generate
-    from llada_jax.training.checkpoint import load_checkpoint
+    conversation = _CHAT.value and _PROMPT.value is None and _INPUT.value is None
+    if not _CHECKPOINT.value or (_PROMPT.value is not None) + (_INPUT.value is not None) + conversation != 1:
+        raise InputError("--checkpoint=DIR and one of --prompt=TEXT, --input=FILE and --chat are required; see --help")
+    if bool(_INPUT.value) != bool(_OUTPUT.value):
+        raise InputError("--input needs --output=FILE, and only --input has one")
+    if (_TRAJECTORY.value or _SAVE.value) and _INPUT.value:
+        raise InputError("--trajectory and --save show one answer: use --prompt")
+    if _SAVE.value and Path(_SAVE.value).suffix not in (".svg", ".png"):
+        raise InputError(f"--save={_SAVE.value}, expected .svg or .png")
+    if _SAVE.value and importlib.util.find_spec("matplotlib") is None:
+        raise InputError("--save: matplotlib is not installed; pip install 'llada_jax[plot]'")
+    rows = _read_rows(_INPUT.value) if _INPUT.value else None
 
     config = decoding.generate_config()
+    configs = None if rows is None else [_config_of(config, place, row) for place, row in rows]
+
+    from llada_jax.training.checkpoint import load_checkpoint  # after the flags are right: jax takes seconds
+
     model = load_checkpoint(_CHECKPOINT.value)
     if model.tokenizer is None:
         raise InputError(f"{_CHECKPOINT.value}: no tokenizer")
-    prompts = [model.tokenizer.encode(_text(row, model.tokenizer)) for row in rows]
-    for start in range(0, len(rows), _BATCH.value):
-        part = prompts[start : start + _BATCH.value]
-        begin = time.perf_counter()
-        key = jax.random.fold_in(jax.random.key(_SEED.value), start)
-        out = generate(model.params, model.config, part, config, key)
-        seconds = time.perf_counter() - begin
-        for row, tokens, passes in zip(rows[start:], out.tokens, out.forward_passes, strict=False):
-            row["answer"] = model.tokenizer.decode(tokens, skip_special_tokens=True)
-            row["tokens"], row["forward_passes"] = len(tokens), int(passes)
-        if _INPUT.value:
-            print(f"{min(start + len(part), len(rows))}/{len(rows)} prompts, {seconds:.1f} s for the last {len(part)}")
-    if _INPUT.value:
-        jsonl.write_values(_OUTPUT.value, rows)
+    if rows is not None:
+        _answer_file(model, [row for _, row in rows], configs)
+    elif conversation:
+        _converse(model, config)
     else:
-        row = rows[0]
-        print(row["prompt"] + row["answer"])
-        tokens, passes = row["tokens"], row["forward_passes"]
-        print(f"\n[{tokens} tokens in {passes} forward passes: {tokens / max(passes, 1):.2f} tokens per forward]")
+        row = {"prompt": _PROMPT.value}
+        print(_PROMPT.value, end="", flush=True)
+        _answer_one(model, _text(row, model.tokenizer), config)
 
 
-def _read_rows(path: str) -> list[dict]:
+def _answer_file(model, rows: list[dict], configs) -> None:
+    import numpy as np
+
+    from llada_jax.sampling.batching import Request, Usage, serve
+    from llada_jax.sampling.generate import prefill_execution
+
+    prompts = [np.array(model.tokenizer.encode(_text(row, model.tokenizer)), np.int32) for row in rows]
+    count = len(rows)
+    seeds = [row.get("seed", _SEED.value * count + index) for index, row in enumerate(rows)]
+    requests = [Request(*request) for request in zip(prompts, configs, seeds, strict=True)]
+    longest = max(len(prompt) + config.gen_length for prompt, config in zip(prompts, configs, strict=True))
+    usage, done = Usage(), 0
+    batch = min(_BATCH.value, count)
+    execution = prefill_execution(max(map(len, prompts)))
+    answers = serve(
+        model.params, model.config, requests, batch, longest, model.tokenizer, execution=execution, usage=usage
+    )
+    for answer in answers:
+        rows[answer.index] |= _record(answer)
+        done += 1
+        if done % batch == 0 or done == count:
+            print(f"{done}/{count} prompts, {usage.busy:.0%} of {batch} rows busy", flush=True)
+    jsonl.write_values(_OUTPUT.value, rows)
+
+
+def _record(answer) -> dict:
+    """What an answer line adds."""
+    return {
+        "answer": answer.text,
+        "tokens": len(answer.tokens),
+        "forward_passes": answer.forward_passes,
+        "commit_passes": answer.commit_passes,
+        "prefill_passes": answer.prefill_passes,
+        "tokens_per_forward": round(answer.tokens_per_forward, 4),
+        "positions_evaluated": answer.positions_evaluated,
+        "token_ids": answer.tokens.tolist(),
+        "steps": answer.steps.tolist(),
+        "confidences": [round(float(p), 4) for p in answer.confidence],
+    }
+
+
+def _answer_one(model, prompt: str, config):
+    """Prints the answer as its blocks are finished, and what was asked for about it; returns it."""
+    import numpy as np
+
+    from llada_jax.sampling.batching import Request, serve
+    from llada_jax.sampling.generate import prefill_execution
+
+    ids = np.array(model.tokenizer.encode(prompt), np.int32)
+    known, printed = [], ""
+
+    def print_new(_, tokens):
+        nonlocal printed
+        known.extend(tokens.tolist())
+        text = model.tokenizer.decode(known, skip_special_tokens=True)
+        if not text.endswith("\ufffd"):  # a character whose bytes have not all come yet
+            print(text[len(printed) :], end="", flush=True)
+            printed = text
+
+    # The length is rounded up, so that a conversation compiles few programs.
+    length = 1 << (len(ids) + config.gen_length - 1).bit_length()
+    request = Request(ids, config, _SEED.value)
+    (answer,) = serve(
+        model.params, model.config, [request], 1, length, model.tokenizer, admit_every=4,
+        execution=prefill_execution(len(ids)), on_tokens=print_new,
+    )  # fmt: skip
+    print(answer.text[len(printed) :])
+    passes = answer.forward_passes + answer.commit_passes + answer.prefill_passes
+    print(
+        f"\n[{len(answer.tokens)} tokens in {passes} forward passes: {answer.prefill_passes} prefill, "
+        f"{answer.forward_passes} denoising, {answer.commit_passes} commit; "
+        f"{answer.tokens_per_forward:.2f} tokens per forward, {answer.positions_evaluated} positions evaluated]"
+    )
+    if (_TRAJECTORY.value or _SAVE.value) and len(answer.tokens):
+        _show(model, len(ids), answer, config)
+    return answer
+
+
+def _show(model, prompt_length: int, answer, config) -> None:
+    import rich
+
+    from llada_jax.sampling import trajectory
+
+    pieces = [model.tokenizer.decode([token]) for token in answer.tokens]
+    spans = trajectory.blocks(prompt_length, answer.tokens, config.block_length)
+    if _TRAJECTORY.value:
+        rich.print(trajectory.terminal(pieces, answer.steps, spans))
+    if _SAVE.value:
+        trajectory.draw(pieces, answer.steps, answer.confidence, spans, _SAVE.value)
+        print(_SAVE.value)
+
+
+def _converse(model, config) -> None:
+    """Turns of a conversation from the terminal, until its end (Ctrl-D) or an empty line."""
+    messages = []
+    while True:
+        print("> " if sys.stdin.isatty() else "", end="", flush=True)
+        if not (line := sys.stdin.readline()).strip():
+            return
+        messages.append({"role": "user", "content": line.strip()})
+        answer = _answer_one(model, model.tokenizer.apply_chat_template(messages), config)
+        messages.append({"role": "assistant", "content": answer.text})
+
+
+def _read_rows(path: str) -> list[tuple[str, dict]]:
     rows = []
     for place, row in jsonl.read_values(path):
         known = isinstance(row, dict) and (isinstance(row.get("prompt"), str) or isinstance(row.get("messages"), list))
         if not known:
             raise InputError(f'{place}: expected "prompt" (text) or "messages" (list)')
-        rows.append(row)
+        seed = row.get("seed", 0)
+        if not isinstance(seed, int) or not 0 <= seed < 2**32:
+            raise InputError(f"{place}: seed={seed!r}, expected an integer in [0, 2^32)")
+        rows.append((place, row))
     if not rows:
         raise InputError(f"{path}: no prompts")
     return rows
+
+
+def _config_of(config, place: str, row: dict):
+    """The flags' config with what the row sets for itself."""
+    try:
+        return dataclasses.replace(config, **{name: row[name] for name in PER_REQUEST if name in row})
+    except (InputError, TypeError) as error:
+        raise InputError(f"{place}: {error}") from error
 
 
 def _text(row: dict, tokenizer) -> str:

@@ -3,6 +3,10 @@
 The weights are recomputed from the saved log-sum. Gradients of keys and values gather in fast memory, float32 for all
 keys of one row and one key/value head, and leave it when the row ends; that of queries gathers per query tile. So each
 tile is visited once (five matrix products), and nothing larger than the gradients is ever written.
+
+Fast memory bounds the keys of a row, at head_dim 64 and 128 alike (a register has 128 lanes): 44 thousand on v5p and
+tpu7x, 109 thousand on v5e and v6e. Longer rows go in equal parts (`key_parts`): the kernel runs once for each part of
+the keys, and the gradients of queries, float32, are added up between the runs.
 """
 
 import functools
@@ -12,33 +16,51 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from llada_jax.attention.kernel_walk import AHEAD, RING, Step, Walk, dot, launch
-from llada_jax.attention.plan import Plan
+from llada_jax.attention.kernel_walk import AHEAD, FOR_SPILLS, RING, Step, Walk, dot, launch, scratch_bytes
+from llada_jax.attention.plan import Plan, part_chunks
+from llada_jax.attention.tiles import Tiles
 
 
-def backward(query, key, value, cotangent, statistics, plan: Plan, interpret=False):
+def key_parts(num_noisy: int, num_keys: int, tiles: Tiles, group: int, head_dim: int) -> int:
+    """In how many parts the keys of a row must go, so that their gradients fit the fast memory of the chip at hand."""
+    room = pltpu.get_tpu_info().vmem_capacity_bytes - FOR_SPILLS
+    parts = 1
+    while True:
+        chunks = sum(part_chunks(num_noisy, num_keys, tiles.chunk, parts))
+        scratch = _scratch(tiles, group * tiles.queries, chunks, head_dim, jnp.float32, jnp.float32)
+        if scratch_bytes(scratch) <= room:
+            return parts
+        parts += 1
+
+
+def _scratch(tiles: Tiles, rows: int, chunks_per_row: int, head_dim: int, dtype, d_query_dtype) -> list:
+    chunks, chunk = tiles.backward, tiles.chunk
+    return [
+        pltpu.VMEM((RING, rows, head_dim), dtype),
+        pltpu.VMEM((RING, rows, head_dim), dtype),
+        pltpu.VMEM((RING, 2, rows), jnp.float32),
+        pltpu.VMEM((RING, 4, tiles.queries), jnp.int32),
+        pltpu.VMEM((RING, chunks, chunk, head_dim), dtype),
+        pltpu.VMEM((RING, chunks, chunk, head_dim), dtype),
+        pltpu.VMEM((2, rows, head_dim), d_query_dtype),
+        pltpu.VMEM((head_dim, rows), jnp.float32),
+        pltpu.VMEM((chunks_per_row, chunk, head_dim), jnp.float32),
+        pltpu.VMEM((chunks_per_row, chunk, head_dim), jnp.float32),
+    ]
+
+
+def backward(query, key, value, cotangent, statistics, plan: Plan, d_query_dtype, interpret=False):
     """Gradients of (scaled query, key, value), each like its operand; key's and value's are float32.
 
     query, key, value as in the forward kernel; cotangent [kv_heads, query tiles, rows, head_dim]; statistics [kv_heads,
     query tiles, 2, rows] float32: the forward kernel's log-sums and the sums of output * cotangent over head_dim.
-    The gradient is that of exp2: the caller multiplies by what log2(e) / sqrt(head_dim) asks for.
+    The gradient is that of exp2: the caller multiplies by what log2(e) / sqrt(head_dim) asks for. Raises InputError
+    when the gradients of all the plan's keys do not fit fast memory: key and value are then to come in parts.
     """
     _, num_tiles, rows, head_dim = query.shape
-    chunks, chunk = plan.tiles.backward, plan.tiles.chunk
-    scratch = [
-        pltpu.VMEM((RING, rows, head_dim), query.dtype),
-        pltpu.VMEM((RING, rows, head_dim), cotangent.dtype),
-        pltpu.VMEM((RING, 2, rows), jnp.float32),
-        pltpu.VMEM((RING, 4, plan.tiles.queries), jnp.int32),
-        pltpu.VMEM((RING, chunks, chunk, head_dim), key.dtype),
-        pltpu.VMEM((RING, chunks, chunk, head_dim), value.dtype),
-        pltpu.VMEM((2, rows, head_dim), query.dtype),
-        pltpu.VMEM((head_dim, rows), jnp.float32),
-        pltpu.VMEM((plan.chunks_per_row, chunk, head_dim), jnp.float32),
-        pltpu.VMEM((plan.chunks_per_row, chunk, head_dim), jnp.float32),
-    ]
+    scratch = _scratch(plan.tiles, rows, plan.chunks_per_row, head_dim, query.dtype, d_query_dtype)
     results = [
-        pltpu.HBM(query.shape, query.dtype),
+        pltpu.HBM(query.shape, d_query_dtype),
         pltpu.HBM(key.shape, jnp.float32),
         pltpu.HBM(value.shape, jnp.float32),
     ]

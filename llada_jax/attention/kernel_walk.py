@@ -20,6 +20,8 @@ from llada_jax.errors import InputError
 # A step's copies start this many steps ahead of it, into a ring of one more buffers.
 AHEAD = 3
 RING = AHEAD + 1
+# Bytes of fast memory for what the compiler spills.
+FOR_SPILLS = 16 << 20
 # Of a score that the mask hides: finite, so that a row with nothing visible yet has finite differences.
 HIDDEN = -1e30
 
@@ -142,19 +144,23 @@ def launch(kernel, name, steps, runs, operands, results, scratch, semaphores, in
     )(steps, runs, *operands)
 
 
-def _compiler_params(scratch, interpret):
-    """Key/value heads are shared out to the cores; raises InputError when the scratch does not fit fast memory."""
+def scratch_bytes(scratch) -> int:
+    """Of fast memory; the last axis of a buffer takes whole registers of 128 lanes."""
 
     def size(buffer):
         *major, lanes = buffer.shape
         return math.prod(major) * -(-lanes // 128) * 128 * jnp.dtype(buffer.dtype).itemsize
 
-    needed = sum(map(size, scratch))
-    limit = needed + (16 << 20)  # for what the compiler spills
+    return sum(map(size, scratch))
+
+
+def _compiler_params(scratch, interpret):
+    """Key/value heads are shared out to the cores; raises InputError when the scratch does not fit fast memory."""
+    limit = scratch_bytes(scratch) + FOR_SPILLS
     if not interpret and limit > (capacity := pltpu.get_tpu_info().vmem_capacity_bytes):
         raise InputError(
-            f"attention='kernel': the gradients of a row's keys need {needed >> 20} MiB of fast memory, the chip has "
-            f"{capacity >> 20} (16 are kept free); shorten the rows or use attention='blockwise'"
+            f"attention='kernel': the gradients of a row's keys need {limit >> 20} MiB of fast memory, the chip has "
+            f"{capacity >> 20}; make_plan must be told to go in parts"
         )
     # Addresses are right by construction (interpret mode raises otherwise); checks would split every block of copies.
     return pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=limit, disable_bounds_checks=True)

@@ -26,14 +26,17 @@ class Plan:
 
     runs [(query tiles + 1) * COLUMNS] int32; a last, empty tile, of row `batch`, ends the list. bounds [query tiles,
     4, tile] int32: noisy start, noisy end, clean start, clean end of each query, half-open, in keys of the row with
-    each half padded to whole chunks. forward_steps, backward_steps [1] int32: steps in all. Under a mesh the arrays
-    are concatenations of what each shard of the batch planned for its own rows.
+    each half padded to whole chunks. forward_steps, backward_steps [1] int32: steps in all. parts: where the gradients
+    of all keys do not fit fast memory at once, a plan of the same queries for each part of the keys, equally large ones
+    of some noisy and some clean keys, for the backward pass. Under a mesh the arrays are concatenations of what each
+    shard of the batch planned for its own rows.
     """
 
     runs: jax.Array
     bounds: jax.Array
     forward_steps: jax.Array
     backward_steps: jax.Array
+    parts: tuple["Plan", ...]
     tiles: Tiles = flax.struct.field(pytree_node=False)
     num_queries: int = flax.struct.field(pytree_node=False)
     num_keys: int = flax.struct.field(pytree_node=False)
@@ -52,8 +55,8 @@ class Plan:
         return self.noisy_chunks - (-(self.num_keys - self.num_noisy) // self.tiles.chunk)
 
 
-def make_plan(visibility: Visibility, num_keys: int, tiles: Tiles) -> Plan:
-    """Plan of visibility [batch, queries] over num_keys keys, noisy ones first."""
+def make_plan(visibility: Visibility, num_keys: int, tiles: Tiles, parts: int = 1) -> Plan:
+    """Plan of visibility [batch, queries] over num_keys keys, noisy ones first; in how many parts to go backward."""
     batch, queries = visibility.clean_start.shape
     noisy_chunks = -(-visibility.num_noisy // tiles.chunk)
     padding = -queries % tiles.queries
@@ -97,11 +100,36 @@ def make_plan(visibility: Visibility, num_keys: int, tiles: Tiles) -> Plan:
         bounds=jnp.stack([*noisy, *clean], axis=2).reshape(-1, 4, tiles.queries),
         forward_steps=steps(tiles.forward),
         backward_steps=steps(tiles.backward),
+        parts=_parts(visibility, num_keys, tiles, parts) if parts > 1 else (),
         tiles=tiles,
         num_queries=queries,
         num_keys=num_keys,
         num_noisy=visibility.num_noisy,
     )
+
+
+def part_chunks(num_noisy: int, num_keys: int, chunk: int, parts: int) -> tuple[int, int]:
+    """Noisy and clean chunks in each of so many equal parts of the keys."""
+    return tuple(-(-size // (chunk * parts)) for size in (num_noisy, num_keys - num_noisy))
+
+
+def _parts(visibility: Visibility, num_keys: int, tiles: Tiles, parts: int) -> tuple[Plan, ...]:
+    noisy, clean = (n * tiles.chunk for n in part_chunks(visibility.num_noisy, num_keys, tiles.chunk, parts))
+    # Parts are as large as padded keys: ends beyond the keys that there are must not reach into the padding.
+    noisy_end = jnp.minimum(visibility.noisy_end, visibility.num_noisy)
+    clean_end = jnp.minimum(visibility.clean_end, num_keys - visibility.num_noisy)
+
+    def part(i):
+        seen = Visibility(
+            clean_start=visibility.clean_start - i * clean,
+            clean_end=clean_end - i * clean,
+            noisy_start=visibility.noisy_start - i * noisy,
+            noisy_end=noisy_end - i * noisy,
+            num_noisy=noisy,
+        )
+        return make_plan(seen, noisy + clean, tiles)
+
+    return tuple(map(part, range(parts)))
 
 
 def _run(start, end, chunk):

@@ -1,10 +1,20 @@
-"""Tile sizes of the attention kernel: a checked-in table, never a flag and never tuned at run time."""
+"""Tile sizes of the attention kernel: a checked-in table, never a flag and never tuned at run time.
+
+The table is tiles.json beside this file, an entry for each chip, head size and kind of row; tools/tune_tiles.py fills
+it, and writes beside each choice what it costs.
+"""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import jax
 
 from llada_jax.errors import InputError
+
+TABLE = Path(__file__).with_name("tiles.json")
+# Kinds of rows, and the most query positions of each: a block or two against a cache, or a whole row.
+SHAPES = {"decode": 64, "row": None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,20 +31,41 @@ class Tiles:
     chunk: int = 128
 
 
-# Rows of a query tile (heads of the group x positions) that fill the matrix units.
-ROWS = 512
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A row of the table. rows: of a query tile, heads of the group x positions; the others are as in Tiles.
 
-# (device kind, head_dim) -> chunks of a (forward, backward) step, by compiler-estimated cycles at 512 rows.
-STEPS = {
-    ("TPU v5 lite", 64): (4, 4),
-    ("TPU v5 lite", 128): (4, 2),
-    ("TPU v5", 64): (4, 4),
-    ("TPU v5", 128): (4, 2),
-    ("TPU v6 lite", 64): (4, 4),
-    ("TPU v6 lite", 128): (8, 4),
-    ("TPU7x", 64): (4, 4),
-    ("TPU7x", 128): (4, 4),
-}
+    cost: what the tool found, {"unit": "cycles" of the compiler's estimate or "seconds" of a device, a number for each
+    pass}; None where the choice was made by hand.
+    """
+
+    device_kind: str
+    head_dim: int
+    shape: str
+    rows: int
+    forward: int
+    backward: int
+    chunk: int
+    cost: dict | None = None
+
+    @property
+    def key(self) -> tuple[str, int, str]:
+        return self.device_kind, self.head_dim, self.shape
+
+
+def read_table(path: Path = TABLE) -> dict[tuple[str, int, str], Entry]:
+    """{(device kind, head_dim, shape): Entry}."""
+    entries = [Entry(**entry) for entry in json.loads(path.read_text())]
+    return {entry.key: entry for entry in entries}
+
+
+def write_table(entries: dict[tuple[str, int, str], Entry], path: Path = TABLE) -> None:
+    """An entry a line, sorted: a change is a line of a diff."""
+    lines = [json.dumps(dataclasses.asdict(entries[key])) for key in sorted(entries)]
+    path.write_text("[\n" + ",\n".join(lines) + "\n]\n")
+
+
+ENTRIES = read_table()
 
 
 def device_kind() -> str:
@@ -48,14 +79,19 @@ def tiles_for(kind: str, head_dim: int, group: int, queries: int) -> Tiles:
 
     Raises InputError when the table has no such device or head_dim.
     """
-    if (kind, head_dim) not in STEPS:
-        known = ", ".join(sorted({f"{kind} (head_dim {dim})" for kind, dim in STEPS}))
+    shape = next(name for name, most in SHAPES.items() if most is None or queries <= most)
+    if (kind, head_dim, shape) not in ENTRIES:
+        known = ", ".join(sorted({f"{kind} (head_dim {dim})" for kind, dim, _ in ENTRIES}))
         raise InputError(
             f"attention='kernel': no tile sizes for {kind} with head_dim {head_dim}, only for {known}; "
             "elsewhere use attention='blockwise'"
         )
-    forward, backward = STEPS[kind, head_dim]
+    return cut(ENTRIES[kind, head_dim, shape], group, queries)
+
+
+def cut(entry: Entry, group: int, queries: int) -> Tiles:
+    """The tiles of an entry for a group and a number of query positions."""
     # Whole registers of positions where possible: the mask of a tile is then made once for all heads of the group.
-    unit = 128 if ROWS // group >= 128 else 32
-    fitting = max(unit, ROWS // group // unit * unit)
-    return Tiles(queries=min(fitting, -(-queries // 32) * 32), forward=forward, backward=backward)
+    unit = 128 if entry.rows // group >= 128 else 32
+    fitting = max(unit, entry.rows // group // unit * unit)
+    return Tiles(min(fitting, -(-queries // 32) * 32), entry.forward, entry.backward, entry.chunk)

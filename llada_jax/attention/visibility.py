@@ -122,6 +122,25 @@ def window(starts: jax.Array, block_size: int) -> Visibility:
     return Visibility(zeros, zeros + starts[:, None], zeros, zeros + block_size, num_noisy=block_size)
 
 
+def two_block_window(starts: jax.Array, block_size: int, in_cache: jax.Array) -> Visibility:
+    """Decoding with a commit: the queries are the finished block before `starts` and the block at `starts`.
+
+    starts [batch] int32; in_cache [batch] bool: the finished block is in the cache already, else the second block sees
+    it among the window's own keys. B = 2, cached | window:
+
+            not in cache       in cache
+        q\\k  ..c | p p n n    ..c p p | p p n n
+        p     x x   x x . .    x x . .   x x . .
+        n     x x   x x x x    x x x x   . . x x
+    """
+    second = jnp.arange(2 * block_size)[None] >= block_size
+    before = jnp.maximum(starts - block_size, 0)
+    clean_end = jnp.where(second & in_cache[:, None], starts[:, None], before[:, None])
+    noisy_start = jnp.where(second & in_cache[:, None], block_size, 0)
+    noisy_end = jnp.where(second, 2 * block_size, block_size) + jnp.zeros_like(clean_end)
+    return Visibility(jnp.zeros_like(clean_end), clean_end, noisy_start, noisy_end, num_noisy=2 * block_size)
+
+
 def dense_mask(visibility: Visibility, num_keys: int) -> jax.Array:
     """The mask as bool [batch, queries, num_keys]; for the dense oracle, pictures and tests."""
     key = jnp.arange(num_keys)

@@ -5,19 +5,24 @@ training: the forward pass saves what the backward pass needs (dense attention s
 again: a matrix for every layer does not fit). Each program is compiled once for a length; the tiles are
 then counted on 16 fixed rows of packed documents, and cycles are those of the 16 rows on one device's busiest
 TensorCore. Tile lists are built once per training step and are not in the numbers.
+
+The pass "decode" is another program, of our kernel only: 16 rows denoise a block each, against caches of `length` that
+are filled to different shares (bench/rows.py).
 """
 
 import dataclasses
 import importlib.util
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from llada_jax.attention.dense import dense_attention
-from llada_jax.attention.tiles import tiles_for
+from llada_jax.attention.tiles import Tiles, tiles_for
 from llada_jax.attention.visibility import Visibility, block_diffusion, layout
 from llada_jax.bench import kernel, rows
+from llada_jax.bench.bars import bars
 from llada_jax.errors import InputError
 from llada_jax.pod.aot import Program, compile_program
 from llada_jax.pod.chips import Chip, parse_topology
@@ -25,9 +30,10 @@ from llada_jax.pod.hlo_cycles import xla_cycles
 from llada_jax.pod.schedule_reader import Kernel, region_costs
 
 IMPLEMENTATIONS = ("llada", "splash_static", "splash_tiles", "dense")
-PASSES = ("forward", "backward", "both")
+PASSES = ("forward", "backward", "both", "decode")
 BLOCK_SIZE, HEADS, KV_HEADS, HEAD_DIM = 32, 16, 4, 128
-_MACS_PER_PAIR = {"forward": 2 * HEAD_DIM, "backward": 5 * HEAD_DIM}  # the backward pass computes the scores again
+# The backward pass computes the scores again.
+_MACS_PER_PAIR = {"forward": 2 * HEAD_DIM, "backward": 5 * HEAD_DIM, "decode": 2 * HEAD_DIM}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +50,13 @@ class Class:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """A pass over the 16 rows. `tiles` counts all cores and heads; `peak_share` only pairs that the mask needs."""
+    """A pass over the 16 rows. `tiles` counts all cores and heads; `peak_share` only pairs that the mask needs.
+
+    tile_pairs: the query-key pairs of a tile, of each pass.
+    """
 
     tiles: dict[str, int]
+    tile_pairs: dict[str, int]
     classes: dict[str, Class]
     cycles: float
     peak_share: float
@@ -63,9 +73,14 @@ def check_implementations(names) -> None:
             raise InputError(f"--implementations={name}: tokamax is not installed; pip install 'llada_jax[bench]'")
 
 
-def program(implementation: str, direction: str, length: int):
-    """The function that is compiled for a pass, and its abstract arguments; called in the compiler's own process."""
-    attend, arrays, mask = _program(implementation, length)
+def program(implementation: str, direction: str, length: int, head_dim: int = HEAD_DIM, tiles: dict | None = None):
+    """The function that is compiled for a pass, and its abstract arguments; called in the compiler's own process.
+
+    tiles: what our kernel is to use instead of the table's, as a dict.
+    """
+    attend, arrays, mask = _program(implementation, length, head_dim, tiles, direction == "decode")
+    if direction == "decode":
+        return lambda arrays, mask: attend(*arrays, mask), (arrays, mask)
 
     def forward(arrays, mask):
         return jax.vjp(lambda q, k, v: attend(q, k, v, mask), *arrays)
@@ -87,15 +102,15 @@ def program(implementation: str, direction: str, length: int):
     return both, (arrays, mask, out)
 
 
-def costs(implementation: str, length: int, means, passes, topology: str) -> dict[tuple[int, str], Cost]:
-    """{(mean document length, pass): Cost}. Compiles a program for each pass, whatever the means."""
+def costs(implementation: str, length: int, means, passes, topology: str) -> Iterator[tuple[int, str, Cost]]:
+    """(mean document length, pass, Cost) of all, a pass at a time. Compiles a program for each, whatever the means."""
     chip = parse_topology(topology).chip
-    compiled = {name: _compile(implementation, name, length, topology) for name in passes}
-    return {
-        (mean, name): _cost(implementation, name, length, mean, compiled[name], chip)
-        for mean in means
-        for name in passes
-    }
+    for name in passes:
+        if name == "decode" and implementation != "llada":
+            continue
+        compiled = _compile(implementation, name, length, topology)
+        for mean in (0,) if name == "decode" else means:
+            yield mean, name, _cost(implementation, name, length, mean, compiled, chip)
 
 
 def needed_pairs(segments: np.ndarray, block_size: int) -> int:
@@ -112,15 +127,15 @@ def _compile(implementation: str, direction: str, length: int, topology: str) ->
     return compile_program("llada_jax.bench.attention:program", arguments, topology, schedules)
 
 
-def _program(implementation: str, length: int):
+def _program(implementation: str, length: int, head_dim: int, tiles: dict | None, decode: bool):
     """(attend(query, key, value, mask), abstract query, key and value, abstract mask) of one row."""
     if implementation == "dense":
-        q, k = (jax.ShapeDtypeStruct((1, 2 * length, heads, HEAD_DIM), jnp.bfloat16) for heads in (HEADS, KV_HEADS))
+        q, k = (jax.ShapeDtypeStruct((1, 2 * length, heads, head_dim), jnp.bfloat16) for heads in (HEADS, KV_HEADS))
         bound = jax.ShapeDtypeStruct((1, 2 * length), jnp.int32)
         return dense_attention, (q, k, k), Visibility(bound, bound, bound, bound, num_noisy=length)
-    shape = length, HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE
+    shape = length, HEADS, KV_HEADS, head_dim, BLOCK_SIZE
     if implementation == "llada":
-        return kernel.program(*shape)
+        return kernel.program(*shape, Tiles(**tiles) if tiles else None, decode)
     return _splash().program(*shape, static=implementation == "splash_static")
 
 
@@ -130,38 +145,51 @@ def _splash():
     return splash
 
 
-def _walks(implementation: str, length: int, mean: int, chip: Chip) -> list[dict[str, rows.Walk]]:
-    """{"forward", "backward": Walk} of each row."""
-    if implementation == "llada":
-        module = kernel
-        tiles = tiles_for(chip.device_kind, HEAD_DIM, HEADS // KV_HEADS, 2 * length)
-        make = jax.jit(lambda segments: kernel.plan(segments, BLOCK_SIZE, tiles))
+def kernel_walks(direction: str, length: int, mean: int, head_dim: int, tiles: Tiles) -> list[rows.Walk]:
+    """Of our kernel: a walk for each row, or the only one of a decoding batch."""
+    if direction == "decode":
+        plans = [kernel.decoding_plan(jnp.asarray(rows.cached(length)), length, BLOCK_SIZE, tiles)]
     else:
-        module, static = _splash(), implementation == "splash_static"
-        make = jax.jit(lambda segments: module.tile_lists(length, BLOCK_SIZE, segments, static, module.TILE))
+        plans = [kernel.plan(segments, BLOCK_SIZE, tiles) for segments in rows.segment_ids(length, mean)]
+    direction = "backward" if direction == "backward" else "forward"
+    return [kernel.walk(plan, direction, HEADS, KV_HEADS, head_dim) for plan in plans]
+
+
+def _walks(implementation: str, direction: str, length: int, mean: int, chip: Chip) -> list[rows.Walk]:
+    if implementation == "llada":
+        queries = BLOCK_SIZE if direction == "decode" else 2 * length
+        tiles = tiles_for(chip.device_kind, HEAD_DIM, HEADS // KV_HEADS, queries)
+        return kernel_walks(direction, length, mean, HEAD_DIM, tiles)
+    splash, static = _splash(), implementation == "splash_static"
+    make = jax.jit(lambda segments: splash.tile_lists(length, BLOCK_SIZE, segments, static, splash.TILE))
     plans = [make(segments) for segments in rows.segment_ids(length, mean)]
-    shape = HEADS, KV_HEADS, HEAD_DIM
-    return [{name: module.walk(plan, name, *shape) for name in ("forward", "backward")} for plan in plans]
+    return [splash.walk(plan, direction, HEADS, KV_HEADS, HEAD_DIM) for plan in plans]
 
 
 def _cost(implementation: str, direction: str, length: int, mean: int, compiled: Program, chip: Chip) -> Cost:
-    tiles, classes, dma_bytes = {"full": 0, "partial": 0}, {}, 0
+    tiles, tile_pairs, classes, dma_bytes = {"full": 0, "partial": 0}, {}, {}, 0
     directions = ("forward", "backward") if direction == "both" else (direction,)
     if implementation != "dense":
         regions = (kernel if implementation == "llada" else _splash()).REGIONS
-        walks = _walks(implementation, length, mean, chip)
         for name, schedule in zip(directions, compiled.kernels.values(), strict=True):
-            executed, part = _classes(schedule, [walk[name] for walk in walks], regions[name], chip)
+            walks = _walks(implementation, name, length, mean, chip)
+            executed, part = kernel_classes(schedule, walks, regions[name], chip)
             prefix = f"{name} " if direction == "both" else ""
             classes |= {prefix + region: cost for region, cost in part.items()}
             tiles = {kind: tiles[kind] + executed[kind] for kind in tiles}
-            dma_bytes += sum(walk[name].dma_bytes for walk in walks)
-    classes["xla"] = Class(xla_cycles(compiled.hlo, chip).cycles, 0.0, rows.ROWS)
-    cycles = sum(part.tiles * max(part.bundles, part.mxu_cycles) for part in classes.values())
-    pairs = needed_pairs(rows.segment_ids(length, mean), BLOCK_SIZE)
+            tile_pairs[name] = walks[0].tile_pairs
+            dma_bytes += sum(walk.dma_bytes for walk in walks)
+    # A decoding batch is one program.
+    classes["xla"] = Class(xla_cycles(compiled.hlo, chip).cycles, 0.0, 1 if direction == "decode" else rows.ROWS)
+    cycles = total_cycles(classes)
+    if direction == "decode":
+        pairs = int((rows.cached(length) + BLOCK_SIZE).sum()) * BLOCK_SIZE
+    else:
+        pairs = needed_pairs(rows.segment_ids(length, mean), BLOCK_SIZE)
     macs = pairs * HEADS * sum(_MACS_PER_PAIR[name] for name in directions)
     return Cost(
         tiles=tiles,
+        tile_pairs=tile_pairs,
         classes=classes,
         cycles=cycles,
         peak_share=macs / (cycles * chip.macs_per_cycle * chip.cores_per_device),
@@ -170,7 +198,11 @@ def _cost(implementation: str, direction: str, length: int, mean: int, compiled:
     )
 
 
-def _classes(schedule: Kernel, walks: list[rows.Walk], names, chip: Chip):
+def total_cycles(classes: dict[str, Class]) -> float:
+    return sum(part.tiles * max(part.bundles, part.mxu_cycles) for part in classes.values())
+
+
+def kernel_classes(schedule: Kernel, walks: list[rows.Walk], names, chip: Chip):
     """(times that all cores execute each region, {region: Class} of the busiest core)."""
     # The split axis is of heads or of key/value heads, which two cores divide evenly.
     cores = chip.cores_per_device if schedule.split else 1
@@ -178,3 +210,35 @@ def _classes(schedule: Kernel, walks: list[rows.Walk], names, chip: Chip):
     executed["launch"] = sum(max(walk.launches, cores) for walk in walks)
     found = region_costs(schedule, names).items()
     return executed, {name: Class(cost.bundles, cost.mxu_cycles, executed[name] // cores) for name, cost in found}
+
+
+def table(implementations, lengths, passes, topology_name: str) -> Iterator[dict]:
+    """Prints a line for every cost, as it comes, and yields its values, then the bars that they can be held against.
+
+    Raises InputError on an unknown name.
+    """
+    check_implementations(implementations)
+    topology = parse_topology(topology_name)
+    for field, values, known in (("lengths", lengths, rows.LENGTHS), ("passes", passes, PASSES)):
+        for value in values:
+            if value not in known:
+                raise InputError(f"--{field}={value}, expected some of {', '.join(map(str, known))}")
+    chip = topology.chip
+    print(f"{topology.name}: one device of {chip.cores_per_device} TensorCores at {chip.clock / 1e9:.2f} GHz")
+    print("16 rows, compiler-estimated: Mcycles of the busiest core, share of matrix-unit peak, Mcycles of copies")
+    print("length documents implementation  pass      full tiles  partial  Mcycles  peak  copies temp GiB")
+    found = []
+    for length in lengths:
+        for name in implementations:
+            for mean, direction, cost in costs(name, length, rows.MEANS, passes, topology.name):
+                print(
+                    f"{length:6} {f'mean {mean}' if mean else 'one':9} {name:15} {direction:8} {cost.tiles['full']:11} "
+                    f"{cost.tiles['partial']:8} {cost.cycles / 1e6:8.1f} {cost.peak_share:5.1%} "
+                    f"{cost.dma_cycles / 1e6:7.1f} {cost.temp_bytes / 2**30:6.3f}",
+                    flush=True,
+                )
+                where = {"implementation": name, "length": length, "mean_document": mean, "pass": direction}
+                found.append(where | dataclasses.asdict(cost) | {"topology": topology.name})
+                yield found[-1]
+    for bar in bars(found, HEAD_DIM):
+        print(bar)

@@ -7,11 +7,12 @@ tensor of its own, shards of at most 5 GB whose tensors lie in alphabetical orde
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from llada_jax.interop import hf_config, huggingface
 from llada_jax.interop.export import SHARD_BYTES, shard_name
 from llada_jax.interop.huggingface import source_name, stored_shape
 from llada_jax.model import parameters
-from llada_jax.model.config import ModelConfig
+from llada_jax.model.config import ModelConfig, preset
 from llada_jax.training.checkpoint_stream import slabs
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -140,3 +141,37 @@ def _with_file(path: Path, function: Callable[[int], object]) -> None:
         function(file)
     finally:
         os.close(file)
+
+
+def table(directory: str, layers: int, rounds: int) -> Iterator[dict]:
+    """Measures cp, import and export in turn; prints a line for each and yields its values.
+
+    What it makes in `directory` it removes again.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="bench_convert_", dir=directory))
+    try:
+        source, copied, ours, exported = (folder / name for name in ("source", "copied", "ours", "exported"))
+        size = write_source(source, preset("llada2_mini").replace(num_layers=layers))
+        base = interpreter().peak_bytes
+        print(f"{size / 1e9:.2f} GB, imports alone hold {base / 2**20:.0f} MiB; load average {os.getloadavg()[0]:.1f}")
+        print("round command seconds  MB/s  CPU seconds  MiB above the imports")
+        seconds = {}
+        for number in range(rounds):
+            runs = {"cp": copy(source, copied), "import": import_folder(source, ours)}
+            shutil.rmtree(copied)
+            runs["export"] = export_folder(ours, exported)
+            for name, run in runs.items():
+                above = max(0, run.peak_bytes - base)
+                print(f"{number:5} {name:7} {run.seconds:7.1f} {size / run.seconds / 1e6:5.0f} {run.cpu_seconds:12.1f} "
+                      f"{above / 2**20:22.0f}", flush=True)  # fmt: skip
+                yield {"command": name, "bytes": size, "bytes_above_imports": above} | dataclasses.asdict(run)
+                seconds[name] = min(run.seconds, seconds.get(name, run.seconds))
+            if differing := differences(source, exported):
+                raise AssertionError(f"{differing[0]} and {len(differing) - 1} more tensors have changed")
+            shutil.rmtree(ours)
+            shutil.rmtree(exported)
+        for name in ("import", "export"):
+            print(f"{name}: {seconds['cp'] / seconds[name]:.0%} of the rate of cp (fastest of {rounds} each)")
+        print(f"every tensor came back byte for byte; load average {os.getloadavg()[0]:.1f}")
+    finally:
+        shutil.rmtree(folder)

@@ -1,5 +1,7 @@
 """Our kernel (attention/kernel.py) as the bench sees it."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,28 +9,43 @@ import numpy as np
 from llada_jax.attention.kernel import kernel_attention
 from llada_jax.attention.plan import Plan, make_plan, step_classes
 from llada_jax.attention.tiles import Tiles, device_kind, tiles_for
-from llada_jax.attention.visibility import block_diffusion, layout
-from llada_jax.bench.rows import Walk
+from llada_jax.attention.visibility import block_diffusion, layout, window
+from llada_jax.bench.rows import ROWS, Walk
 
 # The branches of the kernels' loops in program order.
-REGIONS = dict.fromkeys(("forward", "backward"), ("full", "partial", "finish"))
+REGIONS = dict.fromkeys(("forward", "backward", "decode"), ("full", "partial", "finish"))
 
 
+@functools.partial(jax.jit, static_argnames="tiles")
 def plan(segments: jax.Array, block_size: int, tiles: Tiles) -> Plan:
     """Of one row: segments [length] int32."""
     return make_plan(block_diffusion(layout(segments[None], block_size)), 2 * segments.size, tiles)
 
 
-def program(length: int, heads: int, kv_heads: int, head_dim: int, block_size: int):
-    """(attend(query, key, value, plan), abstract query, key and value, abstract plan) of one row."""
-    q, k = (jax.ShapeDtypeStruct((1, 2 * length, n, head_dim), jnp.bfloat16) for n in (heads, kv_heads))
-    tiles = tiles_for(device_kind(), head_dim, heads // kv_heads, 2 * length)
-    segments = jax.ShapeDtypeStruct((length,), jnp.int32)
-    return kernel_attention, (q, k, k), jax.eval_shape(lambda x: plan(x, block_size, tiles), segments)
+def decoding_plan(cached: jax.Array, length: int, block_size: int, tiles: Tiles) -> Plan:
+    """Of a batch that decodes a block a row, cached [rows] int32 positions of `length` filled."""
+    return make_plan(window(cached, block_size), block_size + length, tiles)
+
+
+def program(length: int, heads: int, kv_heads: int, head_dim: int, block_size: int, tiles: Tiles | None, decode: bool):
+    """(attend(query, key, value, plan), abstract query, key, value, abstract plan) of a row, or a decoding batch.
+
+    tiles: None takes the table's.
+    """
+    rows, queries, keys = (ROWS, block_size, block_size + length) if decode else (1, 2 * length, 2 * length)
+    shapes = (queries, heads), (keys, kv_heads), (keys, kv_heads)
+    arrays = tuple(jax.ShapeDtypeStruct((rows, *shape, head_dim), jnp.bfloat16) for shape in shapes)
+    tiles = tiles or tiles_for(device_kind(), head_dim, heads // kv_heads, queries)
+
+    def planned(x):
+        return decoding_plan(x, length, block_size, tiles) if decode else plan(x, block_size, tiles)
+
+    mask = jax.ShapeDtypeStruct((rows if decode else length,), jnp.int32)
+    return kernel_attention, arrays, jax.eval_shape(planned, mask)
 
 
 def walk(row: Plan, direction: str, heads: int, kv_heads: int, head_dim: int) -> Walk:
-    """Counts a pass over the concrete plan of one row."""
+    """Counts a pass ("forward" or "backward") over the concrete plan of a row, or of a batch launched at once."""
     chunks = getattr(row.tiles, direction)
     classes = np.asarray(step_classes(row, chunks))
     steps, tiles = int((classes > 0).sum()), len(classes)
@@ -45,4 +62,4 @@ def walk(row: Plan, direction: str, heads: int, kv_heads: int, head_dim: int) ->
     moved += tiles * ((2 if direction == "forward" else 3) * block + 8 * rows + 16 * row.tiles.queries)
     if direction == "backward":
         moved += 2 * row.chunks_per_row * row.tiles.chunk * head_dim * 4
-    return Walk(regions, launches=kv_heads, dma_bytes=moved * kv_heads)
+    return Walk(regions, kv_heads, moved * kv_heads, tile_pairs=rows * chunks * row.tiles.chunk)

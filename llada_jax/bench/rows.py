@@ -15,17 +15,20 @@ import numpy as np
 LENGTHS = (2048, 4096, 8192)
 MEANS = (0, 512, 1024)  # tokens; 0 is one document a row
 ROWS = 16
+# Decoding: the shares of the cache that the rows of a batch have filled.
+FILLED = tuple((2 * row + 1) / (2 * ROWS) for row in range(ROWS))
 
 
 @dataclasses.dataclass(frozen=True)
 class Walk:
     """What a kernel executes for one row, all heads: times per region ("step" among them), entries of its main loop,
-    and bytes copied from and to HBM.
+    bytes copied from and to HBM, and the query-key pairs of a tile.
     """
 
     regions: dict[str, int]
     launches: int
     dma_bytes: int
+    tile_pairs: int
 
 
 def document_lengths(length: int, mean: int) -> list[list[int]]:
@@ -33,6 +36,11 @@ def document_lengths(length: int, mean: int) -> list[list[int]]:
     if mean == 0:
         return [[length]] * ROWS
     return json.loads(Path(__file__).with_name("document_lengths.json").read_text())[str(length)][str(mean)]
+
+
+def cached(length: int) -> np.ndarray:
+    """int32 [rows], the positions of a cache of `length` that each row of a decoding batch has filled."""
+    return np.array([round(share * length) for share in FILLED], np.int32)
 
 
 def segment_ids(length: int, mean: int) -> np.ndarray:

@@ -127,4 +127,4 @@ def walk(lists: tuple[MaskInfo, MaskInfo], direction: str, heads: int, kv_heads:
         regions |= {"write": new_rows * kv_heads, "add": new_rows * (heads - kv_heads)}
         # k, v, their segments, dk, dv in and out; q, do, dq in and out, four values a row.
         moved = new_rows * (2 * block + lanes + 8 * block) + new_columns * (4 * block + 4 * sublanes)
-    return Walk(regions, launches=1, dma_bytes=moved * heads)
+    return Walk(regions, launches=1, dma_bytes=moved * heads, tile_pairs=TILE * TILE)

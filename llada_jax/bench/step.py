@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import optax
 from llada_jax.data.order import Batch
 from llada_jax.diffusion.objectives import Objective
 from llada_jax.model import parameters
-from llada_jax.model.config import ModelConfig
+from llada_jax.model.config import ModelConfig, preset
 from llada_jax.model.forward import Execution
 from llada_jax.training import state as states
 from llada_jax.training.step import denoising_loss, make_train_step
@@ -56,3 +57,15 @@ def measure(model: ModelConfig, attentions, segment_ids: np.ndarray, block_size:
         attention: Measured(min(seconds[attention]), step.memory_analysis().temp_size_in_bytes, losses[attention])
         for attention, (step, _) in steps.items()
     }
+
+
+def table(attentions, lengths, model_name: str, num_rows: int) -> Iterator[dict]:
+    """Prints a line for every measurement and yields its values."""
+    model = preset(model_name)
+    print(f"{jax.devices()[0].device_kind}, {model_name}, {num_rows} row(s) of one document, block size 32: a step")
+    print(f"length implementation  seconds (least of {REPEATS})  temporaries MiB  loss")
+    for length in lengths:
+        measured = measure(model, attentions, np.ones((num_rows, length), np.int32), block_size=32)
+        for name, row in measured.items():
+            print(f"{length:6} {name:14} {row.seconds:10.3f} {row.temp_bytes / 2**20:24.1f} {row.loss:11.4f}")
+            yield {"implementation": name, "length": length} | dataclasses.asdict(row)

@@ -20,7 +20,7 @@ from llada_jax.errors import InputError
 from llada_jax.model import head
 from llada_jax.model.alignment import predictable
 from llada_jax.model.config import ModelConfig
-from llada_jax.model.forward import Execution, denoised_hidden
+from llada_jax.model.forward import Execution, denoising_pass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,8 @@ class Example:
 @flax.struct.dataclass
 class Sums:
     """Sums over a batch, float32 scalars: of weighted nll, of nll, correctness and entropy of the correct ones over
-    supervised tokens, and of supervised and eligible tokens.
+    supervised tokens, and of supervised and eligible tokens. expert_load int32 [layers with experts, experts]: how many
+    tokens each expert got, padding too; None in a dense model.
     """
 
     weighted: jax.Array
@@ -84,6 +85,7 @@ class Sums:
     correct_entropy: jax.Array
     supervised: jax.Array
     eligible: jax.Array
+    expert_load: jax.Array | None = None
 
 
 def prepare(
@@ -171,9 +173,11 @@ def score(
     added = None
     if embedding_noise_std is not None and noisy is not None:
         added = _embedding_noise(example, embedding_noise_std, config.hidden_size)
-    hidden = denoised_hidden(params, config, noisy, clean, example.where, example.positions, execution, added)
+    hidden, load = denoising_pass(params, config, noisy, clean, example.where, example.positions, execution, added)
     matrix = head.head_matrix(params, config)
-    scores = head.token_scores(hidden, example.clean, example.masked, matrix, entropy_temperature)
+    scores = head.token_scores(
+        hidden, example.clean, example.masked, matrix, entropy_temperature, execution.reduce_dtype
+    )
     return Sums(
         weighted=(scores.nll * example.weights).sum(),
         nll=scores.nll.sum(),
@@ -181,6 +185,7 @@ def score(
         correct_entropy=(scores.correct * scores.entropy).sum(),
         supervised=example.masked.sum().astype(jnp.float32),
         eligible=example.eligible.sum().astype(jnp.float32),
+        expert_load=load,
     ), scores
 
 

@@ -5,13 +5,13 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 
-import jax
 import numpy as np
 
 from llada_jax.data import jsonl
 from llada_jax.errors import InputError
 from llada_jax.interop.tokenizer import Tokenizer
-from llada_jax.sampling.generate import GenerateConfig, generate
+from llada_jax.sampling.batching import Request, serve
+from llada_jax.sampling.generate import GenerateConfig, eos_id_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,42 +88,38 @@ def file_questions(path: str, limit: int | None = None) -> list[Question]:
 
 
 def answer_questions(
-    model, questions: Sequence[Question], config: GenerateConfig, batch: int = 64, key=None, log=None
+    model, questions: Sequence[Question], config: GenerateConfig, batch: int = 64, seed: int = 0, log=None
 ) -> tuple[Result, list[dict]]:
-    """Decodes an answer to every question. model: training.checkpoint.load_checkpoint's, with a tokenizer.
+    """Decodes an answer to every question, `batch` at a time. model: training.checkpoint.load_checkpoint's, with a
+    tokenizer.
 
-    Returns the result and a record a question: prompt, answer, score, tokens, forward_passes. key: for temperature
-    > 0. log: a function that is given a line of progress after each batch.
+    Returns the result and a record a question: prompt, answer, score, tokens, forward_passes. seed: for temperature
+    > 0. log: a function that is given a line of progress as every `batch` answers have come.
     """
     if model.tokenizer is None:
         raise InputError("the checkpoint has no tokenizer")
     prompts = [question.prompt(model.tokenizer) for question in questions]
     ids = [np.asarray(model.tokenizer.encode(prompt), np.int32) for prompt in prompts]
-    key = jax.random.key(0) if key is None else key
-    eos_id = model.config.eos_token_id if config.eos_id is None else config.eos_id
+    requests = [Request(prompt, config, seed * len(ids) + index) for index, prompt in enumerate(ids)]
+    max_length = max(map(len, ids)) + config.gen_length
+    eos_id = eos_id_of(model.config, config)
     records, begin = [], time.perf_counter()
-    # Prompts of like lengths share their prefill. At temperature 0 an answer does not depend on its batch.
-    order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
-    for start in range(0, len(order), batch):
-        rows = order[start : start + batch]
-        out = generate(model.params, model.config, [ids[i] for i in rows], config, jax.random.fold_in(key, start))
-        for index, tokens, passes in zip(rows, out.tokens, out.forward_passes, strict=True):
-            answer = model.tokenizer.decode(tokens, skip_special_tokens=True)
-            records.append(
-                {
-                    "index": index,
-                    "prompt": prompts[index],
-                    "answer": answer,
-                    "score": questions[index].score(answer),
-                    "tokens": len(tokens),
-                    "forward_passes": int(passes),
-                    "ended": bool(len(tokens) and tokens[-1] == eos_id),
-                }
-            )
-        if log is not None:
+    for answer in serve(model.params, model.config, requests, min(batch, len(ids)), max_length, model.tokenizer):
+        records.append(
+            {
+                "index": answer.index,
+                "prompt": prompts[answer.index],
+                "answer": answer.text,
+                "score": questions[answer.index].score(answer.text),
+                "tokens": len(answer.tokens),
+                "forward_passes": answer.forward_passes,
+                "ended": bool(len(answer.tokens) and answer.tokens[-1] == eos_id),
+            }
+        )
+        if log is not None and (len(records) % batch == 0 or len(records) == len(ids)):
             seconds = time.perf_counter() - begin
-            left = seconds / len(records) * (len(order) - len(records))
-            log(f"{len(records)}/{len(order)} questions, {left:.0f} s left")
+            left = seconds / len(records) * (len(ids) - len(records))
+            log(f"{len(records)}/{len(ids)} questions, {left:.0f} s left")
     records.sort(key=lambda record: record["index"])
     return summarize(records, time.perf_counter() - begin), records
 

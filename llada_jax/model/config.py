@@ -63,6 +63,9 @@ class ModelConfig:
     expert_bias: bool = False
     num_groups: int = 1
     num_selected_groups: int = 1
+    # LLaDA2.2: each block of so many tokens of a row is limited to so many experts, and groups are not; 0 is off.
+    routing_block: int = 0
+    routing_block_experts: int = 0
     normalize_expert_weights: bool = True
     routed_scaling_factor: float = 1.0
 
@@ -142,6 +145,11 @@ def _check_moe(c: ModelConfig) -> None:
     eligible = selected * c.num_experts // c.num_groups
     k = c.num_experts_per_token
     _check("num_experts_per_token", k, 0 < k <= eligible, f"between 1 and {eligible}")
+    block, block_experts = c.routing_block, c.routing_block_experts
+    _check("routing_block", block, block >= 0 and (block > 0) == (block_experts > 0), "0 as routing_block_experts is")
+    fits = not block or k <= block_experts <= c.num_experts
+    _check("routing_block_experts", block_experts, fits, f"between {k} and {c.num_experts}")
+    _check("routing_block", block, not block or c.router == "sigmoid", '0 unless router is "sigmoid"')
 
 
 _LING_MINI = ModelConfig(

@@ -1,114 +1,164 @@
 """The experts of a layer: tokens sorted by expert, a grouped matmul, and the weighted sum back.
 
-The grouped matmul here is plain XLA: a loop over tiles of rows, each of one expert. It is exact and dropless, and its
-cost is that of the tiles in use, whatever the number of experts (`lax.ragged_dot` is dense in it on CPU, and in its
-weight gradient on TPU).
+Dropless: every token goes to all of its experts, whatever their load. Over a mesh each shard of the batch routes and
+sorts its own tokens; how experts and tokens meet is `Execution.exchange`:
+
+"weights"  every shard gathers the weights of all experts (FSDP; the expert axis is one more axis of it).
+"tokens"   the ranks of the expert axis gather each other's tokens, each computes its own experts' part of the sums,
+           and the parts are reduced and scattered back. Buffers are those of the worst case, in which every token
+           goes to one rank; the work is that of the tokens that do.
+
+The tensor axis splits every expert, and the shared one, along its hidden width.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
+from llada_jax import sharding
+from llada_jax.errors import InputError
 from llada_jax.model.config import ModelConfig
+from llada_jax.model.grouped_matmul import grouped_matmul
 from llada_jax.model.layers import swiglu
 from llada_jax.model.router import route
 
-
-def moe(x: jax.Array, weights: dict[str, jax.Array], config: ModelConfig) -> jax.Array:
-    """Routed experts plus the shared one: y = sum_k w_k E_k(x) + S(x). x and the result [tokens, embed]."""
-    experts, expert_weights = route(x, weights["router"], weights.get("expert_bias"), config)
-    y = combine_experts(x, experts, expert_weights, weights["gate"], weights["up"], weights["down"])
-    if config.num_shared_experts:
-        y = y + swiglu(x, weights, "shared_")
-    return y
+EXCHANGES = ("weights", "tokens")
 
 
-def combine_experts(x, experts, expert_weights, gate, up, down) -> jax.Array:
-    """sum_k w_k down_k(silu(gate_k x) * up_k x), summed in float32.
+def moe(x: jax.Array, weights: dict[str, jax.Array], shards: sharding.Shards, config: ModelConfig, execution):
+    """Routed experts plus the shared one: y = sum_k w_k E_k(x) + S(x).
 
-    x [tokens, embed]; experts, expert_weights [tokens, k]; gate, up [experts, embed, mlp]; down [experts, mlp, embed].
+    x [batch, length, embed], this shard's rows; weights: this shard's part of them. execution: forward.Execution.
+    Returns y, as x, and how many of the tokens each expert got, int32 [1, experts]. Raises InputError where the tensor
+    axis does not divide the experts' width, or routing blocks the length.
     """
+    if config.routing_block and x.shape[1] % config.routing_block:
+        raise InputError(f"a pass over {x.shape[1]} positions: routing_block={config.routing_block} must divide them")
+    tensor = shards.size("tensor")
+    if config.moe_intermediate_size % tensor:
+        raise InputError(f"mesh.tensor={tensor} does not divide moe_intermediate_size={config.moe_intermediate_size}")
+    rows = x.reshape(-1, x.shape[-1])
+    router = shards.gather(weights["router"], "router")
+    experts, expert_weights = route(rows, router, weights.get("expert_bias"), config)
+    y = _routed(rows, experts, expert_weights, weights, shards, execution)
+    if config.num_shared_experts:
+        shared = {
+            name: shards.gather(w.astype(x.dtype), name, keep=("tensor",))
+            for name, w in weights.items()
+            if name.startswith("shared_")
+        }
+        y = y + swiglu(rows, shared, "shared_")
+    if tensor > 1:
+        y = sharding.sum_over(y, "tensor")
+    return y.reshape(x.shape), count_by_group(experts.reshape(-1), config.num_experts)[None]
+
+
+def _routed(x, experts, expert_weights, weights, shards, execution):
+    """sum_k w_k E_k(x) [tokens, embed]; with a tensor axis, this rank's part of it."""
+    exchange_tokens = execution.exchange == "tokens" and shards.size("expert") > 1
+    keep = ("expert", "tensor") if exchange_tokens else ("tensor",)
+    gate, up, down = (weights[name].astype(x.dtype) for name in ("gate", "up", "down"))
+    # Side by side they are one matmul of twice the columns. Joined before they are gathered, this moves nothing.
+    gate_up = shards.gather(jnp.concatenate([gate, up], axis=2), "gate", keep)
+    down = shards.gather(down, "down", keep)
+    matmul = functools.partial(grouped_matmul, kernel=execution.experts, interpret=execution.interpret)
+    if not exchange_tokens:
+        return combine_experts(x, experts, expert_weights, gate_up, down, matmul)
+    x, experts, expert_weights = (
+        jax.lax.all_gather(part, "expert", axis=0, tiled=True) for part in (x, experts, expert_weights)
+    )
+    first = jax.lax.axis_index("expert") * gate_up.shape[0]
+    y = combine_experts(x, experts - first, expert_weights, gate_up, down, matmul, some_elsewhere=True)
+    return jax.lax.psum_scatter(y, "expert", scatter_dimension=0, tiled=True)
+
+
+def combine_experts(
+    x, experts, expert_weights, gate_up, down, matmul=grouped_matmul, some_elsewhere: bool = False
+) -> jax.Array:
+    """sum_k w_k down_k(silu(gate_k x) * up_k x), summed in float32, over the experts that are here.
+
+    x [tokens, embed]; experts, expert_weights [tokens, k]; gate_up [experts, embed, 2 * mlp], the gate first; down
+    [experts, mlp, embed]. matmul: as grouped_matmul. some_elsewhere: experts not in 0 .. experts - 1 are not here.
+    """
+    move = sort_by_expert(experts, gate_up.shape[0], some_elsewhere)
+    move = jax.tree.map(lambda part: checkpoint_name(part, "routing"), move)
+    sorted_x = checkpoint_name(rows_of_tokens(x, move), "expert_rows")
+    gate_up_x = checkpoint_name(matmul(sorted_x, gate_up, move.group_sizes), "expert_hidden")
+    gate, up = (half.astype(jnp.float32) for half in jnp.split(gate_up_x, 2, axis=1))
+    # Weighted before the last matmul, whose result the backward pass then does not need.
+    hidden = jax.nn.silu(gate) * up * rows_of_pairs(expert_weights, move)[:, None]
+    return sums_of_pairs(matmul(hidden.astype(x.dtype), down, move.group_sizes), move)
+
+
+class Move(NamedTuple):
+    """Where rows go: a pair (token, one of its k experts) has a row of the sorted order.
+
+    pair [rows]: the pair token * k + j of each row. row [k, tokens]: the row of each pair. here [k, tokens] bool: its
+    expert is here; rows of pairs that are not come last, may be missing, and hold nothing of meaning. None: all are.
+    group_sizes [experts] int32: rows of each expert.
+    """
+
+    pair: jax.Array
+    row: jax.Array
+    here: jax.Array | None
+    group_sizes: jax.Array
+
+    def where_here(self, x: jax.Array) -> jax.Array:
+        """x [k, tokens, ...], zero where a pair's expert is elsewhere."""
+        return x if self.here is None else jnp.where(jnp.expand_dims(self.here, range(2, x.ndim)), x, 0)
+
+
+def sort_by_expert(experts: jax.Array, num_experts: int, some_elsewhere: bool = False) -> Move:
+    """experts [tokens, k] int, of a token all different; some_elsewhere: not all in 0 .. num_experts - 1."""
     tokens, k = experts.shape
-    order = jnp.argsort(experts.reshape(-1), stable=True)
-    group_sizes = jnp.bincount(experts.reshape(-1), length=gate.shape[0])
-    sorted_x = x[order // k]
-    hidden = jax.nn.silu(grouped_matmul(sorted_x, gate, group_sizes)) * grouped_matmul(sorted_x, up, group_sizes)
-    sorted_y = grouped_matmul(hidden, down, group_sizes)
-    y = sorted_y[jnp.argsort(order)].reshape(tokens, k, -1)
-    return jnp.einsum("tkd,tk->td", y.astype(jnp.float32), expert_weights).astype(x.dtype)
+    here = (experts >= 0) & (experts < num_experts) if some_elsewhere else None
+    keys = (jnp.where(here, experts, num_experts) if some_elsewhere else experts).reshape(-1)
+    order = jnp.argsort(keys, stable=True)
+    row = jnp.argsort(order).reshape(tokens, k).T
+    if some_elsewhere:
+        rows = tokens * min(k, num_experts)  # at most so many pairs are here
+        order, row, here = order[:rows], jnp.minimum(row, rows - 1), here.T
+    return Move(order, row, here, count_by_group(keys, num_experts))
+
+
+def count_by_group(keys: jax.Array, groups: int) -> jax.Array:
+    """int32 [groups]: how often each of 0 .. groups - 1 occurs in keys [n]. (bincount would scatter.)"""
+    return (keys[:, None] == jnp.arange(groups, dtype=keys.dtype)[None]).sum(axis=0, dtype=jnp.int32)
+
+
+# The gradient of a gather by a permutation is a gather by its inverse; JAX would scatter and add.
 
 
 @jax.custom_vjp
-def grouped_matmul(x: jax.Array, w: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    """Multiplies each run of rows by the matrix of its group: y[i] = x[i] @ w[group of row i].
-
-    x [rows, in], rows sorted by group; w [groups, in, out]; group_sizes [groups] int, summing to rows.
-    Returns [rows, out] in x's dtype.
-    """
-    return _rows_times_groups(x, w, group_sizes)
+def rows_of_tokens(x: jax.Array, move: Move) -> jax.Array:
+    """x [tokens, embed] -> [rows, embed]: each token at the rows of its pairs."""
+    return _take(x, move.pair // len(move.row))
 
 
-def _forward(x, w, group_sizes):
-    return grouped_matmul(x, w, group_sizes), (x, w, group_sizes)
+@jax.custom_vjp
+def sums_of_pairs(y: jax.Array, move: Move) -> jax.Array:
+    """y [rows, embed] -> [tokens, embed]: over the pairs of each token that are here, in float32."""
+    pairs = move.where_here(_take(y, move.row))
+    # Pair by pair: of a sum over the axis XLA would first write all of it in float32.
+    return functools.reduce(jnp.add, (pair.astype(jnp.float32) for pair in pairs)).astype(y.dtype)
 
 
-def _backward(residuals, dy):
-    x, w, group_sizes = residuals
-    dx = _rows_times_groups(dy, jnp.swapaxes(w, 1, 2), group_sizes)
-    return dx, _group_gradients(x, dy, group_sizes, w), None
+@jax.custom_vjp
+def rows_of_pairs(weights: jax.Array, move: Move) -> jax.Array:
+    """weights [tokens, k] -> [rows]"""
+    return _take(weights.reshape(-1), move.pair)
 
 
-grouped_matmul.defvjp(_forward, _backward)
+rows_of_tokens.defvjp(lambda x, move: (rows_of_tokens(x, move), move), lambda move, d: (sums_of_pairs(d, move), None))
+sums_of_pairs.defvjp(lambda y, move: (sums_of_pairs(y, move), move), lambda move, d: (rows_of_tokens(d, move), None))
+rows_of_pairs.defvjp(
+    lambda weights, move: (rows_of_pairs(weights, move), move),
+    lambda move, d: (move.where_here(_take(d, move.row)).T, None),
+)
 
 
-def _tiles(rows: int, group_sizes: jax.Array):
-    """Cuts each group into tiles of at most `tile` rows: (tile, used, group, start, stop), the last three [max tiles].
-
-    Tile t holds rows start[t] .. stop[t] of group[t]; `used` (a run-time value) of them exist.
-    """
-    groups = group_sizes.shape[0]
-    tile = max(8, min(128, 1 << max(rows // groups, 1).bit_length()))
-    tiles_of_group = (group_sizes + tile - 1) // tile
-    most = rows // tile + min(groups, rows)
-    first_tile = jnp.cumsum(tiles_of_group) - tiles_of_group
-    first_row = jnp.cumsum(group_sizes) - group_sizes
-    group = jnp.repeat(jnp.arange(groups), tiles_of_group, total_repeat_length=most)
-    start = first_row[group] + (jnp.arange(most) - first_tile[group]) * tile
-    stop = jnp.minimum(start + tile, first_row[group] + group_sizes[group])
-    return tile, tiles_of_group.sum(), group, start, stop
-
-
-def _pad_rows(x: jax.Array, tile: int) -> jax.Array:
-    return jnp.pad(x, ((0, tile), (0, 0)))  # the last tile may reach past the last row
-
-
-@functools.partial(jax.jit, inline=True)
-def _rows_times_groups(x, w, group_sizes):
-    rows = x.shape[0]
-    tile, used, group, start, _ = _tiles(rows, group_sizes)
-    padded = _pad_rows(x, tile)
-
-    def one_tile(t, y):
-        part = jax.lax.dynamic_slice_in_dim(padded, start[t], tile)
-        product = jnp.dot(part, w[group[t]], preferred_element_type=jnp.float32).astype(y.dtype)
-        # Rows past the group's end are wrong here; the next tile, or the cut below, overwrites them.
-        return jax.lax.dynamic_update_slice_in_dim(y, product, start[t], 0)
-
-    y = jax.lax.fori_loop(0, used, one_tile, jnp.zeros((rows + tile, w.shape[2]), x.dtype))
-    return y[:rows]
-
-
-@functools.partial(jax.jit, inline=True)
-def _group_gradients(x, dy, group_sizes, w):
-    """dw[g] = sum over the rows of g of x^T dy, accumulated in float32."""
-    tile, used, group, start, stop = _tiles(x.shape[0], group_sizes)
-    x, dy = _pad_rows(x, tile), _pad_rows(dy, tile)
-
-    def one_tile(t, dw):
-        inside = (start[t] + jnp.arange(tile) < stop[t])[:, None]
-        part = jnp.where(inside, jax.lax.dynamic_slice_in_dim(x, start[t], tile), 0)
-        grad = jax.lax.dynamic_slice_in_dim(dy, start[t], tile)
-        return dw.at[group[t]].add(jnp.dot(part.T, grad, preferred_element_type=jnp.float32))
-
-    return jax.lax.fori_loop(0, used, one_tile, jnp.zeros(w.shape, jnp.float32)).astype(w.dtype)
+def _take(x: jax.Array, index: jax.Array) -> jax.Array:
+    return x.at[index].get(mode="promise_in_bounds")

@@ -10,26 +10,43 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from llada_jax import sharding
 from llada_jax.attention import visibility as vis
 from llada_jax.attention.blockwise import blockwise_attention
+from llada_jax.attention.cached import cached_attention
 from llada_jax.attention.dense import dense_attention
 from llada_jax.attention.kernel import kernel_attention, kernel_plan
+from llada_jax.attention.residuals import NAMES as ATTENTION_RESIDUALS
 from llada_jax.errors import InputError
-from llada_jax.model import experts, head
+from llada_jax.model import experts, head, parameters
 from llada_jax.model.alignment import align
 from llada_jax.model.config import ModelConfig
+from llada_jax.model.grouped_matmul import KERNELS
 from llada_jax.model.layers import project, rms_norm, rope_angles, rotate, swiglu
 from llada_jax.model.lora import weight_of
 
 # "kernel" runs on TPUs, the others anywhere.
 ATTENTIONS = ("dense", "blockwise", "kernel")
-# What the backward pass of a layer may keep; the rest is recomputed.
+_keep = jax.checkpoint_policies.save_only_these_names
+_ATTENTION = (*ATTENTION_RESIDUALS, "routing")  # which token goes where, and why
+_PROJECTIONS = ("query", "key", "value")
+# What the backward pass of a layer keeps; the rest it computes again. From "full" to "none" each keeps more.
 REMAT_POLICIES = {
-    "none": None,
-    "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
     "full": jax.checkpoint_policies.nothing_saveable,
+    "attention": _keep(*_ATTENTION),
+    "projections": _keep(*_ATTENTION, *_PROJECTIONS),
+    "hidden": _keep(*_ATTENTION, *_PROJECTIONS, "expert_hidden"),  # of experts: gate and up
+    "rows": _keep(*_ATTENTION, *_PROJECTIONS, "expert_hidden", "expert_rows"),  # the experts' input too
+    "none": jax.checkpoint_policies.save_anything_except_these_names(sharding.GATHERED),
+    "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,  # results of plain matmuls: dense models
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(  # as "projections", in the host's memory
+        names_which_can_be_saved=["routing"],
+        names_which_can_be_offloaded=[*ATTENTION_RESIDUALS, *_PROJECTIONS],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -37,20 +54,28 @@ REMAT_POLICIES = {
 class Execution:
     """How a pass is computed, never what it computes.
 
-    attention: a name in ATTENTIONS. remat: a name in REMAT_POLICIES. dtype: of activations; None is the parameters'.
-    interpret: run the attention kernel interpreted, on any device, slowly; for tests.
+    attention: a name in ATTENTIONS. experts: of their matmul, a name in grouped_matmul.KERNELS. exchange: how experts
+    and tokens meet over a mesh, a name in experts.EXCHANGES. remat: a name in REMAT_POLICIES. dtype: of activations
+    and of gathered weights; None is the parameters'. reduce_dtype: in which gradients of gathered weights are summed
+    over ranks; None is `dtype`, "float32" costs twice the bytes where `dtype` is "bfloat16". interpret: run the Pallas
+    kernels interpreted, on any device, slowly; for tests.
     """
 
     attention: str = "dense"
+    experts: str = "xla"
+    exchange: str = "weights"
     remat: str = "none"
     dtype: str | None = None
+    reduce_dtype: str | None = None
     interpret: bool = False
 
     def __post_init__(self):
-        if self.attention not in ATTENTIONS:
-            raise InputError(f"attention={self.attention!r}, expected one of {', '.join(ATTENTIONS)}")
-        if self.remat not in REMAT_POLICIES:
-            raise InputError(f"remat={self.remat!r}, expected one of {', '.join(REMAT_POLICIES)}")
+        for field, choices in (
+            ("attention", ATTENTIONS), ("experts", KERNELS), ("exchange", experts.EXCHANGES),
+            ("remat", tuple(REMAT_POLICIES)), ("reduce_dtype", (None, "float32")),
+        ):  # fmt: skip
+            if (value := getattr(self, field)) not in choices:
+                raise InputError(f"{field}={value!r}, expected one of {', '.join(map(str, choices))}")
 
 
 def hidden_states(
@@ -67,71 +92,105 @@ def hidden_states(
 
     tokens, positions [batch, queries] int. cache: keys and values of earlier clean tokens, {group: {"key", "value":
     [layers, batch, cached, kv_heads, head_dim]}}, which are the clean keys; the pass's own keys are then the noisy
-    ones. embedding_noise [batch, queries, embed] is added to the embedding output. Second result: as `cache`, of the
-    pass itself.
+    ones, and attention is attention/cached.py's, whatever `execution` names. embedding_noise [batch, queries, embed]
+    is added to the embedding output. Second result: as `cache`, of the pass itself.
+    """
+    return run_layers(params, config, tokens, positions, visibility, execution, cache, embedding_noise)[:2]
+
+
+def run_layers(
+    params, config, tokens, positions, visibility, execution=Execution(), cache=None, embedding_noise=None, wanted=None
+):  # fmt: skip
+    """As hidden_states, and how many tokens each expert got: int32 [layers with experts, experts], None without any.
+
+    wanted: compute the hidden states of so many first positions only; of the others the last layer needs its keys and
+    values alone. None: of all.
     """
     dtype = execution.dtype or params["embedding"].dtype
-    x = params["embedding"][tokens].astype(dtype)
+    x = head.embed(params["embedding"], tokens, dtype)
     if embedding_noise is not None:
         x = x + embedding_noise.astype(dtype)
     x = sharding.constrain(x, ("batch", None, None))
     cos, sin = rope_angles(config, positions)
-    cached = 0 if cache is None else next(iter(cache.values()))["key"].shape[2]
-    attend = _attend(config, execution, visibility, tokens.shape[1] + cached)
-    computed = {}
+
+    def layer_of(group, visibility):
+        if cache is None:
+            attend = _attend(config, execution, visibility, tokens.shape[1])
+        else:
+            attend = functools.partial(cached_attention, visibility=visibility)
+        layer = functools.partial(_layer, config, group, execution, attend, cos, sin)
+        # Without a mesh there are no gathered weights to drop, and nothing to compute again.
+        if execution.remat == "none" and sharding.mesh_in_force() is None:
+            return layer
+        return jax.checkpoint(layer, policy=REMAT_POLICIES[execution.remat])
+
+    *_, last = config.layer_groups
+    computed, load = {}, None
     for group in config.layer_groups:
-        layer = functools.partial(_layer, config, group, attend, cos, sin)
-        if policy := REMAT_POLICIES[execution.remat]:
-            layer = jax.checkpoint(layer, policy=policy)
-        group_cache = None if cache is None else cache[group]
-        x, computed[group] = jax.lax.scan(layer, x, (params[group], group_cache))
-    return rms_norm(x, params["final_norm"], config.rms_norm_eps), computed
+        stacked = params[group], None if cache is None else cache[group]
+        some = wanted is not None and group == last
+        all_but_last = jax.tree.map(lambda w: w[:-1], stacked) if some else stacked  # noqa: B023
+        x, (computed[group], load) = jax.lax.scan(layer_of(group, visibility), x, all_but_last)
+        if some:
+            layer = layer_of(group, jax.tree.map(lambda bound: bound[:, :wanted], visibility))
+            x, part = layer(x, jax.tree.map(lambda w: w[-1], stacked))
+            computed[group], load = jax.tree.map(
+                lambda before, own: jnp.concatenate([before, own[None]]), (computed[group], load), part
+            )
+    return rms_norm(x, params["final_norm"], config.rms_norm_eps), computed, load
 
 
 def _attend(config, execution, visibility, num_keys):
-    """attention(query, key, value) of a pass; what depends on the mask only is made here, once for all layers."""
+    """(attention(query, key, value), its number of queries); what the mask decides is made here, for all layers."""
+    queries = visibility.clean_start.shape[1]
     if execution.attention == "kernel":
-        group = config.num_heads // config.num_kv_heads
+        heads, kv_heads = config.num_heads, config.num_kv_heads
+        group = heads // (kv_heads * sharding.kv_copies(heads, kv_heads))
         plan = kernel_plan(visibility, num_keys, group, config.head_dim, execution.interpret)
-        return functools.partial(kernel_attention, plan=plan, interpret=execution.interpret)
+        return functools.partial(kernel_attention, plan=plan, interpret=execution.interpret), queries
     attention = {"dense": dense_attention, "blockwise": blockwise_attention}[execution.attention]
-    return functools.partial(attention, visibility=visibility)
+    return functools.partial(attention, visibility=visibility), queries
 
 
-def _layer(config, group, attend, cos, sin, x, weights_and_cache):
+def _layer(config, group, execution, attend, cos, sin, x, weights_and_cache):
     weights, cache = weights_and_cache
-    weights = {k: w if k in ("router", "expert_bias") else w.astype(x.dtype) for k, w in weights.items()}
+    axes = parameters.layer_axes(config, group, weights)
+    routed = {k: w for k, w in weights.items() if group == "sparse" and weight_of(k) in _EXPERT_WEIGHTS}
+    weights = {k: sharding.gathered(w.astype(x.dtype), axes[k]) for k, w in weights.items() if k not in routed}
     h = rms_norm(x, weights["attention_norm"], config.rms_norm_eps)
     attended, keys_values = _attention(config, attend, weights, h, cos, sin, cache)
-    x = x + attended
+    x = x[:, : attended.shape[1]] + attended
     h = rms_norm(x, weights["mlp_norm"], config.rms_norm_eps)
     if group == "sparse":
-        y = sharding.over_batch(lambda h, w: experts.moe(h.reshape(-1, h.shape[-1]), w, config).reshape(h.shape))(
-            h, {name: weights[name] for name in weights if weight_of(name) in _EXPERT_WEIGHTS}
-        )
+        moe = functools.partial(experts.moe, config=config, execution=execution)
+        y, load = sharding.over_batch(moe, axes, execution.reduce_dtype)(h, routed)
+        load = load.sum(axis=0)
     else:
-        y = swiglu(h, weights)
-    return sharding.constrain(x + y, ("batch", None, None)), keys_values
+        y, load = swiglu(h, weights), None
+    return sharding.constrain(x + y, ("batch", None, None)), (keys_values, load)
 
 
 _EXPERT_WEIGHTS = {"router", "expert_bias", "gate", "up", "down", "shared_gate", "shared_up", "shared_down"}
 
 
 def _attention(config, attend, weights, x, cos, sin, cache):
-    def heads(name):
+    """The attention of a layer, of the first positions of x only where `attend` has fewer queries; keys and values."""
+    attend, queries = attend
+
+    def heads(name, x):
         y = project(x, weights, name)
         return y + weights[name + "_bias"][None, None] if config.qkv_bias else y
 
-    query, key, value = heads("query"), heads("key"), heads("value")
+    query, key, value = heads("query", x[:, :queries]), heads("key", x), heads("value", x)
     if config.qk_norm:
         query = rms_norm(query, weights["query_norm"], config.rms_norm_eps)
         key = rms_norm(key, weights["key_norm"], config.rms_norm_eps)
-    query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+    query, key = rotate(query, cos[:, :queries], sin[:, :queries]), rotate(key, cos, sin)
+    named = zip((query, key, value), _PROJECTIONS, strict=True)
+    query, key, value = (checkpoint_name(part, name) for part, name in named)
     own = {"key": key, "value": value}
-    if cache is not None:
-        key = jnp.concatenate([key, cache["key"]], axis=1)
-        value = jnp.concatenate([value, cache["value"]], axis=1)
-    return project(attend(query, key, value), weights, "output", contracted=2), own
+    cached = () if cache is None else (cache["key"], cache["value"])
+    return project(attend(query, key, value, *cached), weights, "output", contracted=2), own
 
 
 def _prepare(tokens, segment_ids, positions, block_size, block_origin):
@@ -143,12 +202,16 @@ def _prepare(tokens, segment_ids, positions, block_size, block_origin):
     return segment_ids, positions, where
 
 
-def denoised_hidden(
-    params, config, noisy, clean, where, positions, execution=Execution(), noisy_embedding_noise=None
-) -> jax.Array:
-    """Hidden states [batch, length, embed] aligned with the tokens they predict; noisy or clean may be None.
+def denoised_hidden(params, config, noisy, clean, where, positions, execution=Execution()) -> jax.Array:
+    """As denoising_pass, the hidden states only."""
+    return denoising_pass(params, config, noisy, clean, where, positions, execution)[0]
 
-    Both: the two-stream pass [x_t | x_0] of Eq. 1. Only noisy: MDLM (Eq. 2). Only clean: block-causal, as in AR.
+
+def denoising_pass(params, config, noisy, clean, where, positions, execution=Execution(), noisy_embedding_noise=None):
+    """Hidden states [batch, length, embed] aligned with the tokens they predict, and the load of run_layers.
+
+    noisy or clean may be None. Both: the two-stream pass [x_t | x_0] of Eq. 1. Only noisy: MDLM (Eq. 2). Only clean:
+    block-causal, as in AR.
     """
     halves = [half for half in (noisy, clean) if half is not None]
     both = len(halves) == 2
@@ -158,11 +221,15 @@ def denoised_hidden(
         noise = jnp.concatenate([noise, jnp.zeros_like(noise)], axis=1)
     tokens = jnp.concatenate(halves, axis=1)
     positions = jnp.concatenate([positions] * len(halves), axis=1)
-    hidden, _ = hidden_states(params, config, tokens, positions, visibility, execution, embedding_noise=noise)
     length = halves[0].shape[1]
+    # Of the clean half's last hidden states only "shifted" models read any.
+    wanted = length if both and config.alignment == "same" else None
+    hidden, _, load = run_layers(
+        params, config, tokens, positions, visibility, execution, embedding_noise=noise, wanted=wanted
+    )
     noisy_hidden = None if noisy is None else hidden[:, :length]
-    clean_hidden = None if clean is None else hidden[:, -length:]
-    return align(noisy_hidden, clean_hidden, where, config.alignment)
+    clean_hidden = None if clean is None or wanted is not None else hidden[:, -length:]
+    return align(noisy_hidden, clean_hidden, where, config.alignment), load
 
 
 def forward(

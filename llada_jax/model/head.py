@@ -1,12 +1,38 @@
-"""The output head: logits, and per-token scores without holding [tokens, vocab] in memory."""
+"""The token embedding and the output head; per-token scores without holding [tokens, vocab] in memory."""
+
+import functools
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
+from llada_jax import sharding
 from llada_jax.model.config import ModelConfig
 
-CHUNK = 128  # positions of each row whose logits are in memory at a time
+CHUNK = 1024  # positions of a shard whose logits are in memory at a time
+
+
+def embed(table: jax.Array, tokens: jax.Array, dtype) -> jax.Array:
+    """Rows of the embedding: table [vocab, embed], tokens [batch, length] int -> [batch, length, embed] of `dtype`.
+
+    Over a mesh the table is not gathered: the ranks of "fsdp" look up each other's tokens in the columns that they
+    hold, and exchange what they find. The table's gradient is summed in its own dtype, on the ranks that hold it.
+    """
+
+    def local(tokens, weights, shards):
+        part = weights["table"]
+        columns_split, rows_split = part.shape[1] < table.shape[1], part.shape[0] < table.shape[0]
+        ids = jax.lax.all_gather(tokens, "fsdp", axis=0, tiled=True) if columns_split else tokens
+        if rows_split:
+            ids = ids - jax.lax.axis_index("tensor") * part.shape[0]
+            here = ((ids >= 0) & (ids < part.shape[0]))[..., None]
+            x = jnp.where(here, part[jnp.clip(ids, 0, part.shape[0] - 1)], 0).astype(dtype)
+            x = sharding.sum_over(x, "tensor")
+        else:
+            x = part[ids].astype(dtype)
+        return jax.lax.all_to_all(x, "fsdp", split_axis=0, concat_axis=2, tiled=True) if columns_split else x
+
+    return sharding.over_batch(local, {"table": ("vocab", "embed")})(tokens, {"table": table})
 
 
 def head_matrix(params, config: ModelConfig) -> jax.Array:
@@ -39,44 +65,142 @@ def token_scores(
     supervised: jax.Array,
     head: jax.Array,
     entropy_temperature: float | None = None,
+    reduce_dtype: str | None = None,
 ) -> TokenScores:
-    """Scores of the supervised positions only, CHUNK positions of each row at a time.
+    """Scores of the supervised positions only, CHUNK of them at a time; the backward pass computes logits again.
 
     hidden [batch, length, embed] aligned to its targets; targets [batch, length] int; supervised [batch, length] bool;
-    head [embed, vocab]. Chunks without a supervised position cost nothing, and the backward pass recomputes logits.
+    head [embed, vocab]. Over a mesh each shard of the batch scores its own positions: it gathers the head once, and its
+    chunks without a supervised position cost nothing. The tensor axis splits the vocabulary: its ranks then exchange
+    a few numbers a position. reduce_dtype: of the head's gradient, as in sharding.Shards.
     """
-    batch, length, _ = hidden.shape
-    order = jnp.argsort(~supervised, axis=1, stable=True)  # supervised positions first, in every row alike
-    padding = -length % min(CHUNK, length)
-    order = jnp.pad(order, ((0, 0), (0, padding)), constant_values=length)  # out of bounds: reads fill, writes drop
-
-    def chunks(x):
-        rows = jnp.arange(batch)[:, None]
-        gathered = x.at[rows, order].get(mode="fill", fill_value=0)
-        return jnp.moveaxis(gathered.reshape(batch, -1, min(CHUNK, length), *x.shape[2:]), 1, 0)
-
-    @jax.checkpoint
-    def one_chunk(carry, inputs):
-        hidden, targets, supervised = inputs
-        nothing = jnp.zeros((3,) + targets.shape, jnp.float32)
-        return carry, jax.lax.cond(
-            supervised.any(), lambda: _score(hidden, targets, supervised, head, entropy_temperature), lambda: nothing
-        )
-
-    _, scores = jax.lax.scan(one_chunk, None, (chunks(hidden), chunks(targets), chunks(supervised)))
-    scores = jnp.moveaxis(scores, 0, 2).reshape(3, batch, length + padding)
-    unsorted = jnp.zeros((3, batch, length)).at[:, jnp.arange(batch)[:, None], order].set(scores, mode="drop")
-    return TokenScores(*unsorted)
+    local = jax.named_scope("head")(
+        functools.partial(_local_scores, temperature=entropy_temperature, vocab=head.shape[1])
+    )
+    scores = sharding.over_batch(local, {"head": ("embed", "vocab")}, reduce_dtype)
+    return TokenScores(*scores((hidden, targets, supervised), {"head": head}))
 
 
-def _score(hidden, targets, supervised, head, entropy_temperature) -> jax.Array:
-    """[3, batch, chunk] float32: negative log-likelihood, correctness and entropy, zero where not supervised."""
-    z = jnp.dot(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
-    log_norm = jax.nn.logsumexp(z, axis=-1)
-    nll = log_norm - jnp.take_along_axis(z, targets[..., None], axis=-1)[..., 0]
-    correct = (jnp.argmax(z, axis=-1) == targets).astype(jnp.float32)
-    entropy = jnp.zeros_like(nll)
-    if entropy_temperature is not None:
-        log_p = jax.nn.log_softmax(z / entropy_temperature, axis=-1)
-        entropy = -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
-    return jnp.where(supervised, jnp.stack([nll, correct, entropy]), 0.0)
+def _local_scores(inputs, weights, shards, temperature, vocab):
+    """(nll, correct, entropy), each float32 [batch, length], of a shard's rows."""
+    hidden, targets, supervised = inputs
+    batch, length, width = hidden.shape
+    head = shards.gather(weights["head"].astype(hidden.dtype), "head", keep=("tensor",))
+    axis = None if head.shape[1] == vocab else "tensor"
+    chunk = min(CHUNK, batch * length)
+    padding = -batch * length % chunk
+
+    def flat(x):
+        return jnp.pad(x.reshape(batch * length, *x.shape[2:]), ((0, padding),) + ((0, 0),) * (x.ndim - 2))
+
+    targets, supervised = flat(targets), flat(supervised)
+    order = jnp.argsort(~supervised, stable=True)  # supervised positions first
+    back = jnp.argsort(order)
+    chunks = permute(flat(hidden), order, back).reshape(-1, chunk, width)
+    used = (supervised.sum(dtype=jnp.int32) + chunk - 1) // chunk
+    scores = _score_chunks(chunks, head, targets[order].reshape(-1, chunk), used, temperature, axis)
+    scores = jnp.moveaxis(scores, 1, 0).reshape(3, -1)
+    scores = permute(scores.T, back, order).T * supervised[None]
+    return tuple(scores[:, : batch * length].reshape(3, batch, length))
+
+
+@jax.custom_vjp
+def permute(x: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
+    """x[order], whose gradient is a gather too: `inverse` undoes `order`."""
+    return x[order]
+
+
+permute.defvjp(
+    lambda x, order, inverse: (x[order], (order, inverse)),
+    lambda residuals, cotangent: (permute(cotangent, *residuals[::-1]), None, None),
+)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _score_chunks(chunks, head, targets, used, temperature, axis) -> jax.Array:
+    """Scores of the first `used` chunks, zeros of the others: [chunks, 3, chunk] float32.
+
+    chunks [chunks, chunk, embed]; head [embed, vocab]; targets [chunks, chunk]; used: a run-time int. The gradient is
+    by hand: with the softmax's norm at hand, logits are turned into their gradient as the matmul gives them, and that
+    of the head is summed in float32.
+    """
+    return _score_chunks_forward(chunks, head, targets, used, temperature, axis)[0]
+
+
+def _score_chunks_forward(chunks, head, targets, used, temperature, axis):
+    def one(i, results):
+        new = _score(_logits(chunks[i], head), targets[i], temperature, axis)
+        return jax.tree.map(lambda all_chunks, chunk: all_chunks.at[i].set(chunk), results, new)
+
+    empty = tuple(jnp.zeros((len(chunks), n, chunks.shape[1])) for n in (3, 2))
+    scores, norms = jax.lax.fori_loop(0, used, one, empty)
+    return scores, (chunks, head, targets, used, scores, norms)
+
+
+def _score_chunks_backward(temperature, axis, residuals, cotangent):
+    chunks, head, targets, used, scores, norms = residuals
+    if axis is not None:
+        cotangent = cotangent * jax.lax.axis_size(axis)  # as in sharding.sum_over
+
+    def one(i, gradients):
+        d_chunks, d_head = gradients
+        z = _logits(chunks[i], head)
+        dz = _d_logits(z, targets[i], norms[i], scores[i, 2], cotangent[i], temperature, axis).astype(head.dtype)
+        dz = jax.lax.optimization_barrier(dz)  # once: XLA would compute it again in each of the two matmuls
+        return d_chunks.at[i].set(dz @ head.T), d_head + jnp.dot(chunks[i].T, dz, preferred_element_type=jnp.float32)
+
+    zeros = jnp.zeros_like(chunks), jnp.zeros(head.shape, jnp.float32)
+    d_chunks, d_head = jax.lax.fori_loop(0, used, one, zeros)
+    return d_chunks, d_head.astype(head.dtype), None, None
+
+
+_score_chunks.defvjp(_score_chunks_forward, _score_chunks_backward)
+
+
+def _logits(hidden, head):
+    return jnp.dot(hidden, head, preferred_element_type=jnp.float32)
+
+
+def _score(z, targets, temperature, axis) -> tuple[jax.Array, jax.Array]:
+    """[3, chunk] float32: negative log-likelihood, correctness (ties go to the lowest index) and entropy; [2, chunk]:
+    log-sum-exp of the logits and of logits / temperature.
+
+    z: logits [chunk, vocab]; with an axis, this rank's part of the vocabulary, while targets are of all of it.
+    """
+
+    def total(x):
+        x = x.sum(axis=1)
+        return x if axis is None else jax.lax.psum(x, axis)
+
+    index = _indices(z, axis)
+    peak = z.max(axis=1)
+    peak = peak if axis is None else jax.lax.pmax(peak, axis)
+    shifted = z - peak[:, None]
+    log_norm = peak + jnp.log(total(jnp.exp(shifted)))
+    at_target = total(jnp.where(index == targets[:, None], z, 0))
+    # Sums only, which XLA takes in one pass over the logits; an argmax is another.
+    earlier = total(jnp.where((shifted == 0) & (index < targets[:, None]), 1.0, 0))
+    correct = ((at_target == peak) & (earlier == 0)).astype(jnp.float32)
+    entropy = tempered = jnp.zeros_like(log_norm)
+    if temperature is not None:
+        weights = jnp.exp(shifted / temperature)
+        norm = total(weights)
+        entropy = jnp.log(norm) - total(weights * shifted) / (temperature * norm)
+        tempered = peak / temperature + jnp.log(norm)
+    return jnp.stack([log_norm - at_target, correct, entropy]), jnp.stack([log_norm, tempered])
+
+
+def _d_logits(z, targets, norms, entropy, cotangent, temperature, axis) -> jax.Array:
+    """The gradient of _score in z [chunk, vocab]; cotangent [3, chunk], norms and entropy as _score gave them."""
+    target = (_indices(z, axis) == targets[:, None]).astype(jnp.float32)
+    dz = cotangent[0][:, None] * (jnp.exp(z - norms[0][:, None]) - target)
+    if temperature is not None:
+        log_p = z / temperature - norms[1][:, None]
+        dz -= cotangent[2][:, None] * jnp.exp(log_p) * (log_p + entropy[:, None]) / temperature
+    return dz
+
+
+def _indices(z, axis) -> jax.Array:
+    """Where the columns of z are in the vocabulary, int32 [1, columns]."""
+    first = 0 if axis is None else jax.lax.axis_index(axis) * z.shape[1]
+    return first + jnp.arange(z.shape[1])[None]

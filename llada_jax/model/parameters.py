@@ -14,12 +14,13 @@ Matrices are stored [in, out], ready for `x @ w`; Hugging Face stores [out, in].
 
 import dataclasses
 import math
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
 
 from llada_jax.model.config import ModelConfig
-from llada_jax.model.lora import Lora, adapter_names
+from llada_jax.model.lora import Lora, adapter_names, weight_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,9 +173,10 @@ def _adapters(lora: Lora) -> Declarations:
     layers = declare(lora.model)
 
     def pair(p: Parameter) -> tuple[Parameter, Parameter]:
-        split = 1 if p.axes[0] == "embed" else len(p.axes) - 1  # a projection reads the residual stream or writes it
-        a = Parameter((*p.shape[:split], lora.rank), (*p.axes[:split], None), "", matrix=True)
-        return a, Parameter((lora.rank, *p.shape[split:]), (None, *p.axes[split:]), "", "zeros", matrix=True)
+        a_axes, b_axes = _adapter_axes(p.axes)
+        split = len(a_axes) - 1
+        a = Parameter((*p.shape[:split], lora.rank), a_axes, "", matrix=True)
+        return a, Parameter((lora.rank, *p.shape[split:]), b_axes, "", "zeros", matrix=True)
 
     return {
         group: {
@@ -185,6 +187,23 @@ def _adapters(lora: Lora) -> Declarations:
         }
         for group in lora.layer_groups
     }
+
+
+def _adapter_axes(axes: tuple[str | None, ...]) -> tuple[tuple, tuple]:
+    """Of A [*in, rank] and B [rank, *out]."""
+    split = 1 if axes[0] == "embed" else len(axes) - 1  # a projection reads the residual stream or writes it
+    return (*axes[:split], None), (None, *axes[split:])
+
+
+def layer_axes(config: ModelConfig, group: str, names: Iterable[str]) -> dict[str, tuple[str | None, ...]]:
+    """Logical axes of these weights of one layer of a group, adapters among them."""
+    declared = declare(config)[group]
+
+    def axes(name):
+        weight = weight_of(name)
+        return declared[weight].axes if name == weight else _adapter_axes(declared[weight].axes)[name.endswith("_b")]
+
+    return {name: axes(name) for name in names}
 
 
 def is_parameter(x) -> bool:

@@ -1,7 +1,10 @@
 """Which experts a token goes to, and with what weight; float32 end to end."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from llada_jax.model.config import ModelConfig
 
@@ -11,22 +14,48 @@ def route(x: jax.Array, router: jax.Array, bias: jax.Array | None, config: Model
 
     x [tokens, embed]; router [embed, experts]; bias [experts] or None.
     "softmax" (Qwen3-MoE): the k largest probabilities. "sigmoid" (Ling 2.0, LLaDA2): the bias steers the selection and
-    never the weight; only the num_selected_groups groups with the largest sums of two best scores are eligible.
-    Ties go to the lowest index.
+    never the weight; only the num_selected_groups groups with the largest sums of two best scores are eligible. With
+    routing_block (LLaDA2.2) tokens are whole blocks instead, and only the routing_block_experts experts with the
+    largest score of any token of the block are. Ties go to the lowest index.
     """
-    logits = jnp.dot(x.astype(jnp.float32), router.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+    logits = checkpoint_name(_logits(x, router.astype(jnp.float32)), "routing")
     if config.router == "softmax":
         scores = jax.nn.softmax(logits, axis=-1)
         ranking = scores
     else:
         scores = jax.nn.sigmoid(logits)
         ranking = scores if bias is None else scores + bias.astype(jnp.float32)[None]
-        ranking = _limit_to_groups(ranking, config.num_groups, config.num_selected_groups)
-    _, experts = jax.lax.top_k(ranking, config.num_experts_per_token)
-    weights = jnp.take_along_axis(scores, experts, axis=-1)
+        if config.routing_block:
+            ranking = _limit_in_blocks(ranking, config.routing_block, config.routing_block_experts)
+        else:
+            ranking = _limit_to_groups(ranking, config.num_groups, config.num_selected_groups)
+    experts = jax.lax.top_k(jax.lax.stop_gradient(ranking), config.num_experts_per_token)[1]
+    experts = checkpoint_name(experts, "routing")
+    # A sum with one term: the gradient of take_along_axis would be a scatter.
+    chosen = experts[..., None] == jnp.arange(config.num_experts)[None, None]
+    weights = jnp.where(chosen, scores[:, None], 0).sum(-1)
     if config.normalize_expert_weights and config.num_experts_per_token > 1:
         weights /= weights.sum(-1, keepdims=True) + 1e-20
     return experts, weights * config.routed_scaling_factor
+
+
+@jax.custom_vjp
+def _logits(x: jax.Array, router: jax.Array) -> jax.Array:
+    """x W in float32. On a TPU, that is six passes of bfloat16; three will do for the gradients (error about 1e-6)."""
+    return jnp.dot(x.astype(jnp.float32), router, precision=jax.lax.Precision.HIGHEST)
+
+
+def _logits_forward(x, router):
+    return _logits(x, router), (x, router)
+
+
+def _logits_backward(residuals, cotangent):
+    x, router = residuals
+    dot = functools.partial(jnp.dot, precision=jax.lax.Precision.HIGH)
+    return dot(cotangent, router.T).astype(x.dtype), dot(x.astype(jnp.float32).T, cotangent)
+
+
+_logits.defvjp(_logits_forward, _logits_backward)
 
 
 def _limit_to_groups(ranking: jax.Array, groups: int, selected: int) -> jax.Array:
@@ -39,3 +68,22 @@ def _limit_to_groups(ranking: jax.Array, groups: int, selected: int) -> jax.Arra
     _, best = jax.lax.top_k(group_score, selected)
     eligible = jax.nn.one_hot(best, groups, dtype=bool).any(axis=1)
     return jnp.where(eligible[..., None], grouped, -jnp.inf).reshape(ranking.shape)
+
+
+def _limit_in_blocks(ranking: jax.Array, block: int, selected: int) -> jax.Array:
+    """Puts -inf on experts outside the best of each block of tokens; an expert's score is its highest in the block."""
+    blocks = ranking.reshape(-1, block, ranking.shape[1])
+    _, best = jax.lax.top_k(blocks.max(axis=1), selected)
+    eligible = jax.nn.one_hot(best, ranking.shape[1], dtype=bool).any(axis=1)
+    return jnp.where(eligible[:, None], blocks, -jnp.inf).reshape(ranking.shape)
+
+
+def balanced_bias(bias: jax.Array, load: jax.Array, rate: float) -> jax.Array:
+    """The expert bias after a step: more for experts that got fewer tokens than the mean, less for the others.
+
+    Loss-free balancing (arXiv 2408.15664) as Ling 2.0 trains: the update is rate * sign(mean load - load), less its
+    mean over the experts. bias [layers, experts]; load [layers, experts], tokens of the step.
+    """
+    load = load.astype(jnp.float32)
+    step = jnp.sign(load.mean(axis=1, keepdims=True) - load)
+    return (bias + rate * (step - step.mean(axis=1, keepdims=True))).astype(bias.dtype)

@@ -25,7 +25,7 @@ _FEWEST_STORES = 64  # of a region that computes
 _ADDRESS = re.compile(r"^ *(?:0x)?([0-9a-f]+) +(?:[A-Z]{2})? *:(?: |>)*\{")
 _START = re.compile(r"Start(?:/End empty)? region (\d+)")
 _BRANCH = re.compile(r"sbr\.rel (?:\([^)]*\) )?target = \$region(\d+)")
-_MATMUL = re.compile(r"\bvmatmul\.(?:mubr\.)?((?:lmr\.)?\w+)")
+_MATMUL = re.compile(r"\bvmatmul\.(?:mubr\.)?(?:msk\.)?((?:lmr\.)?\w+)")
 
 
 @dataclasses.dataclass(frozen=True)

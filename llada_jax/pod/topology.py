@@ -10,8 +10,9 @@ from llada_jax.errors import InputError
 from llada_jax.pod.chips import Topology
 
 
-def slice_devices(topology: Topology) -> np.ndarray:
-    """The abstract devices of a slice, one axis per side of the slice (and one more where a chip is two devices).
+def slice_devices(topology: Topology, slices: int = 1) -> np.ndarray:
+    """The abstract devices of a slice, one axis per side of the slice (and one more where a chip is two devices); of
+    several slices, one axis more in front.
 
     Compile for them under `jax.set_mesh` of a mesh made from them: Pallas asks the mesh for the chip. Raises InputError
     where libtpu is not installed.
@@ -25,12 +26,19 @@ def slice_devices(topology: Topology) -> np.ndarray:
         raise InputError(f"topology {topology.name}: libtpu is not installed; pip install 'llada_jax[tpu]'") from error
     # libtpu assumes hosts of four chips.
     host = {"chips_per_host_bounds": (1, 1, 1)} if topology.chips == 1 else {}
-    description = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **host)
-    devices = sorted(description.devices, key=lambda device: (*device.coords, device.core_on_chip))
-    if len(devices) != topology.num_devices:
-        raise RuntimeError(f"libtpu gives {len(devices)} devices for {topology.name}, expected {topology.num_devices}")
+    several = {"num_slices": slices} if slices > 1 else {}
+    description = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **host, **several)
+    devices = sorted(description.devices, key=lambda d: (slice_index(d), *d.coords, d.core_on_chip))
+    expected = topology.num_devices * slices
+    if len(devices) != expected:
+        raise RuntimeError(f"libtpu gives {len(devices)} devices for {slices} x {topology.name}, expected {expected}")
     per_chip = (topology.chip.devices,) if topology.chip.devices > 1 else ()
-    return np.array(devices).reshape(*topology.shape, *per_chip)
+    return np.array(devices).reshape(*((slices,) if slices > 1 else ()), *topology.shape, *per_chip)
+
+
+def slice_index(device) -> int:
+    """Of an abstract device; those of a single slice have none."""
+    return getattr(device, "slice_index", 0)
 
 
 def one_device(topology: Topology) -> jax.sharding.Mesh:

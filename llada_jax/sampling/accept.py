@@ -1,31 +1,55 @@
 """Which of a block's predictions are written in a step: the acceptance rules.
 
-Each rule is a function of one step's predictions for [rows, block] positions; every row stands for itself.
+Each rule is a function of one step's predictions for [rows, block] positions; every row stands for itself. Arguments,
+where a rule has them: confidence, entropy [rows, block] float32; masked [rows, block] bool; due [rows] int, tokens that
+the schedule asks for; thresholds [rows] float32. They return bool [rows, block]; ties go to the lowest position.
 """
 
 import jax
 import jax.numpy as jnp
 
-
-def schedule(block_length: int, steps: int) -> list[int]:
-    """Tokens due at each step: block_length spread over `steps`, the remainder first (LLaDA2's HF `generate`)."""
-    return [block_length // steps + (step < block_length % steps) for step in range(steps)]
+_NEAR = 1e-5  # dInfer takes everything this near to the most confident
 
 
-def accept_llada2(confidence: jax.Array, masked: jax.Array, due: jax.Array, threshold: jax.Array) -> jax.Array:
-    """All masked positions with confidence > threshold when at least `due` pass it, else the `due` most confident.
+def due(block_length: int, steps: jax.Array, step: jax.Array) -> jax.Array:
+    """Tokens due at a step: block_length spread over `steps`, the remainder first (LLaDA2's HF `generate`)."""
+    return block_length // steps + (step < block_length % steps)
 
-    Section 5.4. confidence [rows, block] float32; masked [rows, block] bool; due [rows] int. Returns bool
-    [rows, block]. Ties go to the lowest position.
-    """
-    passed = masked & (confidence > threshold)
+
+def llada2(confidence, masked, due, threshold) -> jax.Array:
+    """All with confidence > threshold when at least `due` pass it, else the `due` most confident (Section 5.4)."""
+    passed = masked & (confidence > threshold[:, None])
     enough = passed.sum(-1, keepdims=True) >= due[:, None]
     return jnp.where(enough, passed, top(confidence, masked, due))
 
 
-def top(confidence: jax.Array, eligible: jax.Array, count: jax.Array) -> jax.Array:
-    """The `count` [rows] most confident eligible positions (or all of them, when they are fewer)."""
-    order = jnp.argsort(jnp.where(eligible, -confidence, jnp.inf), axis=-1, stable=True)
+def sglang(confidence, masked, threshold) -> jax.Array:
+    """All with confidence > threshold, or the most confident one: no schedule (SGLang's LowConfidence)."""
+    return llada2(confidence, masked, jnp.ones(masked.shape[0], jnp.int32), threshold)
+
+
+def dinfer(confidence, masked, threshold) -> jax.Array:
+    """All with confidence >= min(threshold, the largest - 1e-5): near-ties of the largest go together (dInfer)."""
+    largest = jnp.max(jnp.where(masked, confidence, -jnp.inf), axis=-1)
+    return masked & (confidence >= jnp.minimum(threshold, largest - _NEAR)[:, None])
+
+
+def entropy(entropy, masked, bound) -> jax.Array:
+    """The surest, and the next surest while the entropies of all taken add up to at most `bound` nats (EB-Sampler)."""
+    order = jnp.argsort(jnp.where(masked, entropy, jnp.inf), axis=-1, stable=True)
+    total = jnp.cumsum(jnp.take_along_axis(jnp.where(masked, entropy, 0.0), order, axis=-1), axis=-1)
+    within = jnp.sum(total <= bound[:, None], axis=-1)  # what is not masked comes last and adds nothing
+    return top(-entropy, masked, jnp.maximum(within, 1))
+
+
+def fixed(confidence, masked, due) -> jax.Array:
+    """The `due` most confident, whatever their confidence."""
+    return top(confidence, masked, due)
+
+
+def top(score: jax.Array, eligible: jax.Array, count: jax.Array) -> jax.Array:
+    """The `count` [rows] eligible positions of the largest score [rows, block] (or all, when they are fewer)."""
+    order = jnp.argsort(jnp.where(eligible, -score, jnp.inf), axis=-1, stable=True)
     rank = jnp.argsort(order, axis=-1)
     return eligible & (rank < count[:, None])
 
@@ -33,6 +57,6 @@ def top(confidence: jax.Array, eligible: jax.Array, count: jax.Array) -> jax.Arr
 def edits(confidence, predicted, current, editable, editing_threshold) -> jax.Array:
     """LLaDA2.1's token-to-token edits (arXiv 2602.08676, Eq. 2): written positions whose prediction differs.
 
-    All [rows, block] but the threshold; an editing threshold of 0 edits wherever the prediction differs.
+    predicted, current [rows, block] int; an editing threshold of 0 edits wherever the prediction differs.
     """
-    return editable & (predicted != current) & (confidence > editing_threshold)
+    return editable & (predicted != current) & (confidence > editing_threshold[:, None])

@@ -1,209 +1,251 @@
 """Block-by-block decoding on the device: one `lax.while_loop`, each row at its own block and its own step.
 
-An iteration runs one forward pass over every row's current block against the keys and values of the row's finished
-blocks. For a row whose block still holds masks it is a denoising step. For a row whose block has just been completed
-it is the commit: the keys and values of the block's final tokens join the cache, and the row moves on. Both may happen
-in one iteration, for different rows. The cache is exact because clean tokens see clean blocks only.
+An iteration is one forward pass over a window of every row against the keys and values of the row's finished blocks. A
+block that has just been finished is committed, its keys and values computed from its final tokens, in one of two ways:
+
+    separate   the row's window is the finished block; it denoises nothing in this iteration
+    fused      the windows have two blocks, and the finished one is committed by the next one's first step
+
+Both are exact, because clean tokens see clean blocks only. Which one an iteration takes depends on how many of its rows
+have a block to commit (State.fuse_share): alone, a row's commits are always free of a pass of their own.
 """
 
-import dataclasses
 import functools
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 
+from llada_jax import sharding
 from llada_jax.attention import visibility as vis
-from llada_jax.model import head
 from llada_jax.model.config import ModelConfig
-from llada_jax.model.forward import Execution, hidden_states
+from llada_jax.model.forward import hidden_states
+from llada_jax.model.head import head_matrix
 from llada_jax.sampling import accept
-from llada_jax.sampling.predict import draw, predict
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """What is compiled in; everything else of a request is data."""
-
-    rule: str
-    block_length: int
-    sample: bool
-    top_k: int | None
-    eos_early_stop: bool
-    max_post_steps: int
-    execution: Execution = Execution()
-
-
-@flax.struct.dataclass
-class Requests:
-    """Run-time values of a batch: int32 [rows] prompt_length, row_end (end of the last block); scalars otherwise.
-
-    due [steps] int32: tokens due at each step. eos_id -1 never stops.
-    """
-
-    prompt_length: jax.Array
-    row_end: jax.Array
-    due: jax.Array
-    threshold: jax.Array
-    editing_threshold: jax.Array
-    temperature: jax.Array
-    top_p: jax.Array
-    mask_id: jax.Array
-    eos_id: jax.Array
-    keys: jax.Array  # [rows], one per request
-
-
-@flax.struct.dataclass
-class State:
-    """tokens [rows, canvas] int32 and masked [rows, canvas] bool are the canvas; the rest is per row, [rows].
-
-    start: first position of the current block. complete: the block needs no more steps and awaits its commit.
-    last_hidden [rows, embed]: hidden state of the last committed token, which predicts the next one (shifted).
-    """
-
-    tokens: jax.Array
-    masked: jax.Array
-    start: jax.Array
-    step: jax.Array
-    post_steps: jax.Array
-    complete: jax.Array
-    finished: jax.Array
-    denoising_passes: jax.Array
-    commit_passes: jax.Array
-    last_hidden: jax.Array
-    cache: dict
+from llada_jax.sampling.predict import Kind, predict
+from llada_jax.sampling.state import Program, Requests, State, empty_state
 
 
 @functools.partial(jax.jit, static_argnames=("config", "program", "prefill_length"))
-def decode(params, config: ModelConfig, program: Program, requests: Requests, tokens, masked, prefill_length: int):
-    """Decodes every row to its end. Returns the final State.
-
-    tokens [rows, canvas] int32: prompts, then mask tokens; masked [rows, canvas] bool: positions to fill; canvas is a
-    multiple of the block length; prefill_length (static): whole prompt blocks of the longest prompt, in tokens.
-    """
-    state = _start(params, config, program, requests, tokens, masked, prefill_length)
-    step = functools.partial(_iterate, params, config, program, requests)
-    return jax.lax.while_loop(lambda state: ~state.finished.all(), step, state)
-
-
-def _start(params, config, program, requests, tokens, masked, prefill_length) -> State:
-    """Prefills the whole blocks of every prompt in one block-causal pass; the tail joins the first decoded block."""
-    rows, canvas = tokens.shape
-    start = requests.prompt_length // program.block_length * program.block_length
-    dtype = params["embedding"].dtype
-    cache = _empty_cache(config, rows, canvas, dtype)
-    last_hidden = jnp.zeros((rows, config.hidden_size), dtype)
-    if prefill_length:
-        prompt = tokens[:, :prefill_length]
-        visibility = vis.block_causal(vis.layout(jnp.ones_like(prompt), program.block_length))
-        positions = jnp.broadcast_to(jnp.arange(prefill_length), prompt.shape)
-        hidden, computed = hidden_states(params, config, prompt, positions, visibility, program.execution)
-        cache = jax.tree.map(lambda whole, part: whole.at[:, :, :prefill_length].set(part), cache, computed)
-        previous = jnp.maximum(start - 1, 0)[:, None, None]
-        last_hidden = jnp.take_along_axis(hidden, previous, axis=1)[:, 0]
-        last_hidden = jnp.where(start[:, None] > 0, last_hidden, 0)  # nothing precedes the first token
-    zeros, no = jnp.zeros(rows, jnp.int32), jnp.zeros(rows, bool)
-    return State(
-        tokens=tokens, masked=masked, start=start, step=zeros, post_steps=zeros, complete=no, finished=no,
-        denoising_passes=zeros, commit_passes=zeros, last_hidden=last_hidden, cache=cache,
-    )  # fmt: skip
+def decode(
+    params, config: ModelConfig, program: Program, requests: Requests, prompts, fuse_share, prefill_length: int
+) -> State:
+    """Decodes a whole batch to its end in one program. prompts [rows, canvas] int32; the rest as in `admit`."""
+    dtype = program.execution.dtype or params["embedding"].dtype
+    state = empty_state(config, program, *prompts.shape, dtype, fuse_share)
+    state = _admit(params, config, program, state, jnp.arange(prompts.shape[0]), requests, prompts, prefill_length)
+    return _advance(params, config, program, state, jnp.iinfo(jnp.int32).max)
 
 
-def _empty_cache(config, rows, canvas, dtype):
-    def zeros(layers):
-        return jnp.zeros((len(layers), rows, canvas, config.num_kv_heads, config.head_dim), dtype)
-
-    return {group: {"key": zeros(layers), "value": zeros(layers)} for group, layers in config.layer_groups.items()}
-
-
-def _iterate(params, config, program, requests, state: State) -> State:
-    rows = jnp.arange(state.start.shape[0])[:, None]
-    window = state.start[:, None] + jnp.arange(program.block_length)[None]
-    block, masked = state.tokens[rows, window], state.masked[rows, window]
-    visibility = vis.window(state.start, program.block_length)
-    hidden, computed = hidden_states(params, config, block, window, visibility, program.execution, cache=state.cache)
-    predicted, confidence = _predict(params, config, program, requests, state, hidden)
-
-    denoising = ~state.complete & ~state.finished
-    due = requests.due[jnp.minimum(state.step, requests.due.shape[0] - 1)]
-    editable = ~masked & (window >= requests.prompt_length[:, None])
-    accepted, edited = _accept(program, requests, block, masked, editable, predicted, confidence, due)
-    accepted, edited = accepted & denoising[:, None], edited & denoising[:, None]
-    block = jnp.where(accepted | edited, predicted, block)
-    left = masked & ~accepted
-    tokens = state.tokens.at[rows, window].set(block)
-    all_masked = state.masked.at[rows, window].set(left)
-
-    step, post_steps, complete = _progress(program, requests, state, masked, left, edited)
-    complete = complete & denoising
-    finished = state.finished | _finished(program, requests, state, tokens, all_masked, accepted, predicted, complete)
-
-    commit = state.complete & ~state.finished
-    where = jnp.where(commit[:, None], window, tokens.shape[1])  # out of bounds is dropped
-    cache = jax.tree.map(lambda old, new: old.at[:, rows, where].set(new, mode="drop"), state.cache, computed)
-    return State(
-        tokens=tokens,
-        masked=all_masked,
-        start=jnp.where(commit, state.start + program.block_length, state.start),
-        step=jnp.where(denoising, step, 0),
-        post_steps=jnp.where(denoising, post_steps, 0),
-        complete=complete & ~finished,
-        finished=finished,
-        denoising_passes=state.denoising_passes + denoising,
-        commit_passes=state.commit_passes + commit,
-        last_hidden=jnp.where(commit[:, None], hidden[:, -1], state.last_hidden),
-        cache=cache,
+def _advance(params, config: ModelConfig, program: Program, state: State, iterations) -> State:
+    none = jnp.zeros((), jnp.int32)
+    return jax.lax.while_loop(
+        lambda state: ~state.finished.all() & (state.iterations < iterations),
+        functools.partial(iterate, params, config, program),
+        state.replace(iterations=none, busy=none, positions_evaluated=none),
     )
 
 
-def _predict(params, config, program, requests, state, hidden):
+def _admit(params, config, program, state: State, rows, requests, prompts, prefill_length: int) -> State:
+    block, canvas = program.block_length, state.tokens.shape[1]
+    where = jnp.arange(canvas)[None]
+    inside = where < requests.prompt_length[:, None]
+    start = requests.prompt_length // block * block
+    cache, last_hidden = state.cache, jnp.zeros((len(rows), state.last_hidden.shape[1]), state.last_hidden.dtype)
+    if prefill_length:
+        prompt = prompts[:, :prefill_length]
+        visibility = vis.block_causal(vis.layout(jnp.ones_like(prompt), block))
+        positions = jnp.broadcast_to(jnp.arange(prefill_length), prompt.shape)
+        hidden, computed = hidden_states(params, config, prompt, positions, visibility, program.execution)
+
+        def put(whole, part):
+            return whole.at[:, rows, :prefill_length].set(part.astype(whole.dtype), mode="drop")
+
+        cache = jax.tree.map(put, cache, computed)
+        previous = jnp.maximum(start - 1, 0)[:, None, None]
+        last_hidden = jnp.take_along_axis(hidden, previous, axis=1)[:, 0].astype(last_hidden.dtype)
+        last_hidden = jnp.where(start[:, None] > 0, last_hidden, 0)  # nothing precedes the first token
+    zeros, no = jnp.zeros_like(start), jnp.zeros(start.shape, bool)
+    masked = start[:, None] + jnp.arange(block)[None] >= requests.prompt_length[:, None]
+    new = dict(
+        requests=requests, tokens=jnp.where(inside, prompts, program.mask_id), steps=jnp.zeros_like(prompts),
+        confidence=jnp.zeros(prompts.shape), masked=masked, start=start, step=zeros, post_steps=zeros, pending=no,
+        finished=no, denoising_passes=zeros, commit_passes=zeros, positions=zeros, last_hidden=last_hidden,
+    )  # fmt: skip
+    old = {name: getattr(state, name) for name in new}
+    return state.replace(cache=cache, **jax.tree.map(lambda a, b: a.at[rows].set(b, mode="drop"), old, new))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "program", "prefill_length"), donate_argnames=("state",))
+def admit(params, config: ModelConfig, program: Program, state: State, rows, requests, prompts, prefill_length: int):
+    """Puts requests into the `rows` [n] of a state (out of bounds: dropped) and prefills them. Donates the state.
+
+    requests: Requests of [n]; prompts [n, canvas] int32, anything after each prompt. prefill_length (static): whole
+    prompt blocks of the longest prompt, in tokens, computed in one block-causal pass; a prompt's tail joins its first
+    decoded block.
+    """
+    return _admit(params, config, program, state, rows, requests, prompts, prefill_length)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "program"), donate_argnames=("state",))
+def advance(params, config: ModelConfig, program: Program, state: State, iterations) -> State:
+    """At most `iterations` (int32) passes over the batch; fewer when every row has finished. Donates the state.
+
+    The state's counts of passes, running rows and positions are those of this call.
+    """
+    return _advance(params, config, program, state, iterations)
+
+
+def iterate(params, config: ModelConfig, program: Program, state: State) -> State:
+    """One forward pass over the batch, and what follows from it: the step of decoding that is repeated.
+
+    Pure, and can be lowered from abstract arguments (sampling/state.py, empty_state).
+    """
+    block = program.block_length
+    running = ~state.finished
+    committing = running & state.pending
+    fused = committing.any() & (committing.sum() >= state.fuse_share * running.sum())
+    passes = [functools.partial(window_pass, params, config, program, state, blocks) for blocks in (1, 2)]
+    hidden, computed, last_hidden = jax.lax.cond(fused, passes[1], passes[0])
+
+    # Out of the way of what is visible, when there is nothing to commit.
+    at = jnp.where(committing, state.start - block, state.tokens.shape[1])
+    write = jax.vmap(lambda whole, part, at: jax.lax.dynamic_update_slice_in_dim(whole, part, at, 1), (1, 1, 0), 1)
+    cache = jax.tree.map(lambda whole, part: write(whole, part.astype(whole.dtype), at), state.cache, computed)
+    last_hidden = jnp.where(committing[:, None], last_hidden, state.last_hidden)
+
+    denoising = running & (fused | ~state.pending)
     if config.alignment == "shifted":
-        hidden = jnp.concatenate([state.last_hidden[:, None], hidden[:, :-1]], axis=1)
-    logits = head.logits(params, config, hidden)
-    if not program.sample:
-        return predict(logits, requests.mask_id)
+        hidden = jnp.concatenate([last_hidden[:, None], hidden[:, :-1]], axis=1)
+    width = jnp.where(fused, 2 * block, block)
+    state = state.replace(
+        cache=constrain_cache(cache),
+        last_hidden=last_hidden,
+        pending=state.pending & ~committing,
+        commit_passes=state.commit_passes + (committing & ~fused),
+        positions=state.positions + running * width,
+        iterations=state.iterations + 1,
+        busy=state.busy + running.sum(),
+        positions_evaluated=state.positions_evaluated + running.size * width,
+    )
+    return _denoise(params, config, program, state, hidden, denoising)
+
+
+def constrain_cache(cache):
+    axes = ("layers", "batch", None, "kv_heads", None)
+    return jax.tree.map(lambda x: sharding.constrain(x, axes), cache)
+
+
+def window_pass(params, config: ModelConfig, program: Program, state: State, blocks: int):
+    """Forward over a window of one or two blocks: (hidden [rows, block, embed] of the window's last block, keys and
+    values of its first block, hidden [rows, embed] of the last token of its first block)."""
+    block = program.block_length
+    canvas = state.tokens.shape[1]
+    if blocks == 1:
+        first = jnp.where(state.pending, state.start - block, state.start)
+        visibility = vis.window(first, block)
+    else:
+        first = state.start - block
+        visibility = vis.two_block_window(state.start, block, ~state.pending)
+    window = jnp.clip(first[:, None] + jnp.arange(blocks * block)[None], 0, canvas - 1)
+    tokens = jnp.take_along_axis(state.tokens, window, axis=1)
+    hidden, computed = hidden_states(params, config, tokens, window, visibility, program.execution, cache=state.cache)
+    return hidden[:, -block:], jax.tree.map(lambda x: x[:, :, :block], computed), hidden[:, block - 1]
+
+
+def _denoise(params, config, program, state: State, hidden, denoising) -> State:
+    """Accepts predictions into the blocks of the rows that are `denoising` [rows], and moves on those that are full."""
+    rule, requests, masked, block = program.rule, state.requests, state.masked, program.block_length
+    window = state.start[:, None] + jnp.arange(block)[None]
+    old = _get(state.tokens, window)
+    generated = window >= requests.prompt_length[:, None]
+    needed = (generated if rule == "llada2.1" else masked) & denoising[:, None]
 
     def key_of(key, start, step):  # a draw depends on its request, block and step, not on its batch mates
         return jax.random.fold_in(jax.random.fold_in(key, start), step)
 
-    keys = jax.vmap(key_of)(requests.keys, state.start, state.step)
-    return draw(logits, requests.mask_id, keys, requests.temperature, program.top_k, requests.top_p)
+    sampling = requests.sampling
+    sampling = sampling.replace(key=jax.vmap(key_of)(sampling.key, state.start, state.step))
+    kind = Kind(program.mask_id, program.sample, program.cut, rule == "entropy")
+    found = predict(head_matrix(params, config), hidden, needed, sampling, kind)
+
+    accepted = _accept(program, state, found) & needed & masked
+    edited = jnp.zeros_like(accepted)
+    if rule == "llada2.1":
+        edited = accept.edits(found.confidence, found.token, old, needed & ~masked, requests.editing_threshold)
+    left, written = masked & ~accepted, accepted | edited
+    tokens = jnp.where(written, found.token, old)
+    full, step, post_steps = _progress(program, state, left, edited)
+    full &= denoising
+    ended = _ended(program, requests, generated, tokens, left, written, full)
+    finished = state.finished | ended | (full & (state.start + block >= requests.row_end))
+
+    moves = full & ~finished
+    start = jnp.where(moves, state.start + block, state.start)
+    return state.replace(
+        tokens=_put(state.tokens, tokens, state.start),
+        steps=_put(state.steps, jnp.where(written, state.step[:, None], _get(state.steps, window)), state.start),
+        confidence=_put(
+            state.confidence, jnp.where(written, found.confidence, _get(state.confidence, window)), state.start
+        ),
+        masked=left | moves[:, None],
+        start=start,
+        step=jnp.where(moves, 0, jnp.where(denoising, step, state.step)),
+        post_steps=jnp.where(moves, 0, jnp.where(denoising, post_steps, state.post_steps)),
+        pending=state.pending | moves,
+        finished=finished,
+        denoising_passes=state.denoising_passes + denoising,
+    )
 
 
-def _accept(program, requests, block, masked, editable, predicted, confidence, due):
-    """(positions that lose their mask, positions that are rewritten), bool [rows, block]."""
-    if program.rule == "llada2":
-        accepted = accept.accept_llada2(confidence, masked, due, requests.threshold)
-        return accepted, jnp.zeros_like(accepted)
-    one = jnp.ones_like(due)
-    accepted = accept.accept_llada2(confidence, masked, one, requests.threshold)
-    return accepted, accept.edits(confidence, predicted, block, editable, requests.editing_threshold)
+def _get(canvas, window):
+    return jnp.take_along_axis(canvas, jnp.minimum(window, canvas.shape[1] - 1), axis=1)
 
 
-def _progress(program, requests, state, masked, left, edited):
-    """(step, post_steps, complete) after a denoising step of each row."""
-    step = state.step + 1
-    if program.rule == "llada2":
-        return step, state.post_steps, ~left.any(-1) | (step >= requests.due.shape[0])
+def _put(canvas, block, start):
+    return jax.vmap(lambda row, part, at: jax.lax.dynamic_update_slice(row, part, (at,)))(canvas, block, start)
+
+
+def _accept(program: Program, state: State, found) -> jax.Array:
+    """Masked positions that the rule accepts, bool [rows, block]."""
+    requests, masked, confidence = state.requests, state.masked, found.confidence
+    due = accept.due(program.block_length, requests.steps, state.step)
+    match program.rule:
+        case "llada2":
+            return accept.llada2(confidence, masked, due, requests.threshold)
+        case "llada2.1" | "sglang":  # at least one token a step, no schedule
+            return accept.sglang(confidence, masked, requests.threshold)
+        case "dinfer":
+            return accept.dinfer(confidence, masked, requests.threshold)
+        case "entropy":
+            return accept.entropy(found.entropy, masked, requests.entropy_bound)
+        case "fixed":
+            return accept.fixed(confidence, masked, due)
+
+
+def _progress(program, state: State, left, edited):
+    """(full: the block needs no more steps, step, post_steps), [rows], after a denoising step of each row."""
+    step, was_full = state.step + 1, ~state.masked.any(-1)
+    if program.rule != "llada2.1":
+        return ~left.any(-1), step, state.post_steps
     # LLaDA2.1: a full block is edited until a pass changes nothing, or max_post_steps are spent.
-    settled = ~masked.any(-1) & ~edited.any(-1)
-    post_steps = state.post_steps + ~masked.any(-1)
-    return step, post_steps, settled | (~left.any(-1) & (post_steps + 1 > program.max_post_steps))
+    post_steps = state.post_steps + was_full
+    settled = was_full & ~edited.any(-1)
+    spent = ~left.any(-1) & (post_steps + 1 > state.requests.max_post_steps)
+    return settled | spent, step, post_steps
 
 
-def _finished(program, requests, state, tokens, masked, accepted, predicted, complete):
-    """Rows that need nothing more: their last block is complete, or an end of sequence stands among written tokens."""
-    position = jnp.arange(tokens.shape[1])[None]
-    generated = position >= requests.prompt_length[:, None]
-    block_end = state.start + program.block_length
-    ends = generated & ~masked & (tokens == requests.eos_id) & (position < block_end[:, None])
-    finished = complete & (block_end >= requests.row_end)
-    if program.rule == "llada2" or program.eos_early_stop:
-        finished |= complete & ends.any(-1)
-    if program.rule == "llada2" and program.eos_early_stop:
-        # As the reference: looked at only in a step that writes an end of sequence.
-        written = (accepted & (predicted == requests.eos_id)).any(-1)
-        first_end = jnp.argmax(ends, axis=-1)
-        gap = (generated & masked & (position < first_end[:, None])).any(-1)
-        finished |= written & ends.any(-1) & ~gap
-    return finished
+def _ended(program, requests: Requests, generated, tokens, left, written, full) -> jax.Array:
+    """Rows [rows] with an end of sequence among their generated tokens, where the rule stops for it.
+
+    Earlier blocks hold none, or the row would have stopped there.
+    """
+    ends = generated & ~left & (tokens == requests.eos_id[:, None])
+    between_blocks = full & ends.any(-1)
+    if program.rule == "llada2.1":  # as its reference, only when asked to
+        return between_blocks & requests.eos_early_stop
+    first_end = jnp.argmax(ends, axis=-1)
+    gap = (left & (jnp.arange(left.shape[1])[None] < first_end[:, None])).any(-1)
+    inside = ends.any(-1) & ~gap
+    if program.rule == "llada2":  # as its reference, looked at only in a step that writes an end of sequence
+        inside &= (written & ends).any(-1)
+    return between_blocks | (inside & requests.eos_early_stop)

@@ -16,9 +16,12 @@ def define(gen_length: int) -> None:
     flags.DEFINE_integer("top_k", None, "Draw among the k most probable tokens.")
     flags.DEFINE_float("top_p", None, "Draw from the nucleus of this probability.")
     flags.DEFINE_bool("eos_early_stop", False, "Stop inside a block once the end is written.")
-    flags.DEFINE_string("rule", "llada2", "llada2 | llada2.1 (edits written tokens).")
+    flags.DEFINE_string(
+        "rule", "llada2", "llada2 | llada2.1 (edits what is written) | sglang | dinfer | entropy | fixed."
+    )
     flags.DEFINE_float("editing_threshold", 0.5, "llada2.1: probability above which a token is edited.")
     flags.DEFINE_integer("max_post_steps", 16, "llada2.1: most steps after a block is full.")
+    flags.DEFINE_float("entropy_bound", 0.15, "entropy: nats that a step may write.")
 
 
 def generate_config():
@@ -27,6 +30,6 @@ def generate_config():
 
     names = (
         "gen_length", "block_length", "steps", "threshold", "temperature", "top_k", "top_p", "eos_early_stop", "rule",
-        "editing_threshold", "max_post_steps",
+        "editing_threshold", "max_post_steps", "entropy_bound",
     )  # fmt: skip
     return GenerateConfig(**{name: FLAGS[name].value for name in names})

@@ -1,6 +1,7 @@
 """`generate`: prompts in, answers out."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import flax.struct
 import jax
@@ -10,22 +11,22 @@ import numpy as np
 from llada_jax.errors import InputError
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.forward import Execution
-from llada_jax.sampling import accept
-from llada_jax.sampling.decode import Program, Requests, decode
-
-RULES = ("llada2", "llada2.1")
+from llada_jax.sampling.cost import second_block_price
+from llada_jax.sampling.decode import decode
+from llada_jax.sampling.predict import Sampling
+from llada_jax.sampling.state import KEYS, RULES, Program, Requests, State
 
 
 @dataclasses.dataclass(frozen=True)
 class GenerateConfig:
-    """How to decode.
+    """How to decode. Those of a batch may differ in all but block_length, mask_id and rule.
 
     gen_length: most tokens of an answer. block_length: tokens decoded together. steps: most steps a block may take
-    (ignored by "llada2.1"). threshold: probability above which a token is accepted (above 1: the schedule decides).
+    ("llada2", "fixed"). threshold: probability above which a token is accepted (above 1: the schedule decides).
     temperature 0 is argmax. mask_id, eos_id: None is the checkpoint's; eos_id -1 never stops. eos_early_stop: stop
-    inside a block once all before the first end of sequence is written. rule "llada2.1" also edits written tokens
-    whose prediction changed with probability above editing_threshold (0: always), for at most max_post_steps steps
-    after a block is full.
+    inside a block once all before the first end of sequence is written. rule: sampling/accept.py; "llada2.1" also
+    edits written tokens whose prediction changed with probability above editing_threshold (0: always), for at most
+    max_post_steps steps after a block is full. entropy_bound: nats that "entropy" may write in a step.
     """
 
     gen_length: int
@@ -41,6 +42,7 @@ class GenerateConfig:
     rule: str = "llada2"
     editing_threshold: float = 0.5
     max_post_steps: int = 16
+    entropy_bound: float = 0.15
 
     def __post_init__(self):
         def check(field, ok, expected):
@@ -57,71 +59,155 @@ class GenerateConfig:
         check("rule", self.rule in RULES, f"one of {', '.join(RULES)}")
         check("editing_threshold", self.editing_threshold >= 0, "at least 0")
         check("max_post_steps", self.max_post_steps >= 0, "at least 0")
+        check("entropy_bound", self.entropy_bound >= 0, "at least 0")
 
 
 @flax.struct.dataclass
 class Generation:
     """tokens: the answers, one int32 array a row, up to and including the end of sequence.
 
-    Per row, int32 [rows]: forward_passes (denoising), commit_passes and prefill_passes. Passes over the batch are
-    shared, so these are counts of the row's own use.
+    steps, confidence: as tokens, for each the step of its block that wrote it and its probability then. Per row, int32
+    [rows]: forward_passes (denoising), commit_passes (of their own) and prefill_passes, and positions_evaluated in
+    all of them. Passes over the batch are shared, so these are counts of the row's own use.
     """
 
     tokens: list[np.ndarray]
     forward_passes: np.ndarray
     commit_passes: np.ndarray
     prefill_passes: np.ndarray
+    steps: list[np.ndarray]
+    confidence: list[np.ndarray]
+    positions_evaluated: np.ndarray
+
+    @property
+    def tokens_per_forward(self) -> np.ndarray:
+        """float64 [rows]: answer tokens over all the row's passes: prefill, denoising and commit."""
+        passes = self.forward_passes + self.commit_passes + self.prefill_passes
+        return np.array([len(answer) for answer in self.tokens]) / np.maximum(passes, 1)
 
 
 def generate(
-    params, config: ModelConfig, prompts, generate_config: GenerateConfig, key=None, execution: Execution = Execution()
+    params,
+    config: ModelConfig,
+    prompts,
+    generate_config: GenerateConfig | Sequence[GenerateConfig],
+    key=None,
+    execution: Execution = Execution(),
+    fuse_share: float | None = None,
 ) -> Generation:
-    """Decodes an answer to each prompt by block diffusion (Section 5.4).
+    """Decodes an answer to each prompt by block diffusion (Section 5.4), the batch in one program.
 
-    prompts: 1-D int arrays, of any lengths. key: for temperature > 0; None is jax.random.key(0). A row's answer does
-    not depend on the others. Raises InputError when the checkpoint has no mask token, ValueError on a bad prompt.
+    prompts: 1-D int arrays, of any lengths. generate_config: of all, or one for each prompt. key: for temperature
+    > 0; None is jax.random.key(0). fuse_share: 0 commits finished blocks in two-block windows always, above 1 never;
+    None is what is cheaper for the batch on this device (sampling/cost.py). A row's answer does not depend on the
+    others. Raises InputError when the checkpoint has no mask token or the configs cannot share a batch, ValueError on
+    a bad prompt.
     """
-    g = generate_config
-    mask_id, eos_id = _special_tokens(config, g)
-    prompts = _check_prompts(config, prompts)
+    prompts = check_prompts(config, prompts)
+    one = isinstance(generate_config, GenerateConfig)
+    configs = [generate_config] * max(len(prompts), 1) if one else list(generate_config)
+    if not one and len(configs) != len(prompts):
+        raise InputError(f"{len(configs)} configs for {len(prompts)} prompts, expected one for each")
+    program = program_of(config, configs, execution)
     if not prompts:
         empty = np.zeros(0, np.int32)
-        return Generation([], empty, empty, empty)
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    row_end = -(-(lengths + g.gen_length) // g.block_length) * g.block_length
-    canvas = int(row_end.max())
-    tokens = np.full((len(prompts), canvas), mask_id, np.int32)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)] = prompt
-    masked = np.arange(canvas) >= lengths[:, None]
+        return Generation([], empty, empty, empty, [], [], empty)
     key = jax.random.key(0) if key is None else key
-    requests = Requests(
-        prompt_length=jnp.asarray(lengths),
-        row_end=jnp.asarray(row_end),
-        due=jnp.asarray(accept.schedule(g.block_length, min(g.steps, g.gen_length)), jnp.int32),
-        threshold=jnp.float32(g.threshold),
-        editing_threshold=jnp.float32(g.editing_threshold),
-        temperature=jnp.float32(g.temperature or 1.0),
-        top_p=jnp.float32(g.top_p or 1.0),
-        mask_id=jnp.int32(mask_id),
-        eos_id=jnp.int32(eos_id),
-        keys=jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(len(prompts))),
+    keys = jax.vmap(lambda row: jax.random.bits(jax.random.fold_in(key, row), (2,), "uint32"))(jnp.arange(len(prompts)))
+    lengths = np.array([len(prompt) for prompt in prompts])
+    requests = requests_of(config, lengths, configs, jax.random.wrap_key_data(keys, impl=KEYS))
+    canvas = int(requests.row_end.max())
+    prefill_length = int(lengths.max()) // program.block_length * program.block_length
+    if fuse_share is None:
+        fuse_share = second_block_price(config, len(prompts), program.block_length)
+    state = decode(params, config, program, requests, pad(prompts, canvas), fuse_share, prefill_length)
+    return collect(state, np.arange(len(prompts)), lengths, configs, requests.eos_id, program.block_length)
+
+
+def program_of(config: ModelConfig, configs, execution: Execution = Execution()) -> Program:
+    """The program that decodes requests with these configs. Raises InputError when there is none."""
+    first = configs[0]
+    for other in configs:
+        for field in ("block_length", "mask_id", "rule"):
+            if getattr(other, field) != getattr(first, field):
+                values = f"{getattr(first, field)!r} and {getattr(other, field)!r}"
+                raise InputError(f"{field}: {values} in one batch, expected one value")
+    return Program(
+        mask_id=_mask_id(config, first),
+        rule=first.rule,
+        block_length=first.block_length,
+        sample=any(g.temperature > 0 for g in configs),
+        cut=any(g.temperature > 0 and (g.top_k is not None or (g.top_p or 1) < 1) for g in configs),
+        execution=execution,
     )
-    program = Program(g.rule, g.block_length, g.temperature > 0, g.top_k, g.eos_early_stop, g.max_post_steps, execution)
-    prefill_length = int(lengths.max()) // g.block_length * g.block_length
-    state = decode(params, config, program, requests, tokens, masked, prefill_length)
-    final = np.asarray(state.tokens)
-    answers = [_cut(final[row, n : n + g.gen_length], eos_id) for row, n in enumerate(lengths)]
-    prefilled = (lengths >= g.block_length).astype(np.int32)
-    return Generation(answers, np.asarray(state.denoising_passes), np.asarray(state.commit_passes), prefilled)
 
 
-def _cut(answer: np.ndarray, eos_id: int) -> np.ndarray:
+def prefill_execution(longest: int) -> Execution:
+    """How to prefill prompts of up to `longest` tokens on this device."""
+    if jax.default_backend() == "tpu":
+        return Execution(attention="kernel")
+    return Execution(attention="blockwise" if longest > 1024 else "dense")  # dense holds [longest, longest] scores
+
+
+def requests_of(config: ModelConfig, lengths: np.ndarray, configs: Sequence[GenerateConfig], keys) -> Requests:
+    """Requests of [rows] from prompt lengths [rows], their configs and keys [rows]."""
+
+    def field(dtype, value):
+        return np.array([value(g) for g in configs], dtype)
+
+    block = field(np.int32, lambda g: g.block_length)
+    gen_length = field(np.int32, lambda g: g.gen_length)
+    return Requests(
+        prompt_length=lengths.astype(np.int32),
+        row_end=(-(-(lengths + gen_length) // block) * block).astype(np.int32),
+        steps=field(np.int32, lambda g: min(g.steps, g.gen_length)),
+        threshold=field(np.float32, lambda g: g.threshold),
+        editing_threshold=field(np.float32, lambda g: g.editing_threshold),
+        max_post_steps=field(np.int32, lambda g: g.max_post_steps),
+        entropy_bound=field(np.float32, lambda g: g.entropy_bound),
+        eos_id=field(np.int32, lambda g: eos_id_of(config, g)),
+        eos_early_stop=field(bool, lambda g: g.eos_early_stop),
+        sampling=Sampling(
+            temperature=field(np.float32, lambda g: g.temperature),
+            top_k=field(np.int32, lambda g: g.top_k or 0),
+            top_p=field(np.float32, lambda g: g.top_p or 1.0),
+            key=keys,
+        ),
+    )
+
+
+def pad(prompts: Sequence[np.ndarray], canvas: int) -> np.ndarray:
+    """int32 [rows, canvas], zeros after each prompt."""
+    padded = np.zeros((len(prompts), canvas), np.int32)
+    for row, prompt in enumerate(prompts):
+        padded[row, : len(prompt)] = prompt
+    return padded
+
+
+def collect(state: State, rows, lengths, configs, eos_ids, block_length: int) -> Generation:
+    """The answers of finished `rows` [n] of a state; prompt lengths [n], their configs and eos ids [n]."""
+    canvas = jax.device_get((state.tokens, state.steps, state.confidence))
+    counts = jax.device_get((state.denoising_passes, state.commit_passes, state.positions))
+    tokens, steps, confidence = [], [], []
+    for row, start, g, eos_id in zip(rows, lengths, configs, eos_ids, strict=True):
+        answer = cut(canvas[0][row, start : start + g.gen_length], eos_id)
+        span = slice(start, start + len(answer))
+        tokens.append(answer)
+        steps.append(canvas[1][row, span])
+        confidence.append(canvas[2][row, span])
+    denoising, commit, positions = (count[rows] for count in counts)
+    prefilled = np.asarray(lengths) // block_length * block_length
+    prefill = (prefilled > 0).astype(np.int32)
+    return Generation(tokens, denoising, commit, prefill, steps, confidence, (positions + prefilled).astype(np.int32))
+
+
+def cut(answer: np.ndarray, eos_id: int) -> np.ndarray:
+    """Up to and including the first end of sequence."""
     ends = np.flatnonzero(answer == eos_id)
     return answer[: ends[0] + 1] if len(ends) else answer
 
 
-def _special_tokens(config: ModelConfig, g: GenerateConfig) -> tuple[int, int]:
+def _mask_id(config: ModelConfig, g: GenerateConfig) -> int:
     mask_id = config.mask_token_id if g.mask_id is None else g.mask_id
     if mask_id is None:
         raise InputError(
@@ -129,11 +215,17 @@ def _special_tokens(config: ModelConfig, g: GenerateConfig) -> tuple[int, int]:
         )
     if not 0 <= mask_id < config.vocab_size:
         raise InputError(f"mask_id={mask_id}, vocabulary is {config.vocab_size}")
+    return mask_id
+
+
+def eos_id_of(config: ModelConfig, g: GenerateConfig) -> int:
+    """The end of sequence that stops a request; -1 is none."""
     eos_id = config.eos_token_id if g.eos_id is None else g.eos_id
-    return mask_id, -1 if eos_id is None else eos_id
+    return -1 if eos_id is None else eos_id
 
 
-def _check_prompts(config: ModelConfig, prompts) -> list[np.ndarray]:
+def check_prompts(config: ModelConfig, prompts) -> list[np.ndarray]:
+    """Prompts as 1-D int32 arrays. Raises ValueError naming the one that is none."""
     checked = []
     for row, prompt in enumerate(prompts):
         prompt = np.asarray(prompt)

@@ -92,12 +92,16 @@ def default_config(model: str) -> ConfigDict:
     optimizer.eps = 1e-8
     optimizer.weight_decay = 0.1
     optimizer.clip_norm = 1.0
+    optimizer.expert_bias_rate = 0.0  # of the routers' loss-free balancing (Ling 2.0 trains with 1e-3); 0 freezes it
 
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, expert=1, tensor=1))
     config.execution = execution = ConfigDict()
     execution.attention = "dense"  # "blockwise", "kernel" (TPU), or "auto": the kernel on a TPU, blockwise elsewhere
+    execution.experts = "auto"  # "xla", "megablox" (TPU), or "auto": megablox on a TPU, xla elsewhere
+    execution.exchange = "weights"  # how experts and tokens meet over mesh.expert: "weights" or "tokens" are gathered
     execution.remat = "none"
     execution.dtype = "float32"
+    execution.reduce_dtype = ""  # of gradients of gathered weights, summed over ranks; "" is execution.dtype
 
     config.checkpoint = kept = ConfigDict()
     kept.every_steps = 50
@@ -199,14 +203,15 @@ def evaluation_block_sizes(config: ConfigDict) -> tuple[int, ...]:
     return (1,) if config.schedule.kind == "ar" else tuple(config.evaluation.block_sizes)
 
 
-def execution(config: ConfigDict) -> Execution:
-    """How to compute on the device at hand."""
+def execution(config: ConfigDict, platform: str | None = None) -> Execution:
+    """How to compute on a platform ("tpu", "gpu", "cpu"), by default the one at hand."""
     if config.execution.dtype not in ("float32", "bfloat16"):
         raise InputError(f'config.execution.dtype={config.execution.dtype!r}, expected "float32" or "bfloat16"')
-    values = dict(config.execution)
-    if values["attention"] == "auto":
-        values["attention"] = "kernel" if jax.default_backend() == "tpu" else "blockwise"
-    return Execution(**values)
+    values, tpu = dict(config.execution), (platform or jax.default_backend()) == "tpu"
+    for field, on_tpu, elsewhere in (("attention", "kernel", "blockwise"), ("experts", "megablox", "xla")):
+        if values[field] == "auto":
+            values[field] = on_tpu if tpu else elsewhere
+    return Execution(**values | {"reduce_dtype": values["reduce_dtype"] or None})
 
 
 _POSITIVE = (
@@ -216,7 +221,8 @@ _POSITIVE = (
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "seed", "optimizer.learning_rate", "optimizer.warmup_steps", "optimizer.decay_steps", "optimizer.weight_decay",
-    "optimizer.end_fraction", "objective.embedding_noise_std", "objective.embedding_noise_steps",
+    "optimizer.end_fraction", "optimizer.expert_bias_rate",
+    "objective.embedding_noise_std", "objective.embedding_noise_steps",
     "lora.rank", "checkpoint.keep_last", "checkpoint.keep_best",
 )  # fmt: skip
 
@@ -242,6 +248,12 @@ def check(config: ConfigDict) -> None:
     if config.lora.rank and not config.init_from:
         raise InputError(f'config.init_from="": config.lora.rank={config.lora.rank} adapts the model of a checkpoint')
     phases(config), objective(config), preference(config), execution(config)
+    if config.optimizer.expert_bias_rate:
+        if not PRESETS[config.model].expert_bias or config.lora.rank or config.preference.enabled:
+            raise InputError(
+                f"config.optimizer.expert_bias_rate={config.optimizer.expert_bias_rate}, expected 0: the model has no "
+                "expert bias, or the run is of adapters or DPO"
+            )
     if config.batch.rows % config.batch.micro_batches:
         raise InputError(
             f"config.batch.micro_batches={config.batch.micro_batches} does not divide batch.rows={config.batch.rows}"
@@ -260,6 +272,12 @@ def check(config: ConfigDict) -> None:
             raise InputError(
                 f"config.evaluation.block_sizes: {block_size} does not divide data.length={config.data.length}"
             )
+
+
+def check_rows(config: ConfigDict, mesh) -> None:
+    """Raises InputError when the devices of the mesh cannot share the rows of a step evenly."""
+    if config.batch.rows // config.batch.micro_batches % (mesh.size // mesh.shape["tensor"]):
+        raise InputError(f"config.batch.rows={config.batch.rows} cannot be shared by {mesh.size} devices")
 
 
 def write(config: ConfigDict, path: Path) -> None:

@@ -18,6 +18,8 @@ from llada_jax.data.order import prefetch
 from llada_jax.diffusion import schedule
 from llada_jax.errors import InputError
 from llada_jax.model import parameters
+from llada_jax.model.config import ModelConfig
+from llada_jax.model.forward import Execution
 from llada_jax.training import config as settings
 from llada_jax.training import held_out, saver
 from llada_jax.training import state as states
@@ -28,7 +30,8 @@ from llada_jax.training.optimizer import learning_rate, make_optimizer
 from llada_jax.training.preemption import stop_on_sigterm
 from llada_jax.training.reference import open_reference
 from llada_jax.training.source import continue_learning_rate
-from llada_jax.training.step import denoising_loss, make_train_step, preference_loss, whole
+from llada_jax.training.step import Loss, denoising_loss, make_train_step, preference_loss, whole
+from llada_jax.training.xla_options import xla_options
 
 
 def train(config: ConfigDict, workdir: str, devices=None) -> None:
@@ -40,8 +43,7 @@ def train(config: ConfigDict, workdir: str, devices=None) -> None:
     settings.check(config)
     phases = settings.phases(config)
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
-    if config.batch.rows // config.batch.micro_batches % (mesh.size // mesh.shape["tensor"]):
-        raise InputError(f"config.batch.rows={config.batch.rows} cannot be shared by {mesh.size} devices")
+    settings.check_rows(config, mesh)
     if "://" in os.fspath(workdir):
         raise InputError(f"--workdir={workdir}: metrics and packed rows are appended to, which needs a local directory")
     directory = Path(workdir)
@@ -73,7 +75,11 @@ def _run(config, phases, mesh, workdir: Path, inputs: Inputs, stop) -> None:
     if first_step >= last_step:
         return
 
-    train_step = make_train_step(inputs.trained, _loss(config, inputs.model), optimizer, config.batch.micro_batches)
+    loss = train_loss(config, inputs.model, settings.execution(config))
+    train_step = make_train_step(
+        inputs.trained, loss, optimizer, config.batch.micro_batches, config.optimizer.expert_bias_rate,
+        xla_options(jax.default_backend()),
+    )  # fmt: skip
     rates = learning_rate(config.optimizer, last_step)
     writer = MetricsWriter(workdir, first_step)
     progress = Progress(first_step, last_step, config.batch.rows * config.data.length)
@@ -105,8 +111,9 @@ def _run(config, phases, mesh, workdir: Path, inputs: Inputs, stop) -> None:
     print(f"{'stopped' if stop.is_set else 'finished'} at step {done}: {workdir}", flush=True)
 
 
-def _loss(config, model):
-    common = model, settings.objective(config), settings.execution(config), config.seed
+def train_loss(config: ConfigDict, model: ModelConfig, execution: Execution) -> Loss:
+    """What the stage of the config optimises."""
+    common = model, settings.objective(config), execution, config.seed
     if (preference := settings.preference(config)) is None:
         return denoising_loss(*common, config.batch.micro_batches)
     return preference_loss(*common, preference, config.preference.reference == "precomputed")

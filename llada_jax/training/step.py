@@ -11,12 +11,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from llada_jax import sharding
 from llada_jax.diffusion import noise, objectives, preference
 from llada_jax.diffusion.objectives import Objective
 from llada_jax.diffusion.preference import Preference
+from llada_jax.model import parameters
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.forward import Execution
 from llada_jax.model.lora import Lora, attach
+from llada_jax.model.router import balanced_bias
 from llada_jax.training.state import TrainState
 
 
@@ -33,14 +36,21 @@ class Loss(NamedTuple):
 
 
 def make_train_step(
-    model: ModelConfig | Lora, loss: Loss, optimizer: optax.GradientTransformation, micro_batches: int = 1
+    model: ModelConfig | Lora,
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    micro_batches: int = 1,
+    expert_bias_rate: float = 0.0,
+    compiler_options: dict[str, str] | None = None,
 ):
     """Returns the jitted train_step(state, frozen, batch, block_size, embedding_noise_std, halves).
 
     It returns (state, metrics), metrics being float32 scalars. model: what trains, the model's weights or its adapters.
     frozen: weights that do not: the adapters' base, which is also the loss's reference; without adapters the reference,
     or None when the loss needs none. batch: data.order.Batch of arrays; block_size int32 and embedding_noise_std
-    float32 are run-time scalars; halves (schedule.Phase.halves) is static. The state is donated.
+    float32 are run-time scalars; halves (schedule.Phase.halves) is static. The state is donated. expert_bias_rate: of
+    router.balanced_bias; 0 leaves the bias as it is; else the loss must be a denoising_loss and the model have one.
+    compiler_options: of XLA (training/xla_options.py).
     """
     config = model.model if isinstance(model, Lora) else model
 
@@ -55,15 +65,19 @@ def make_train_step(
             return jax.grad(value, has_aux=True)(params)
 
         gradients, sums = _accumulate(gradient, state.params, example, micro_batches)
+        gradients = jax.tree.map(sharding.constrain, gradients, parameters.logical_axes(model))
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
+        if expert_bias_rate:
+            bias = balanced_bias(params["sparse"]["expert_bias"], sums.expert_load, expert_bias_rate)
+            params["sparse"] = params["sparse"] | {"expert_bias": bias}
         metrics = loss.metrics(sums, total) | {"gradient_norm": optax.global_norm(gradients)}
         if config.mask_token_id is not None:  # near zero after AR training; Section 7.1 watches it
             embedding = whole(params, frozen, model)["embedding"]
             metrics["mask_embedding_norm"] = jnp.linalg.norm(embedding[config.mask_token_id].astype(jnp.float32))
         return TrainState(state.step + 1, params, optimizer_state), metrics
 
-    return jax.jit(train_step, static_argnames="halves", donate_argnums=0)
+    return jax.jit(train_step, static_argnames="halves", donate_argnums=0, compiler_options=compiler_options)
 
 
 def whole(params, frozen, model: ModelConfig | Lora):
@@ -104,6 +118,9 @@ def denoising_loss(
         }
         if temperature is not None:
             named["correct_entropy"] = sums.correct_entropy / jnp.maximum(sums.correct, 1)
+        if sums.expert_load is not None:  # 1 is balanced: of each layer, the busiest expert's tokens over the mean
+            busiest = sums.expert_load.max(axis=1) / sums.expert_load.mean(axis=1)
+            named |= {"expert_load_mean": busiest.mean(), "expert_load_max": busiest.max()}
         return named
 
     return Loss(prepare, lambda example: objectives.normalizer(example, objective), value, metrics)

@@ -1,0 +1,66 @@
+"""Attention of decoding: a few queries a row, their own keys, and a long cache of clean keys read in place.
+
+The cache is read a chunk at a time, up to the longest prefix that a row of the batch may see: a step costs what its
+prefix costs, not what the cache could hold, and the two are never copied together.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from llada_jax.attention.visibility import Visibility
+
+LEAST_CHUNK, MOST_CHUNK = 128, 1024
+_LOWEST = -1e30  # finite, so that a row that sees nothing yet keeps a finite maximum
+
+
+def cached_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, cached_key: jax.Array, cached_value: jax.Array,
+    visibility: Visibility,
+) -> jax.Array:  # fmt: skip
+    """dense_attention over [own keys, cached keys]: the noisy intervals are in own keys, the clean ones in the cache.
+
+    query [batch, queries, heads, head_dim]; key, value [batch, own, kv_heads, head_dim]; cached_key, cached_value
+    [batch, cached, kv_heads, head_dim]. A query that sees no key gives 0. Returns query's shape and dtype.
+    """
+    batch, queries, heads, head_dim = query.shape
+    kv_heads = key.shape[2]
+    # [batch, kv_heads, group * queries, head_dim]: one matrix a key head, made once, which CPUs multiply faster.
+    grouped = query.reshape(batch, queries, kv_heads, heads // kv_heads, head_dim) * head_dim**-0.5
+    grouped = jnp.transpose(grouped, (0, 2, 3, 1, 4)).reshape(batch, kv_heads, -1, head_dim)
+    shape = (batch, kv_heads, heads // kv_heads, queries)
+
+    def visit(state, keys, values, visible):
+        """Folds keys [batch, keys, ...] into the running (output, maximum, sum), float32; visible [batch, q, keys]."""
+        output, highest, total = state
+        scores = jnp.einsum("bkrd,bskd->bkrs", grouped, keys, preferred_element_type=jnp.float32)
+        scores = jnp.where(visible[:, None, None], scores.reshape(*shape, -1), -jnp.inf)
+        new_highest = jnp.maximum(highest, scores.max(axis=-1))
+        weights = jnp.exp(scores - new_highest[..., None])
+        kept = jnp.exp(highest - new_highest)
+        update = jnp.einsum(
+            "bkgqs,bskd->bkgqd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32
+        )
+        return output * kept[..., None] + update, new_highest, total * kept + weights.sum(axis=-1)
+
+    length = cached_key.shape[1]
+    chunk = min(length, MOST_CHUNK, max(LEAST_CHUNK, length // 8))
+
+    def visit_cache(i, state):
+        start = jnp.minimum(i * chunk, length - chunk)  # the last chunk may overlap the one before
+        position = start + jnp.arange(chunk)
+        visible = _inside(jnp.where(position >= i * chunk, position, -1), visibility.clean_start, visibility.clean_end)
+        part = [jax.lax.dynamic_slice_in_dim(x, start, chunk, axis=1) for x in (cached_key, cached_value)]
+        return visit(state, *part, visible)
+
+    state = jnp.zeros((*shape, head_dim), jnp.float32), jnp.full(shape, _LOWEST), jnp.zeros(shape)
+    state = visit(state, key, value, _inside(jnp.arange(key.shape[1]), visibility.noisy_start, visibility.noisy_end))
+    seen = jnp.max(jnp.where(visibility.clean_start < visibility.clean_end, visibility.clean_end, 0))
+    output, _, total = jax.lax.fori_loop(0, -(-seen // chunk), visit_cache, state)
+    output = output / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]
+    return jnp.moveaxis(output, 3, 1).reshape(query.shape).astype(query.dtype)
+
+
+def _inside(position: jax.Array, start: jax.Array, end: jax.Array) -> jax.Array:
+    """bool [batch, queries, positions]; a negative position is inside nothing."""
+    position = position[None, None]
+    return (position >= start[..., None]) & (position < end[..., None])

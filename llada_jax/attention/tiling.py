@@ -1,0 +1,75 @@
+"""How the operands of attention lie in the tiles and chunks of a plan, and back."""
+
+import jax
+import jax.numpy as jnp
+
+from llada_jax.attention.plan import Plan
+
+
+def to_tiles(x: jax.Array, kv_heads: int, plan: Plan) -> jax.Array:
+    """[batch, queries, heads, ...] -> [kv_heads, query tiles, rows, ...]; a tile's rows are its heads x positions."""
+    batch, queries, heads = x.shape[:3]
+    tile = plan.tiles.queries
+    x = jnp.pad(x, ((0, 0), (0, -queries % tile)) + ((0, 0),) * (x.ndim - 2))
+    x = x.reshape(batch, -1, tile, kv_heads, heads // kv_heads, *x.shape[3:])
+    x = x.transpose(3, 0, 1, 4, 2, *range(5, x.ndim))
+    return x.reshape(kv_heads, batch * plan.tiles_per_row, -1, *x.shape[5:])
+
+
+def from_tiles(x: jax.Array, shape: tuple[int, ...], plan: Plan) -> jax.Array:
+    """Inverse of to_tiles: [kv_heads, query tiles, rows, head_dim] -> shape = [batch, queries, heads, head_dim]."""
+    batch, queries, heads, head_dim = shape
+    x = x.reshape(x.shape[0], batch, plan.tiles_per_row, -1, plan.tiles.queries, head_dim)
+    return x.transpose(1, 2, 4, 0, 3, 5).reshape(batch, -1, heads, head_dim)[:, :queries]
+
+
+def to_chunks(x: jax.Array, plan: Plan) -> jax.Array:
+    """[batch, keys, kv_heads, head_dim] -> [kv_heads, chunks, chunk, head_dim], each half padded to whole chunks."""
+    chunk = plan.tiles.chunk
+    halves = (x[:, : plan.num_noisy], x[:, plan.num_noisy :])
+    if plan.num_noisy % chunk or x.shape[1] % chunk:
+        halves = [jnp.pad(half, ((0, 0), (0, -half.shape[1] % chunk), (0, 0), (0, 0))) for half in halves]
+        x = jnp.concatenate(halves, axis=1)
+    return x.transpose(2, 0, 1, 3).reshape(x.shape[2], -1, chunk, x.shape[3])
+
+
+def from_chunks(x: jax.Array, shape: tuple[int, ...], plan: Plan) -> jax.Array:
+    """Inverse of to_chunks: [kv_heads, chunks, chunk, head_dim] -> shape = [batch, keys, kv_heads, head_dim]."""
+    batch, keys, kv_heads, head_dim = shape
+    x = x.reshape(kv_heads, batch, -1, head_dim).transpose(1, 2, 0, 3)
+    if x.shape[1] == keys:
+        return x
+    padded = plan.noisy_chunks * plan.tiles.chunk
+    clean = x[:, padded : padded + keys - plan.num_noisy]
+    return jnp.concatenate([x[:, : plan.num_noisy], clean], axis=1)
+
+
+def to_parts(x: jax.Array, plan: Plan) -> jax.Array:
+    """[kv_heads, chunks, chunk, head_dim] -> [parts, kv_heads, chunks of a part, chunk, head_dim], zeros added."""
+    part, count = plan.parts[0], len(plan.parts)
+    x = x.reshape(x.shape[0], -1, plan.chunks_per_row, *x.shape[2:])
+
+    def split(half, chunks):
+        """[kv_heads, batch, chunks of a half, ...] -> [parts, kv_heads, batch, chunks of a part, ...]"""
+        half = jnp.pad(half, ((0, 0), (0, 0), (0, count * chunks - half.shape[2])) + ((0, 0),) * 2)
+        return jnp.moveaxis(half.reshape(*half.shape[:2], count, chunks, *half.shape[3:]), 2, 0)
+
+    halves = x[:, :, : plan.noisy_chunks], x[:, :, plan.noisy_chunks :]
+    sizes = part.noisy_chunks, part.chunks_per_row - part.noisy_chunks
+    parts = jnp.concatenate([split(half, size) for half, size in zip(halves, sizes, strict=True)], axis=3)
+    return parts.reshape(*parts.shape[:2], -1, *parts.shape[4:])
+
+
+def from_parts(x: jax.Array, plan: Plan) -> jax.Array:
+    """Inverse of to_parts: [parts, kv_heads, chunks of a part, chunk, head_dim] -> [kv_heads, chunks, ...]."""
+    part = plan.parts[0]
+    x = x.reshape(*x.shape[:2], -1, part.chunks_per_row, *x.shape[3:])
+
+    def join(half):
+        half = jnp.moveaxis(half, 0, 2)
+        return half.reshape(*half.shape[:2], -1, *half.shape[4:])
+
+    noisy, clean = join(x[:, :, :, : part.noisy_chunks]), join(x[:, :, :, part.noisy_chunks :])
+    clean_chunks = plan.chunks_per_row - plan.noisy_chunks
+    x = jnp.concatenate([noisy[:, :, : plan.noisy_chunks], clean[:, :, :clean_chunks]], axis=2)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])

@@ -1,0 +1,183 @@
+"""Decoding, measured: throughput against batch, the cache against recomputation, rows kept busy."""
+
+import contextlib
+import dataclasses
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llada_jax.attention import visibility as vis
+from llada_jax.model import experts, head
+from llada_jax.model.config import ModelConfig
+from llada_jax.model.forward import Execution, hidden_states
+from llada_jax.sampling import accept, decode
+from llada_jax.sampling.batching import Request, Usage, serve
+from llada_jax.sampling.generate import GenerateConfig, generate, pad, program_of, requests_of
+from llada_jax.sampling.state import KEYS, empty_state
+
+BLOCK = 32
+
+
+def least_seconds(function, repeats: int = 3) -> float:
+    """The least of `repeats` runs."""
+    seconds = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds)
+
+
+@dataclasses.dataclass(frozen=True)
+class Throughput:
+    """Of a batch of ragged prompts. positions: evaluated for a row in all its passes, for each token of an answer."""
+
+    rows: int
+    commit: str
+    tokens_per_second: float
+    seconds_per_pass: float
+    passes: int
+    commit_passes: float
+    positions: float
+
+
+def throughput(params, config: ModelConfig, rows: int, commit: str, gen_length: int, steps: int) -> Throughput:
+    """`rows` answers of gen_length tokens, a block in `steps` steps. commit: "fused", "separate" or "chosen"."""
+    rng = np.random.default_rng(rows)
+    prompts = [rng.integers(0, config.vocab_size - 16, rng.integers(1, 65)) for _ in range(rows)]
+    g = GenerateConfig(gen_length=gen_length, block_length=BLOCK, steps=steps, threshold=2.0, eos_id=-1)
+    share = {"fused": 0.0, "separate": 2.0, "chosen": None}[commit]
+    out = generate(params, config, prompts, g, fuse_share=share)
+    seconds = least_seconds(lambda: generate(params, config, prompts, g, fuse_share=share))
+    passes = int((out.forward_passes + out.commit_passes).max())
+    tokens = rows * gen_length
+    return Throughput(
+        rows=rows, commit=commit, tokens_per_second=tokens / seconds, seconds_per_pass=seconds / passes, passes=passes,
+        commit_passes=float(out.commit_passes.mean()), positions=float(out.positions_evaluated.sum() / tokens),
+    )  # fmt: skip
+
+
+def cached_against_recomputed(params, config: ModelConfig, tokens: int = 512) -> tuple[float, float, float]:
+    """Seconds for `tokens` tokens, one per forward, with the cache and with the prefix computed again at every step;
+    and the share of tokens before the first that differs (rounding may turn a near tie).
+
+    Recomputed: the reference's algorithm, a jitted pass over all positions up to the end of the current block, logits
+    of that block only, a program for each of its lengths; everything stays on the device. Same alignment only.
+    """
+    g = GenerateConfig(gen_length=tokens - 1, block_length=BLOCK, threshold=2.0, eos_id=-1)
+    prompt = np.array([3], np.int32)
+    canvas = np.full((1, tokens), config.mask_token_id, np.int32)
+    canvas[0, 0] = prompt[0]
+
+    @functools.partial(jax.jit, static_argnames=("end",), donate_argnames=("canvas",))
+    def step(canvas, masked, end):
+        window = canvas[:, :end]
+        visibility = vis.block_causal(vis.layout(jnp.ones_like(window), BLOCK))
+        positions = jnp.broadcast_to(jnp.arange(end), window.shape)
+        hidden, _ = hidden_states(params, config, window, positions, visibility)
+        logits = head.logits(params, config, hidden[:, -BLOCK:]).at[..., config.mask_token_id].set(-jnp.inf)
+        token = jnp.argmax(logits, axis=-1)
+        confidence = jnp.exp(logits.max(-1) - jax.nn.logsumexp(logits, axis=-1))
+        chosen = accept.top(confidence, masked, jnp.ones(1, jnp.int32))
+        block = jnp.where(chosen, token, window[:, -BLOCK:])
+        return jax.lax.dynamic_update_slice(canvas, block, (0, end - BLOCK)), masked & ~chosen
+
+    def recomputed():
+        tokens_now = jnp.asarray(canvas)
+        for end in range(BLOCK, tokens + 1, BLOCK):
+            masked = jnp.asarray(np.arange(end - BLOCK, end)[None] > 0)
+            for _ in range(BLOCK if end > BLOCK else BLOCK - 1):
+                tokens_now, masked = step(tokens_now, masked, end)
+        return np.asarray(tokens_now)[0, 1:]
+
+    def cached():
+        return generate(params, config, [prompt], g).tokens[0]
+
+    differs = np.append(recomputed() != cached(), True)
+    seconds = [(least_seconds(cached, 1), least_seconds(recomputed, 1)) for _ in range(3)]  # in turn
+    return min(pair[0] for pair in seconds), min(pair[1] for pair in seconds), float(differs.argmax() / (tokens - 1))
+
+
+def step_seconds(params, config: ModelConfig, prefixes=(0, 512)) -> dict[int, float]:
+    """Seconds of a denoising step, one row, in the first block after each prefix."""
+    g = GenerateConfig(gen_length=BLOCK, block_length=BLOCK, threshold=2.0, eos_id=-1)
+    program = program_of(config, [g])
+    canvas = max(prefixes) + BLOCK
+    steps = BLOCK - 2
+    seconds = {prefix: [] for prefix in prefixes}
+    for _ in range(6):  # in turn: all see the same machine
+        for prefix in prefixes:
+            prompt = np.arange(prefix + 1, dtype=np.int32) % 256
+            request = dataclasses.replace(g, gen_length=BLOCK - 1)
+            key = jax.random.key(0, impl=KEYS)[None]
+            requests = requests_of(config, np.array([prefix + 1]), [request], key)
+            state = empty_state(config, program, 1, canvas, str(params["embedding"].dtype))
+            rows = np.zeros(1, np.int32)
+            state = decode.admit(params, config, program, state, rows, requests, pad([prompt], canvas), prefix)
+            jax.block_until_ready(state)
+            begin = time.perf_counter()
+            jax.block_until_ready(decode.advance(params, config, program, state, jnp.int32(steps)))
+            seconds[prefix].append((time.perf_counter() - begin) / steps)
+    return {prefix: min(times[1:]) for prefix, times in seconds.items()}
+
+
+def pass_seconds(params, config: ModelConfig, rows: int) -> tuple[float, float]:
+    """Seconds of a pass over windows of one and of two blocks."""
+    g = GenerateConfig(gen_length=BLOCK, block_length=BLOCK)
+    program = program_of(config, [g])
+    state = empty_state(config, program, rows, 4 * BLOCK, str(params["embedding"].dtype))
+    state = state.replace(start=state.start + BLOCK)
+    one_or_two = [
+        jax.jit(functools.partial(decode.window_pass, params, config, program, blocks=blocks)) for blocks in (1, 2)
+    ]
+    return tuple(least_seconds(lambda p=p: jax.block_until_ready(p(state)), 11) for p in one_or_two)  # one compiles
+
+
+def ragged_requests(config: ModelConfig, count: int, longest: int = 192) -> list[Request]:
+    """Prompts of 1 to 64 tokens and answers of 16 to `longest`, a function of `count`."""
+    rng = np.random.default_rng(count)
+    return [
+        Request(
+            rng.integers(0, config.vocab_size - 16, rng.integers(1, 65)),
+            GenerateConfig(int(rng.integers(16, longest + 1)), BLOCK, steps=16, threshold=2.0, eos_id=-1),
+        )
+        for _ in range(count)
+    ]
+
+
+def continuous(params, config: ModelConfig, count: int, rows: int) -> tuple[Usage, float, int]:
+    """(usage, seconds, tokens) of `count` ragged requests over `rows` rows; compilation is in the seconds."""
+    usage, begin = Usage(), time.perf_counter()
+    answers = list(serve(params, config, ragged_requests(config, count), rows, 64 + 192, usage=usage))
+    return usage, time.perf_counter() - begin, sum(len(answer.tokens) for answer in answers)
+
+
+def expert_hits(params, config: ModelConfig, tokens: int) -> np.ndarray:
+    """Distinct experts that `tokens` random tokens reach in each sparse layer, as measured in a pass."""
+    found: list[int] = []
+    original = experts.route
+
+    def recording(x, router, bias, config):
+        chosen, weights = original(x, router, bias, config)
+        jax.debug.callback(lambda chosen: found.append(len(np.unique(chosen))), chosen)
+        return chosen, weights
+
+    @contextlib.contextmanager
+    def recorded():
+        experts.route = recording
+        try:
+            yield
+        finally:
+            experts.route = original
+
+    ids = np.random.default_rng(tokens).integers(0, config.vocab_size - 16, (1, tokens), dtype=np.int32)
+    visibility = vis.block_causal(vis.layout(jnp.ones_like(ids), BLOCK))
+    positions = jnp.broadcast_to(jnp.arange(tokens), ids.shape)
+    with recorded():
+        run = jax.jit(lambda params: hidden_states(params, config, ids, positions, visibility, Execution())[0])
+        jax.block_until_ready(run(params))
+        jax.effects_barrier()
+    return np.array(found)

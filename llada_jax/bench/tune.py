@@ -1,0 +1,129 @@
+"""What each choice of tile sizes costs the attention kernel: by the compiler's estimate, or timed on a device.
+
+The work is that of the bench: 16 fixed rows of 4096 tokens for each kind of documents, forward and backward; or a
+decoding batch against caches of 8192. A candidate is compiled once for each pass; the compiler's cycles are the
+kernel's alone, as what XLA does around it does not depend on the tiles.
+"""
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+import jax
+import jax.numpy as jnp
+
+from llada_jax.attention.kernel import kernel_attention
+from llada_jax.attention.plan import make_plan
+from llada_jax.attention.tiles import Entry, Tiles, cut
+from llada_jax.attention.visibility import block_diffusion, layout, window
+from llada_jax.bench import kernel, rows
+from llada_jax.bench.attention import BLOCK_SIZE, HEADS, KV_HEADS, kernel_classes, kernel_walks, total_cycles
+from llada_jax.errors import InputError
+from llada_jax.pod.aot import compile_program
+from llada_jax.pod.chips import parse_topology
+
+PASSES = {"row": ("forward", "backward"), "decode": ("decode",)}
+LENGTHS = {"row": 4096, "decode": 8192}
+REPEATS = 5
+
+# Cost of (pass, Tiles): one number.
+Price = Callable[[str, Tiles], float]
+
+
+def candidates(device_kind: str, head_dim: int, shape: str, all_rows, chunk_sizes, steps) -> Iterator[Entry]:
+    """Every combination; decoding has no backward pass, and takes the same number of chunks for it."""
+    for tile_rows, chunk, forward, backward in itertools.product(all_rows, chunk_sizes, steps, steps):
+        if shape != "decode" or forward == backward:
+            yield Entry(device_kind, head_dim, shape, tile_rows, forward, backward, chunk)
+
+
+def ranking(entries: Iterable[Entry], price: Price, unit: str, report: Callable[[str], None]) -> list[Entry]:
+    """The entries with their costs, cheapest first. A candidate that the compiler refuses is reported and left out.
+
+    report: is told each price as it is found. Passes are priced once for all entries that differ only in the other.
+    """
+    found: dict[tuple, float | None] = {}
+    ranked = []
+    for entry in entries:
+        queries = BLOCK_SIZE if entry.shape == "decode" else 2 * LENGTHS["row"]
+        tiles, cost = cut(entry, HEADS // KV_HEADS, queries), {"unit": unit}
+        for name in PASSES[entry.shape]:
+            chunks = tiles.backward if name == "backward" else tiles.forward
+            key = name, tiles.queries, tiles.chunk, chunks
+            if key not in found:
+                label = f"{name:8} rows {entry.rows:4} chunk {tiles.chunk:3} x {chunks}"
+                try:
+                    # What the other pass takes does not matter.
+                    found[key] = price(name, Tiles(tiles.queries, chunks, chunks, tiles.chunk))
+                    report(f"{label}: {found[key]:.4g} {unit}")
+                except InputError as error:
+                    found[key] = None
+                    report(f"{label}: refused: {error}")
+            cost[name] = found[key]
+        if None not in cost.values():
+            ranked.append(dataclasses.replace(entry, cost=cost))
+    return sorted(ranked, key=total)
+
+
+def total(entry: Entry) -> float:
+    return sum(entry.cost[name] for name in PASSES[entry.shape])
+
+
+def estimated(topology: str, head_dim: int) -> Price:
+    """Cycles of the busiest core of one device, by the compiler's schedules, over all kinds of documents."""
+    chip = parse_topology(topology).chip
+
+    def price(name: str, tiles: Tiles) -> float:
+        length = LENGTHS["decode" if name == "decode" else "row"]
+        arguments = {"implementation": "llada", "direction": name, "length": length, "head_dim": head_dim}
+        arguments["tiles"] = dataclasses.asdict(tiles)
+        (schedule,) = compile_program("llada_jax.bench.attention:program", arguments, topology).kernels.values()
+
+        def cycles(mean: int) -> float:
+            walks = kernel_walks(name, length, mean, head_dim, tiles)
+            return total_cycles(kernel_classes(schedule, walks, kernel.REGIONS[name], chip)[1])
+
+        return sum(map(cycles, (0,) if name == "decode" else rows.MEANS))
+
+    return price
+
+
+def timed(head_dim: int, interpret: bool = False, lengths=LENGTHS, batch: int = rows.ROWS) -> Price:
+    """Seconds on the device at hand, the least of REPEATS, over all kinds of documents. Smaller work is for tests."""
+
+    def price(name: str, tiles: Tiles) -> float:
+        length = lengths["decode" if name == "decode" else "row"]
+        if name == "decode":
+            masks = [window(jnp.asarray(rows.cached(length)[:batch]), BLOCK_SIZE)]
+            queries, keys = BLOCK_SIZE, BLOCK_SIZE + length
+        else:
+            segments = [jnp.asarray(rows.segment_ids(LENGTHS["row"], mean)[:batch, :length]) for mean in rows.MEANS]
+            masks, queries, keys = [block_diffusion(layout(x, BLOCK_SIZE)) for x in segments], 2 * length, 2 * length
+        shapes = (queries, HEADS), (keys, KV_HEADS), (keys, KV_HEADS)
+        random = zip(jax.random.split(jax.random.key(0), 3), shapes, strict=True)
+        arrays = [jax.random.normal(key, (batch, *shape, head_dim), jnp.bfloat16) for key, shape in random]
+        forward = jax.jit(lambda arrays, plan: kernel_attention(*arrays, plan, interpret))
+        saving = jax.jit(lambda arrays, plan: jax.vjp(lambda *x: kernel_attention(*x, plan, interpret), *arrays))
+        backward = jax.jit(lambda vjp, cotangent: vjp(cotangent))
+
+        def seconds(mask) -> float:
+            plan = make_plan(mask, keys, tiles)
+            if name != "backward":
+                return _least_seconds(forward, arrays, plan)
+            out, vjp = saving(arrays, plan)
+            return _least_seconds(backward, vjp, out)
+
+        return sum(map(seconds, masks))
+
+    return price
+
+
+def _least_seconds(function, *arguments) -> float:
+    jax.block_until_ready(function(*arguments))  # compiles
+    least = float("inf")
+    for _ in range(REPEATS):
+        begin = time.perf_counter()
+        jax.block_until_ready(function(*arguments))
+        least = min(least, time.perf_counter() - begin)
+    return least

@@ -1,0 +1,135 @@
+"""The grouped matmul: each run of rows times the matrix of its group, with the cost of the rows in use.
+
+"xla"       a loop over tiles of rows, each of one group: any device, exact, slow on a TPU.
+"megablox"  the Pallas kernels gmm and tgmm that JAX ships, for TPUs.
+
+(`lax.ragged_dot` is dense in the number of groups on CPU, and in its weight gradient on TPU.)
+"""
+
+import functools
+import importlib
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
+
+from llada_jax.attention.tiles import device_kind
+from llada_jax.model import grouped_tiles as table
+
+# The package exports its module's function under the module's name.
+megablox = importlib.import_module("jax.experimental.pallas.ops.tpu.megablox.gmm")
+
+KERNELS = ("xla", "megablox")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def grouped_matmul(
+    x: jax.Array, w: jax.Array, group_sizes: jax.Array, kernel: str = "xla", interpret: bool = False
+) -> jax.Array:
+    """y[i] = x[i] @ w[group of row i], and in the backward pass dw[g] = sum over the rows of g of x^T dy.
+
+    x [rows, in], rows sorted by group; w [groups, in, out]; group_sizes [groups] int32. kernel: a name in KERNELS;
+    interpret runs "megablox" on any device, slowly, for tests. Returns [rows, out] in x's dtype, accumulated in
+    float32. Rows past the sum of group_sizes hold anything, and so do those of dx; they take no part in dw.
+    """
+    if kernel == "xla":
+        return _rows_times_groups(x, w, group_sizes)
+    return rows_times_groups(x, w, group_sizes, interpret)
+
+
+def _forward(x, w, group_sizes, kernel, interpret):
+    return grouped_matmul(x, w, group_sizes, kernel, interpret), (x, w, group_sizes)
+
+
+def _backward(kernel, interpret, residuals, dy):
+    x, w, group_sizes = residuals
+    if kernel == "xla":
+        dx = _rows_times_groups(dy, jnp.swapaxes(w, 1, 2), group_sizes)
+        return dx, _group_gradients(x, dy, group_sizes, w), None
+    dx = rows_times_groups(dy, w, group_sizes, interpret, transpose_rhs=True)
+    return dx, group_gradients(x, dy, group_sizes, interpret).astype(w.dtype), None
+
+
+grouped_matmul.defvjp(_forward, _backward)
+
+
+def rows_times_groups(x, w, group_sizes, interpret=False, transpose_rhs=False) -> jax.Array:
+    """x [rows, in] times its group's w[g], or w[g]^T, by the Pallas kernel; otherwise as grouped_matmul."""
+    columns = w.shape[1 if transpose_rhs else 2]
+    tiles = _interpreted(x, columns) if interpret else table.rows_times_groups(*x.shape, columns, device_kind())
+    y = megablox.gmm(
+        _whole_tiles(x, tiles[0]), w, group_sizes.astype(jnp.int32), preferred_element_type=x.dtype, tiling=tiles,
+        transpose_rhs=transpose_rhs, interpret=pltpu.InterpretParams() if interpret else False,
+    )  # fmt: skip
+    return y[: x.shape[0]]
+
+
+def group_gradients(x, dy, group_sizes, interpret=False) -> jax.Array:
+    """sum over the rows of each group of x^T dy, [groups, in, out] in x's dtype, by the Pallas kernel."""
+    columns = dy.shape[1]
+    tiles = _interpreted(x, columns) if interpret else table.group_gradients(*x.shape, columns, device_kind())
+    x, dy = _whole_tiles(x, tiles[0]), _whole_tiles(dy, tiles[0])
+    return megablox.tgmm(
+        x.swapaxes(0, 1), dy, group_sizes.astype(jnp.int32), preferred_element_type=x.dtype, tiling=tiles,
+        interpret=pltpu.InterpretParams() if interpret else False,
+    )  # fmt: skip
+
+
+def _interpreted(x, columns) -> tuple[int, int, int]:
+    return min(16, x.shape[0]), x.shape[1], columns
+
+
+def _whole_tiles(x: jax.Array, tile: int) -> jax.Array:
+    return jnp.pad(x, ((0, -x.shape[0] % tile), (0, 0))) if x.shape[0] % tile else x
+
+
+def _tiles(rows: int, group_sizes: jax.Array):
+    """Cuts each group into tiles of at most `tile` rows: (tile, used, group, start, stop), the last three [max tiles].
+
+    Tile t holds rows start[t] .. stop[t] of group[t]; `used` (a run-time value) of them exist.
+    """
+    groups = group_sizes.shape[0]
+    tile = max(8, min(128, 1 << max(rows // groups, 1).bit_length()))
+    tiles_of_group = (group_sizes + tile - 1) // tile
+    most = rows // tile + min(groups, rows)
+    first_tile = jnp.cumsum(tiles_of_group) - tiles_of_group
+    first_row = jnp.cumsum(group_sizes) - group_sizes
+    group = jnp.repeat(jnp.arange(groups), tiles_of_group, total_repeat_length=most)
+    start = first_row[group] + (jnp.arange(most) - first_tile[group]) * tile
+    stop = jnp.minimum(start + tile, first_row[group] + group_sizes[group])
+    return tile, tiles_of_group.sum(), group, start, stop
+
+
+def _pad_rows(x: jax.Array, tile: int) -> jax.Array:
+    return jnp.pad(x, ((0, tile), (0, 0)))  # the last tile may reach past the last row
+
+
+@functools.partial(jax.jit, inline=True)
+def _rows_times_groups(x, w, group_sizes):
+    rows = x.shape[0]
+    tile, used, group, start, _ = _tiles(rows, group_sizes)
+    padded = _pad_rows(x, tile)
+
+    def one_tile(t, y):
+        part = jax.lax.dynamic_slice_in_dim(padded, start[t], tile)
+        product = jnp.dot(part, w[group[t]], preferred_element_type=jnp.float32).astype(y.dtype)
+        # Rows past the group's end are wrong here; the next tile, or the cut below, overwrites them.
+        return jax.lax.dynamic_update_slice_in_dim(y, product, start[t], 0)
+
+    y = jax.lax.fori_loop(0, used, one_tile, jnp.zeros((rows + tile, w.shape[2]), x.dtype))
+    return y[:rows]
+
+
+@functools.partial(jax.jit, inline=True)
+def _group_gradients(x, dy, group_sizes, w):
+    """dw[g] = sum over the rows of g of x^T dy, accumulated in float32."""
+    tile, used, group, start, stop = _tiles(x.shape[0], group_sizes)
+    x, dy = _pad_rows(x, tile), _pad_rows(dy, tile)
+
+    def one_tile(t, dw):
+        inside = (start[t] + jnp.arange(tile) < stop[t])[:, None]
+        part = jnp.where(inside, jax.lax.dynamic_slice_in_dim(x, start[t], tile), 0)
+        grad = jax.lax.dynamic_slice_in_dim(dy, start[t], tile)
+        return dw.at[group[t]].add(jnp.dot(part.T, grad, preferred_element_type=jnp.float32))
+
+    return jax.lax.fori_loop(0, used, one_tile, jnp.zeros(w.shape, jnp.float32)).astype(w.dtype)

@@ -1,0 +1,327 @@
+"""Compiles the trainer's own step for a slice that is not there, and says what it would cost.
+
+The step is the one that training/loop.py runs: noise, tile plan, forward, backward, clip and optimizer, with the
+config's mesh over all devices of the slices. Compiler-estimated, not measured.
+"""
+
+import dataclasses
+import math
+import re
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from llada_jax import sharding
+from llada_jax.bench import experts
+from llada_jax.bench.rows import LENGTHS, MEANS
+from llada_jax.data.order import Batch
+from llada_jax.errors import InputError
+from llada_jax.model import head, parameters
+from llada_jax.model.config import ModelConfig, preset
+from llada_jax.model.lora import Lora
+from llada_jax.pod import attention_cost, hlo, useful_flops
+from llada_jax.pod.chips import Topology
+from llada_jax.pod.collectives import Devices
+from llada_jax.pod.operations import Cost
+from llada_jax.pod.step_cost import PARTS, Line, step_lines
+from llada_jax.pod.topology import slice_devices, slice_index
+from llada_jax.training import config as settings
+from llada_jax.training import state as states
+from llada_jax.training.loop import train_loss
+from llada_jax.training.optimizer import make_optimizer
+from llada_jax.training.step import make_train_step
+from llada_jax.training.xla_options import xla_options
+
+
+@dataclasses.dataclass(frozen=True)
+class Slices:
+    """The devices of a launch: `count` slices of one topology, joined by the data-centre network."""
+
+    topology: Topology
+    count: int = 1
+
+    @property
+    def chips(self) -> int:
+        return self.topology.chips * self.count
+
+
+class DoesNotFit(Exception):
+    """The compiler's words on a step that needs more memory than a chip has; .used bytes a device, where it says so."""
+
+    def __init__(self, message: str):
+        super().__init__(message)
+        found = re.search(r"Used ([\d.]+)([MG]) of", message)
+        self.used = float(found.group(1)) * (2**30 if found.group(2) == "G" else 2**20) if found else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A lowered step: `lowered.compile()` is the program. state: abstract, sharded."""
+
+    lowered: jax.stages.Lowered
+    mesh: jax.sharding.Mesh
+    state: states.TrainState
+    model: ModelConfig
+    halves: str
+
+
+def lower_step(config: ConfigDict, slices: Slices, halves: str) -> Step:
+    """Traces the trainer's step over the mesh of config.mesh. Raises InputError where the config is refused."""
+    settings.check(config)
+    if config.data.length not in LENGTHS:
+        raise InputError(f"config.data.length={config.data.length}: packings exist of {', '.join(map(str, LENGTHS))}")
+    devices = list(slice_devices(slices.topology, slices.count).reshape(-1))
+    mesh = sharding.make_mesh(**config.mesh, devices=devices)
+    model = preset(config.model)
+    model = model.replace(alignment=config.alignment or model.alignment)
+    if model.mask_token_id is None:  # import adds one; which it is costs nothing
+        model = model.replace(mask_token_id=model.vocab_size - 1)
+    trained = Lora(model, config.lora.rank, config.lora.alpha, config.lora.targets) if config.lora.rank else model
+    settings.check_rows(config, mesh)
+    with jax.set_mesh(mesh):
+        optimizer = make_optimizer(config.optimizer, trained, 1_000)
+        state = _sharded(states.abstract(trained, optimizer), lambda x: states.shardings(x, trained, mesh))
+        frozen = None
+        if config.lora.rank or (config.preference.enabled and config.preference.reference == "frozen"):
+            dtype = jnp.bfloat16 if config.lora.rank else jnp.float32
+            axes = parameters.logical_axes(model)
+            frozen = _sharded(parameters.abstract(model, dtype), lambda x: sharding.shardings(x, axes, mesh))
+        loss = train_loss(config, model, settings.execution(config, platform="tpu"))
+        step = make_train_step(
+            trained, loss, optimizer, config.batch.micro_batches, config.optimizer.expert_bias_rate, xla_options("tpu")
+        )
+        replicated = NamedSharding(mesh, PartitionSpec())
+        scalars = [jax.ShapeDtypeStruct((), dtype, sharding=replicated) for dtype in (jnp.int32, jnp.float32)]
+        lowered = step.lower(state, frozen, _batch(config, mesh), *scalars, halves)
+    return Step(lowered, mesh, state, model, halves)
+
+
+def _sharded(abstract, shardings_of):
+    return jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), abstract, shardings_of(abstract)
+    )
+
+
+def _batch(config: ConfigDict, mesh) -> Batch | tuple:
+    rows, length = config.batch.rows, config.data.length
+    where = NamedSharding(mesh, PartitionSpec(sharding.spec(("batch",), (rows,), mesh)[0]))
+
+    def array(dtype, *shape):
+        return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=where)
+
+    tokens, ids = array(jnp.int32, length), array(jnp.uint32)
+    batch = Batch(tokens, tokens, array(jnp.bool_, length), ids, ids)
+    if config.preference.enabled and config.preference.reference == "precomputed":
+        return batch, array(jnp.float32, config.preference.max_pairs, 2)
+    return batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    """What the rows hold and how tokens choose experts: what run-time tile counts depend on.
+
+    mean_document: tokens, 0 for one document a row (bench/rows.py). busiest: load of the busiest shard's experts over
+    the mean; 1 is balanced.
+    """
+
+    mean_document: int = 1024
+    block_size: int = 32
+    busiest: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of one chip. activations: what the loops keep for the backward pass; temporaries: all other."""
+
+    parameters: int
+    optimizer: int
+    activations: int
+    temporaries: int
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.optimizer + self.activations + self.temporaries
+
+
+@dataclasses.dataclass(frozen=True)
+class Rehearsal:
+    """What a step costs: seconds of each part on one device, and the rest of the whole launch."""
+
+    lines: list[Line]
+    memory: Memory
+    useful_flops: float
+    compile_seconds: float
+    slices: Slices
+    rows: int
+    length: int
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        return {part: sum(line.seconds for line in self.lines if line.part == part) for part in PARTS}
+
+    @property
+    def flops(self) -> float:
+        """Executed, of all chips."""
+        return sum(line.flops for line in self.lines) * self.slices.chips * self.slices.topology.chip.devices
+
+    @property
+    def peak(self) -> float:
+        return self.slices.chips * self.slices.topology.chip.peak_bf16
+
+    @property
+    def serial_mfu(self) -> float:
+        return self.useful_flops / (self.peak * sum(self.seconds.values()))
+
+    @property
+    def overlapped_mfu(self) -> float:
+        compute = sum(seconds for part, seconds in self.seconds.items() if part != "collectives")
+        communication = sum(line.seconds + line.hidden for line in self.lines if line.part == "collectives")
+        return self.useful_flops / (self.peak * max(compute, communication))
+
+    @property
+    def collective_bytes(self) -> dict[str, float]:
+        """That a device sends, by mesh axis."""
+        axes = sorted({line.axes for line in self.lines if line.axes})
+        return {axis: sum(line.bytes for line in self.lines if line.axes == axis) for axis in axes}
+
+    @property
+    def bytes_model_share(self) -> float:
+        return sum(line.from_bytes for line in self.lines) / sum(self.seconds.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.total <= self.slices.topology.chip.hbm_bytes
+
+    def to_json(self) -> dict:
+        chip = self.slices.topology.chip
+        return {
+            "fits": self.fits,
+            "hbm_bytes": self.memory.total,
+            "hbm_capacity_bytes": chip.hbm_bytes,
+            "hbm": dataclasses.asdict(self.memory),
+            "flops": self.flops,
+            "useful_flops": self.useful_flops,
+            "chips": self.slices.chips,
+            "chip_peak_flops": chip.peak_bf16,
+            "rows_per_chip": self.rows / self.slices.chips,
+            "global_clean_tokens": self.rows * self.length,
+            "seconds": self.seconds,
+            "collective_bytes": self.collective_bytes,
+            "serial_mfu": self.serial_mfu,
+            "overlapped_mfu": self.overlapped_mfu,
+            "bytes_model_share": self.bytes_model_share,
+            "compile_seconds": self.compile_seconds,
+            "per_op": [dataclasses.asdict(line) for line in sorted(self.lines, key=lambda line: -line.seconds)],
+        }
+
+
+def rehearse(config: ConfigDict, slices: Slices, packing: Packing = Packing(), halves: str = "both") -> Rehearsal:
+    """Raises InputError on bad input and DoesNotFit when the compiler runs out of a chip's memory."""
+    if packing.mean_document not in MEANS:
+        raise InputError(f"--mean_document={packing.mean_document}, expected one of {', '.join(map(str, MEANS))}")
+    step = lower_step(config, slices, halves)
+    begin = time.perf_counter()
+    try:
+        with jax.set_mesh(step.mesh):
+            compiled = step.lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error) and "hbm" in str(error):
+            raise DoesNotFit(str(error)) from error
+        raise
+    compile_seconds = time.perf_counter() - begin
+    module = hlo.parse(compiled.as_text())
+    rows, length = config.batch.rows, config.data.length
+    kernels = _kernels(config, step, slices, packing)
+    scored = 1.0 if halves == "clean" else useful_flops.MASKED_SHARE
+    trips = {"head": math.ceil(scored * _rows(config, step.mesh) * length / head.CHUNK)}
+    lines = step_lines(module, slices.topology.chip, kernels, _devices(step.mesh, slices), trips)
+    shape = _attention_shape(config, step)
+    documents = jnp.asarray(attention_cost.packing(length, packing.mean_document))
+    pairs = useful_flops.allowed_pairs(shape.visibility(documents, packing.block_size)) / len(documents)
+    useful = useful_flops.useful_flops(step.model, rows, length, halves, pairs)
+    memory = _memory(compiled, module, step.state, slices.topology.chip.devices)
+    return Rehearsal(lines, memory, useful, compile_seconds, slices, rows, length)
+
+
+def _attention_shape(config: ConfigDict, step: Step) -> attention_cost.Shape:
+    tensor = step.mesh.shape["tensor"]
+    heads = step.model.num_heads // tensor
+    kv_heads = max(step.model.num_kv_heads // tensor, 1)
+    return attention_cost.Shape(config.data.length, step.halves, heads, kv_heads, step.model.head_dim)
+
+
+def _rows(config: ConfigDict, mesh) -> float:
+    """Of a micro-batch, on one device."""
+    return config.batch.rows / config.batch.micro_batches / (mesh.size // mesh.shape["tensor"])
+
+
+def _kernels(config: ConfigDict, step: Step, slices: Slices, packing: Packing):
+    """{beginning of a Pallas kernel's name: its cost}."""
+    rows = _rows(config, step.mesh)
+    shape = _attention_shape(config, step)
+    attention = attention_cost.kernel_costs(shape, packing.block_size, packing.mean_document, rows, slices.topology)
+    kernels = {
+        f"block_diffusion_attention_{name}": lambda result, operands, cost=cost: ("attention", cost)
+        for name, cost in attention.items()
+    }
+    if step.model.is_moe:
+        grouped = _expert_costs(config, step, slices.topology, rows * shape.positions, packing)
+
+        def gmm(result, operands):
+            (product,) = [x for x in operands if x.dtype == "bf16" and x.shape[:-1] == result[0].shape[:-1]]
+            return "experts", grouped["gmm", product.shape[-1], result[0].shape[-1]]
+
+        kernels |= {"gmm": gmm, "tgmm": lambda result, operands: ("experts", grouped["tgmm", *result[0].shape[1:]])}
+    return kernels
+
+
+def _expert_costs(config: ConfigDict, step: Step, topology: Topology, tokens: float, packing: Packing):
+    """{(kernel, contracted, columns): Cost} of the grouped matmuls and of their gradients, tokens of one device."""
+    model, mesh = step.model, step.mesh.shape
+    width = model.moe_intermediate_size // mesh["tensor"]
+    rows, groups = round(tokens) * model.num_experts_per_token, model.num_experts
+    sizes = experts.group_sizes(rows, groups)
+    if config.execution.exchange == "tokens" and mesh["expert"] > 1:
+        # A rank holds its share of the experts; its buffers are for the worst case, all pairs of all ranks.
+        sizes = experts.group_sizes(round(rows * packing.busiest), groups // mesh["expert"])
+        rows *= mesh["expert"]
+    costs = {}
+    for contracted, columns in ((model.hidden_size, 2 * width), (width, model.hidden_size)):
+        flops = 2.0 * float(sizes.sum()) * contracted * columns
+        for direction in experts.PASSES:
+            found = experts.kernel_cost("megablox", direction, sizes, contracted, columns, topology.name, rows)
+            sides = (columns, contracted) if direction == "dx" else (contracted, columns)
+            seconds = max(found.cycles, found.dma_cycles) / topology.chip.clock
+            costs["tgmm" if direction == "dw" else "gmm", *sides] = Cost(seconds, flops)
+    return costs
+
+
+def _devices(mesh, slices: Slices) -> Devices:
+    flat = mesh.devices.reshape(-1)
+    coordinates = np.array([device.coords for device in flat])[:, : len(slices.topology.shape)]
+    return Devices(dict(mesh.shape), slices.topology, coordinates, np.array([slice_index(d) for d in flat]))
+
+
+def _memory(compiled, module: hlo.Module, state: states.TrainState, devices: int) -> Memory:
+    def on_device(tree):
+        leaves = jax.tree.leaves(tree)
+        return sum(np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+
+    analysis = compiled.memory_analysis()
+    arguments = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    temporary = analysis.temp_size_in_bytes
+    weights = on_device(state.params)
+    kept = sum(
+        array.bytes
+        for op in module.computations[module.entry]
+        if op.target == "AllocateBuffer"
+        for array in op.result
+        if array.in_hbm
+    )
+    kept = min(kept, temporary)
+    sizes = weights, arguments - weights, kept, temporary - kept
+    return Memory(*(int(size) * devices for size in sizes))

@@ -1,0 +1,72 @@
+"""A rehearsal in words."""
+
+import math
+
+from llada_jax.pod.rehearse import DoesNotFit, Rehearsal, Slices
+from llada_jax.pod.step_cost import PARTS
+
+_GIB = 2**30
+
+
+def describe(result: Rehearsal) -> str:
+    """The table that tools/rehearse.py prints."""
+    chip, memory, seconds = result.slices.topology.chip, result.memory, result.seconds
+    total = sum(seconds.values())
+    rows = result.rows / result.slices.chips
+    hidden = sum(line.hidden for line in result.lines)
+    lines = [
+        f"compiled in {result.compile_seconds:.0f} s for {_name(result.slices)}, {result.slices.chips} chips; "
+        "all that follows is compiler-estimated",
+        f"memory of a chip, GiB: parameters {memory.parameters / _GIB:.2f}, optimizer {memory.optimizer / _GIB:.2f}, "
+        f"activations {memory.activations / _GIB:.2f}, temporaries {memory.temporaries / _GIB:.2f}: "
+        f"{memory.total / _GIB:.2f} of {chip.hbm_bytes / _GIB:.0f}",
+        f"rows a chip: {rows:g}; at least {_most_rows(result)} fit (as if all that is not state grew with the rows)",
+        f"FLOPs of the step: {result.flops:.3e}, useful {result.useful_flops:.3e}",
+        "bytes that a device sends, GB: "
+        + (", ".join(f"{axis} {n / 1e9:.1f}" for axis, n in result.collective_bytes.items()) or "none"),
+        "seconds of a step: "
+        + ", ".join(f"{part} {seconds[part]:.4f}" for part in PARTS)
+        + f" (and {hidden:.4f} hidden behind arithmetic)",
+        f"  {total:.4f} in all, {result.bytes_model_share:.0%} of it by the bytes model",
+        f"{result.rows * result.length / total:,.0f} clean tokens a second, "
+        f"{result.rows * result.length / total / result.slices.chips:,.0f} a chip",
+        f"MFU: serial {result.serial_mfu:.1%}, overlapped {result.overlapped_mfu:.1%}"
+        + (f"; weight traffic alone bounds it at {bound:.1%}" if (bound := _bound(result)) < 1 else ""),
+    ]
+    return "\n".join(lines)
+
+
+def does_not_fit(error: DoesNotFit | Rehearsal, slices: Slices) -> str:
+    """By how much, and what to change."""
+    chip = slices.topology.chip
+    if isinstance(error, Rehearsal):
+        used = error.memory.total
+    else:
+        used = None if error.used is None else error.used * chip.devices
+    excess = (
+        ""
+        if used is None
+        else f": {used / _GIB:.1f} GiB of {chip.hbm_bytes / _GIB:.0f}, {used / chip.hbm_bytes - 1:.0%} too much"
+    )
+    return (
+        f"the step does not fit a chip of {_name(slices)}{excess}; try fewer config.batch.rows or more "
+        "config.batch.micro_batches, config.execution.remat=full, a larger config.mesh.fsdp, or a larger slice"
+    )
+
+
+def _name(slices: Slices) -> str:
+    return f"{slices.count} x {slices.topology.name}" if slices.count > 1 else slices.topology.name
+
+
+def _most_rows(result: Rehearsal) -> str:
+    memory = result.memory
+    left = result.slices.topology.chip.hbm_bytes - memory.parameters - memory.optimizer
+    grows = memory.activations + memory.temporaries
+    return f"{math.floor(result.rows / result.slices.chips * left / grows)}"
+
+
+def _bound(result: Rehearsal) -> float:
+    """MFU if only the collectives took time."""
+    lines = [line for line in result.lines if line.part == "collectives"]
+    seconds = result.useful_flops / result.peak + sum(line.seconds + line.hidden for line in lines)
+    return result.useful_flops / result.peak / seconds

@@ -1,0 +1,184 @@
+"""What a compiled step costs on one device: its scheduled operations, one after the other, loops as often as they run.
+
+Every operation belongs to a part: "attention" and "experts" (their Pallas kernels), "head" (what runs in the head's
+scope), "dense" (matrix multiplications elsewhere), "collectives", and "glue" (all the rest). A collective that is fused
+with arithmetic, or runs between its start and its done, is hidden by that arithmetic; the rest of it counts. A
+conditional costs its dearest branch. A loop whose trips neither the text nor the caller says is refused.
+Compiler-estimated, not measured.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+
+from llada_jax.pod.chips import Chip
+from llada_jax.pod.collectives import Collective, Devices, collective_cost, kind_of
+from llada_jax.pod.hlo import Array, Module, Operation
+from llada_jax.pod.operations import Cost, operation_cost
+
+PARTS = ("attention", "experts", "head", "dense", "glue", "collectives")
+
+
+@dataclasses.dataclass
+class Line:
+    """An operation of the program. seconds, flops, from_bytes: of all its runs; for a collective what is not hidden.
+
+    scope: where the program made it. hidden: seconds of a collective behind arithmetic. bytes: that each device sends,
+    over the mesh axes `axes`.
+    """
+
+    name: str
+    part: str
+    scope: str
+    runs: float
+    seconds: float
+    flops: float = 0.0
+    from_bytes: float = 0.0
+    hidden: float = 0.0
+    bytes: float = 0.0
+    axes: str = ""
+
+
+def scopes(op: Operation) -> list[str]:
+    """Names of the scopes in which the program made it."""
+    return re.split(r"[/()]", op.op_name)
+
+
+# (result, operands) of a Pallas kernel -> the part it belongs to, and the cost of one run.
+KernelCost = Callable[[tuple[Array, ...], tuple[Array, ...]], tuple[str, Cost]]
+
+
+def step_lines(
+    module: Module,
+    chip: Chip,
+    kernels: Mapping[str, KernelCost],
+    devices: Devices | None = None,
+    trips: Mapping[str, float] | None = None,
+) -> list[Line]:
+    """Every operation that costs something.
+
+    kernels: by the beginning of their names. devices: of the mesh; None for a program without collectives. trips: of
+    loops whose length depends on the data, by the scope in which they stand.
+    Raises ValueError on a kernel without a cost, or a loop of unknown length.
+    """
+    walker = _Walker(module, chip, kernels, devices, trips or {})
+    walker.walk(module.entry, 1.0)
+    walker.hide()
+    return [line for line in walker.lines if line.seconds or line.hidden or line.flops]
+
+
+@dataclasses.dataclass
+class _Chain:
+    """A collective in flight: its line, and the seconds of arithmetic that it runs behind."""
+
+    line: Line
+    behind: float = 0.0
+
+
+class _Walker:
+    def __init__(self, module, chip, kernels, devices, trips):
+        self.module, self.chip, self.kernels, self.devices, self.trips = module, chip, kernels, devices, trips
+        self.lines: list[Line] = []
+        self._chains: dict[tuple, _Chain] = {}  # by channel and chain
+        self._open: dict[str, _Chain] = {}  # started, not done: by the name of the start
+
+    def walk(self, computation: str, runs: float) -> None:
+        for op in self.module.computations[computation]:
+            if op.kind == "while":
+                self.walk(op.called_as("body"), runs * self._trips(computation, op))
+            elif op.kind == "conditional":
+                self._branches(op, runs)
+            elif op.kind in ("call", "call-start", "async-start"):
+                for name in op.called:
+                    self.walk(name, runs)
+            elif op.target == "tpu_custom_call":
+                self._kernel(computation, op, runs)
+            else:
+                self._operation(computation, op, runs)
+
+    def _trips(self, computation: str, loop: Operation) -> float:
+        trips = self.module.trip_count(computation, loop)
+        if trips is None:
+            trips = next((n for scope, n in self.trips.items() if scope in scopes(loop)), None)
+        if trips is None:
+            raise ValueError(f"{loop.name}: a loop of unknown length ({loop.op_name})")
+        return trips
+
+    def _branches(self, op: Operation, runs: float) -> None:
+        branches = []
+        for name in op.called:
+            branch = _Walker(self.module, self.chip, self.kernels, self.devices, self.trips)
+            branch.walk(name, runs)
+            branch.hide()
+            branches.append(branch.lines)
+        self.lines += max(branches, key=lambda lines: sum(line.seconds for line in lines))
+
+    def _kernel(self, computation: str, op: Operation, runs: float) -> None:
+        for name, cost_of in self.kernels.items():
+            if op.name.startswith(name):
+                operands = (self.module.operand(computation, operand).result for operand in op.operands)
+                part, cost = cost_of(op.result, tuple(array for arrays in operands for array in arrays))
+                return self._add(op, part, cost, runs)
+        raise ValueError(f"{op.name}: a Pallas kernel of unknown cost ({op.op_name})")
+
+    def _operation(self, computation: str, op: Operation, runs: float) -> None:
+        if op.kind.endswith("-done"):
+            self._open.pop(op.operands[0] if op.operands else "", None)
+        chains = self._collectives(computation, op, runs)
+        if kind_of(op):
+            if op.kind.endswith("-start"):
+                self._open[op.name] = chains[0]
+            return
+        if op.name.startswith("async-collective-"):
+            return  # of nothing but the collective
+        cost = operation_cost(self.module, computation, op, self.chip)
+        if cost.seconds:
+            self._add(op, self._part(op), cost, runs)
+            chains = chains + list(self._open.values())
+            for chain in chains:
+                chain.behind += cost.seconds * runs / len(chains)
+
+    def _collectives(self, computation: str, op: Operation, runs: float) -> list[_Chain]:
+        """Those that the operation is, or that are fused into it; each is counted where it first appears."""
+        found = [(computation, op)] if kind_of(op) else list(self._fused(op))
+        chains = []
+        for where, inner in found:
+            channel = re.search(r"channel_id=(\d+)", inner.attributes)
+            chain_id = re.search(r'(?:chain_id|async_collective_name)="([^"]*)"', inner.attributes)
+            fused = inner is not op and chain_id
+            key = (channel and channel.group(1), chain_id.group(1)) if fused else (where, inner.name)
+            if key not in self._chains:
+                cost = collective_cost(self.module, where, inner, self.devices)
+                self._chains[key] = _Chain(self._add_collective(inner, cost, runs))
+            chains.append(self._chains[key])
+        return chains
+
+    def _fused(self, op: Operation):
+        for name in op.called:
+            for inner in self.module.computations.get(name, ()):
+                if kind_of(inner):
+                    yield name, inner
+                yield from self._fused(inner)
+
+    def _part(self, op: Operation) -> str:
+        if "head" in scopes(op):
+            return "head"
+        inside = (op, *self.module.inside(op))
+        return "dense" if any(inner.kind in ("convolution", "dot") for inner in inside) else "glue"
+
+    def _add(self, op: Operation, part: str, cost: Cost, runs: float) -> None:
+        cost = cost * runs
+        self.lines.append(Line(op.name, part, op.op_name, runs, cost.seconds, cost.flops, cost.from_bytes))
+
+    def _add_collective(self, op: Operation, cost: Collective, runs: float) -> Line:
+        line = Line(
+            f"{op.name} ({cost.kind})", "collectives", op.op_name, runs, cost.seconds * runs,
+            bytes=cost.bytes * runs, axes=cost.axes,
+        )  # fmt: skip
+        self.lines.append(line)
+        return line
+
+    def hide(self) -> None:
+        for chain in self._chains.values():
+            chain.line.hidden = min(chain.line.seconds, chain.behind)
+            chain.line.seconds -= chain.line.hidden

@@ -1,0 +1,42 @@
+"""The FLOPs that a training step needs, from the preset and the data alone: no remat, no padding, no masked-out pair.
+
+A position costs 2 FLOPs a weight that it meets, a query-key pair that the mask allows 4 a channel and head, a masked
+token 2 a weight of the head. Training is three times the forward pass. Block diffusion has 2 L positions a row (noisy
+and clean), MDLM and AR have L.
+"""
+
+import numpy as np
+
+from llada_jax.attention.visibility import Visibility
+from llada_jax.model.config import ModelConfig
+
+MASKED_SHARE = 0.5  # of the tokens, on average, with t uniform
+
+
+def layer_weights(config: ModelConfig) -> dict[str, int]:
+    """{"dense", "sparse": weights that a token meets in such a layer}."""
+    c, d = config, config.hidden_size
+    attention = d * (c.num_heads + 2 * c.num_kv_heads) * c.head_dim + c.num_heads * c.head_dim * d
+    weights = {"dense": attention + 3 * d * c.intermediate_size}
+    if c.is_moe:
+        met = c.num_experts_per_token + c.num_shared_experts
+        weights["sparse"] = attention + 3 * d * c.moe_intermediate_size * met + d * c.num_experts
+    return weights
+
+
+def allowed_pairs(visibility: Visibility) -> int:
+    """Query-key pairs of all rows."""
+    noisy = np.maximum(np.asarray(visibility.noisy_end) - np.asarray(visibility.noisy_start), 0)
+    clean = np.maximum(np.asarray(visibility.clean_end) - np.asarray(visibility.clean_start), 0)
+    return int(noisy.sum(dtype=np.int64) + clean.sum(dtype=np.int64))
+
+
+def useful_flops(config: ModelConfig, rows: int, length: int, halves: str, pairs_per_row: float) -> float:
+    """Of a training step over `rows` rows of `length` tokens; halves as in schedule.Phase."""
+    positions = length * (2 if halves == "both" else 1)
+    weights = layer_weights(config)
+    matmul = 2 * positions * sum(weights[group] * len(layers) for group, layers in config.layer_groups.items())
+    attention = 4 * config.num_heads * config.head_dim * pairs_per_row * config.num_layers
+    scored = length * (1.0 if halves == "clean" else MASKED_SHARE)
+    head = 2 * config.hidden_size * config.vocab_size * scored
+    return 3.0 * rows * (matmul + attention + head)

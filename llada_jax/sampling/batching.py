@@ -1,0 +1,225 @@
+"""Continuous batching: requests from an iterator, answers as they finish; a finished row is given the next request.
+
+The device runs `admit_every` passes over the batch between two looks of the host. What a request gets depends on the
+request alone: not on its batch mates, nor on when it was admitted.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llada_jax.errors import InputError
+from llada_jax.interop.tokenizer import Tokenizer
+from llada_jax.model.config import ModelConfig
+from llada_jax.model.forward import Execution
+from llada_jax.sampling import decode
+from llada_jax.sampling.cost import second_block_price
+from llada_jax.sampling.generate import (
+    GenerateConfig,
+    check_prompts,
+    collect,
+    cut,
+    eos_id_of,
+    pad,
+    program_of,
+    requests_of,
+)
+from llada_jax.sampling.state import KEYS, State, empty_state
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """prompt: 1-D int ids. seed: of its draws; None is its number in the stream."""
+
+    prompt: np.ndarray
+    config: GenerateConfig
+    seed: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What one request got; `index` is its number in the stream. See sampling.generate.Generation.
+
+    text: of the tokens, without special ones; None without a tokenizer.
+    """
+
+    index: int
+    tokens: np.ndarray
+    text: str | None
+    prefill_passes: int
+    forward_passes: int
+    commit_passes: int
+    positions_evaluated: int
+    steps: np.ndarray
+    confidence: np.ndarray
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """Answer tokens over all passes."""
+        return len(self.tokens) / max(self.prefill_passes + self.forward_passes + self.commit_passes, 1)
+
+
+@dataclasses.dataclass
+class Usage:
+    """What the device has done so far. Positions are those of all rows: idle ones and the padding of prefills included.
+
+    iterations: passes of decoding; row_passes: rows summed over them, running_row_passes those with a request.
+    """
+
+    iterations: int = 0
+    row_passes: int = 0
+    running_row_passes: int = 0
+    decoding_positions: int = 0
+    prefill_passes: int = 0
+    prefill_positions: int = 0
+
+    @property
+    def busy(self) -> float:
+        """Share of the rows that were running, over all passes of decoding."""
+        return self.running_row_passes / max(self.row_passes, 1)
+
+
+def serve(
+    params,
+    config: ModelConfig,
+    requests: Iterable[Request],
+    rows: int,
+    max_length: int,
+    tokenizer: Tokenizer | None = None,
+    admit_every: int = 8,
+    execution: Execution = Execution(),
+    fuse_share: float | None = None,
+    usage: Usage | None = None,
+    on_tokens: Callable[[int, np.ndarray], None] | None = None,
+) -> Iterator[Answer]:
+    """Yields an Answer for each request, in the order in which they finish.
+
+    requests: read only as rows become free; their configs may differ in all but block_length, mask_id and rule.
+    rows: requests decoded together. max_length: of a prompt and its answer, in tokens. admit_every: passes between
+    admissions. fuse_share: see sampling.generate.generate. usage: is kept up to date. on_tokens(index, tokens): called
+    as blocks of an answer are finished, with the tokens that are new. Raises InputError on a request that is too long
+    or cannot join the batch.
+    """
+    if rows < 1 or admit_every < 1:
+        raise InputError(f"rows={rows}, admit_every={admit_every}, expected at least 1")
+    usage = Usage() if usage is None else usage
+    queue = enumerate(requests)
+    running: dict[int, _Running] = {}  # by row
+    state = block = None
+    while True:
+        free = [row for row in range(rows) if row not in running]
+        new = list(zip(free, queue, strict=False)) if free else []
+        new = [(row, _check(config, index, request, max_length)) for row, (index, request) in new]
+        running |= dict(new)
+        if not running:
+            return
+        program = program_of(config, [r.request.config for r in running.values()], execution)
+        if state is None:
+            block = program.block_length
+            dtype = execution.dtype or str(params["embedding"].dtype)
+            if fuse_share is None:
+                fuse_share = second_block_price(config, rows, block)
+            shared = dataclasses.replace(program, sample=False, cut=False)
+            state = empty_state(config, shared, rows, -(-max_length // block) * block, dtype, fuse_share)
+        elif program.block_length != block:
+            raise InputError(f"block_length={program.block_length} beside {block} in one batch, expected one value")
+        state = _admit(params, config, program, state, new, usage)
+        state = decode.advance(params, config, program, state, jnp.int32(admit_every))
+        yield from _finished(config, state, running, block, tokenizer, on_tokens, usage, rows)
+
+
+@dataclasses.dataclass
+class _Running:
+    index: int
+    request: Request
+    prompt: np.ndarray
+    told: int = 0  # answer tokens that on_tokens has been given
+
+    def tell(self, known: np.ndarray, on_tokens) -> None:
+        if len(known) > self.told:
+            on_tokens(self.index, known[self.told :])
+            self.told = len(known)
+
+
+def _check(config: ModelConfig, index: int, request: Request, max_length: int) -> _Running:
+    (prompt,) = check_prompts(config, [request.prompt])
+    block = request.config.block_length
+    longest = -(-max_length // block) * block
+    if len(prompt) + request.config.gen_length > longest:
+        raise InputError(
+            f"request {index}: {len(prompt)} prompt tokens and gen_length={request.config.gen_length}, "
+            f"expected at most {longest} together (max_length)"
+        )
+    return _Running(index, request, prompt)
+
+
+def _admit(params, config, program, state: State, new, usage: Usage) -> State:
+    """Prefills new requests together; numbers and lengths are rounded up to powers of two, to compile few programs."""
+    if not new:
+        return state
+    count = 1 << (len(new) - 1).bit_length()
+    padded = new + [(len(state.finished), new[0][1])] * (count - len(new))  # out of bounds: dropped
+    runs = [run for _, run in padded]
+    lengths = np.array([len(run.prompt) for run in runs])
+    seeds = [run.index if run.request.seed is None else run.request.seed for run in runs]
+    keys = jax.vmap(functools.partial(jax.random.key, impl=KEYS))(np.array(seeds, np.uint32))
+    requests = requests_of(config, lengths, [run.request.config for run in runs], keys)
+    canvas, blocks = state.tokens.shape[1], int(lengths.max()) // program.block_length
+    prefill = min((1 << (blocks - 1).bit_length()) * program.block_length, canvas) if blocks else 0
+    usage.prefill_passes += prefill > 0
+    usage.prefill_positions += prefill * count
+    rows = np.array([row for row, _ in padded], np.int32)
+    return decode.admit(
+        params, config, program, state, rows, requests, pad([run.prompt for run in runs], canvas), prefill
+    )
+
+
+def _finished(config, state: State, running: dict, block: int, tokenizer, on_tokens, usage: Usage, rows: int):
+    """Answers of the rows that have finished, which become free; tells on_tokens of finished blocks."""
+    finished, start = np.asarray(state.finished), np.asarray(state.start)
+    usage.iterations += int(state.iterations)
+    usage.row_passes += int(state.iterations) * rows
+    usage.running_row_passes += int(state.busy)
+    usage.decoding_positions += int(state.positions_evaluated)
+    done = [row for row in running if finished[row]]
+    if on_tokens is not None:
+        tokens = np.asarray(state.tokens)
+        for row, run in running.items():
+            if not finished[row]:
+                known = cut(tokens[row, len(run.prompt) : start[row]], eos_id_of(config, run.request.config))
+                run.tell(known, on_tokens)
+    if not done:
+        return
+    runs = [running.pop(row) for row in done]
+    configs = [run.request.config for run in runs]
+    eos_ids = [eos_id_of(config, g) for g in configs]
+    out = collect(state, np.array(done), [len(run.prompt) for run in runs], configs, eos_ids, block)
+    for i, run in enumerate(runs):
+        if on_tokens is not None:
+            run.tell(out.tokens[i], on_tokens)
+        yield Answer(
+            index=run.index,
+            tokens=out.tokens[i],
+            text=None if tokenizer is None else tokenizer.decode(out.tokens[i], skip_special_tokens=True),
+            prefill_passes=int(out.prefill_passes[i]),
+            forward_passes=int(out.forward_passes[i]),
+            commit_passes=int(out.commit_passes[i]),
+            positions_evaluated=int(out.positions_evaluated[i]),
+            steps=out.steps[i],
+            confidence=out.confidence[i],
+        )
+
+
+def in_order(answers: Iterable[Answer]) -> Iterator[Answer]:
+    """The answers in the order of their requests, each as soon as those before it have come."""
+    waiting: dict[int, Answer] = {}
+    following = 0
+    for answer in answers:
+        waiting[answer.index] = answer
+        while following in waiting:
+            yield waiting.pop(following)
+            following += 1

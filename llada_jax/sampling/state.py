@@ -1,0 +1,124 @@
+"""What decoding carries from one iteration to the next: the requests of a batch, how far each is, and their cache."""
+
+import dataclasses
+import functools
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from llada_jax import sharding
+from llada_jax.model.config import ModelConfig
+from llada_jax.model.forward import Execution
+from llada_jax.sampling.predict import Sampling
+
+RULES = ("llada2", "llada2.1", "sglang", "dinfer", "entropy", "fixed")
+KEYS = "threefry2x32"  # whatever the default is: a draw is the same everywhere
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What is compiled in; everything else of a request is data.
+
+    sample, cut: whether any request has a temperature, a top-k or top-p. execution: of the prefill, and the dtype.
+    """
+
+    mask_id: int
+    rule: str = "llada2"
+    block_length: int = 32
+    sample: bool = False
+    cut: bool = False
+    execution: Execution = Execution()
+
+
+@flax.struct.dataclass
+class Requests:
+    """What each row was asked for, [rows]: int32, but float32 threshold, editing_threshold and entropy_bound, and bool
+    eos_early_stop. row_end: end of its last block. eos_id -1 never stops.
+    """
+
+    prompt_length: jax.Array
+    row_end: jax.Array
+    steps: jax.Array
+    threshold: jax.Array
+    editing_threshold: jax.Array
+    max_post_steps: jax.Array
+    entropy_bound: jax.Array
+    eos_id: jax.Array
+    eos_early_stop: jax.Array
+    sampling: Sampling
+
+
+@flax.struct.dataclass
+class State:
+    """A batch in decoding. A row without a request is a finished one.
+
+    tokens [rows, canvas] int32: prompt, answer so far, mask tokens. steps [rows, canvas] int32 and confidence [rows,
+    canvas] float32: in which step of its block a token was written, with what probability. masked [rows, block] bool:
+    what is left of the current block. Per row, [rows]:
+      start, step, post_steps: first position of the current block, and the steps it has taken
+      pending: the block before `start` is final but not in the cache; finished: nothing is left to do
+      denoising_passes, commit_passes (of their own), positions (evaluated for it in decoding)
+      last_hidden [rows, embed]: hidden state of the last token in the cache; predicts the next one (shifted alignment)
+    cache: {group: {"key", "value": [layers, rows, canvas + block, kv_heads, head_dim]}}; the last block is scratch.
+    fuse_share [] float32: finished blocks are committed in two-block windows when at least this share of the running
+    rows has one to commit, else in a pass of their own; 0 always fuses, above 1 never does.
+    iterations, busy, positions_evaluated [] int32: passes since the host last looked, and the running rows and the
+    positions of all rows summed over them.
+    """
+
+    requests: Requests
+    tokens: jax.Array
+    steps: jax.Array
+    confidence: jax.Array
+    masked: jax.Array
+    start: jax.Array
+    step: jax.Array
+    post_steps: jax.Array
+    pending: jax.Array
+    finished: jax.Array
+    denoising_passes: jax.Array
+    commit_passes: jax.Array
+    positions: jax.Array
+    last_hidden: jax.Array
+    cache: dict
+    fuse_share: jax.Array
+    iterations: jax.Array
+    busy: jax.Array
+    positions_evaluated: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames=("config", "program", "rows", "canvas", "dtype"))
+def empty_state(config: ModelConfig, program: Program, rows: int, canvas: int, dtype, fuse_share=0.0) -> State:
+    """A batch without requests. canvas: most positions of a request, a multiple of the block length.
+
+    jax.eval_shape of it gives the abstract arguments that decode.iterate and decode.advance are lowered from.
+    """
+
+    def zeros(*shape, dtype=jnp.int32):
+        return jnp.zeros(shape, dtype)
+
+    n, b = zeros(rows), program.block_length
+    f, no = zeros(rows, dtype=jnp.float32), zeros(rows, dtype=bool)
+    requests = Requests(
+        prompt_length=n, row_end=n, steps=n + 1, threshold=f, editing_threshold=f, max_post_steps=n, entropy_bound=f,
+        eos_id=n, eos_early_stop=no,
+        sampling=Sampling(f, n, f + 1, jax.vmap(functools.partial(jax.random.key, impl=KEYS))(n)),
+    )  # fmt: skip
+
+    def keys_or_values(layers):
+        axes = ("layers", "batch", None, "kv_heads", None)
+        shape = len(layers), rows, canvas + b, config.num_kv_heads, config.head_dim
+        return sharding.constrain(zeros(*shape, dtype=dtype), axes)
+
+    return State(
+        requests=requests, tokens=zeros(rows, canvas), steps=zeros(rows, canvas),
+        confidence=zeros(rows, canvas, dtype=jnp.float32), masked=zeros(rows, b, dtype=bool),
+        start=n, step=n, post_steps=n, pending=no, finished=~no, denoising_passes=n, commit_passes=n, positions=n,
+        last_hidden=zeros(rows, config.hidden_size, dtype=dtype),
+        cache={
+            group: {"key": keys_or_values(layers), "value": keys_or_values(layers)}
+            for group, layers in config.layer_groups.items()
+        },
+        fuse_share=jnp.asarray(fuse_share, jnp.float32), iterations=zeros(), busy=zeros(), positions_evaluated=zeros(),
+    )  # fmt: skip

@@ -1,0 +1,71 @@
+"""How an answer filled: its blocks, each token coloured by the step of its block that wrote it."""
+
+import numpy as np
+from rich.text import Text
+
+_COLORS = ("#440154", "#46327e", "#365c8d", "#277f8e", "#1fa187", "#4ac16d", "#a0da39", "#fde725")  # early to late
+
+
+def blocks(prompt_length: int, tokens, block_length: int) -> list[slice]:
+    """The runs of an answer's tokens that were decoded together; blocks count from the start of the prompt."""
+    ends = range((prompt_length // block_length + 1) * block_length, prompt_length + len(tokens), block_length)
+    edges = [0, *(end - prompt_length for end in ends), len(tokens)]
+    return [slice(start, end) for start, end in zip(edges, edges[1:], strict=False) if start < end]
+
+
+def color(step: int, steps: int) -> str:
+    """Hex colour of a step (0-based) of a block that took `steps`."""
+    return _COLORS[round(step / max(steps - 1, 1) * (len(_COLORS) - 1))]
+
+
+def terminal(pieces: list[str], steps: np.ndarray, spans: list[slice]) -> Text:
+    """Coloured text: a line for each block, dark what was written first. pieces: the text of each token."""
+    text, most = Text(), int(steps.max(initial=0)) + 1
+    for number, span in enumerate(spans, 1):
+        text.append(f"block {number:3} {int(steps[span].max()) + 1:3} steps  ", "dim")
+        for piece, step in zip(pieces[span], steps[span], strict=True):
+            shade = color(int(step), most)
+            ink = "black" if step / max(most - 1, 1) > 0.6 else "white"
+            text.append(piece.replace("\n", "⏎").replace(" ", "·") or "∅", f"{ink} on {shade}")
+        text.append("\n")
+    return text
+
+
+def draw(pieces: list[str], steps: np.ndarray, confidence: np.ndarray, spans: list[slice], path: str) -> None:
+    """Writes the picture to `path`, .svg or .png: a row for each block, a cell for each token with its text."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "llada_jax", "font.family": "sans-serif"}
+    from matplotlib import pyplot
+    from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Rectangle
+
+    widest = max(span.stop - span.start for span in spans)
+    most = int(steps.max(initial=0)) + 1
+    figure, axes = pyplot.subplots(figsize=(min(0.42 * widest, 16) + 1.6, 0.42 * len(spans) + 1.4))
+    for row, span in enumerate(spans):
+        for column, i in enumerate(range(span.start, span.stop)):
+            shade = color(int(steps[i]), most)
+            axes.add_patch(Rectangle((column, row), 1, 1, facecolor=shade, edgecolor="white", linewidth=0.8))
+            ink = "black" if steps[i] / max(most - 1, 1) > 0.6 else "white"
+            label = (pieces[i].strip() or "·").replace("$", r"\$")[:6]
+            axes.text(column + 0.5, row + 0.42, label, ha="center", va="center", fontsize=7, color=ink)
+            axes.text(
+                column + 0.5, row + 0.8, f"{confidence[i]:.2f}", ha="center", va="center", fontsize=4.5, color=ink
+            )
+    axes.set(xlim=(0, widest), ylim=(len(spans), 0), xticks=[], yticks=np.arange(len(spans)) + 0.5)
+    axes.set_yticklabels([f"block {n + 1}, {int(steps[s].max()) + 1} steps" for n, s in enumerate(spans)], fontsize=8)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    passes = sum(int(steps[span].max()) + 1 for span in spans)
+    axes.set_title(
+        f"{len(steps)} tokens in {passes} steps, with the probability at which each was written", fontsize=10
+    )
+    shades = ListedColormap([color(step, most) for step in range(most)])
+    scale = pyplot.cm.ScalarMappable(pyplot.Normalize(0.5, most + 0.5), shades)
+    bar = figure.colorbar(scale, ax=axes, orientation="horizontal", fraction=0.35 / (len(spans) + 1), pad=0.03)
+    bar.set_ticks(sorted({round(tick) for tick in np.linspace(1, most, min(most, 8))}))
+    bar.set_label("step of the block", fontsize=8)
+    figure.savefig(path, dpi=160, bbox_inches="tight", metadata={"Date": None} if path.endswith(".svg") else None)
+    pyplot.close(figure)

@@ -1,0 +1,67 @@
+"""The acceptance rules on hand-made confidences."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llada_jax.sampling import accept
+
+CONFIDENCE = jnp.array([[0.9, 0.5, 0.9, 0.2], [0.3, 0.99, 0.299995, 0.1]])
+MASKED = jnp.array([[True, True, True, True], [True, False, True, True]])  # 0.99 is written already
+
+
+def positions(accepted) -> list[list[int]]:
+    return [np.flatnonzero(row).tolist() for row in np.asarray(accepted)]
+
+
+def rows(*values, dtype=jnp.float32):
+    return jnp.array(values, dtype)
+
+
+def test_the_schedule_spreads_the_block_over_the_steps():
+    assert [accept.due(8, 3, step) for step in range(3)] == [3, 3, 2]
+    assert [accept.due(4, 6, step) for step in range(6)] == [1, 1, 1, 1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "threshold, due, expected",
+    [
+        (0.4, (2, 1), [[0, 1, 2], [0]]),  # more than due pass: all of them. None passes: those due
+        (0.9, (1, 2), [[0], [0, 2]]),  # strictly above; the lowest of a tie
+        (0.9, (3, 3), [[0, 1, 2], [0, 2, 3]]),
+        (0.2, (4, 1), [[0, 1, 2, 3], [0, 2]]),  # fewer pass than due
+    ],
+)
+def test_llada2(threshold, due, expected):
+    thresholds = rows(threshold, threshold)
+    assert positions(accept.llada2(CONFIDENCE, MASKED, rows(*due, dtype=jnp.int32), thresholds)) == expected
+
+
+def test_each_row_has_its_own_threshold():
+    assert positions(accept.sglang(CONFIDENCE, MASKED, rows(0.8, 0.05))) == [[0, 2], [0, 2, 3]]
+
+
+def test_sglang_falls_back_to_one():
+    assert positions(accept.sglang(CONFIDENCE, MASKED, rows(0.95, 0.95))) == [[0], [0]]
+
+
+def test_dinfer_takes_near_ties_of_the_largest_and_what_equals_the_threshold():
+    assert positions(accept.dinfer(CONFIDENCE, MASKED, rows(0.95, 0.95))) == [[0, 2], [0, 2]]
+    assert positions(accept.dinfer(CONFIDENCE, MASKED, rows(0.5, 0.1))) == [[0, 1, 2], [0, 2, 3]]
+
+
+def test_entropy_takes_the_surest_and_as_many_as_the_bound_allows():
+    entropy = jnp.array([[0.1, 0.05, 2.0, 0.2], [0.3, 0.0, 0.4, 0.1]])
+    assert positions(accept.entropy(entropy, MASKED, rows(0.15, 0.05))) == [[0, 1], [3]]  # the surest, over the bound
+    assert positions(accept.entropy(entropy, MASKED, rows(10.0, 0.4))) == [[0, 1, 2, 3], [0, 3]]
+
+
+def test_fixed_takes_those_due_and_never_more_than_are_masked():
+    assert positions(accept.fixed(CONFIDENCE, MASKED, rows(2, 4, dtype=jnp.int32))) == [[0, 2], [0, 2, 3]]
+
+
+def test_edits_where_the_prediction_differs_and_is_sure():
+    predicted, current = jnp.array([[1, 2, 3, 4]] * 2), jnp.array([[1, 9, 9, 9]] * 2)
+    editable = jnp.array([[True, True, True, False]] * 2)
+    edited = accept.edits(CONFIDENCE, predicted, current, editable, rows(0.5, 0.0))
+    assert positions(edited) == [[2], [1, 2]]

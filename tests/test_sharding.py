@@ -1,0 +1,136 @@
+"""The training step over eight fake devices: every mesh computes what one device does."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llada_jax import sharding
+from llada_jax.data.order import Batch
+from llada_jax.diffusion.objectives import Objective
+from llada_jax.model import parameters
+from llada_jax.model.config import preset
+from llada_jax.model.forward import Execution
+from llada_jax.training.step import denoising_loss
+
+ROWS, LENGTH = 8, 32
+SMALL = dict(hidden_size=64, num_layers=2, num_heads=8, num_kv_heads=4, head_dim=8, intermediate_size=64)
+MODELS = {
+    "tiny": preset("tiny").replace(**SMALL | dict(rotary_dim=8)),
+    "tiny_moe": preset("tiny_moe").replace(**SMALL | dict(rotary_dim=4, moe_intermediate_size=16)),
+}
+MESHES = [
+    ("tiny", dict(fsdp=8), {}),
+    ("tiny", dict(tensor=8), {}),  # beyond the 4 key/value heads
+    ("tiny_moe", dict(data=8), {}),
+    ("tiny_moe", dict(fsdp=8), dict(remat="full", reduce_dtype="float32")),
+    ("tiny_moe", dict(expert=8), {}),
+    ("tiny_moe", dict(expert=8), dict(exchange="tokens")),
+    ("tiny_moe", dict(tensor=8), {}),
+    ("tiny_moe", dict(data=2, expert=2, tensor=2), dict(exchange="tokens")),
+    ("tiny_moe", dict(fsdp=4, expert=2), {}),
+    ("tiny_moe", dict(fsdp=2, expert=4), dict(exchange="tokens")),
+]
+
+
+def batch_of(model) -> Batch:
+    """ROWS packed rows of random tokens; the first row is padding only."""
+    ids = np.random.default_rng(0).integers(0, model.mask_token_id, (ROWS, LENGTH), dtype=np.int32)
+    segments = np.repeat([[1, 2, 0]], [13, 16, 3], axis=1).repeat(ROWS, axis=0).astype(np.int32)
+    segments[0] = 0
+    index = np.arange(ROWS, dtype=np.uint32)
+    return Batch(ids, segments, np.ones((ROWS, LENGTH), bool), index, np.zeros_like(index))
+
+
+def loss_and_gradients(name: str, mesh=None, reduce=None, **execution):
+    """((loss, load of the experts), gradients), as host arrays; on `mesh`, weights and batch lie as the trainer's.
+
+    reduce: of the gradients, inside the program.
+    """
+    model = MODELS[name]
+    objective = Objective(confidence_weight=0.5)  # entropies too
+    loss = denoising_loss(model, objective, Execution(attention="blockwise", **execution), seed=0)
+
+    def value(params, batch):
+        example = loss.prepare(batch, jnp.int32(8), "both")
+        value, sums = loss.value(params, None, example, loss.total(example), jnp.float32(0), "both")
+        return value, sums.expert_load
+
+    def function(params, batch):
+        result, gradients = jax.value_and_grad(value, has_aux=True)(params, batch)
+        return result, gradients if reduce is None else jax.tree.map(reduce, gradients)
+
+    params, batch = parameters.initialize(model, jax.random.key(0)), batch_of(model)
+    if mesh is None:
+        return jax.tree.map(np.asarray, jax.jit(function)(params, batch))
+    with jax.set_mesh(mesh):
+        params = jax.device_put(params, sharding.shardings(params, parameters.logical_axes(model), mesh))
+        rows = jax.tree.map(lambda x: jax.NamedSharding(mesh, sharding.spec(("batch",), x.shape[:1], mesh)), batch)
+        return jax.tree.map(np.asarray, jax.jit(function)(params, jax.device_put(batch, rows)))
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return {name: loss_and_gradients(name) for name in MODELS}
+
+
+@pytest.mark.parametrize("name,sizes,execution", MESHES)
+def test_a_mesh_computes_what_one_device_does(one_device, name, sizes, execution):
+    mesh = sharding.make_mesh(**{"data": 1} | sizes)
+    (loss, load), gradients = loss_and_gradients(name, mesh, **execution)
+    (expected_loss, expected_load), expected = one_device[name]
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
+    np.testing.assert_array_equal(load, expected_load)
+    scale = max(np.abs(g).max() for g in jax.tree.leaves(expected))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5 * scale), gradients, expected)
+
+
+def summary(gradient: jax.Array) -> jax.Array:
+    """Three numbers of an array, float32: its norm, and its sum with smooth and with alternating weights."""
+    flat = gradient.reshape(-1)
+    index = jnp.arange(flat.size, dtype=jnp.float32)
+    return jnp.stack([jnp.linalg.norm(flat), (flat * jnp.cos(index / 97)).sum(), (flat * jnp.cos(2.9 * index)).sum()])
+
+
+PROCESS = """
+import json, sys
+import jax
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
+from llada_jax import sharding
+from test_sharding import loss_and_gradients, summary
+mesh = sharding.make_mesh(data=1, fsdp=4, expert=2)
+(loss, load), gradients = loss_and_gradients("tiny_moe", mesh, summary, exchange="tokens")
+print(json.dumps([float(loss), [leaf.tolist() for leaf in jax.tree.leaves(gradients)]]))
+"""
+
+
+def test_two_processes_compute_what_one_device_does():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=4"),
+    }
+    processes = [
+        subprocess.Popen([sys.executable, "-c", PROCESS, address, str(i)], env=env, text=True, stdout=subprocess.PIPE)
+        for i in range(2)
+    ]
+    (expected, _), gradients = loss_and_gradients("tiny_moe", reduce=summary)
+    try:
+        outputs = [process.communicate(timeout=500)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0
+        loss, found = json.loads(output.splitlines()[-1])
+        np.testing.assert_allclose(loss, expected, rtol=1e-5)
+        np.testing.assert_allclose(found, jax.tree.leaves(gradients), rtol=2e-3, atol=1e-5)

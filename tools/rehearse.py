@@ -1,0 +1,68 @@
+"""Compiles a training step for TPU slices that are not there, and says whether it fits and what it would cost.
+
+python tools/rehearse.py --config=configs/wsd.py:llada2_mini --topology=v5p:4x4x4 [--slices=N] [--json=FILE]
+
+The step is the trainer's own, over the mesh of the config. Everything printed is compiler-estimated: memory from the
+compiler; seconds from its schedules, and from bytes and links where it gives none. Serial MFU adds up all parts,
+collectives where they do not run behind arithmetic; overlapped MFU is that of the larger of arithmetic and
+communication. Exits 1 when the step does not fit.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from llada_jax import errors
+from llada_jax.config_flag import resolved
+from llada_jax.errors import InputError
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Training config, FILE.py:MODEL[,option=N].")
+_TOPOLOGY = flags.DEFINE_string("topology", None, "A slice, e.g. v5p:4x4x4, v6e:16x16, tpu7x:4x4x8.")
+_SLICES = flags.DEFINE_integer("slices", 1, "How many of them, joined by the data-centre network.", lower_bound=1)
+_HALVES = flags.DEFINE_enum("halves", "both", ["both", "noisy", "clean"], "noisy: the stable phase; clean: AR.")
+_DOCUMENTS = flags.DEFINE_integer("mean_document", 1024, "Tokens of a packed document: 512, 1024; 0: one a row.")
+_BLOCK_SIZE = flags.DEFINE_integer("block_size", 32, "Of the diffusion, for counting tiles.")
+_BUSIEST = flags.DEFINE_float("busiest", 1.0, "Load of the busiest shard's experts over the mean; 1 is balanced.")
+_OPERATIONS = flags.DEFINE_integer("operations", 0, "Print so many of the dearest operations.")
+_JSON = flags.DEFINE_string("json", None, "File for all numbers, every operation included.")
+
+
+def main(argv) -> None:
+    del argv
+    if _CONFIG.value is None or not _TOPOLOGY.value:
+        raise InputError("--config=FILE.py:MODEL and --topology=CHIP:SHAPE are required; see --help")
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # nothing runs on the TPU that the step is compiled for
+    from llada_jax.pod import report
+    from llada_jax.pod.chips import parse_topology
+    from llada_jax.pod.rehearse import DoesNotFit, Packing, Slices, rehearse
+
+    slices = Slices(parse_topology(_TOPOLOGY.value), _SLICES.value)
+    packing = Packing(_DOCUMENTS.value, _BLOCK_SIZE.value, _BUSIEST.value)
+    try:
+        result = rehearse(resolved(_CONFIG), slices, packing, _HALVES.value)
+    except DoesNotFit as error:
+        if _JSON.value:
+            chip = slices.topology.chip
+            used = None if error.used is None else int(error.used * chip.devices)
+            _write({"fits": False, "hbm_bytes": used, "hbm_capacity_bytes": chip.hbm_bytes, "chips": slices.chips})
+        sys.exit(report.does_not_fit(error, slices))
+    print(report.describe(result))
+    for line in sorted(result.lines, key=lambda line: -line.seconds)[: _OPERATIONS.value]:
+        print(f"{line.seconds * 1e3:9.3f} ms {line.part:11} {line.runs:6g} x {line.name:44.44} {line.scope[-60:]}")
+    if _JSON.value:
+        _write(result.to_json())
+    if not result.fits:
+        sys.exit(report.does_not_fit(result, slices))
+
+
+def _write(values: dict) -> None:
+    Path(_JSON.value).write_text(json.dumps(values, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    errors.run(main)
