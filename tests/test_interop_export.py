@@ -99,7 +99,7 @@ def test_a_converted_ling_model_is_called_llada2(tmp_path, capsys):
         "mask_token_id": 511,
         "num_nextn_predict_layers": 0,
     }
-    assert "auto_map names modeling_llada2_moe.py" in capsys.readouterr().out
+    assert "wants a copy of configuration_llada2_moe.py and modeling_llada2_moe.py" in capsys.readouterr().out
 
 
 def test_dtype_but_not_of_a_float32_expert_bias(tmp_path):

@@ -105,7 +105,9 @@ def test_import_goes_on_where_it_was(folders, tmp_path, monkeypatch, capsys):
             if len(read) == limit:
                 raise PulledPlug
             read.append((plan.name, first))
-            return experts(plan, dtype, first, last)
+            value = experts(plan, dtype, first, last)
+            assert value.nbytes <= 2**17  # an expert, where the leaf has 16: memory is that of the slabs
+            return value
 
         monkeypatch.setattr(huggingface, "_read_experts", reader)
 

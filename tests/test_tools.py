@@ -129,6 +129,7 @@ def test_verify(checkpoint):
         ("evaluate", ["--checkpoint=CHECKPOINT", "--data=x", "--task=preference"], "--task=preference needs one"),
         ("verify_checkpoint", ["--checkpoint=/nowhere"], "/nowhere"),
         ("verify_checkpoint", [], "--checkpoint"),
+        ("inspect_checkpoint", ["--checkpoint=/nowhere"], "/nowhere"),
         ("pack_data", ["--source=/nowhere", "--tokenizer=CHECKPOINT", "--out=/tmp/no", "--length=8"], "/nowhere"),
         ("hf_to_orbax", ["--source=/nowhere", "--out=/tmp/no"], "/nowhere"),
         ("hf_to_orbax", ["--source=/nowhere", "--out=/tmp/no", "--precision=8"], "precision"),
@@ -141,7 +142,7 @@ def test_bad_input_is_one_line_and_exit_code_2(checkpoint, tool, arguments, mess
     assert not Path("/tmp/no").exists()
 
 
-@pytest.mark.parametrize("tool", ["generate", "evaluate", "hf_to_orbax", "pack_data", "verify_checkpoint"])
+@pytest.mark.parametrize("tool", ["generate", "evaluate", "hf_to_orbax", "pack_data", "inspect_checkpoint"])
 def test_help_shows_flags_and_use(tool):
     done = run(tool, "--help")
     assert done.returncode == 0 and f"tools/{tool}.py" in done.stdout and "--" in done.stdout

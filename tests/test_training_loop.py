@@ -293,6 +293,11 @@ def test_bad_configs_name_the_field_and_write_nothing(text, tmp_path, changes, m
     assert not (tmp_path / "run").exists()
 
 
+def test_a_workdir_that_is_not_local_is_refused(text):
+    with pytest.raises(InputError, match="--workdir=gs://bucket/run: .* needs a local directory"):
+        train(config_of(text), "gs://bucket/run")
+
+
 def run_command(*arguments):
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "llada_jax.train", *arguments]

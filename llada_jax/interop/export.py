@@ -70,8 +70,9 @@ def export_checkpoint(
     to = None if dtype is None else parse_dtype(dtype)
     shards = _shards(_groups(config, reader, to), shard_bytes)
     hf = hf_config.exported(config, source_config(lineage), shards[0][0].targets[0].dtype)
-    for name in sorted({value.split(".")[0] for value in hf.get("auto_map", {}).values()}):
-        print(f"notice: auto_map names {name}.py: transformers needs a copy of it in {out}; SGLang and dInfer do not")
+    if modules := hf_config.remote_modules(hf):
+        files_named = " and ".join(f"{name}.py" for name in modules)
+        print(f"notice: transformers wants a copy of {files_named} in {out}; SGLang and dInfer do not")
     small = {"config.json": (json.dumps(hf, indent=2) + "\n").encode(), **checkpoint.read_tokenizer_files(directory)}
     identity = identity_of(files.read_digests(directory).sha256, shard_bytes, dtype, hf)
     with partial(files.absolute(out), identity) as (folder, notes):

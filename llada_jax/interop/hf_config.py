@@ -304,6 +304,12 @@ def exported(config: ModelConfig, source: dict, dtype: np.dtype) -> dict:
     return hf
 
 
+def remote_modules(hf: dict) -> list[str]:
+    """Python modules that transformers looks for beside config.json."""
+    classes = hf["auto_map"].values() if isinstance(hf.get("auto_map"), dict) else []
+    return sorted({each.split(".")[0] for each in classes if isinstance(each, str) and "--" not in each})
+
+
 def to_hf(config: ModelConfig) -> dict:
     """config.json of a model; `from_hf(to_hf(config)) == config` but for stores_tied_head."""
     c = config

@@ -82,6 +82,14 @@ def entry(array: np.ndarray, hex_digest: str | None = None) -> Entry:
     return Entry(tuple(array.shape), np.dtype(array.dtype), hex_digest or digest(array))
 
 
+def sync(directory: epath.Path) -> None:
+    """Returns when every file of a local directory is on the disk."""
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            with open(os.path.join(folder, name), "rb") as file:
+                os.fsync(file.fileno())
+
+
 # ---- digests.json and the small files
 
 
@@ -175,7 +183,7 @@ class TensorWriter:
 
     def __init__(self, folder: epath.Path):
         folder.mkdir(parents=True, exist_ok=True)
-        self._folder, self._context = folder, ts.Context({"file_io_sync": False})  # close() does it once
+        self._folder, self._context = folder, ts.Context({"file_io_sync": False})  # sync() does it once
 
     def write(self, leaf, first: int, value: np.ndarray) -> ts.Future:
         """Begins to write `value` from index `first` on along leaf.axis; `value` must not change before the future's
@@ -193,7 +201,7 @@ class TensorWriter:
         return store.write(value, can_reference_source_data_indefinitely=True)
 
     def close(self, names: Sequence[str]) -> None:
-        """Writes the tree's metadata, as Orbax expects it, and brings all of the folder to the disk."""
+        """Writes the tree's metadata, as Orbax expects it."""
         value = {"value_type": "np.ndarray", "skip_deserialize": False}
         tree = {
             str((name,)): {"key_metadata": [{"key": name, "key_type": 2}], "value_metadata": value} for name in names
@@ -208,11 +216,6 @@ class TensorWriter:
                 "custom_metadata": None,
             },
         )
-        if renames(self._folder):
-            for folder, _, names in os.walk(self._folder):
-                for name in names:
-                    with open(os.path.join(folder, name), "rb") as file:
-                        os.fsync(file.fileno())
 
 
 class TensorReader:

@@ -153,6 +153,7 @@ def partial(out: epath.Path, identity: str | None) -> Iterator[tuple[epath.Path,
     try:
         yield directory, Notes(notes)
         if directory != out:
+            files.sync(directory)
             os.replace(directory, out)
         _remove(notes)
     except BaseException as error:

@@ -22,8 +22,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 _CHUNK_BITS = 15  # part of the definition
 _CHUNK = 1 << _CHUNK_BITS
-# What numpy sums at once (its temporaries stay in the cache), and the rows of one compiled call.
-_NUMPY_ELEMENTS, _SCANNED_ROWS, _SCANNED_WIDTH = 1 << 15, 64, 1 << 12
+# What numpy sums at once: its temporaries stay in the cache. Rows of a compiled call, and the least width of one.
+_NUMPY_ELEMENTS, _SCANNED_ROWS, _SCANNED_WIDTH = 1 << 15, (512, 64), 1 << 12
 _U16, _U15 = np.uint32(16), np.uint32(15)
 # The finaliser of lowbias32 (Wellons), then odd constants of our own.
 _C1, _C2, _C3, _C4 = (np.uint32(c) for c in (0x7FEB352D, 0x846CA68B, 0x9E3779B1, 0x2545F491))
@@ -93,10 +93,12 @@ def _runs(words: np.ndarray, start, shape) -> Iterator[tuple[np.ndarray, np.ndar
 def _sum_runs(runs: np.ndarray, row: np.ndarray, places: np.ndarray) -> np.ndarray:
     n, width = runs.shape
     total = np.zeros(2, np.uint32)
-    scanned = n - n % _SCANNED_ROWS if width >= _SCANNED_WIDTH and cpu_device() is not None else 0
-    for first in range(0, scanned, _SCANNED_ROWS):
-        rows = slice(first, first + _SCANNED_ROWS)
-        total += jax.device_get(_scan_sums(*jax.device_put((runs[rows], row, places[rows]), cpu_device())))
+    scanned, device = 0, cpu_device() if width >= _SCANNED_WIDTH else None
+    for count in () if device is None else _SCANNED_ROWS:
+        while n - scanned >= count:
+            rows = slice(scanned, scanned + count)
+            total += jax.device_get(_scan_sums(*jax.device_put((runs[rows], row, places[rows]), device)))
+            scanned += count
     step = max(1, _NUMPY_ELEMENTS // max(width, 1))
     for first in range(scanned, n, step):
         for column in range(0, width, _NUMPY_ELEMENTS):

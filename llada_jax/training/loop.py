@@ -5,6 +5,7 @@ Rows and noise are functions of the step alone, so a resumed run is the uninterr
 
 import contextlib
 import math
+import os
 from pathlib import Path
 
 import jax
@@ -43,6 +44,8 @@ def train(config: ConfigDict, workdir: str, devices=None) -> None:
     phases = settings.phases(config)
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
     settings.check_rows(config, mesh)
+    if "://" in os.fspath(workdir):
+        raise InputError(f"--workdir={workdir}: metrics and packed rows are appended to, which needs a local directory")
     directory = Path(workdir)
     inputs = open_inputs(config, directory)
     if inputs.source is not None:
