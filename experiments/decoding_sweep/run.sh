@@ -12,4 +12,4 @@ checkpoint=${1:-runs/post_training/0/cap}
 source tools/setup_venv.sh eval,plot
 [ -e "$checkpoint" ] || bash experiments/post_training/run.sh 0
 here=experiments/decoding_sweep
-python "$here/sweep.py" --checkpoint="$checkpoint" --results="$here/results.json" --picture="$here/sweep.svg"
+python "$here/sweep.py" --checkpoint="$checkpoint" --results="$here/results.json" --picture="$here/sweep.svg" --questions=500 --batch=125

@@ -97,7 +97,7 @@ def _cost(params, config, batches, cost_config, chip, **_) -> dict:
     print(
         f"\ncost of a pass of {cost_config.num_layers} layers of {cost_config.hidden_size} on one {chip.name}'s peaks,"
     )
-    print("compiler-free estimate in bfloat16, half of the positions masked, caches of 1024 tokens")
+    print("a roofline, not a measurement: bfloat16, half of the positions masked, caches of 1024 tokens")
     print("  rows  GB read  TFLOP  ms at least  bound by  price of a second block")
     rows_of = []
     for rows in batches:
