@@ -119,35 +119,37 @@ class Shards:
     def gather(self, x: jax.Array, name: str, keep: Sequence[str] = ()) -> jax.Array:
         """The whole of x, an array that is split as weight `name` is, but along the mesh axes in `keep`.
 
-        One mesh axis at a time: one all-gather over two axes may be lowered to a broadcast and an all-reduce. The
-        gradient is summed and split again (reduce-scatter) axis by axis, in reduce_dtype, by default that of x: each
-        rank's own part was accumulated in float32 and rounded once.
+        A dimension's axes are gathered at once (training/xla_options.py makes that a gather on a TPU). The gradient is
+        summed and split again axis by axis, as one reduce-scatter over three sides of a torus would be lowered to an
+        all-reduce; in reduce_dtype, by default that of x: each rank's own part was accumulated in float32 and rounded
+        once.
         """
         for dimension, axes in enumerate(self.specs.get(name, ())):
             axes = (axes,) if isinstance(axes, str) else axes or ()
-            for axis in reversed(axes):  # of a dimension split over (a, b), the parts along b are neighbours
-                if axis not in keep:
-                    x = _gather_axis(x, axis, dimension, self.reduce_dtype)
+            if axes := tuple(axis for axis in axes if axis not in keep):
+                x = _gather_axes(x, axes, dimension, self.reduce_dtype)
         return checkpoint_name(x, GATHERED)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _gather_axis(x, axis, dimension, reduce_dtype):
-    return jax.lax.all_gather(x, axis, axis=dimension, tiled=True)
+def _gather_axes(x, axes, dimension, reduce_dtype):
+    return jax.lax.all_gather(x, axes, axis=dimension, tiled=True)
 
 
-def _gather_axis_forward(x, axis, dimension, reduce_dtype):
-    return _gather_axis(x, axis, dimension, reduce_dtype), None
+def _gather_axes_forward(x, axes, dimension, reduce_dtype):
+    return _gather_axes(x, axes, dimension, reduce_dtype), None
 
 
-def _gather_axis_backward(axis, dimension, reduce_dtype, _, cotangent):
+def _gather_axes_backward(axes, dimension, reduce_dtype, _, cotangent):
     summed = cotangent.astype(reduce_dtype or cotangent.dtype)
-    summed = jax.lax.psum_scatter(summed, axis, scatter_dimension=dimension, tiled=True)
-    # Else XLA may fuse the taking of this rank's part into what uses it, and reduce for all ranks.
-    return (jax.lax.optimization_barrier(summed).astype(cotangent.dtype),)
+    for axis in axes:  # of a dimension split over (a, b), the parts along b are neighbours
+        # The barrier, or XLA may fuse the taking of this rank's part into what uses it, and reduce for all ranks.
+        summed = jax.lax.psum_scatter(summed, axis, scatter_dimension=dimension, tiled=True)
+        summed = jax.lax.optimization_barrier(summed)
+    return (summed.astype(cotangent.dtype),)
 
 
-_gather_axis.defvjp(_gather_axis_forward, _gather_axis_backward)
+_gather_axes.defvjp(_gather_axes_forward, _gather_axes_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
