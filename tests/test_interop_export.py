@@ -62,6 +62,7 @@ CONFIGS = {
     "qwen3": DENSE.replace(architecture="qwen3", qk_norm=True, rope_scaling=RopeScaling("yarn", 4.0, 1024)),
     "qwen3_moe": SPARSE.replace(architecture="qwen3_moe", **SOFTMAX),
     "llada2": SPARSE,
+    "llada2.2": SPARSE.replace(routing_block=32, routing_block_experts=8),
     "llada2, shifted": SPARSE.replace(alignment="shifted"),
     "ling": SPARSE.replace(architecture="bailing_moe", alignment="shifted"),
     "ling, same": SPARSE.replace(architecture="bailing_moe"),

@@ -119,7 +119,7 @@ def test_partial_rotary():
         (LLADA, {"use_bias": True}, "use_bias=True"),
         (LLADA, {"use_qkv_bias": True}, "use_qkv_bias=True"),
         (LLADA, {"score_function": "softmax"}, "score_function='softmax'"),
-        (LLADA, {"expert_capacity": 48}, "expert_capacity=48"),
+        (LLADA, {"expert_capacity": 48}, "routing_block_experts=48"),
         (LLADA, {"moe_intermediate_size": None}, "moe_intermediate_size is missing"),
     ],
 )

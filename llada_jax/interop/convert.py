@@ -130,6 +130,8 @@ def _read_folder(folder: epath.Path) -> Source:
     tensors, notices = huggingface.drop_unused(tensors, config, predictors)
     if config.tie_word_embeddings and "lm_head.weight" in tensors:
         config = config.replace(stores_tied_head=True)
+    if "delete_token_id" in hf:
+        notices.append("delete_token_id, split_token_id: the editing of LLaDA2.2 is not here, other decoding is")
     files = tokenizer.read_files(folder)
     if not files:
         notices.append(f"no tokenizer.json in {folder}: the checkpoint will have no tokenizer")

@@ -65,7 +65,6 @@ _HONOURED_LING = {
     "norm_head": (False,),
     "norm_softmax": (False,),
     "score_function": ("sigmoid",),
-    "expert_capacity": (0,),  # LLaDA2.2 routes whole blocks of tokens
 }
 
 
@@ -152,9 +151,16 @@ def _experts(hf: dict, architecture: str) -> dict:
         "expert_bias": _boolean(hf, "moe_router_enable_expert_bias"),
         "num_groups": _integer(hf, "n_group"),
         "num_selected_groups": _integer(hf, "topk_group"),
+        **_block_routing(hf),
         "normalize_expert_weights": per_token > 1,  # the reference does not read norm_topk_prob
         "routed_scaling_factor": _number(hf, "routed_scaling_factor"),
     }
+
+
+def _block_routing(hf: dict) -> dict:
+    """Of LLaDA2.2: so many experts for each block of tokens."""
+    experts = _integer(hf, "expert_capacity", 0)
+    return {"routing_block": _integer(hf, "block_size", 32), "routing_block_experts": experts} if experts else {}
 
 
 def _refuse_unsupported(hf: dict, architecture: str) -> None:
@@ -376,4 +382,5 @@ def _experts_to_hf(c: ModelConfig) -> dict:
         "use_qk_norm": True,
         "use_bias": False,
         "use_qkv_bias": False,
+        **({"expert_capacity": c.routing_block_experts, "block_size": c.routing_block} if c.routing_block else {}),
     }
