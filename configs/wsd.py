@@ -44,13 +44,14 @@ def _tiny(config):
 
 def _pod(config):
     """Weights, gradients and optimizer state split over the chips: over as many as there are experts, so that whole
-    experts are gathered; more chips hold copies.
+    experts are gathered; more chips hold copies. Of 64 chips, fsdp is one side of the torus and expert, which splits
+    only them, two: a gradient is then reduced side by side.
     """
-    config.mesh.data, config.mesh.fsdp = 1, -1
+    config.mesh.data, config.mesh.fsdp, config.mesh.expert = 1, -1, 16
     config.execution.remat = "hidden"
     if PRESETS[config.model].hidden_size > 2048:
         config.batch.rows = 1024
-        config.mesh.data, config.mesh.fsdp = -1, PRESETS[config.model].num_experts
+        config.mesh.data, config.mesh.fsdp, config.mesh.expert = -1, PRESETS[config.model].num_experts, 1
 
 
 def _conversion(config, length: int):
