@@ -117,7 +117,7 @@ def run_layers(
         if cache is None:
             attend = _attend(config, execution, visibility, tokens.shape[1])
         else:
-            attend = functools.partial(cached_attention, visibility=visibility)
+            attend = functools.partial(cached_attention, visibility=visibility), None
         layer = functools.partial(_layer, config, group, execution, attend, cos, sin)
         # Without a mesh there are no gathered weights to drop, and nothing to compute again.
         if execution.remat == "none" and sharding.mesh_in_force() is None:
