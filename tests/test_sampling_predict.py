@@ -94,7 +94,7 @@ def test_draws_follow_the_distribution_they_report(cut):
         counts += np.eye(VOCAB)[token]
     error = np.abs(counts / draws - expected) / np.sqrt(expected * (1 - expected) / draws + 1e-9)
     often = expected * draws > 4
-    assert error[often].max() < 4.5 and 0.6 < error[often].mean() < 0.95  # 0.8 of a standard error
+    assert error[often].max() < 4.5 and 0.5 < error[often].mean() < 1.1  # 0.8 of a standard error, give or take
 
 
 def test_a_draw_does_not_depend_on_tiles_or_on_other_rows(monkeypatch):
