@@ -63,18 +63,6 @@ def conditional(tile: int):
     return _tiled(kernel, "conditional", tile, (jax.ShapeDtypeStruct((SIDE, SIDE), jnp.bfloat16),), (4, 4))
 
 
-def xla_matmul(n: int):
-    x = jax.ShapeDtypeStruct((n, n), jnp.bfloat16)
-    return jnp.matmul, (x, x)
-
-
-def xla_loop():
-    def program(x):
-        return jax.lax.while_loop(lambda y: y[0, 0] > 0, lambda y: y @ y, x)
-
-    return program, (jax.ShapeDtypeStruct((1024, 1024), jnp.bfloat16),)
-
-
 def too_large():
     """Half a gigabyte of scratch does not fit the vector memory."""
     x = jax.ShapeDtypeStruct((8, 128), jnp.float32)

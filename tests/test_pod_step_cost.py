@@ -184,6 +184,28 @@ def test_a_collective_is_hidden_by_what_runs_between_its_start_and_its_done():
     assert {name: line.part for name, line in lines.items()} == {"between": "dense", "after": "head"}
 
 
+def test_a_copy_to_fast_memory_is_hidden_by_arithmetic_and_does_not_hide_a_collective_less():
+    def costs(*copies):
+        text = HIDDEN.replace("  %between", "".join(copies) + "  %between")
+        text = text.replace(
+            "  %done", "".join(f"  %d{i} = bf16[8]{{0}} copy-done(%c{i})\n" for i in range(len(copies))) + "  %done"
+        )
+        devices = Devices(
+            {"fsdp": 4}, parse_topology("v5p:2x2x1"), np.array(list(np.ndindex(2, 2, 1))), np.zeros(4, int)
+        )
+        return {line.name: line for line in step_lines(hlo.parse(text), CHIPS["v5p"], {}, devices)}
+
+    def copy(i, rows):
+        shape = f"bf16[{rows},4096]"
+        return f"  %c{i} = ({shape}{{1,0:S(1)}}, {shape}{{1,0}}, u32[]) copy-start(%x)\n"
+
+    small, large = costs(copy(0, 4096)), costs(copy(0, 4096), copy(1, 2**20))
+    moved = 4096 * 4096 * 2 / CHIPS["v5p"].hbm_bandwidth
+    assert small["c0"].hidden == pytest.approx(moved) and small["c0"].seconds == 0
+    assert large["c1"].seconds > 0 and large["c1"].part == "glue"
+    assert small["start (all-gather)"] == large["start (all-gather)"] == costs()["start (all-gather)"]
+
+
 def test_a_kernel_without_a_cost_is_refused():
     text = HIDDEN.replace(
         "fusion(%x), kind=kOutput, calls=%matmul,", 'custom-call(%x), custom_call_target="tpu_custom_call",'

@@ -4,8 +4,7 @@ An operation costs the dearest of what XLA estimates for it (`estimated_cycles`,
 at the matrix units' peak, and, where XLA gives no estimate, its bytes at HBM bandwidth. The bytes model, for gathers,
 scatters, sorts, copies and the like:
 
-    each operand is read and each result is written once; what lies in a core's fast memory is free, and so is a copy
-    to or from it beside arithmetic (copy-start)
+    each operand is read and each result is written once; what lies in a core's fast memory is free
     a gather, or a slice, reads as much as it writes, whatever the size of the table
     dynamic-update-slice and scatter write in place: the update is read and written, a scatter reads what it adds to
     a sort of n makes p(p + 1) / 2 passes over its operands, p = log2 n: compare and exchange at 1024 lanes a cycle

@@ -2,7 +2,8 @@
 
 Every operation belongs to a part: "attention" and "experts" (their Pallas kernels), "head" (what runs in the head's
 scope), "dense" (matrix multiplications elsewhere), "collectives", and "glue" (all the rest). A collective that is fused
-with arithmetic, or runs between its start and its done, is hidden by that arithmetic; the rest of it counts. A
+with arithmetic, or runs between its start and its done, is hidden by that arithmetic; the rest of it counts. So it is
+with copies to and from a core's fast memory, which do not get in the way of collectives. A
 conditional costs its dearest branch. A loop whose trips neither the text nor the caller says is refused.
 Compiler-estimated, not measured.
 """
@@ -23,8 +24,8 @@ PARTS = ("attention", "experts", "head", "dense", "glue", "collectives")
 class Line:
     """An operation of the program. seconds, flops, from_bytes: of all its runs; for a collective what is not hidden.
 
-    scope: where the program made it. hidden: seconds of a collective behind arithmetic. bytes: that each device sends,
-    over the mesh axes `axes`.
+    scope: where the program made it. hidden: seconds of a collective or a copy behind arithmetic. bytes: that each
+    device sends, over the mesh axes `axes`.
     """
 
     name: str
@@ -68,8 +69,8 @@ def step_lines(
 
 
 @dataclasses.dataclass
-class _Chain:
-    """A collective in flight: its line, and the seconds of arithmetic that it runs behind."""
+class _Flight:
+    """A collective or a copy under way: its line, and the seconds of arithmetic that it runs behind."""
 
     line: Line
     behind: float = 0.0
@@ -79,8 +80,8 @@ class _Walker:
     def __init__(self, module, chip, kernels, devices, trips):
         self.module, self.chip, self.kernels, self.devices, self.trips = module, chip, kernels, devices, trips
         self.lines: list[Line] = []
-        self._chains: dict[tuple, _Chain] = {}  # by channel and chain
-        self._open: dict[str, _Chain] = {}  # started, not done: by the name of the start
+        self._flights: dict[tuple, _Flight] = {}  # all; collectives by channel and chain
+        self._open: dict[str, _Flight] = {}  # started, not done: by the name of the start
 
     def walk(self, computation: str, runs: float) -> None:
         for op in self.module.computations[computation]:
@@ -118,40 +119,58 @@ class _Walker:
             if op.name.startswith(name):
                 operands = (self.module.operand(computation, operand).result for operand in op.operands)
                 part, cost = cost_of(op.result, tuple(array for arrays in operands for array in arrays))
-                return self._add(op, part, cost, runs)
+                return self._arithmetic(op, part, cost, runs)
         raise ValueError(f"{op.name}: a Pallas kernel of unknown cost ({op.op_name})")
 
     def _operation(self, computation: str, op: Operation, runs: float) -> None:
         if op.kind.endswith("-done"):
             self._open.pop(op.operands[0] if op.operands else "", None)
-        chains = self._collectives(computation, op, runs)
-        if kind_of(op):
+        flights = self._collectives(computation, op, runs)
+        if op.kind in ("copy-start", "slice-start"):
+            flights = [self._copy(op, runs)]
+        if kind_of(op) or op.kind in ("copy-start", "slice-start"):
             if op.kind.endswith("-start"):
-                self._open[op.name] = chains[0]
+                self._open[op.name] = flights[0]
             return
         if op.name.startswith("async-collective-"):
             return  # of nothing but the collective
-        cost = operation_cost(self.module, computation, op, self.chip)
-        if cost.seconds:
-            self._add(op, self._part(op), cost, runs)
-            chains = chains + list(self._open.values())
-            for chain in chains:
-                chain.behind += cost.seconds * runs / len(chains)
+        self._arithmetic(op, self._part(op), operation_cost(self.module, computation, op, self.chip), runs, flights)
 
-    def _collectives(self, computation: str, op: Operation, runs: float) -> list[_Chain]:
+    def _arithmetic(self, op: Operation, part: str, cost: Cost, runs: float, fused=()) -> None:
+        """Adds a line, whose seconds hide what is under way: collectives share them, and so do copies."""
+        if not cost.seconds:
+            return
+        self._add(op, part, cost, runs)
+        under_way = [*fused, *self._open.values()]
+        for collectives in (True, False):
+            flights = [flight for flight in under_way if (flight.line.part == "collectives") == collectives]
+            for flight in flights:
+                flight.behind += cost.seconds * runs / len(flights)
+
+    def _copy(self, op: Operation, runs: float) -> _Flight:
+        """Between HBM and fast memory, or within HBM: the smaller of the tuple's arrays is what moves."""
+        moved = min(array.bytes for array in op.result if array.elements > 1)
+        in_hbm = all(array.in_hbm for array in op.result if array.elements > 1)
+        seconds = moved * (2 if in_hbm else 1) / (self.chip.hbm_bandwidth / self.chip.devices) * runs
+        flight = _Flight(Line(op.name, "glue", op.op_name, runs, seconds, from_bytes=seconds))
+        self.lines.append(flight.line)
+        self._flights[(op.name, len(self._flights))] = flight
+        return flight
+
+    def _collectives(self, computation: str, op: Operation, runs: float) -> list[_Flight]:
         """Those that the operation is, or that are fused into it; each is counted where it first appears."""
         found = [(computation, op)] if kind_of(op) else list(self._fused(op))
-        chains = []
+        flights = []
         for where, inner in found:
             channel = re.search(r"channel_id=(\d+)", inner.attributes)
             chain_id = re.search(r'(?:chain_id|async_collective_name)="([^"]*)"', inner.attributes)
             fused = inner is not op and chain_id
             key = (channel and channel.group(1), chain_id.group(1)) if fused else (where, inner.name)
-            if key not in self._chains:
+            if key not in self._flights:
                 cost = collective_cost(self.module, where, inner, self.devices)
-                self._chains[key] = _Chain(self._add_collective(inner, cost, runs))
-            chains.append(self._chains[key])
-        return chains
+                self._flights[key] = _Flight(self._add_collective(inner, cost, runs))
+            flights.append(self._flights[key])
+        return flights
 
     def _fused(self, op: Operation):
         for name in op.called:
@@ -179,6 +198,8 @@ class _Walker:
         return line
 
     def hide(self) -> None:
-        for chain in self._chains.values():
-            chain.line.hidden = min(chain.line.seconds, chain.behind)
-            chain.line.seconds -= chain.line.hidden
+        for flight in self._flights.values():
+            line = flight.line
+            line.hidden = min(line.seconds, flight.behind)
+            line.seconds -= line.hidden
+            line.from_bytes = min(line.from_bytes, line.seconds)
