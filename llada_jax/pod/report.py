@@ -13,7 +13,7 @@ def describe(result: Rehearsal) -> str:
     chip, memory, seconds = result.slices.topology.chip, result.memory, result.seconds
     total = sum(seconds.values())
     rows = result.rows / result.slices.chips
-    hidden = sum(line.hidden for line in result.lines)
+    hidden = sum(line.hidden for line in result.lines if line.part == "collectives")
     lines = [
         f"compiled in {result.compile_seconds:.0f} s for {_name(result.slices)}, {result.slices.chips} chips; "
         "all that follows is compiler-estimated",
