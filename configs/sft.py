@@ -18,7 +18,7 @@ and norms stay as they are, and gradients and optimizer state exist for the adap
 and names CHECKPOINT, which must stay where it is; to sample, evaluate, export and init_from it is the merged model.
 """
 
-from llada_jax.training.config import default_config, parse_argument, refuse_unknown
+from llada_jax.training.config import default_config, parse_argument, refuse_unknown, split_over_pod
 
 
 def get_config(argument=None):
@@ -42,6 +42,7 @@ def get_config(argument=None):
         config.execution.dtype = "bfloat16"
         config.execution.attention = "auto"
         config.execution.remat = "full"
+        split_over_pod(config)
         config.checkpoint.every_steps = 200
         config.evaluation.every_steps = 200
     return config

@@ -121,6 +121,26 @@ def default_config(model: str) -> ConfigDict:
     return config.lock()
 
 
+def is_large(model: str) -> bool:
+    """A mixture of experts of 100B, not one of 16B or 30B."""
+    return PRESETS[model].is_moe and PRESETS[model].hidden_size > 2048
+
+
+def split_over_pod(config: ConfigDict) -> None:
+    """Splits the weights of a mixture of experts, their gradients and the optimizer's state over the chips of a pod.
+
+    They are split over no more chips than there are experts, so that whole experts are gathered (sharding.RULES); more
+    chips hold copies. Of 64 chips, "fsdp" is one side of the torus and "expert", which splits experts only, the other
+    two: gradients are then reduced side by side. Dense models stay as they are.
+    """
+    if is_large(config.model):
+        config.mesh.data, config.mesh.fsdp = -1, PRESETS[config.model].num_experts
+    elif PRESETS[config.model].is_moe:
+        config.mesh.data, config.mesh.fsdp, config.mesh.expert = 1, -1, 16
+    if PRESETS[config.model].is_moe:
+        config.execution.remat = "hidden"
+
+
 def parse_argument(argument: str | None, default_model: str = "tiny") -> tuple[str, dict[str, int]]:
     """Splits "MODEL[,option=value]..." of --config=FILE.py:ARGUMENT; options are integers."""
     model, *options = (argument or default_model).split(",")
