@@ -39,7 +39,7 @@ def compiled(mesh, function, *arguments):
 
 def calls(program, name):
     """How often a compiled program calls our kernel of a pass."""
-    return len(re.findall(rf"%block_diffusion_attention_{name}[.\d]* = ", program.as_text()))
+    return len(re.findall(rf"%\w*block_diffusion_attention_{name}[\w.]* = ", program.as_text()))
 
 
 def training(group, head_dim):

@@ -71,4 +71,4 @@ def test_each_of_two_processes_reads_its_half(tmp_path, monkeypatch, write):
         assert line is not None, output
         read, needed, whole = int(line[1]), int(line[3]), int(line[5])
         assert needed < 0.52 * whole  # but for norms, a process holds half
-        assert needed <= read < 1.05 * needed + 2**18  # the rest is the database's index and small tensors
+        assert 0.95 * needed < read < 1.05 * needed + 2**18  # compressed a little; the rest is index and small tensors

@@ -57,7 +57,7 @@ def ranking(entries: Iterable[Entry], price: Price, unit: str, report: Callable[
                     # What the other pass takes does not matter.
                     found[key] = price(name, Tiles(tiles.queries, chunks, chunks, tiles.chunk))
                     report(f"{label}: {found[key]:.4g} {unit}")
-                except InputError as error:
+                except (InputError, ValueError) as error:  # the compiler's, or of a schedule that cannot be told apart
                     found[key] = None
                     report(f"{label}: refused: {error}")
             cost[name] = found[key]

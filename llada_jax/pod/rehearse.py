@@ -56,7 +56,7 @@ class DoesNotFit(Exception):
 
     def __init__(self, message: str):
         super().__init__(message)
-        found = re.search(r"Used ([\d.]+)([MG]) of", message)
+        found = re.search(r"(?:Used |temporaries \()([\d.]+)([MG])", message)
         self.used = float(found.group(1)) * (2**30 if found.group(2) == "G" else 2**20) if found else None
 
 
@@ -237,7 +237,7 @@ def rehearse(
         with jax.set_mesh(step.mesh):
             compiled = step.lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" in str(error) and "hbm" in str(error):
+        if "RESOURCE_EXHAUSTED" in str(error) and "hbm" in str(error).lower():
             raise DoesNotFit(str(error)) from error
         raise
     compile_seconds = time.perf_counter() - begin

@@ -340,13 +340,13 @@ def slab_length(shape: tuple[int, ...], itemsize: int, axis: int) -> int:
 
 
 def _chunk_shape(shape: tuple[int, ...], itemsize: int, axis: int) -> list[int]:
-    """A slab, its longest side halved until a chunk is small: close to cubic, as a mesh may split any axis, and no
-    chunk belongs to two slabs.
+    """A slab, halved until a chunk is small: a stack of experts along them, as they go to different devices, all else
+    along its longest side, as a mesh may split any axis. No chunk belongs to two slabs.
     """
     chunk = [max(1, size) for size in shape]
     if chunk:
         chunk[axis] = min(chunk[axis], slab_length(shape, itemsize, axis))
     while math.prod(chunk) * itemsize > CHUNK_BYTES:
-        side = chunk.index(max(chunk))
+        side = 0 if len(chunk) == 3 and chunk[0] > 1 else chunk.index(max(chunk))
         chunk[side] = -(-chunk[side] // 2)
     return chunk

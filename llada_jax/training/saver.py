@@ -107,7 +107,12 @@ class Saver:
 
 def _chunked(tree: dict) -> dict:
     """Orbax's chunks are the shards of this run; the next run may have more devices, and should read only its parts."""
-    return {name: ocp.SaveArgs(chunk_byte_size=files.CHUNK_BYTES) for name in tree}
+
+    def chunks(leaf):
+        experts_apart = (0,) if leaf.ndim == 3 else ()  # as checkpoint_files has it
+        return ocp.SaveArgs(chunk_byte_size=files.CHUNK_BYTES, shard_axes=experts_apart)
+
+    return jax.tree.map(chunks, tree)
 
 
 def _make_checkpointer() -> ocp.AsyncCheckpointer:
