@@ -37,6 +37,13 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason="only with --soak"))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_one_module():
+    """Compiled programs are let go of: thousands in one process exhaust its memory maps, and it dies."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def golden(tmp_path_factory):
     """golden(name) -> (checkpoint as loaded after import, arrays of golden.npz)."""
