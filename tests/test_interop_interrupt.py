@@ -67,7 +67,7 @@ def kill_and_run_again(what: str, folders, tmp_path: Path, kills: int, seed: int
     chooser = random.Random(seed)
     for number in range(kills):
         out = tmp_path / str(number)
-        status = killed_after(chooser.uniform(0.02, 1.5), what, source if what == "import" else ours, out)
+        status = killed_after(chooser.uniform(0.02, 0.6), what, source if what == "import" else ours, out)
         assert out.exists() or status == -9
         if what == "import":
             if not out.exists():
@@ -127,13 +127,20 @@ def test_import_goes_on_where_it_was(folders, tmp_path, monkeypatch, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_another_source_starts_anew(folders, tmp_path, capsys):
+def test_another_source_starts_anew(folders, tmp_path, monkeypatch, capsys):
     source = tmp_path / "hf"
     source.mkdir()
     for path in folders[0].iterdir():
         (source / path.name).write_bytes(path.read_bytes())
     out = tmp_path / "out"
-    assert killed_after(0.3, "import", source, out) == -9
+    with monkeypatch.context() as patched, pytest.raises(PulledPlug):
+
+        def pull(*_):
+            raise PulledPlug
+
+        patched.setattr(huggingface, "_read_experts", pull)
+        import_checkpoint(str(source), str(out))
+    assert not out.exists() and len(list(tmp_path.iterdir())) == 3
     (source / "config.json").write_text((source / "config.json").read_text().replace("600000.0", "10000.0"))
     import_checkpoint(str(source), str(out))
     assert "going on" not in capsys.readouterr().err

@@ -2,24 +2,29 @@
 
 python tools/bench.py attention [--topology=v5p:2x2x1] [--lengths=2048,4096,8192] [--implementations=...] [--json=FILE]
 python tools/bench.py attention --device=cpu [--model=tiny] [--lengths=1024]
-python tools/bench.py experts [--topology=v5p:2x2x1] [--models=llada2_mini,llada2_flash] [--implementations=...]
 
 The first compiles attention ahead of time for a TPU, without one, and prints for 16 fixed rows of packed documents the
 tiles executed, the cycles that the compiler's schedules add up to on the busiest core of a device, their share of the
 matrix units' peak (counting only pairs that the mask needs), the copies at HBM bandwidth in cycles, and the temporaries
 in HBM: compiler-estimated, not measured. Where rows can be held against a bar (bench/bars.py) it says whether they meet
 it. --passes=decode costs a batch that decodes a block a row against caches of --lengths. Baselines need the extra:
-pip install -e '.[tpu,bench]'.
+pip install -e '.[tpu,bench]'. The second times a training step of block diffusion with dense and with blockwise
+attention on the device at hand.
 
-The last does so for the grouped matmuls of a layer's experts, megablox beside tokamax.
+python tools/bench.py train [--device=cpu|gpu|tpu] [--model=PRESET] [--rows=8] [--lengths=256] [--dtype=bfloat16]
 
-The second times a training step of block diffusion with dense and with blockwise attention on the device at hand.
+times the trainer's step of block diffusion on the device at hand and splits it by part; without --model, that of a dense
+model of 4.3 M parameters.
+
+python tools/bench.py experts [--topology=v5p:2x2x1] [--models=llada2_mini,llada2_flash] [--implementations=...]
+
+estimates the grouped matmuls of a layer's experts as the first does, megablox beside tokamax.
 
 python tools/bench.py convert [--layers=6] [--rounds=3] [--directory=DIR]
 
 makes a Hugging Face checkpoint of random weights with the names, shapes and shards of LLaDA2.0-mini (9.5 GB with 6
 layers) in DIR, imports and exports it in turn with `cp -r` and fsync of the same files, each from a cold cache, and
-prints seconds, rates, and the most memory that a command held; DIR needs room for three copies, and is emptied again.
+prints seconds, rates, and the most memory that a command held; DIR needs room for four copies, and is emptied again.
 
 python tools/bench.py decode [--model=tiny_moe] [--batches=1,4,16,64] [--parts=recompute,prefix,commit,batches,...]
 
@@ -46,7 +51,8 @@ _PASSES = flags.DEFINE_list("passes", ["forward", "backward", "both"], "forward,
 _DEVICE = flags.DEFINE_enum("device", None, ["cpu", "gpu", "tpu"], "Measure a training step on this device instead.")
 _MODEL = flags.DEFINE_string("model", None, "Preset that is measured. Default: tiny; decode: tiny_moe.")
 _MODELS = flags.DEFINE_list("models", ["llada2_mini", "llada2_flash"], "Presets whose experts are costed.")
-_ROWS = flags.DEFINE_integer("rows", 1, "Rows of the measured step.")
+_ROWS = flags.DEFINE_integer("rows", None, "Rows of the measured step. Default: 1; train: 8.", lower_bound=1)
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "train: of activations and matrix products.")
 _LAYERS = flags.DEFINE_integer("layers", 6, "Layers of the converted checkpoint, at least 2.", lower_bound=2)
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Conversions and copies in turn; the fastest counts.", lower_bound=1)
 _DIRECTORY = flags.DEFINE_string("directory", ".", "Where the checkpoints to convert are made and removed.")
@@ -81,12 +87,33 @@ def _attention() -> Iterator[dict]:
         from llada_jax.bench import step
 
         return step.table(
-            _IMPLEMENTATIONS.value or ["dense", "blockwise"], lengths, _MODEL.value or "tiny", _ROWS.value
+            _IMPLEMENTATIONS.value or ["dense", "blockwise"], lengths, _MODEL.value or "tiny", _ROWS.value or 1
         )
     from llada_jax.bench import attention
 
     names = _IMPLEMENTATIONS.value or attention.IMPLEMENTATIONS
     return attention.table(names, lengths, _PASSES.value, _TOPOLOGY.value)
+
+
+def _train() -> Iterator[dict]:
+    lengths = _LENGTHS.value or ["256"]
+    if not all(length.isdecimal() and int(length) > 0 and int(length) % 32 == 0 for length in lengths):
+        raise InputError(f"--lengths={','.join(lengths)}, expected multiples of 32")
+    import jax
+
+    if _DEVICE.value:
+        _on(_DEVICE.value)
+    from llada_jax.bench import train
+    from llada_jax.model.forward import Execution
+
+    tpu = jax.default_backend() == "tpu"
+    execution = Execution(
+        attention=(_IMPLEMENTATIONS.value or ["kernel" if tpu else "blockwise"])[0],
+        experts="megablox" if tpu else "xla",
+        dtype=_DTYPE.value,
+    )
+    for length in lengths:
+        yield from train.table(_MODEL.value, _ROWS.value or 8, int(length), execution)
 
 
 def _experts() -> Iterator[dict]:
@@ -119,7 +146,7 @@ def _decode() -> Iterator[dict]:
     yield report(model, parts, batches, preset(_COST_MODEL.value), CHIPS[_CHIP.value])
 
 
-COMMANDS = {"attention": _attention, "experts": _experts, "convert": _convert, "decode": _decode}
+COMMANDS = {"attention": _attention, "train": _train, "experts": _experts, "convert": _convert, "decode": _decode}
 
 if __name__ == "__main__":
     errors.run(main, commands=tuple(COMMANDS))

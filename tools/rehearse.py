@@ -48,17 +48,16 @@ def main(argv) -> None:
         result = rehearse(resolved(_CONFIG), slices, packing, _HALVES.value, _SAVE.value)
     except DoesNotFit as error:
         if _JSON.value:
-            chip = slices.topology.chip
-            used = None if error.used is None else int(error.used * chip.devices)
-            _write({"fits": False, "hbm_bytes": used, "hbm_capacity_bytes": chip.hbm_bytes, "chips": slices.chips})
-        sys.exit(report.does_not_fit(error, slices))
+            capacity = slices.topology.chip.hbm_bytes
+            _write({"fits": False, "hbm_bytes": error.hbm_bytes, "hbm_capacity_bytes": capacity, "chips": slices.chips})
+        sys.exit(report.does_not_fit(error.hbm_bytes, slices))
     print(report.describe(result))
     for line in sorted(result.lines, key=lambda line: -line.seconds)[: _OPERATIONS.value]:
         print(f"{line.seconds * 1e3:9.3f} ms {line.part:11} {line.runs:6g} x {line.name:44.44} {line.scope[-60:]}")
     if _JSON.value:
         _write(result.to_json())
     if not result.fits:
-        sys.exit(report.does_not_fit(result, slices))
+        sys.exit(report.does_not_fit(result.memory.total, slices))
 
 
 def _write(values: dict) -> None:

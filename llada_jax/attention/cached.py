@@ -29,11 +29,14 @@ def cached_attention(
     grouped = jnp.transpose(grouped, (0, 2, 3, 1, 4)).reshape(batch, kv_heads, -1, head_dim)
     shape = (batch, kv_heads, heads // kv_heads, queries)
 
-    def visit(state, keys, values, visible):
-        """Folds keys [batch, keys, ...] into the running (output, maximum, sum), float32; visible [batch, q, keys]."""
+    def visit(state, keys, values, visible=None):
+        """Folds keys [batch, keys, ...] into the running (output, maximum, sum), float32; visible [batch, q, keys],
+        None: all are.
+        """
         output, highest, total = state
-        scores = jnp.einsum("bkrd,bskd->bkrs", grouped, keys, preferred_element_type=jnp.float32)
-        scores = jnp.where(visible[:, None, None], scores.reshape(*shape, -1), -jnp.inf)
+        scores = jnp.einsum("bkrd,bskd->bkrs", grouped, keys, preferred_element_type=jnp.float32).reshape(*shape, -1)
+        if visible is not None:
+            scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
         new_highest = jnp.maximum(highest, scores.max(axis=-1))
         weights = jnp.exp(scores - new_highest[..., None])
         kept = jnp.exp(highest - new_highest)
@@ -45,17 +48,22 @@ def cached_attention(
     length = cached_key.shape[1]
     chunk = min(length, MOST_CHUNK, max(LEAST_CHUNK, length // 8))
 
+    def part(start):
+        return [jax.lax.dynamic_slice_in_dim(x, start, chunk, axis=1) for x in (cached_key, cached_value)]
+
     def visit_cache(i, state):
         start = jnp.minimum(i * chunk, length - chunk)  # the last chunk may overlap the one before
         position = start + jnp.arange(chunk)
         visible = _inside(jnp.where(position >= i * chunk, position, -1), visibility.clean_start, visibility.clean_end)
-        part = [jax.lax.dynamic_slice_in_dim(x, start, chunk, axis=1) for x in (cached_key, cached_value)]
-        return visit(state, *part, visible)
+        return visit(state, *part(start), visible)
 
     state = jnp.zeros((*shape, head_dim), jnp.float32), jnp.full(shape, _LOWEST), jnp.zeros(shape)
     state = visit(state, key, value, _inside(jnp.arange(key.shape[1]), visibility.noisy_start, visibility.noisy_end))
     seen = jnp.max(jnp.where(visibility.clean_start < visibility.clean_end, visibility.clean_end, 0))
-    output, _, total = jax.lax.fori_loop(0, -(-seen // chunk), visit_cache, state)
+    # Chunks that all queries see whole, as a lone request's are, need no mask.
+    whole = jnp.where((visibility.clean_start == 0).all(), visibility.clean_end.min() // chunk, 0)
+    state = jax.lax.fori_loop(0, whole, lambda i, state: visit(state, *part(i * chunk)), state)
+    output, _, total = jax.lax.fori_loop(whole, -(-seen // chunk), visit_cache, state)
     output = output / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]
     return jnp.moveaxis(output, 3, 1).reshape(query.shape).astype(query.dtype)
 

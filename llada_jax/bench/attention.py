@@ -30,6 +30,7 @@ from llada_jax.pod.hlo import parse
 from llada_jax.pod.operations import Cost as OperationCost
 from llada_jax.pod.schedule_reader import Kernel, region_costs
 from llada_jax.pod.step_cost import step_lines
+from llada_jax.pod.useful_flops import allowed_pairs
 
 IMPLEMENTATIONS = ("llada", "splash_static", "splash_tiles", "dense")
 PASSES = ("forward", "backward", "both", "decode")
@@ -117,10 +118,7 @@ def costs(implementation: str, length: int, means, passes, topology: str) -> Ite
 
 def needed_pairs(segments: np.ndarray, block_size: int) -> int:
     """Query-key pairs that the mask allows, summed over rows. segments [rows, length]."""
-    mask = jax.tree.map(np.asarray, block_diffusion(layout(jnp.asarray(segments), block_size)))
-    noisy = np.maximum(mask.noisy_end - mask.noisy_start, 0)
-    clean = np.maximum(mask.clean_end - mask.clean_start, 0)
-    return int(noisy.sum(dtype=np.int64) + clean.sum(dtype=np.int64))
+    return allowed_pairs(block_diffusion(layout(jnp.asarray(segments), block_size)))
 
 
 def _compile(implementation: str, direction: str, length: int, topology: str) -> Program:

@@ -88,26 +88,31 @@ def copy(source: Path, out: Path) -> Run:
         for path in out.iterdir():
             _with_file(path, os.fsync)
 
-    return _run(["cp", "-r", str(source), str(out)], source, sync)
+    return _run(["cp", "-r", str(source), str(out)], sync)
 
 
 def import_folder(source: Path, out: Path) -> Run:
-    return _run([sys.executable, str(TOOLS / "hf_to_orbax.py"), f"--source={source}", f"--out={out}"], source)
+    return _run([sys.executable, str(TOOLS / "hf_to_orbax.py"), f"--source={source}", f"--out={out}"])
 
 
 def export_folder(source: Path, out: Path) -> Run:
-    return _run([sys.executable, str(TOOLS / "orbax_to_hf.py"), f"--checkpoint={source}", f"--out={out}"], source)
+    return _run([sys.executable, str(TOOLS / "orbax_to_hf.py"), f"--checkpoint={source}", f"--out={out}"])
 
 
 def interpreter() -> Run:
     """A command that imports everything and converts nothing."""
-    return _run([sys.executable, str(TOOLS / "orbax_to_hf.py"), "--help"], Path(os.devnull))
+    return _run([sys.executable, str(TOOLS / "orbax_to_hf.py"), "--help"])
 
 
-def _run(command: list[str], source: Path, then: Callable[[], None] = lambda: None) -> Run:
-    """Runs the command once nothing of `source` is in the page cache. Raises RuntimeError when it fails."""
-    for path in [source] if source.is_file() else [path for path in source.rglob("*") if path.is_file()]:
-        _with_file(path, lambda file: (os.fsync(file), os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)))
+def forget(folder: Path) -> None:
+    """Writes all of a folder to the disk and drops it from the page cache: every command finds the same memory free."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            _with_file(path, lambda file: (os.fsync(file), os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)))
+
+
+def _run(command: list[str], then: Callable[[], None] = lambda: None) -> Run:
+    """Raises RuntimeError when the command fails."""
     environment = os.environ | {"PYTHONPATH": str(TOOLS.parent), "JAX_PLATFORMS": "cpu"}
     with tempfile.TemporaryFile() as log:
         begun = time.monotonic()
@@ -146,7 +151,7 @@ def _with_file(path: Path, function: Callable[[int], object]) -> None:
 def table(directory: str, layers: int, rounds: int) -> Iterator[dict]:
     """Measures cp, import and export in turn; prints a line for each and yields its values.
 
-    What it makes in `directory` it removes again.
+    Every command begins with nothing of the folder in the page cache. What it makes in `directory` it removes again.
     """
     folder = Path(tempfile.mkdtemp(prefix="bench_convert_", dir=directory))
     try:
@@ -155,11 +160,18 @@ def table(directory: str, layers: int, rounds: int) -> Iterator[dict]:
         base = interpreter().peak_bytes
         print(f"{size / 1e9:.2f} GB, imports alone hold {base / 2**20:.0f} MiB; load average {os.getloadavg()[0]:.1f}")
         print("round command seconds  MB/s  CPU seconds  MiB above the imports")
+        commands = {
+            "cp": lambda: copy(source, copied),
+            "import": lambda: import_folder(source, ours),
+            "export": lambda: export_folder(ours, exported),
+        }
         seconds = {}
         for number in range(rounds):
-            runs = {"cp": copy(source, copied), "import": import_folder(source, ours)}
+            runs = {}
+            for name, command in commands.items():
+                forget(folder)
+                runs[name] = command()
             shutil.rmtree(copied)
-            runs["export"] = export_folder(ours, exported)
             for name, run in runs.items():
                 above = max(0, run.peak_bytes - base)
                 print(f"{number:5} {name:7} {run.seconds:7.1f} {size / run.seconds / 1e6:5.0f} {run.cpu_seconds:12.1f} "

@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 
 from llada_jax.errors import InputError
-from llada_jax.interop import hf_config
+from llada_jax.interop import direct, hf_config
 from llada_jax.interop.huggingface import parse_dtype, source_name, stored_shape, transposed
 from llada_jax.model import parameters
 from llada_jax.model.config import ModelConfig
@@ -145,14 +145,11 @@ def _write_shard(path: epath.Path, groups: list[Group], reader, advance) -> None
         offset += target.bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
+    with direct.Writer(os.fspath(path)) if files.is_local(path) else path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for value in in_order(functools.partial(_slab, reader.slabs()), _slab_tasks(groups, reader)):
             file.write(value.reshape(-1).view(np.uint8).data)
             advance(value.nbytes)
-        file.flush()
-        if files.renames(path):
-            os.fsync(file.fileno())
 
 
 def _slab_tasks(groups: list[Group], reader) -> Iterator[tuple]:

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import re
 import threading
 from collections.abc import Callable, Iterable
@@ -19,10 +20,12 @@ import numpy as np
 from etils import epath
 
 from llada_jax.errors import InputError
+from llada_jax.interop import direct
 from llada_jax.interop.folder import file_in
 from llada_jax.model import parameters
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.parameters import Parameter
+from llada_jax.training import checkpoint_files as files
 from llada_jax.training import digest
 from llada_jax.training.checkpoint_stream import Leaf, split_axis, target_dtype
 
@@ -176,9 +179,7 @@ def _stored(path: epath.Path, dtype: np.dtype, shape: tuple[int, ...], offset: i
         value = np.empty(shape and (last - first, *shape[1:]), dtype) if out is None else out
         data = memoryview(value.reshape(-1).view(np.uint8))
         try:
-            with path.open("rb") as file:
-                file.seek(offset + first * each)
-                count = file.readinto(data)
+            count = _read_into(path, offset + first * each, data)
         except OSError as error:
             raise InputError(f"{path}: {error.strerror}") from error
         if count != len(data):
@@ -186,6 +187,14 @@ def _stored(path: epath.Path, dtype: np.dtype, shape: tuple[int, ...], offset: i
         return value
 
     return StoredTensor(shape, dtype, str(path), read)
+
+
+def _read_into(path: epath.Path, offset: int, data: memoryview) -> int:
+    if files.is_local(path):
+        return direct.read_into(os.fspath(path), offset, data)
+    with path.open("rb") as file:
+        file.seek(offset)
+        return file.readinto(data)
 
 
 def _into(out: np.ndarray | None, value: np.ndarray) -> np.ndarray:
@@ -229,7 +238,7 @@ def stored_shape(parameter: Parameter) -> tuple[int, ...]:
     """Shape in a Hugging Face checkpoint of one tensor (of one expert); with hf_rows, of our rows of it."""
     shape = parameter.shape[1:] if parameter.per_expert else parameter.shape
     if parameter.matrix:
-        inputs = 1 if parameter.per_expert else split_axis(parameter)
+        inputs = 1 if parameter.per_expert else parameter.num_inputs
         return math.prod(shape[inputs:]), math.prod(shape[:inputs])
     return (math.prod(shape),) if parameter.hf_name.endswith(".bias") else shape
 

@@ -115,7 +115,7 @@ def run_layers(
 
     def layer_of(group, visibility):
         if cache is None:
-            attend = _attend(config, execution, visibility, tokens.shape[1])
+            attend = attention_of(config, execution, visibility, tokens.shape[1])
         else:
             attend = functools.partial(cached_attention, visibility=visibility), None
         layer = functools.partial(_layer, config, group, execution, attend, cos, sin)
@@ -140,7 +140,7 @@ def run_layers(
     return rms_norm(x, params["final_norm"], config.rms_norm_eps), computed, load
 
 
-def _attend(config, execution, visibility, num_keys):
+def attention_of(config, execution, visibility, num_keys):
     """(attention(query, key, value), its number of queries); what the mask decides is made here, for all layers."""
     queries = visibility.clean_start.shape[1]
     if execution.attention == "kernel":
@@ -155,7 +155,7 @@ def _attend(config, execution, visibility, num_keys):
 def _layer(config, group, execution, attend, cos, sin, x, weights_and_cache):
     weights, cache = weights_and_cache
     axes = parameters.layer_axes(config, group, weights)
-    routed = {k: w for k, w in weights.items() if group == "sparse" and weight_of(k) in _EXPERT_WEIGHTS}
+    routed = {k: w for k, w in weights.items() if group == "sparse" and weight_of(k) in EXPERT_WEIGHTS}
     weights = {k: sharding.gathered(w.astype(x.dtype), axes[k]) for k, w in weights.items() if k not in routed}
     h = rms_norm(x, weights["attention_norm"], config.rms_norm_eps)
     attended, keys_values = _attention(config, attend, weights, h, cos, sin, cache)
@@ -170,7 +170,7 @@ def _layer(config, group, execution, attend, cos, sin, x, weights_and_cache):
     return sharding.constrain(x + y, ("batch", None, None)), (keys_values, load)
 
 
-_EXPERT_WEIGHTS = {"router", "expert_bias", "gate", "up", "down", "shared_gate", "shared_up", "shared_down"}
+EXPERT_WEIGHTS = {"router", "expert_bias", "gate", "up", "down", "shared_gate", "shared_up", "shared_down"}
 
 
 def _attention(config, attend, weights, x, cos, sin, cache):

@@ -46,8 +46,17 @@ class Parameter:
         return self.init == "normal" or self.matrix
 
     @property
+    def num_inputs(self) -> int:
+        """How many leading axes of a dense projection are contracted: it reads the residual stream or writes it."""
+        return _num_inputs(self.axes)
+
+    @property
     def per_expert(self) -> bool:
         return "{expert}" in self.hf_name
+
+
+def _num_inputs(axes: tuple[str | None, ...]) -> int:
+    return 1 if axes[0] == "embed" else len(axes) - 1
 
 
 Declarations = dict[str, "Parameter | dict[str, Parameter]"]
@@ -191,7 +200,7 @@ def _adapters(lora: Lora) -> Declarations:
 
 def _adapter_axes(axes: tuple[str | None, ...]) -> tuple[tuple, tuple]:
     """Of A [*in, rank] and B [rank, *out]."""
-    split = 1 if axes[0] == "embed" else len(axes) - 1  # a projection reads the residual stream or writes it
+    split = _num_inputs(axes)
     return (*axes[:split], None), (None, *axes[split:])
 
 

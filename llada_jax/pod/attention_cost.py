@@ -11,11 +11,12 @@ from llada_jax.attention.plan import make_plan
 from llada_jax.attention.tiles import device_kind, tiles_for
 from llada_jax.attention.visibility import block_causal, block_diffusion, layout
 from llada_jax.bench import kernel, rows
+from llada_jax.bench.attention import kernel_classes, total_cycles
 from llada_jax.bench.rows import Walk
 from llada_jax.pod.aot import compile_program
-from llada_jax.pod.chips import Topology
+from llada_jax.pod.chips import Chip, Topology
 from llada_jax.pod.operations import Cost
-from llada_jax.pod.schedule_reader import Kernel, region_costs
+from llada_jax.pod.schedule_reader import Kernel
 
 PASSES = ("forward", "backward")
 _MATMULS = {"forward": 2, "backward": 5}  # of a tile; the backward pass computes the scores again
@@ -61,20 +62,17 @@ def program(shape: dict):
     return both, (q, k, k, plan, q)
 
 
-def packing(length: int, mean: int) -> np.ndarray:
-    """segment_ids int32 [rows, length] of the named packing: the bench's rows of mean document length `mean`."""
-    return rows.segment_ids(length, mean)
-
-
 def kernel_costs(shape: Shape, block_size: int, mean: int, num_rows: float, topology: Topology) -> dict[str, Cost]:
-    """{"forward", "backward": Cost of one call for num_rows rows}: num_rows times the mean over the packing's rows."""
+    """{"forward", "backward": Cost of one call for num_rows rows}: num_rows times the mean over the bench's rows of
+    mean document length `mean`.
+    """
     compiled = compile_program(
         "llada_jax.pod.attention_cost:program", {"shape": dataclasses.asdict(shape)}, topology.name
     )
     chip = topology.chip
     tiles = tiles_for(chip.device_kind, shape.head_dim, shape.heads // shape.kv_heads, shape.positions)
     make = jax.jit(lambda row: make_plan(shape.visibility(row[None], block_size), shape.positions, tiles))
-    plans = [make(row) for row in packing(shape.length, mean)]
+    plans = [make(row) for row in rows.segment_ids(shape.length, mean)]
     costs = {}
     for name, schedule in zip(PASSES, compiled.kernels.values(), strict=True):
         walks = [kernel.walk(plan, name, shape.heads, shape.kv_heads, shape.head_dim) for plan in plans]
@@ -86,9 +84,7 @@ def kernel_costs(shape: Shape, block_size: int, mean: int, num_rows: float, topo
     return costs
 
 
-def _seconds(schedule: Kernel, walk: Walk, names, chip) -> float:
+def _seconds(schedule: Kernel, walk: Walk, names, chip: Chip) -> float:
     """Of one row: the busiest core's cycles, or the copies at HBM bandwidth where they take longer."""
-    cores = chip.cores_per_device if schedule.split else 1
-    executed = {**walk.regions, "launch": max(walk.launches, cores)}
-    cycles = sum(cost.cycles * executed[name] / cores for name, cost in region_costs(schedule, names).items())
+    cycles = total_cycles(kernel_classes(schedule, [walk], names, chip)[1])
     return max(cycles / chip.clock, walk.dma_bytes / (chip.hbm_bandwidth / chip.devices))

@@ -97,10 +97,10 @@ class Module:
         return next(op for op in self.computations[computation] if op.root)
 
     def inside(self, op: Operation):
-        """All operations of the computations that an operation calls, theirs included."""
+        """(computation, operation) of all operations that an operation's computations hold, theirs included."""
         for name in op.called:
             for inner in self.computations.get(name, ()):
-                yield inner
+                yield name, inner
                 yield from self.inside(inner)
 
     def trip_count(self, computation: str, loop: Operation) -> int | None:

@@ -51,7 +51,8 @@ def operation_cost(module: Module, computation: str, op: Operation, chip: Chip) 
     """Of one run of an operation that calls no loop, branch, kernel or collective."""
     if op.kind in FREE or op.kind.endswith(("-start", "-done", "-update")) or op.target in NO_WORK:
         return Cost()
-    matmuls = [(name, inner) for name, inner in _with_computations(module, computation, op) if _is_matmul(inner)]
+    operations = ((computation, op), *module.inside(op))
+    matmuls = [(name, inner) for name, inner in operations if is_matmul(inner)]
     flops = sum(matmul_flops(module, name, inner) for name, inner in matmuls)
     peak = chip.peak_bf16 / chip.devices
     passes = max((_passes(inner) for _, inner in matmuls), default=1)
@@ -65,20 +66,13 @@ def operation_cost(module: Module, computation: str, op: Operation, chip: Chip) 
     return Cost(max(by_flops, by_bytes), flops, by_bytes if by_bytes > by_flops else 0.0)
 
 
-def _with_computations(module: Module, computation: str, op: Operation):
-    yield computation, op
-    for name in op.called:
-        for inner in module.computations.get(name, ()):
-            yield from _with_computations(module, name, inner)
-
-
 def _passes(matmul: Operation) -> int:
     """Of bfloat16, in which the matrix units multiply float32."""
     precision = re.search(r"operand_precision=\{(\w+)", matmul.attributes)
     return {"highest": 6, "high": 3}.get(precision.group(1) if precision else "", 1)
 
 
-def _is_matmul(op: Operation) -> bool:
+def is_matmul(op: Operation) -> bool:
     return op.kind in ("convolution", "dot")
 
 
@@ -91,7 +85,7 @@ def matmul_flops(module: Module, computation: str, op: Operation) -> float:
 def moved_bytes(module: Module, computation: str, op: Operation) -> int:
     """Bytes to and from HBM by the model above."""
     operands = [array for name in op.operands for array in module.operand(computation, name).result]
-    kinds = {op.kind, *(inner.kind for inner in module.inside(op))}
+    kinds = {op.kind, *(inner.kind for _, inner in module.inside(op))}
     if kinds & {"dynamic-update-slice", "scatter"}:
         updates = [array for array in operands if array.shape not in {result.shape for result in op.result}]
         return (3 if "scatter" in kinds else 2) * _hbm_bytes(updates)
@@ -106,7 +100,7 @@ def _hbm_bytes(arrays: list[Array] | tuple[Array, ...]) -> int:
 
 
 def _sort_seconds(module: Module, op: Operation, chip: Chip) -> float:
-    sorts = [inner for inner in (op, *module.inside(op)) if inner.kind == "sort"]
+    sorts = [inner for inner in (op, *(inner for _, inner in module.inside(op))) if inner.kind == "sort"]
     seconds = 0.0
     for sort in sorts:
         axis = int(re.search(r"dimensions=\{(\d+)\}", sort.attributes).group(1))

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from llada_jax import sharding
 from llada_jax.bench import experts
-from llada_jax.bench.rows import LENGTHS, MEANS
+from llada_jax.bench.rows import LENGTHS, MEANS, segment_ids
 from llada_jax.data.order import Batch
 from llada_jax.diffusion import schedule
 from llada_jax.errors import InputError
@@ -52,12 +52,15 @@ class Slices:
 
 
 class DoesNotFit(Exception):
-    """The compiler's words on a step that needs more memory than a chip has; .used bytes a device, where it says so."""
+    """The compiler's words on a step that needs more memory than a chip has; .hbm_bytes: what it needs of a chip, or
+    None where they do not say.
+    """
 
-    def __init__(self, message: str):
+    def __init__(self, message: str, devices: int):
         super().__init__(message)
         found = re.search(r"(?:Used |temporaries \()([\d.]+)([MG])", message)
-        self.used = float(found.group(1)) * (2**30 if found.group(2) == "G" else 2**20) if found else None
+        unit = {"G": 2**30, "M": 2**20}
+        self.hbm_bytes = int(float(found.group(1)) * unit[found.group(2)] * devices) if found else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,7 +241,7 @@ def rehearse(
             compiled = step.lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error) and "hbm" in str(error).lower():
-            raise DoesNotFit(str(error)) from error
+            raise DoesNotFit(str(error), slices.topology.chip.devices) from error
         raise
     compile_seconds = time.perf_counter() - begin
     if save:
@@ -250,7 +253,7 @@ def rehearse(
     trips = {"head": math.ceil(scored * _rows(config, step.mesh) * length / head.CHUNK)}
     lines = step_lines(module, slices.topology.chip, kernels, _devices(step.mesh, slices), trips)
     shape = _attention_shape(config, step)
-    documents = jnp.asarray(attention_cost.packing(length, packing.mean_document))
+    documents = jnp.asarray(segment_ids(length, packing.mean_document))
     pairs = useful_flops.allowed_pairs(shape.visibility(documents, packing.block_size)) / len(documents)
     useful = useful_flops.useful_flops(step.model, rows, length, halves, pairs)
     memory = _memory(compiled, module, step.state, slices.topology.chip.devices)

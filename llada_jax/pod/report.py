@@ -2,7 +2,7 @@
 
 import math
 
-from llada_jax.pod.rehearse import DoesNotFit, Rehearsal, Slices
+from llada_jax.pod.rehearse import Rehearsal, Slices
 from llada_jax.pod.step_cost import PARTS
 
 _GIB = 2**30
@@ -36,18 +36,12 @@ def describe(result: Rehearsal) -> str:
     return "\n".join(lines)
 
 
-def does_not_fit(error: DoesNotFit | Rehearsal, slices: Slices) -> str:
-    """By how much, and what to change."""
-    chip = slices.topology.chip
-    if isinstance(error, Rehearsal):
-        used = error.memory.total
-    else:
-        used = None if error.used is None else error.used * chip.devices
-    excess = (
-        ""
-        if used is None
-        else f": {used / _GIB:.1f} GiB of {chip.hbm_bytes / _GIB:.0f}, {used / chip.hbm_bytes - 1:.0%} too much"
-    )
+def does_not_fit(hbm_bytes: int | None, slices: Slices) -> str:
+    """By how much, and what to change. hbm_bytes: that a chip would need, None where it is not known."""
+    capacity = slices.topology.chip.hbm_bytes
+    excess = ""
+    if hbm_bytes is not None:
+        excess = f": {hbm_bytes / _GIB:.1f} GiB of {capacity / _GIB:.0f}, {hbm_bytes / capacity - 1:.0%} too much"
     return (
         f"the step does not fit a chip of {_name(slices)}{excess}; try fewer config.batch.rows or more "
         "config.batch.micro_batches, config.execution.remat=full, a larger config.mesh.fsdp, or a larger slice"

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from llada_jax.pod.chips import Chip
 from llada_jax.pod.collectives import Collective, Devices, collective_cost, kind_of
 from llada_jax.pod.hlo import Array, Module, Operation
-from llada_jax.pod.operations import Cost, operation_cost
+from llada_jax.pod.operations import Cost, is_matmul, operation_cost
 
 PARTS = ("attention", "experts", "head", "dense", "glue", "collectives")
 
@@ -125,10 +125,9 @@ class _Walker:
     def _operation(self, computation: str, op: Operation, runs: float) -> None:
         if op.kind.endswith("-done"):
             self._open.pop(op.operands[0] if op.operands else "", None)
-        flights = self._collectives(computation, op, runs)
-        if op.kind in ("copy-start", "slice-start"):
-            flights = [self._copy(op, runs)]
-        if kind_of(op) or op.kind in ("copy-start", "slice-start"):
+        copies = op.kind in ("copy-start", "slice-start")
+        flights = [self._copy(op, runs)] if copies else self._collectives(computation, op, runs)
+        if copies or kind_of(op):
             if op.kind.endswith("-start"):
                 self._open[op.name] = flights[0]
             return
@@ -159,7 +158,7 @@ class _Walker:
 
     def _collectives(self, computation: str, op: Operation, runs: float) -> list[_Flight]:
         """Those that the operation is, or that are fused into it; each is counted where it first appears."""
-        found = [(computation, op)] if kind_of(op) else list(self._fused(op))
+        found = [(computation, op)] if kind_of(op) else [pair for pair in self.module.inside(op) if kind_of(pair[1])]
         flights = []
         for where, inner in found:
             channel = re.search(r"channel_id=(\d+)", inner.attributes)
@@ -172,18 +171,11 @@ class _Walker:
             flights.append(self._flights[key])
         return flights
 
-    def _fused(self, op: Operation):
-        for name in op.called:
-            for inner in self.module.computations.get(name, ()):
-                if kind_of(inner):
-                    yield name, inner
-                yield from self._fused(inner)
-
     def _part(self, op: Operation) -> str:
         if "head" in scopes(op):
             return "head"
-        inside = (op, *self.module.inside(op))
-        return "dense" if any(inner.kind in ("convolution", "dot") for inner in inside) else "glue"
+        inside = (op, *(inner for _, inner in self.module.inside(op)))
+        return "dense" if any(is_matmul(inner) for inner in inside) else "glue"
 
     def _add(self, op: Operation, part: str, cost: Cost, runs: float) -> None:
         cost = cost * runs

@@ -31,7 +31,7 @@ TENSOR_FOLDERS = ("params", "optimizer")
 # Small enough that a host of a pod reads little beside its own shards, large enough for an object store.
 CHUNK_BYTES = 16 * 2**20
 # What is read, converted and written at once.
-SLAB_BYTES = 64 * 2**20
+SLAB_BYTES = 32 * 2**20
 _OCDBT_NAMES = ("manifest.ocdbt", "d")
 
 
@@ -63,8 +63,8 @@ class Digests:
     sha256: str
 
 
-def renames(path: epath.Path) -> bool:
-    """Whether a directory can be renamed into place at once; object stores cannot."""
+def is_local(path: epath.Path) -> bool:
+    """Not on an object store, which cannot rename directories."""
     return "://" not in os.fspath(path)
 
 
@@ -223,7 +223,9 @@ class TensorReader:
 
     def __init__(self, directory: epath.Path, folder: str, entries: dict[str, Entry]):
         self.directory, self.folder, self.entries = directory, folder, entries
-        self._context = ts.Context({"cache_pool": {"total_bytes_limit": 64 * 2**20}})  # the database's inner nodes
+        # A cache for the database's inner nodes; what is read once need not pass through the system's.
+        cache = {"total_bytes_limit": 64 * 2**20}
+        self._context = ts.Context({"cache_pool": cache, "file_io_mode": {"mode": "direct"}})
         self._stores = {}
 
     def read(self, name: str, index: tuple[slice, ...] = (), verify: bool = False) -> np.ndarray:
@@ -339,6 +341,11 @@ def slab_length(shape: tuple[int, ...], itemsize: int, axis: int) -> int:
     return 1 << max(0, (SLAB_BYTES // max(each, 1)).bit_length() - 1)
 
 
+def holds_experts(shape: Sequence[int]) -> bool:
+    """Whether a tensor of this shape, of one layer, is a stack of experts: its chunks are then cut along them."""
+    return len(shape) == 3
+
+
 def _chunk_shape(shape: tuple[int, ...], itemsize: int, axis: int) -> list[int]:
     """A slab, halved until a chunk is small: a stack of experts along them, as they go to different devices, all else
     along its longest side, as a mesh may split any axis. No chunk belongs to two slabs.
@@ -347,6 +354,6 @@ def _chunk_shape(shape: tuple[int, ...], itemsize: int, axis: int) -> list[int]:
     if chunk:
         chunk[axis] = min(chunk[axis], slab_length(shape, itemsize, axis))
     while math.prod(chunk) * itemsize > CHUNK_BYTES:
-        side = 0 if len(chunk) == 3 and chunk[0] > 1 else chunk.index(max(chunk))
+        side = 0 if holds_experts(chunk) and chunk[0] > 1 else chunk.index(max(chunk))
         chunk[side] = -(-chunk[side] // 2)
     return chunk

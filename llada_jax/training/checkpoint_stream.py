@@ -52,7 +52,7 @@ def split_axis(parameter: Parameter) -> int:
     """The axis that slabs cut: along it lie whole experts, or whole rows of the tensor that Hugging Face stores."""
     if parameter.per_expert or not parameter.matrix:
         return 0
-    return 1 if parameter.axes[0] == "embed" else len(parameter.axes) - 1  # it reads the residual stream or writes it
+    return parameter.num_inputs
 
 
 def target_dtype(name: str, stored: np.dtype, wanted: np.dtype | None) -> np.dtype:
@@ -133,12 +133,12 @@ def partial(out: epath.Path, identity: str | None) -> Iterator[tuple[epath.Path,
     (kill -9, a full disk) the next run with the same `identity` goes on with it; one with another identity, or None,
     starts anew. Raises InputError when `out` is there already (an empty directory is not in the way).
     """
-    directory = out.parent / f".{out.name}.partial" if files.renames(out) else out
+    directory = out.parent / f".{out.name}.partial" if files.is_local(out) else out
     notes = out.parent / f".{out.name}.resume"
     going_on = directory.exists() and identity is not None and _read_identity(notes) == identity
     in_the_way = out.exists() and (not out.is_dir() or any(out.iterdir()))
     if in_the_way and not (going_on and directory == out and not files.is_complete(out)):
-        what = "exists already" if files.is_complete(out) or files.renames(out) else "holds an incomplete checkpoint"
+        what = "exists already" if files.is_complete(out) or files.is_local(out) else "holds an incomplete checkpoint"
         raise InputError(f"{out}: {what}; remove it or choose another directory")
     if going_on:
         print(f"going on with {directory}, which an interrupted run left", file=sys.stderr)

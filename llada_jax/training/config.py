@@ -133,12 +133,14 @@ def split_over_pod(config: ConfigDict) -> None:
     chips hold copies. Of 64 chips, "fsdp" is one side of the torus and "expert", which splits experts only, the other
     two: gradients are then reduced side by side. Dense models stay as they are.
     """
+    model = PRESETS[config.model]
+    if not model.is_moe:
+        return
+    config.execution.remat = "hidden"
     if is_large(config.model):
-        config.mesh.data, config.mesh.fsdp = -1, PRESETS[config.model].num_experts
-    elif PRESETS[config.model].is_moe:
+        config.mesh.data, config.mesh.fsdp = -1, model.num_experts
+    else:
         config.mesh.data, config.mesh.fsdp, config.mesh.expert = 1, -1, 16
-    if PRESETS[config.model].is_moe:
-        config.execution.remat = "hidden"
 
 
 def parse_argument(argument: str | None, default_model: str = "tiny") -> tuple[str, dict[str, int]]:

@@ -74,7 +74,7 @@ class Saver:
         trees = {"params": _unstack(params, config), "optimizer": _named(optimizer)}
         trees = {folder: tree for folder, tree in trees.items() if tree}
         entries = {"optimizer": {}} | {folder: _describe(tree) for folder, tree in trees.items()}
-        directory = self._directory / f".{step}.partial" if files.renames(target) else target
+        directory = self._directory / f".{step}.partial" if files.is_local(target) else target
         items = {folder: ocp.args.PyTreeSave(tree, save_args=_chunked(tree)) for folder, tree in trees.items()}
         self._checkpointer.save(directory, args=ocp.args.Composite(**items), force=True)
 
@@ -109,7 +109,7 @@ def _chunked(tree: dict) -> dict:
     """Orbax's chunks are the shards of this run; the next run may have more devices, and should read only its parts."""
 
     def chunks(leaf):
-        experts_apart = (0,) if leaf.ndim == 3 else ()  # as checkpoint_files has it
+        experts_apart = (0,) if files.holds_experts(leaf.shape) else ()
         return ocp.SaveArgs(chunk_byte_size=files.CHUNK_BYTES, shard_axes=experts_apart)
 
     return jax.tree.map(chunks, tree)
@@ -244,7 +244,7 @@ def _restore_tree(directory: epath.Path, digests: files.Digests, folder: str, na
 
 
 def _set_aside(step: epath.Path) -> None:
-    if not files.renames(step):
+    if not files.is_local(step):
         (step / files.DIGESTS).rename(step / f"{files.DIGESTS}.damaged")
         return
     taken = {path.name for path in step.parent.iterdir()}
