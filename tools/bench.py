@@ -13,8 +13,8 @@ attention on the device at hand.
 
 python tools/bench.py train [--device=cpu|gpu|tpu] [--model=PRESET] [--rows=8] [--lengths=256] [--dtype=bfloat16]
 
-times the trainer's step of block diffusion on the device at hand and splits it by part; without --model, that of a dense
-model of 4.3 M parameters.
+times the trainer's step of block diffusion on the device at hand and splits it by part; without --model, that of a
+dense model of 4.3 M parameters.
 
 python tools/bench.py experts [--topology=v5p:2x2x1] [--models=llada2_mini,llada2_flash] [--implementations=...]
 

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from llada_jax import sharding
-from llada_jax.attention.visibility import block_diffusion
+from llada_jax.attention.visibility import block_diffusion, layout
 from llada_jax.data.order import Batch
 from llada_jax.diffusion import noise, objectives
 from llada_jax.diffusion.objectives import Example, Objective
@@ -133,24 +133,29 @@ def table(model_name: str | None, rows: int, length: int, execution: Execution) 
     """Prints the parts of a step and yields its values."""
     model = preset(model_name) if model_name else SMALL
     name = model_name or "small"
-    print(f"{jax.devices()[0].device_kind}: {name}, {parameters.count(model):,} parameters, {rows} rows of {length} "
-          f"tokens, blocks of {BLOCK_SIZE}, {execution.attention} attention, {execution.dtype or 'float32'}")  # fmt: skip
+    print(
+        f"{jax.devices()[0].device_kind}: {name}, {parameters.count(model):,} parameters, {rows} x {length} tokens, "
+        f"blocks of {BLOCK_SIZE}, {execution.attention} attention, {execution.dtype or 'float32'}"
+    )
     seconds = least_seconds(programs(model, rows, length, execution))
     step, matmul = seconds.pop("step"), seconds.pop("matmul")
-    depth = model.num_layers
-    seconds["attention"] *= depth
-    nested = {"attention": seconds.pop("attention")}
-    if "experts" in seconds:
-        nested["experts"] = seconds.pop("experts") * len(model.layer_groups["sparse"])
-    one_document = jnp.ones((1, length), jnp.int32)
-    pairs = allowed_pairs(block_diffusion(forward.vis.layout(one_document, BLOCK_SIZE)))
-    flops = useful_flops(model, rows, length, "both", pairs)
-    peak = 2 * PEAK_SIDE**3 / matmul
+    inside = {"attention": seconds.pop("attention") * model.num_layers}
+    if model.is_moe:
+        inside["experts"] = seconds.pop("experts") * len(model.layer_groups["sparse"])
+    seconds["rest"] = step - sum(seconds.values())
     print(f"part        seconds  of the step   (least of {REPEATS} runs, in turn)")
-    rest = step - sum(seconds.values())
-    for part, value in (*seconds.items(), ("rest", rest), *((f"  {n}", s) for n, s in nested.items())):
-        print(f"{part:11} {value:7.4f} {value / step:11.1%}" + ("   in layers" if part.startswith(" ") else ""))
-    print(f"step        {step:7.4f}: {rows * length / step:,.0f} clean tokens a second; {flops / step / 1e9:,.1f} useful "
-          f"GFLOP/s, {flops / step / peak:.0%} of the {peak / 1e9:,.0f} of a {PEAK_SIDE} x {PEAK_SIDE} product")  # fmt: skip
-    yield {"model": name, "rows": rows, "length": length, "seconds": step, "tokens_per_second": rows * length / step,
-           "parts": seconds | nested | {"rest": rest}, "useful_flops": flops, "matmul_flops_per_second": peak}  # fmt: skip
+    for part, value in seconds.items():
+        print(f"{part:11} {value:7.4f} {value / step:11.1%}")
+        for inner, of_it in inside.items() if part == "layers" else ():
+            print(f"  {inner:9} {of_it:7.4f} {of_it / step:11.1%}")
+    one_document = layout(jnp.ones((1, length), jnp.int32), BLOCK_SIZE)
+    flops = useful_flops(model, rows, length, "both", allowed_pairs(block_diffusion(one_document)))
+    peak = 2 * PEAK_SIDE**3 / matmul
+    print(
+        f"step        {step:7.4f}: {rows * length / step:,.0f} clean tokens a second; {flops / step / 1e9:,.1f} useful "
+        f"GFLOP/s,\n{flops / step / peak:.0%} of the {peak / 1e9:,.1f} of a {PEAK_SIDE} x {PEAK_SIDE} product"
+    )
+    yield {
+        "model": name, "rows": rows, "length": length, "seconds": step, "tokens_per_second": rows * length / step,
+        "parts": seconds | inside, "useful_flops": flops, "matmul_flops_per_second": peak,
+    }  # fmt: skip
