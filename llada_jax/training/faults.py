@@ -3,7 +3,7 @@
 stop    the run ends with one line; its checkpoints are from before
 skip    the update is not applied, which the compiled step itself decides (step.guarded); the next step goes on
 rewind  the newest checkpoint is loaded and the order of the data moved on, so that no row that was met since, up to
-        the bad step's, is met again in this epoch (as PaLM did, arXiv 2204.02311 5.1: the spikes came of data and state together)
+        the bad step's, is met again in this epoch (as PaLM did, arXiv 2204.02311 5.1)
 
 Whether a step was bad is read while the next one runs, so the devices never wait. Every decision is a function of the
 losses of the run and of what its checkpoints hold: a run that is killed and resumed decides as it would have done.
@@ -38,7 +38,12 @@ class Judge:
     """
 
     def __init__(self, config: ConfigDict, phases: Sequence[Phase], workdir: Path, host: dict):
-        self._faults, self._rows_per_step, self._phases, self._workdir = config.faults, config.batch.rows, phases, workdir
+        self._faults, self._rows_per_step, self._phases, self._workdir = (
+            config.faults,
+            config.batch.rows,
+            phases,
+            workdir,
+        )
         kept = host.get("faults", {})
         self.data_offset: int = host.get("data_offset", 0)
         self.skipped: int = kept.get("skipped", 0)
@@ -122,8 +127,8 @@ class Judge:
             name: value if math.isfinite(value) else None for name, value in (("loss", loss), ("gradient_norm", norm))
         }
         entry = {"step": step + 1, "reason": reason, "action": policy, **finite, "row_ids": row_ids.tolist()}
-        print(f"step {step + 1}: {reason}; {policy}; its rows are in {self._workdir / FILE}", flush=True)
         if jax.process_index() == 0:
+            print(f"step {step + 1}: {reason}; {policy}; its rows are in {self._workdir / FILE}", flush=True)
             _append(self._workdir / FILE, json.dumps(entry))
 
 

@@ -130,8 +130,9 @@ def _run(config, phases, mesh, workdir: Path, inputs: Inputs, stop) -> None:
 
 
 def _steps(run: Run, state: states.TrainState, first_step: int, judge: Judge) -> tuple[int, int | None]:
-    """Trains from `state` to the last step, or to SIGTERM. Returns (steps done, the bad step to be rewound for or None);
-    what is done has then begun to be saved. Donates the state.
+    """Trains from `state`, which is donated, to the last step or to SIGTERM, and begins to save what it has then.
+
+    Returns (steps done, the bad step to be rewound for or None).
     """
     config, inputs, reference, last_step = run.config, run.inputs, run.reference, run.last_step
     rates = learning_rate(config.optimizer, last_step)

@@ -42,6 +42,7 @@ class MetricsWriter:
 
     def sync(self) -> None:
         """Returns when the rows are on the disk: a checkpoint must not outlive the rows of its steps."""
+        self._patience.attempt(self._events.flush, self._path.parent)
         os.fsync(self._file.fileno())
 
     def close(self) -> None:

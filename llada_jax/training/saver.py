@@ -148,8 +148,8 @@ def restore(
 ) -> tuple[int, dict, object, dict] | None:
     """(step, params, optimizer, host_state) of the newest intact step, exactly as saved; None if there is no step.
 
-    A step that is found damaged twice is renamed to "<step>.damaged", with the reason in damaged.txt, and the one before
-    is taken. abstract_*: trees of jax.ShapeDtypeStruct; shardings: (tree for params, tree for optimizer) of
+    A step that is found damaged twice is renamed to "<step>.damaged", with the reason in damaged.txt, and the one
+    before is taken. abstract_*: trees of jax.ShapeDtypeStruct; shardings: (tree for params, tree for optimizer) of
     jax.sharding.Sharding, any mesh.
     Raises InputError when the step is of another model or another optimizer, or when every step is damaged.
     """

@@ -25,8 +25,8 @@ def claimed(workdir: Path) -> Iterator[None]:
     without locks a line says that there is none. A workdir that was made here goes again on an InputError that comes
     before anything is in it. Raises InputError when it is held, or cannot be written.
     """
-    made = not workdir.exists()
     try:
+        made = not workdir.exists()
         workdir.mkdir(parents=True, exist_ok=True)
         file = _locked(workdir / LOCK)
     except OSError as error:
