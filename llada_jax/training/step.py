@@ -85,9 +85,9 @@ def make_train_step(
 def guarded(train_step: Callable) -> Callable:
     """guarded_step(..., embedding_noise_std, largest_loss, halves).
 
-    Where the loss or the gradient is not finite, or the loss exceeds `largest_loss` (float32), weights and optimizer stay
-    as they were; `step` counts on, and the metrics are those of the update that was not made. The optimizer's own count,
-    and with it the learning rate, stays behind.
+    Where the loss or the gradient is not finite, or the loss exceeds `largest_loss` (float32), weights and optimizer
+    stay as they were; `step` counts on, and the metrics are those of the update that was not made. The optimizer's own
+    count, and with it the learning rate, stays behind.
     """
 
     def guarded_step(state: TrainState, frozen, batch, block_size, embedding_noise_std, largest_loss, halves):
