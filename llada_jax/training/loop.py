@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
@@ -144,9 +143,10 @@ def _steps(run: Run, state: states.TrainState, first_step: int, judge: Judge) ->
         closing.callback(batches.close)
         for step, batch in batches:
             done, phase = step + 1, schedule.phase_at(run.phases, step)
-            scalars = (np.int32(phase.block_size), np.float32(_noise_std(config, step)), *judge.scalars(step))
+            scalars = jnp.int32(phase.block_size), jnp.float32(_noise_std(config, step))
+            scalars = jax.device_put((*scalars, *map(jnp.float32, judge.scalars(step))))
             row_ids = batch.row_ids
-            batch, scalars = jax.device_put(reference.join(step, batch), run.batch_sharding), jax.device_put(scalars)
+            batch = jax.device_put(reference.join(step, batch), run.batch_sharding)
             with jax.transfer_guard("disallow"):
                 state, metrics = run.train_step(state, reference.frozen, batch, *scalars, phase.halves)
             stopping, unplanned = run.stop.is_set, run.keep.due()  # several processes must agree on both
