@@ -15,7 +15,6 @@ from test_training_loop import (  # noqa: F401 (fixtures)
     train,
 )
 
-from llada_jax.diffusion import schedule
 from llada_jax.errors import InputError
 from llada_jax.training import config as settings
 from llada_jax.training import loop, saver
@@ -30,16 +29,19 @@ def faulty_config(text, **changes):
     config = config_of(text, **changes)
     config.schedule.update(kind="constant", block_size=4, steps=STEPS)
     config.objective.time_weight = "uniform"  # losses close to each other
+    config.optimizer.update(warmup_steps=2, decay_steps=2)
     config.batch.rows = ROWS
     config.checkpoint.every_steps = 4
     config.evaluation.update(every_steps=STEPS, block_sizes=(4,))
     return config
 
 
-def bad_rows(monkeypatch, factors: dict[int, float]):
-    """The loss of a batch that has one of these rows is multiplied by its factor."""
+@pytest.fixture
+def bad_rows(text, clean, monkeypatch):
+    """(rows of step 7, whose loss is not a number; rows of step 10, whose loss is a hundred times what it was)"""
+    rows = [rows_of_step(faulty_config(text), clean, step) for step in (6, 9)]
     real = loop.train_loss
-    ids, values = np.array(list(factors), np.uint32), np.array(list(factors.values()), np.float32)
+    ids, values = np.array([step[0] for step in rows], np.uint32), np.array([np.nan, 100], np.float32)
 
     def train_loss(*arguments):
         inner = real(*arguments)
@@ -60,6 +62,7 @@ def bad_rows(monkeypatch, factors: dict[int, float]):
         return Loss(prepare, lambda example: inner.total(example[0]), value, metrics)
 
     monkeypatch.setattr(loop, "train_loss", train_loss)
+    return rows
 
 
 def rows_of_step(config, folder, step, offset=0):
@@ -89,49 +92,46 @@ def forget(workdir, *steps):
         shutil.rmtree(workdir / "checkpoints" / str(step))
 
 
-def test_a_guard_that_never_acts_changes_nothing(text, clean, tmp_path):
-    """But for the order in which another program may sum."""
-    train(faulty_config(text, faults__on_nonfinite="skip"), tmp_path)
-    found, expected = ([row["loss"] for row in metrics_of(run) if "loss" in row] for run in (tmp_path, clean))
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
-    assert not (tmp_path / FILE).exists() and host_of(clean, STEPS)["data_offset"] == 0
-
-
 @pytest.mark.parametrize("log_every", [1, 100])
-def test_stop_ends_before_the_state_is_saved(text, clean, tmp_path, monkeypatch, log_every):
+def test_stop_ends_before_the_state_is_saved(text, bad_rows, tmp_path, log_every):
     """Step 7 would be saved, and its loss is not a number; whether it is shown does not matter."""
     config = faulty_config(text, log_every_steps=log_every)
     config.checkpoint.every_steps = 7 if log_every == 1 else 3  # or step 6 is
-    rows = rows_of_step(config, clean, 6)
-    bad_rows(monkeypatch, {rows[0]: float("nan")})
     with pytest.raises(InputError, match="step 7: the loss is nan; lower optimizer.learning_rate"):
         train(config, tmp_path)
     assert saver.steps(tmp_path / "checkpoints") == ([] if log_every == 1 else [3, 6])
     (fault,) = faults_of(tmp_path)
-    assert fault["row_ids"] == rows and (fault["step"], fault["action"], fault["loss"]) == (7, "stop", None)
+    assert fault["row_ids"] == bad_rows[0] and (fault["step"], fault["action"], fault["loss"]) == (7, "stop", None)
 
 
-def test_skip_leaves_weights_and_optimizer_as_they_were(text, clean, tmp_path, monkeypatch):
-    config = faulty_config(text, faults__on_nonfinite="skip")
-    config.schedule.steps, config.checkpoint.every_steps = 8, 1
-    rows = rows_of_step(config, clean, 6)
-    bad_rows(monkeypatch, {rows[0]: float("nan")})
-    rows_written = train(config, tmp_path)
-    assert_same_checkpoint(*(tmp_path / "checkpoints" / step for step in ("6", "7")))
-    assert host_of(tmp_path, 7)["faults"]["skipped"] == 1 and host_of(tmp_path, 7)["step"] == 7
-    train_rows = [row for row in rows_written if "loss" in row]
-    assert [row["step"] for row in train_rows] == list(range(1, 9))
-    assert [row["step"] for row in train_rows if row["loss"] is None] == [7]
-    (fault,) = faults_of(tmp_path)
-    assert (fault["step"], fault["action"], fault["row_ids"]) == (7, "skip", rows)
+def test_skip_leaves_weights_and_optimizer_as_they_were(text, clean, bad_rows, tmp_path):
+    """After a loss that is not a number, and after a spike."""
+    config = faulty_config(
+        text, faults__on_nonfinite="skip", faults__on_spike="skip", faults__spike_factor=5.0, faults__spike_window=3
+    )
+    config.checkpoint.every_steps = 1
+    rows = [row for row in train(config, tmp_path) if "loss" in row]
+    saved = [tmp_path / "checkpoints" / str(step) for step in range(STEPS + 1)]
+    for before, after in ((6, 7), (9, 10)):
+        assert_same_checkpoint(saved[before], saved[after])
     with pytest.raises(AssertionError):
-        assert_same_checkpoint(*(tmp_path / "checkpoints" / step for step in ("7", "8")))
+        assert_same_checkpoint(saved[7], saved[8])
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in rows if row["loss"] is None] == [7]
+    expected = [row["loss"] for row in metrics_of(clean) if "loss" in row][:6]
+    np.testing.assert_allclose([row["loss"] for row in rows[:6]], expected, rtol=1e-6)  # another program may round
+    host = host_of(tmp_path, STEPS)
+    assert host["step"] == STEPS and host["data_offset"] == 0 and host["faults"]["skipped"] == 2
+    assert len(host["faults"]["losses"]) == 4 and all(loss < 20 for _, loss in host["faults"]["losses"])
+    faults = faults_of(tmp_path)
+    assert [(fault["step"], fault["action"], fault["row_ids"]) for fault in faults] == [
+        (7, "skip", bad_rows[0]), (10, "skip", bad_rows[1]),
+    ]  # fmt: skip
+    assert faults[0]["loss"] is None and faults[1]["loss"] > 100
 
 
-def test_rewind_moves_the_data_on_and_so_does_a_resumed_run(text, clean, tmp_path, monkeypatch):
+def test_rewind_moves_the_data_on_and_so_does_a_resumed_run(text, clean, bad_rows, tmp_path, monkeypatch):
     config = faulty_config(text, faults__on_nonfinite="rewind", log_every_steps=5)
-    bad = rows_of_step(config, clean, 6)
-    bad_rows(monkeypatch, {bad[0]: float("nan")})
     met, real = [], loop.prefetch
 
     def recording(*arguments):
@@ -148,7 +148,7 @@ def test_rewind_moves_the_data_on_and_so_does_a_resumed_run(text, clean, tmp_pat
     assert host_of(whole, 4)["data_offset"] == 0 and host_of(whole, STEPS)["data_offset"] == 3 * ROWS
     assert host_of(whole, STEPS)["faults"]["rewinds"] == 1
     (fault,) = faults_of(whole)
-    assert (fault["step"], fault["action"], fault["row_ids"]) == (7, "rewind", bad)
+    assert (fault["step"], fault["action"], fault["row_ids"]) == (7, "rewind", bad_rows[0])
     assert [row["step"] for row in metrics_of(whole) if "loss" in row] == [1, 5, 10, STEPS]
 
     shutil.copytree(whole, cut)
@@ -160,34 +160,15 @@ def test_rewind_moves_the_data_on_and_so_does_a_resumed_run(text, clean, tmp_pat
         assert host_of(cut, STEPS) == host_of(whole, STEPS)
 
 
-def test_rewind_without_a_checkpoint_begins_anew_and_has_a_budget(text, clean, tmp_path, monkeypatch):
+def test_rewind_without_a_checkpoint_begins_anew_and_has_a_budget(text, bad_rows, tmp_path):
     config = faulty_config(text, faults__on_nonfinite="rewind", faults__max_rewinds=1)
-    config.schedule.steps, config.checkpoint.every_steps = 7, 100
-    bad = rows_of_step(config, clean, 6)
-    bad_rows(monkeypatch, {bad[0]: float("nan")})
+    config.checkpoint.every_steps = 100
     train(config, tmp_path / "anew")
-    assert host_of(tmp_path / "anew", 7)["data_offset"] == 7 * ROWS
+    assert host_of(tmp_path / "anew", STEPS)["data_offset"] == 7 * ROWS
     config.faults.max_rewinds = 0
     with pytest.raises(InputError, match=r"step 7: the loss is nan, after config.faults.max_rewinds=0 others"):
         train(config, tmp_path / "stopped")
     assert [fault["action"] for fault in faults_of(tmp_path / "stopped")] == ["rewind"]
-
-
-@pytest.mark.parametrize("policy", ["skip", "stop"])
-def test_spikes(text, clean, tmp_path, monkeypatch, policy):
-    config = faulty_config(text, faults__on_spike=policy, faults__spike_factor=5.0, faults__spike_window=3)
-    bad = rows_of_step(config, clean, 6)
-    bad_rows(monkeypatch, {bad[0]: 100.0})
-    if policy == "stop":
-        with pytest.raises(InputError, match="step 7: the loss is .*, its level "):
-            train(config, tmp_path)
-    else:
-        train(config, tmp_path)
-        host = host_of(tmp_path, STEPS)
-        assert (host["faults"]["skipped"], host["faults"]["rewinds"]) == (1, 0)
-        assert all(loss < 20 for _, loss in host["faults"]["losses"]) and len(host["faults"]["losses"]) == 4
-    (fault,) = faults_of(tmp_path)
-    assert (fault["step"], fault["action"]) == (7, policy) and fault["loss"] > 100
 
 
 def judge_of(config, tmp_path, host=None):
@@ -225,7 +206,17 @@ def test_the_level_is_the_median_of_the_phase(text, tmp_path):
     for step, loss in enumerate((1.0, 2.0, 1.5, 100.0, 9.0)):
         judge.judge(step, {"loss": np.float32(loss), "gradient_norm": np.float32(1)}, np.arange(1), True)
     assert judge.scalars(4) == (np.float32(4.5),)  # of steps 0 to 2; step 3 may still run
-    assert judge.skipped == 1 and schedule.phase_at(settings.phases(config), 4).block_size == 4
+    assert judge.skipped == 1
+    for policy, expected in (("rewind", 5), ("stop", InputError)):
+        config.faults.on_spike = policy
+        judge = judge_of(config, tmp_path, judge.host_state())
+        assert judge.scalars(5) == ()  # the step is not guarded
+        bad = 5, {"loss": np.float32(9), "gradient_norm": np.float32(1)}, np.arange(1), True
+        if policy == "rewind":
+            assert judge.judge(*bad) == expected
+        else:
+            with pytest.raises(InputError, match="step 6: the loss is 9, its level 1.5"):
+                judge.judge(*bad)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import json
 import os
 import resource
 import shutil
@@ -15,7 +14,6 @@ import time
 from pathlib import Path
 
 import pytest
-from kill_loop import spawn
 from test_training_faults import STEPS, faulty_config
 from test_training_loop import (  # noqa: F401 (fixtures)
     ROOT,
@@ -190,7 +188,7 @@ def test_the_command_on_a_full_disk_exits_2(text, tmp_path):
     (tmp_path / "run").mkdir()
     prefix = tmpfs_command(tmp_path / "run", "1m") or ["bash", "-c", 'ulimit -f 40; "$@"', "bash"]
     command = [
-        *prefix, sys.executable, "-m", "llada_jax.train", "--config=tests/soak_config.py:200",
+        *prefix, sys.executable, "-m", "llada_jax.train", "--config=tests/soak_config.py:40",
         f"--workdir={tmp_path / 'run'}", f"--config.data.source={text}", f"--config.data.cache={tmp_path / 'data'}",
         "--config.checkpoint.keep_last=0", "--config.checkpoint.retries=1", "--config.checkpoint.retry_seconds=0.1",
     ]  # fmt: skip
@@ -352,18 +350,24 @@ def test_every_step_evaluation_and_save_is_a_beat(text, tmp_path, monkeypatch):
     assert len(beats) == STEPS + 1 + STEPS // 4  # an evaluation, a save every fourth step
 
 
-# ---- the command
+# ---- preemption
 
 
-def test_sigterm_at_a_step_that_is_not_shown_leaves_no_row(text, tmp_path):
-    arguments = ["--config=tests/soak_config.py:4000", f"--workdir={tmp_path / 'run'}", f"--config.data.source={text}"]
-    process = spawn(arguments, tmp_path / "log", tmp_path / "cache")
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    while not (metrics.exists() and metrics.read_text().count("\n") >= 5):
-        assert process.poll() is None, (tmp_path / "log").read_text()
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 0
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-    assert {row["step"] % 3 for row in rows if "loss" in row and row["step"] != 1} == {0}
-    assert "stopped at step" in (tmp_path / "log").read_text()
+def test_sigterm_leaves_a_checkpoint_and_no_row_of_its_own(text, whole, tmp_path, monkeypatch, capsys):
+    """Rows are written every fifth step; SIGTERM comes while the seventh runs."""
+    due, calls = keeper.Keeper.due, []
+
+    def kill_once(self):
+        calls.append(1)
+        if len(calls) == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return due(self)
+
+    monkeypatch.setattr(keeper.Keeper, "due", kill_once)
+    config = faulty_config(text, log_every_steps=5)
+    train(config, tmp_path)
+    assert "stopped at step 7" in capsys.readouterr().out and saver.steps(tmp_path / "checkpoints") == [4, 7]
+    assert [row["step"] for row in metrics_of(tmp_path)] == [1, 5]
+    train(config, tmp_path)
+    assert_same_checkpoint(*(run / "checkpoints" / str(STEPS) for run in (tmp_path, whole)))
+    assert metrics_of(tmp_path) == [row for row in metrics_of(whole) if row["step"] in (1, 5, 10, STEPS)]
