@@ -7,8 +7,8 @@ rewind  the newest checkpoint is loaded and the order of the data moved on, so t
 
 Whether a step was bad is read while the next one runs, so the devices never wait. Every decision is a function of the
 losses of the run and of what its checkpoints hold: a run that is killed and resumed decides as it would have done.
-Each bad step is a line of WORKDIR/faults.jsonl: {"step", "reason", "action", "loss", "gradient_norm", "row_ids"}, null for
-what is not finite, and the stored indices of its rows.
+Each bad step is a line of WORKDIR/faults.jsonl: {"step", "reason", "action", "loss", "gradient_norm", "row_ids"}, with
+null for what is not finite, and the stored indices of its rows.
 """
 
 import json
