@@ -8,6 +8,9 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from llada_jax.errors import InputError
@@ -34,7 +37,7 @@ class Keeper:
 
     def due(self) -> bool:
         """Whether a step should be saved whatever its number: config.checkpoint.every_minutes have passed since the
-        last save, or that has failed and it is time for another. Of this process alone: several must agree.
+        last save, or that has failed and it is time for another. Of this process alone: `due_anywhere` is of all.
         """
         now = time.monotonic()  # not a wall clock, which may be set
         if self._failed_at is None and self._saver.failed:
@@ -42,6 +45,14 @@ class Keeper:
         if self._failed_at is not None:
             return now - self._failed_at >= self._patience.pause(self._failures + 1)
         return bool(self._every_minutes) and now - self._begun >= 60 * self._every_minutes
+
+    def due_anywhere(self, ask: bool) -> bool:
+        """Whether a process is due, the same answer on all of them. Several find that out only when they `ask`: it takes
+        a collective.
+        """
+        if jax.process_count() == 1:
+            return self.due()
+        return ask and bool(np.any(multihost_utils.process_allgather(np.array(self.due()))))
 
     def save(self, step: int, state: TrainState, score: float | None, host_state: dict) -> None:
         """Starts to save `state`. Raises InputError when the last saves have all failed, too many of them."""

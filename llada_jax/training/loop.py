@@ -149,10 +149,9 @@ def _steps(run: Run, state: states.TrainState, first_step: int, judge: Judge) ->
             batch = jax.device_put(reference.join(step, batch), run.batch_sharding)
             with jax.transfer_guard("disallow"):
                 state, metrics = run.train_step(state, reference.frozen, batch, *scalars, phase.halves)
-            stopping, unplanned = run.stop.is_set, run.keep.due()  # several processes must agree on both
             due = _due(config, done, last_step)
-            last = done == last_step or stopping
-            save = due.save or last or unplanned
+            last = done == last_step or run.stop.is_set
+            save = due.save or last or run.keep.due_anywhere(ask=due.log)
             shown = due.log or done == first_step + 1 or last
             bad_step = judge.judge(step, metrics, row_ids, now=shown or due.evaluate or save)
             run.beat()
