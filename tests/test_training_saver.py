@@ -122,6 +122,14 @@ def test_keeps_the_best(state, tmp_path, keep_last, kept):
     assert list(saver.scores(tmp_path))[:2] == [2, 4]  # of equal ones the older is the better
 
 
+def test_keeps_every_so_many(state, tmp_path):
+    for step in (1, 2, 3, 4, 6, 7):
+        writer = saver.Saver(tmp_path, keep_last=1, keep_every=3)
+        save(writer, step, state)
+        writer.wait()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["3", "6", "7"]
+
+
 def test_damaged_steps_are_set_aside(state, tmp_path, capsys):
     writer = saver.Saver(tmp_path)
     for step in (1, 2, 3, 4):

@@ -97,11 +97,14 @@ def lower_step(config: ConfigDict, slices: Slices, halves: str) -> Step:
             axes = parameters.logical_axes(model)
             frozen = _sharded(parameters.abstract(model, dtype), lambda x: sharding.shardings(x, axes, mesh))
         loss = train_loss(config, model, settings.execution(config, platform="tpu"))
+        guard = settings.skips_steps(config)
         step = make_train_step(
-            trained, loss, optimizer, config.batch.micro_batches, config.optimizer.expert_bias_rate, xla_options("tpu")
-        )
+            trained, loss, optimizer, config.batch.micro_batches, config.optimizer.expert_bias_rate,
+            xla_options("tpu"), guard,
+        )  # fmt: skip
         replicated = NamedSharding(mesh, PartitionSpec())
-        scalars = [jax.ShapeDtypeStruct((), dtype, sharding=replicated) for dtype in (jnp.int32, jnp.float32)]
+        dtypes = (jnp.int32, jnp.float32, *[jnp.float32] * guard)
+        scalars = [jax.ShapeDtypeStruct((), dtype, sharding=replicated) for dtype in dtypes]
         lowered = step.lower(state, frozen, _batch(config, mesh), *scalars, halves)
     return Step(lowered, mesh, state, model, trained, halves)
 

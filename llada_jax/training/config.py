@@ -107,9 +107,22 @@ def default_config(model: str) -> ConfigDict:
 
     config.checkpoint = kept = ConfigDict()
     kept.every_steps = 50
+    kept.every_minutes = 0.0  # and when so many have passed since the last save; 0: by steps only
     kept.keep_last = 2  # 0 keeps all
+    kept.keep_every = 0  # besides the last, the steps that are multiples of it; 0 keeps none for that
     kept.keep_best = 0  # besides the last, so many of the least held-out NELBO ...
     kept.best_block_size = 0  # ... at this one of evaluation.block_sizes; 0 is the last of them
+    kept.retries = 5  # saves that fail in a row before the run ends ...
+    kept.retry_seconds = 5.0  # ... with so long a pause after the first, twice as long after each other
+
+    config.faults = faults = ConfigDict()  # training/faults.py: "stop", "skip" or "rewind"
+    faults.on_nonfinite = "stop"  # a loss or a gradient that is not finite
+    faults.on_spike = "stop"  # a loss above ...
+    faults.spike_factor = 0.0  # ... so many times the median of ...
+    faults.spike_window = 32  # ... the last losses of its phase, when there are so many; factor 0: nothing is a spike
+    faults.max_skips = 100  # of a run; the next one stops it
+    faults.max_rewinds = 10
+    faults.hang_minutes = 60.0  # without a step, an evaluation or a save ending: the run ends; 0: it waits for ever
 
     config.evaluation = evaluation = ConfigDict()
     evaluation.every_steps = 100
@@ -222,6 +235,12 @@ def preference(config: ConfigDict) -> Preference | None:
     return Preference(c.beta, c.draws, c.shared_noise, c.max_pairs)
 
 
+def skips_steps(config: ConfigDict) -> bool:
+    """Whether the compiled step decides if its update is applied (step.guarded)."""
+    c = config.faults
+    return c.on_nonfinite == "skip" or (c.on_spike == "skip" and c.spike_factor > 0)
+
+
 def evaluation_block_sizes(config: ConfigDict) -> tuple[int, ...]:
     """Block sizes of the held-out NELBO; an AR model has one."""
     return (1,) if config.schedule.kind == "ar" else tuple(config.evaluation.block_sizes)
@@ -240,14 +259,16 @@ def execution(config: ConfigDict, platform: str | None = None) -> Execution:
 
 _POSITIVE = (
     "data.length", "data.held_out_rows", "batch.rows", "batch.micro_batches",
-    "optimizer.clip_norm", "optimizer.eps", "lora.alpha", "checkpoint.every_steps",
+    "optimizer.clip_norm", "optimizer.eps", "lora.alpha", "checkpoint.every_steps", "faults.spike_window",
     "evaluation.every_steps", "evaluation.rows", "evaluation.samples", "evaluation.preference_draws", "log_every_steps",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "seed", "optimizer.learning_rate", "optimizer.warmup_steps", "optimizer.decay_steps", "optimizer.weight_decay",
     "optimizer.end_fraction", "optimizer.expert_bias_rate",
     "objective.embedding_noise_std", "objective.embedding_noise_steps",
-    "lora.rank", "checkpoint.keep_last", "checkpoint.keep_best",
+    "lora.rank", "checkpoint.keep_last", "checkpoint.keep_best", "checkpoint.keep_every", "checkpoint.every_minutes",
+    "checkpoint.retries", "checkpoint.retry_seconds",
+    "faults.spike_factor", "faults.max_skips", "faults.max_rewinds", "faults.hang_minutes",
 )  # fmt: skip
 
 
@@ -278,6 +299,7 @@ def check(config: ConfigDict) -> None:
                 f"config.optimizer.expert_bias_rate={config.optimizer.expert_bias_rate}, expected 0: the model has no "
                 "expert bias, or the run is of adapters or DPO"
             )
+    _check_faults(config)
     if config.batch.rows % config.batch.micro_batches:
         raise InputError(
             f"config.batch.micro_batches={config.batch.micro_batches} does not divide batch.rows={config.batch.rows}"
@@ -296,6 +318,20 @@ def check(config: ConfigDict) -> None:
             raise InputError(
                 f"config.evaluation.block_sizes: {block_size} does not divide data.length={config.data.length}"
             )
+
+
+def _check_faults(config: ConfigDict) -> None:
+    c = config.faults
+    for field in ("on_nonfinite", "on_spike"):
+        if c[field] not in ("stop", "skip", "rewind"):
+            raise InputError(f'config.faults.{field}={c[field]!r}, expected "stop", "skip" or "rewind"')
+        if c[field] == "rewind" and config.preference.enabled and config.preference.reference == "precomputed":
+            raise InputError(
+                f'config.faults.{field}="rewind": precomputed scores are of the rows of each step, which a rewind '
+                'changes; set config.preference.reference="frozen"'
+            )
+    if 0 < c.spike_factor <= 1:
+        raise InputError(f"config.faults.spike_factor={c.spike_factor}, expected more than 1, or 0")
 
 
 def check_rows(config: ConfigDict, mesh) -> None:

@@ -4,9 +4,13 @@ Rows and noise are functions of the step alone, so a resumed run is the uninterr
 """
 
 import contextlib
+import dataclasses
+import functools
 import math
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +20,7 @@ from ml_collections import ConfigDict
 from llada_jax import sharding
 from llada_jax.data.order import prefetch
 from llada_jax.diffusion import schedule
+from llada_jax.diffusion.schedule import Phase
 from llada_jax.errors import InputError
 from llada_jax.model import parameters
 from llada_jax.model.config import ModelConfig
@@ -23,22 +28,28 @@ from llada_jax.model.forward import Execution
 from llada_jax.training import config as settings
 from llada_jax.training import held_out, saved_step, saver
 from llada_jax.training import state as states
-from llada_jax.training.inputs import Inputs, initial_params, lineage, open_inputs
+from llada_jax.training.faults import Judge
+from llada_jax.training.inputs import Inputs, initial_params, open_inputs
+from llada_jax.training.keeper import Keeper
 from llada_jax.training.lora import describe
 from llada_jax.training.metrics import MetricsWriter, Progress
 from llada_jax.training.optimizer import learning_rate, make_optimizer
-from llada_jax.training.preemption import stop_on_sigterm
-from llada_jax.training.reference import open_reference
+from llada_jax.training.patience import Patience
+from llada_jax.training.preemption import Stop, stop_on_sigterm
+from llada_jax.training.reference import Reference, open_reference
 from llada_jax.training.source import continue_learning_rate
 from llada_jax.training.step import Loss, denoising_loss, make_train_step, preference_loss, whole
+from llada_jax.training.watchdog import watched
+from llada_jax.training.workdir import claimed
 from llada_jax.training.xla_options import xla_options
 
 
 def train(config: ConfigDict, workdir: str, devices=None) -> None:
     """Trains to the end of the schedule, from the newest checkpoint of `workdir` if there is one.
 
-    Writes config.json, checkpoints/, metrics.jsonl and TensorBoard event files. SIGTERM saves and returns. devices:
-    those of the mesh, by default all. Raises InputError on bad input, before anything is written.
+    Writes config.json, checkpoints/, metrics.jsonl and TensorBoard event files, and faults.jsonl when a step was bad.
+    SIGTERM saves and returns. devices: those of the mesh, by default all. Raises InputError on bad input, before
+    anything is written, when another trainer has the workdir, and when config.faults or a failing store ends the run.
     """
     settings.check(config)
     phases = settings.phases(config)
@@ -47,14 +58,38 @@ def train(config: ConfigDict, workdir: str, devices=None) -> None:
     if "://" in os.fspath(workdir):
         raise InputError(f"--workdir={workdir}: metrics and packed rows are appended to, which needs a local directory")
     directory = Path(workdir)
-    inputs = open_inputs(config, directory)
-    if inputs.source is not None:
-        print(inputs.source.describe(), flush=True)
-    config = continue_learning_rate(config, inputs.source)
-    directory.mkdir(parents=True, exist_ok=True)
-    settings.write(config, directory / "config.json")
-    with jax.set_mesh(mesh), stop_on_sigterm() as stop:
-        _run(config, phases, mesh, directory, inputs, stop)
+    with contextlib.ExitStack() as held:
+        if jax.process_index() == 0:
+            held.enter_context(claimed(directory))
+        inputs = open_inputs(config, directory)
+        if inputs.source is not None:
+            print(inputs.source.describe(), flush=True)
+        config = continue_learning_rate(config, inputs.source)
+        directory.mkdir(parents=True, exist_ok=True)
+        settings.write(config, directory / "config.json")
+        with jax.set_mesh(mesh), stop_on_sigterm() as stop:
+            _run(config, phases, mesh, directory, inputs, stop)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What does not change from step to step. beat: of training/watchdog.py."""
+
+    config: ConfigDict
+    phases: Sequence[Phase]
+    workdir: Path
+    inputs: Inputs
+    reference: Reference
+    train_step: Callable
+    batch_sharding: NamedSharding
+    keep: Keeper
+    patience: Patience
+    stop: Stop
+    beat: Callable[[], None]
+
+    @property
+    def last_step(self) -> int:
+        return schedule.total_steps(self.phases)
 
 
 def _run(config, phases, mesh, workdir: Path, inputs: Inputs, stop) -> None:
@@ -66,45 +101,92 @@ def _run(config, phases, mesh, workdir: Path, inputs: Inputs, stop) -> None:
     reference = open_reference(config, phases, inputs, batch_sharding, workdir, stop)
     if reference is None:
         return
-    state = _restore(config, workdir, inputs, abstract, where)
-    if state is None:
-        params = initial_params(inputs, config.seed, where.params)
-        state = jax.jit(lambda p: states.create(p, optimizer), out_shardings=where)(params)
-    first_step = int(state.step)
-    _announce(config, phases, inputs, mesh, first_step, last_step)
-    if first_step >= last_step:
+    load = functools.partial(_load, config, workdir, inputs, optimizer, abstract, where)
+    state, host = load()
+    _announce(config, phases, inputs, mesh, int(state.step), last_step)
+    if int(state.step) >= last_step:
         return
 
     train_step = _train_step(config, inputs, optimizer, mesh)
+    patience = Patience(config.checkpoint.retries, config.checkpoint.retry_seconds)
+    keep = Keeper(config, workdir, inputs, patience)
+    with contextlib.ExitStack() as closing:
+        closing.callback(keep.settle)  # what is being saved when an error ends the run
+        beat = closing.enter_context(watched(config.faults.hang_minutes, workdir, jax.process_index()))
+        run = Run(config, phases, workdir, inputs, reference, train_step, batch_sharding, keep, patience, stop, beat)
+        while True:
+            judge = Judge(config, phases, workdir, host)
+            done, bad_step = _steps(run, state, int(state.step), judge)
+            if bad_step is None:
+                break
+            keep.settle()
+            state, host = load()
+            host = judge.rewound(bad_step, int(state.step), host)
+            print(f"rewound to step {int(state.step)}; the data goes on behind step {bad_step + 1}", flush=True)
+            beat()
+        keep.wait()
+    print(f"{'finished' if done == last_step else 'stopped'} at step {done}: {workdir}", flush=True)
+
+
+def _steps(run: Run, state: states.TrainState, first_step: int, judge: Judge) -> tuple[int, int | None]:
+    """Trains from `state`, which is donated, to the last step or to SIGTERM, and begins to save what it has then.
+
+    Returns (steps done, the bad step to be rewound for or None).
+    """
+    config, inputs, reference, last_step = run.config, run.inputs, run.reference, run.last_step
     rates = learning_rate(config.optimizer, last_step)
-    writer = MetricsWriter(workdir, first_step)
+    writer = MetricsWriter(run.workdir, first_step, run.patience)
     progress = Progress(first_step, last_step, config.batch.rows * config.data.length)
-    batches = prefetch(inputs.rows, first_step, last_step, config.batch.rows)
-    keep = Checkpoints(config, workdir, inputs)
+    batches = prefetch(inputs.rows, first_step, last_step, config.batch.rows, judge.data_offset)
     with contextlib.ExitStack() as closing:
         closing.callback(writer.close)
         closing.callback(batches.close)
         for step, batch in batches:
-            phase = schedule.phase_at(phases, step)
-            scalars = jax.device_put((jnp.int32(phase.block_size), jnp.float32(_noise_std(config, step))))
-            batch = jax.device_put(reference.join(step, batch), batch_sharding)
+            done, phase = step + 1, schedule.phase_at(run.phases, step)
+            scalars = jnp.int32(phase.block_size), jnp.float32(_noise_std(config, step))
+            scalars = jax.device_put((*scalars, *map(jnp.float32, judge.scalars(step))))
+            row_ids = batch.row_ids
+            batch = jax.device_put(reference.join(step, batch), run.batch_sharding)
             with jax.transfer_guard("disallow"):
-                state, metrics = train_step(state, reference.frozen, batch, *scalars, phase.halves)
-            done = step + 1
-            last = done == last_step or stop.is_set
-            if done % config.log_every_steps == 0 or done == first_step + 1 or last:
-                _log(writer, progress, done, phase, metrics, float(rates(step)))
-            save = done % config.checkpoint.every_steps == 0 or done == last_step
-            score = None  # a step that SIGTERM makes us save has none: there is no time, and no other run would have it
-            if done % config.evaluation.every_steps == 0 or done == last_step or (save and config.checkpoint.keep_best):
+                state, metrics = run.train_step(state, reference.frozen, batch, *scalars, phase.halves)
+            due = _due(config, done, last_step)
+            last = done == last_step or run.stop.is_set
+            save = due.save or last or run.keep.due_anywhere(ask=due.log)
+            shown = due.log or done == first_step + 1 or last
+            bad_step = judge.judge(step, metrics, row_ids, now=shown or due.evaluate or save)
+            run.beat()
+            if bad_step is not None:
+                return done, bad_step
+            if shown:
+                rate = float(rates(max(step - judge.skipped, 0)))
+                _log(writer if due.log else None, progress, done, phase, metrics, rate)
+            score = None  # a step that SIGTERM or the clock makes us save has none: no other run would have it
+            if due.evaluate:
                 params = whole(state.params, reference.frozen, inputs.trained)
                 score = held_out.evaluate(config, inputs, reference, params, writer, done)
-            if save or last:
-                keep.save(done, state, score)
+                run.beat()
+            if save:
+                writer.sync()
+                run.keep.save(done, state, score if due.save else None, judge.host_state())
+                run.beat()
             if last:
                 break
-    keep.wait()
-    print(f"{'stopped' if stop.is_set else 'finished'} at step {done}: {workdir}", flush=True)
+    return done, None
+
+
+class Due(NamedTuple):
+    """What a step is followed by in every run, however often that is interrupted."""
+
+    log: bool
+    evaluate: bool
+    save: bool
+
+
+def _due(config: ConfigDict, done: int, last_step: int) -> Due:
+    ends = done == last_step
+    save = done % config.checkpoint.every_steps == 0 or ends
+    evaluate = done % config.evaluation.every_steps == 0 or ends or (save and config.checkpoint.keep_best > 0)
+    return Due(done % config.log_every_steps == 0 or done == 1 or ends, evaluate, save)
 
 
 def _train_step(config, inputs: Inputs, optimizer, mesh):
@@ -112,7 +194,8 @@ def _train_step(config, inputs: Inputs, optimizer, mesh):
     loss = train_loss(config, inputs.model, settings.execution(config))
     options = xla_options(jax.default_backend())
     rate = config.optimizer.expert_bias_rate
-    train_step = make_train_step(inputs.trained, loss, optimizer, config.batch.micro_batches, rate, options)
+    guard = settings.skips_steps(config)
+    train_step = make_train_step(inputs.trained, loss, optimizer, config.batch.micro_batches, rate, options, guard)
     if not config.compiled_step:
         return train_step
     made_for = saved_step.identity(config, inputs.trained, mesh, config.compiled_halves)
@@ -130,40 +213,23 @@ def train_loss(config: ConfigDict, model: ModelConfig, execution: Execution) -> 
     return preference_loss(*common, preference, config.preference.reference == "precomputed")
 
 
-class Checkpoints:
-    """Saves steps of a run in the background."""
-
-    def __init__(self, config: ConfigDict, workdir: Path, inputs: Inputs):
-        self._saver = saver.Saver(workdir / "checkpoints", config.checkpoint.keep_last, config.checkpoint.keep_best)
-        self._inputs = inputs
-        self._lineage = lineage(config, inputs)
-        self._init_weights = None if inputs.source is None else inputs.source.weights
-
-    def save(self, step: int, state: states.TrainState, score: float | None) -> None:
-        tokenizer = self._inputs.tokenizer
-        self._saver.save(
-            step, state.params, state.optimizer,
-            {"step": step, "data_offset": 0, "init_weights": self._init_weights}, self._inputs.trained,
-            {} if tokenizer is None else tokenizer.files, self._lineage, score,
-        )  # fmt: skip
-
-    def wait(self) -> None:
-        self._saver.wait()
-
-
-def _restore(config, workdir: Path, inputs: Inputs, abstract, where) -> states.TrainState | None:
+def _load(config, workdir: Path, inputs: Inputs, optimizer, abstract, where) -> tuple[states.TrainState, dict]:
+    """The state of the newest checkpoint, and the host state kept with it; without a checkpoint those of the start."""
     found = saver.restore(
         workdir / "checkpoints", inputs.trained, abstract.params, abstract.optimizer, (where.params, where.optimizer)
     )
     if found is None:
-        return None
-    step, params, optimizer, host = found
+        params = initial_params(inputs, config.seed, where.params)
+        return jax.jit(lambda p: states.create(p, optimizer), out_shardings=where)(params), {}
+    step, params, optimizer_state, host = found
     if config.preference.enabled and inputs.source.weights != (started := host.get("init_weights")):
         raise InputError(
             f"config.init_from={config.init_from}: its weights are {inputs.source.weights}, but the reference of "
             f"{workdir} is {started}; name the step that the run started from"
         )
-    return states.TrainState(jax.device_put(jnp.int32(step), where.step), params, optimizer)
+    if host.get("data_offset") and config.preference.reference == "precomputed" and config.preference.enabled:
+        raise InputError(f'{workdir}: it was rewound; set config.preference.reference="frozen"')
+    return states.TrainState(jax.device_put(jnp.int32(step), where.step), params, optimizer_state), host
 
 
 def _noise_std(config, step: int) -> float:
@@ -171,14 +237,15 @@ def _noise_std(config, step: int) -> float:
     return c.embedding_noise_std if step < c.embedding_noise_steps else 0.0
 
 
-def _log(writer, progress, step, phase, metrics, rate) -> None:
+def _log(writer: MetricsWriter | None, progress, step, phase, metrics, rate) -> None:
+    """Prints a line; with a writer, writes the row."""
     metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
     line, tokens_per_second = progress.line(step, phase, metrics)
     print(line, flush=True)
-    row = {"step": step, "phase": phase.name, "block_size": phase.block_size, "learning_rate": rate}
-    writer.write(row | metrics | {"tokens_per_second": round(tokens_per_second, 1)}, "train")
-    if not math.isfinite(metrics["loss"]):
-        raise InputError(f"step {step}: the loss is {metrics['loss']}; lower optimizer.learning_rate")
+    if writer is not None:
+        row = {"step": step, "phase": phase.name, "block_size": phase.block_size, "learning_rate": rate}
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # JSON has no NaN
+        writer.write(row | finite | {"tokens_per_second": round(tokens_per_second, 1)}, "train")
 
 
 def _announce(config, phases, inputs: Inputs, mesh, first_step, last_step) -> None:

@@ -2,41 +2,64 @@
 
 import json
 import math
+import os
+import sys
 import time
 from pathlib import Path
 
-from tensorboardX import SummaryWriter
-
 from llada_jax.diffusion.schedule import Phase
+from llada_jax.training.events import Events
+from llada_jax.training.patience import Patience
 
 
 class MetricsWriter:
     """Appends rows to WORKDIR/metrics.jsonl and event files; on resume, rows of later steps are dropped first."""
 
-    def __init__(self, workdir: Path, resume_step: int):
+    def __init__(self, workdir: Path, resume_step: int, patience: Patience = Patience()):
         self._path = workdir / "metrics.jsonl"
         _truncate(self._path, resume_step)
-        self._file = open(self._path, "a", encoding="utf-8")
-        self._events = SummaryWriter(str(workdir), purge_step=resume_step + 1)
+        self._patience = patience
+        self._file = open(self._path, "ab", buffering=0)
+        self._events = Events(workdir, purge_step=resume_step + 1)
 
     def write(self, row: dict, prefix: str) -> None:
-        """row: "step" and scalars; prefix: the TensorBoard group."""
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        """row: "step" and scalars; prefix: the TensorBoard group. Raises InputError when the store fails too long."""
+        self._append(json.dumps(row).encode() + b"\n")
         for name, value in row.items():
             if name != "step" and isinstance(value, int | float):
                 self._events.add_scalar(f"{prefix}/{name}", value, row["step"])
 
+    def _append(self, data: bytes) -> None:
+        left = memoryview(data)
+
+        def push():  # goes on where it failed
+            nonlocal left
+            while left:
+                left = left[self._file.write(left) :]
+            self._events.flush()
+
+        self._patience.attempt(push, self._path)
+
+    def sync(self) -> None:
+        """Returns when the rows are on the disk: a checkpoint must not outlive the rows of its steps."""
+        self._patience.attempt(self._events.flush, self._path.parent)
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         self._file.close()
-        self._events.close()
+        try:
+            self._events.close()
+        except OSError as error:
+            print(f"{self._path.parent}: the last points for TensorBoard are lost ({error})", file=sys.stderr)
 
 
 def _truncate(path: Path, step: int) -> None:
     if path.exists():
         lines = path.read_text(encoding="utf-8").splitlines()
         kept = [line for line in lines if (row := _row(line)) is not None and row["step"] <= step]
-        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        temporary = path.with_name(f"{path.name}.partial")
+        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        temporary.replace(path)  # at once: a run may be killed here too
 
 
 def _row(line: str) -> dict | None:

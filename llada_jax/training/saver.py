@@ -4,6 +4,7 @@ A step is a weights checkpoint (checkpoint_files.py) with the optimizer's state 
 processes of a run make the same calls; process 0 writes the small files, renames and deletes.
 """
 
+import contextlib
 import functools
 import json
 import math
@@ -35,13 +36,13 @@ _REPLICA_SLICE_BYTES = 4 * 2**20
 class Saver:
     """Writes steps to `directory` (the checkpoints/ of a workdir), one at a time, in the background.
 
-    After each save only the newest `keep_last` steps and the `keep_best` steps of the least score stay; keep_last 0
-    keeps all. Leftovers of a run that died while it was saving are deleted at once.
+    After each save only the newest `keep_last` steps, the `keep_best` steps of the least score and the multiples of
+    `keep_every` stay; keep_last 0 keeps all. Leftovers of a run that died while it was saving are deleted at once.
     """
 
-    def __init__(self, directory: str | os.PathLike, keep_last: int = 0, keep_best: int = 0):
+    def __init__(self, directory: str | os.PathLike, keep_last: int = 0, keep_best: int = 0, keep_every: int = 0):
         self._directory = files.absolute(directory)
-        self._keep_last, self._keep_best = keep_last, keep_best
+        self._keep = keep_last, keep_best, keep_every
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._checkpointer = _make_checkpointer()
@@ -76,10 +77,16 @@ class Saver:
         entries = {"optimizer": {}} | {folder: _describe(tree) for folder, tree in trees.items()}
         directory = self._directory / f".{step}.partial" if files.is_local(target) else target
         items = {folder: ocp.args.PyTreeSave(tree, save_args=_chunked(tree)) for folder, tree in trees.items()}
-        self._checkpointer.save(directory, args=ocp.args.Composite(**items), force=True)
+        failed = None
+        try:
+            self._checkpointer.save(directory, args=ocp.args.Composite(**items), force=True)
+        except Exception as error:  # of the store: raised by wait(), on all processes
+            failed = error
 
         def finish():
             try:
+                if failed is not None:
+                    raise failed
                 self._checkpointer.wait_until_finished()
                 if jax.process_index() == 0:
                     checkpoint.write_header(directory, config, tokenizer_files, lineage)
@@ -89,12 +96,19 @@ class Saver:
                     if directory != target:
                         target.rmtree(missing_ok=True)  # incomplete, or save() would have refused
                         directory.rename(target)
-                    _delete_old(self._directory, self._keep_last, self._keep_best)
+                    _delete_old(self._directory, *self._keep)
             except BaseException as error:  # raised by wait(), in the caller's thread
+                if jax.process_index() == 0:
+                    _discard(directory)
                 self._error = error
 
         self._thread = threading.Thread(target=finish, name=f"save-{step}")
         self._thread.start()
+
+    @property
+    def failed(self) -> bool:
+        """Whether the last save has ended with an error in this process, which wait() raises."""
+        return self._error is not None
 
     def wait(self) -> None:
         """Returns when the last save is complete for all processes. Raises its error, once."""
@@ -134,21 +148,25 @@ def restore(
 ) -> tuple[int, dict, object, dict] | None:
     """(step, params, optimizer, host_state) of the newest intact step, exactly as saved; None if there is no step.
 
-    A step that is damaged is renamed to "<step>.damaged" and the one before is taken. abstract_*: trees of
-    jax.ShapeDtypeStruct; shardings: (tree for params, tree for optimizer) of jax.sharding.Sharding, any mesh.
+    A step that is found damaged twice is renamed to "<step>.damaged", with the reason in damaged.txt, and the one
+    before is taken. abstract_*: trees of jax.ShapeDtypeStruct; shardings: (tree for params, tree for optimizer) of
+    jax.sharding.Sharding, any mesh.
     Raises InputError when the step is of another model or another optimizer, or when every step is damaged.
     """
     directory = epath.Path(directory)
-    damaged = 0
+    damaged, doubtful = 0, None
     while found := steps(directory):
         step = directory / str(found[-1])
         try:
             return found[-1], *_restore(step, config, abstract_params, abstract_optimizer, shardings)
         except DamagedError as error:
+            if step != doubtful:  # a store may fail to read once
+                doubtful = step
+                continue
             damaged += 1
             if jax.process_index() == 0:
                 print(f"step {step.name} is damaged and set aside: {error}", flush=True)
-                _set_aside(step)
+                _set_aside(step, str(error))
             arrays.agree(None, "")  # nobody lists the steps before the rename
     if damaged:
         raise InputError(f"{directory}: none of its {damaged} steps is intact")
@@ -243,7 +261,8 @@ def _restore_tree(directory: epath.Path, digests: files.Digests, folder: str, na
     return jax.tree.unflatten(treedef, loaded)
 
 
-def _set_aside(step: epath.Path) -> None:
+def _set_aside(step: epath.Path, reason: str) -> None:
+    (step / "damaged.txt").write_text(reason + "\n")
     if not files.is_local(step):
         (step / files.DIGESTS).rename(step / f"{files.DIGESTS}.damaged")
         return
@@ -256,7 +275,7 @@ def _remove_leftovers(directory: epath.Path) -> None:
     if not directory.is_dir():
         return
     for path in directory.iterdir():
-        if re.match(r"\.\d+\.partial", path.name):
+        if re.match(r"\.\d+\.(partial|deleted)", path.name):
             print(f"removing {path}, which an interrupted run left", flush=True)
             path.rmtree()
 
@@ -276,9 +295,30 @@ def _score(step: epath.Path) -> float | None:
         return None
 
 
-def _delete_old(directory: epath.Path, keep_last: int, keep_best: int) -> None:
+def _delete_old(directory: epath.Path, keep_last: int, keep_best: int, keep_every: int) -> None:
     older = steps(directory)[:-keep_last] if keep_last else []
     best = list(scores(directory))[:keep_best] if older and keep_best else []
-    for step in (step for step in older if step not in best):
-        (directory / str(step) / files.DIGESTS).unlink()  # first: a half deleted step must not look complete
-        (directory / str(step)).rmtree()
+    for step in older:
+        if step not in best and not (keep_every and step % keep_every == 0):
+            try:
+                _delete(directory / str(step))
+            except OSError as error:  # the new step is saved all the same
+                print(f"{directory}: step {step} could not be deleted ({error})", flush=True)
+
+
+def _delete(step: epath.Path) -> None:
+    """Removes a step that never looks complete while it is half gone."""
+    if files.renames(step):
+        step = step.rename(step.parent / f".{step.name}.deleted")
+    else:
+        (step / files.DIGESTS).unlink()
+    step.rmtree()
+
+
+def _discard(directory: epath.Path) -> None:
+    """Removes what a save that failed has written, as far as the store lets it."""
+    with contextlib.suppress(Exception):
+        for path in list(directory.parent.iterdir()):
+            ours = path.name == directory.name or path.name.startswith(f"{directory.name}.orbax")
+            if ours and not files.is_complete(path):
+                path.rmtree()

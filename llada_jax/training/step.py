@@ -42,6 +42,7 @@ def make_train_step(
     micro_batches: int = 1,
     expert_bias_rate: float = 0.0,
     compiler_options: dict[str, str] | None = None,
+    guard: bool = False,
 ):
     """Returns the jitted train_step(state, frozen, batch, block_size, embedding_noise_std, halves).
 
@@ -50,7 +51,7 @@ def make_train_step(
     or None when the loss needs none. batch: data.order.Batch of arrays; block_size int32 and embedding_noise_std
     float32 are run-time scalars; halves (schedule.Phase.halves) is static. The state is donated. expert_bias_rate: of
     router.balanced_bias; 0 leaves the bias as it is; else the loss must be a denoising_loss and the model have one.
-    compiler_options: of XLA (training/xla_options.py).
+    compiler_options: of XLA (training/xla_options.py). guard: the step is a `guarded` one, with one more argument.
     """
     config = model.model if isinstance(model, Lora) else model
 
@@ -77,7 +78,26 @@ def make_train_step(
             metrics["mask_embedding_norm"] = jnp.linalg.norm(embedding[config.mask_token_id].astype(jnp.float32))
         return TrainState(state.step + 1, params, optimizer_state), metrics
 
-    return jax.jit(train_step, static_argnames="halves", donate_argnums=0, compiler_options=compiler_options)
+    step = guarded(train_step) if guard else train_step
+    return jax.jit(step, static_argnames="halves", donate_argnums=0, compiler_options=compiler_options)
+
+
+def guarded(train_step: Callable) -> Callable:
+    """guarded_step(..., embedding_noise_std, largest_loss, halves).
+
+    Where the loss or the gradient is not finite, or the loss exceeds `largest_loss` (float32), weights and optimizer
+    stay as they were; `step` counts on, and the metrics are those of the update that was not made. The optimizer's own
+    count, and with it the learning rate, stays behind.
+    """
+
+    def guarded_step(state: TrainState, frozen, batch, block_size, embedding_noise_std, largest_loss, halves):
+        new, metrics = train_step(state, frozen, batch, block_size, embedding_noise_std, halves)
+        loss, norm = metrics["loss"], metrics["gradient_norm"]
+        good = jnp.isfinite(loss) & jnp.isfinite(norm) & (loss <= largest_loss)
+        kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), new, state)
+        return kept.replace(step=new.step), metrics
+
+    return guarded_step
 
 
 def whole(params, frozen, model: ModelConfig | Lora):

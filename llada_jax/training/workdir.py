@@ -1,0 +1,69 @@
+"""A run's claim to its workdir: one trainer at a time, on a disk that can be written."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from llada_jax.errors import InputError
+
+LOCK = "trainer.lock"
+# Of file systems that have no locks; of disks that no one can write on.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+@contextlib.contextmanager
+def claimed(workdir: Path) -> Iterator[None]:
+    """Makes `workdir` and holds it while inside; a second trainer is refused with the host and pid of the first.
+
+    The lock is the kernel's, on WORKDIR/trainer.lock: it goes with the process, however that ends. On a file system
+    without locks a line says that there is none. A workdir that was made here goes again on an InputError that comes
+    before anything is in it. Raises InputError when it is held, or cannot be written.
+    """
+    try:
+        made = not workdir.exists()
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = _locked(workdir / LOCK)
+    except OSError as error:
+        raise InputError(f"--workdir={workdir}: cannot be written ({error.strerror or error})") from error
+    with file:
+        try:
+            yield
+        except InputError:
+            if made and [path.name for path in workdir.iterdir()] == [LOCK]:
+                (workdir / LOCK).unlink()
+                workdir.rmdir()
+            raise
+        except OSError as error:
+            if error.errno in _FULL:
+                raise InputError(f"--workdir={workdir}: cannot be written ({error.strerror})") from error
+            raise
+
+
+def _locked(path: Path):
+    """The open file of the lock, which is held until it is closed."""
+    while True:
+        file = open(path, "a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            raise InputError(f"--workdir={path.parent}: {holder} is training in it") from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            print(f"{path}: no locks on this file system ({error.strerror}); start no second trainer", file=sys.stderr)
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            break
+        file.close()  # its holder has removed it
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file

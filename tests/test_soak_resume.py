@@ -1,0 +1,42 @@
+"""Killed at random moments, on one process: what is left is the uninterrupted run, bit for bit.
+
+python -m pytest tests/test_soak_resume.py --soak -s     # 50 kills; a few otherwise
+"""
+
+import random
+
+import pytest
+from kill_loop import Tally, assert_same_end, run_killed, run_to_end, spawn
+from test_training_loop import text  # noqa: F401 (a fixture)
+
+STEPS = 400
+
+
+def soak(text, folder, kills: int, seed: int, steps: int, longest: float) -> Tally:
+    """Kills runs of `steps` steps, one after the other, until `kills` have hit; compares each with the whole run."""
+
+    def trainer(workdir):
+        arguments = [f"--config=tests/soak_config.py:{steps}", f"--workdir={workdir}", f"--config.data.source={text}"]
+        return lambda: [spawn(arguments, folder / f"{workdir.name}.log", folder / "cache")]
+
+    run_to_end(trainer(folder / "whole"))
+    total, chooser = Tally(), random.Random(seed)
+    for number in range(kills):
+        workdir = folder / f"killed{number}"
+        total.add(run_killed(trainer(workdir), workdir, chooser, kills - total.strikes, longest=longest))
+        assert_same_end(workdir, folder / "whole")
+        if total.strikes == kills:
+            break
+    print(total)
+    return total
+
+
+def test_killed_3_times(text, tmp_path):
+    assert soak(text, tmp_path, kills=3, seed=2, steps=200, longest=0.5).strikes == 3
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_killed_50_times(text, tmp_path):
+    total = soak(text, tmp_path, kills=50, seed=0, steps=STEPS, longest=1.0)
+    assert total.strikes == 50 and total.saving >= 5 and total.kills >= 10 and total.terms >= 10
