@@ -5,7 +5,6 @@ Rows and noise are functions of the step alone, so a resumed run is the uninterr
 
 import contextlib
 import math
-import os
 from pathlib import Path
 
 import jax
@@ -23,13 +22,17 @@ from llada_jax.model.forward import Execution
 from llada_jax.training import config as settings
 from llada_jax.training import held_out, saved_step, saver
 from llada_jax.training import state as states
+from llada_jax.training.goodput import Goodput
 from llada_jax.training.inputs import Inputs, initial_params, lineage, open_inputs
 from llada_jax.training.lora import describe
 from llada_jax.training.metrics import MetricsWriter, Progress
+from llada_jax.training.mirror import Mirror, open_workdir
 from llada_jax.training.optimizer import learning_rate, make_optimizer
 from llada_jax.training.preemption import stop_on_sigterm
+from llada_jax.training.profiling import Profile, parse_steps
 from llada_jax.training.reference import open_reference
 from llada_jax.training.source import continue_learning_rate
+from llada_jax.training.speed import Speed
 from llada_jax.training.step import Loss, denoising_loss, make_train_step, preference_loss, whole
 from llada_jax.training.xla_options import xla_options
 
@@ -38,26 +41,27 @@ def train(config: ConfigDict, workdir: str, devices=None) -> None:
     """Trains to the end of the schedule, from the newest checkpoint of `workdir` if there is one.
 
     Writes config.json, checkpoints/, metrics.jsonl and TensorBoard event files. SIGTERM saves and returns. devices:
-    those of the mesh, by default all. Raises InputError on bad input, before anything is written.
+    those of the mesh, by default all. A workdir may be gs:// (training/mirror.py). Raises InputError on bad input,
+    before anything is written.
     """
     settings.check(config)
     phases = settings.phases(config)
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
     settings.check_rows(config, mesh)
-    if "://" in os.fspath(workdir):
-        raise InputError(f"--workdir={workdir}: metrics and packed rows are appended to, which needs a local directory")
-    directory = Path(workdir)
-    inputs = open_inputs(config, directory)
-    if inputs.source is not None:
-        print(inputs.source.describe(), flush=True)
-    config = continue_learning_rate(config, inputs.source)
-    directory.mkdir(parents=True, exist_ok=True)
-    settings.write(config, directory / "config.json")
-    with jax.set_mesh(mesh), stop_on_sigterm() as stop:
-        _run(config, phases, mesh, directory, inputs, stop)
+    with open_workdir(workdir, config) as (mirror, config):
+        directory = mirror.local
+        inputs = open_inputs(config, directory)
+        if inputs.source is not None:
+            print(inputs.source.describe(), flush=True)
+        config = continue_learning_rate(config, inputs.source)
+        directory.mkdir(parents=True, exist_ok=True)
+        settings.write(config, directory / "config.json")
+        with jax.set_mesh(mesh), stop_on_sigterm() as stop:
+            _run(config, phases, mesh, directory, inputs, stop, mirror)
 
 
-def _run(config, phases, mesh, workdir: Path, inputs: Inputs, stop) -> None:
+def _run(config, phases, mesh, workdir: Path, inputs: Inputs, stop, mirror: Mirror) -> None:
+    goodput = Goodput(workdir, writes=jax.process_index() == 0)
     last_step = schedule.total_steps(phases)
     optimizer = make_optimizer(config.optimizer, inputs.trained, last_step)
     abstract = states.abstract(inputs.trained, optimizer)
@@ -66,7 +70,8 @@ def _run(config, phases, mesh, workdir: Path, inputs: Inputs, stop) -> None:
     reference = open_reference(config, phases, inputs, batch_sharding, workdir, stop)
     if reference is None:
         return
-    state = _restore(config, workdir, inputs, abstract, where)
+    with goodput.spent("restore"):
+        state = _restore(config, workdir, inputs, abstract, where)
     if state is None:
         params = initial_params(inputs, config.seed, where.params)
         state = jax.jit(lambda p: states.create(p, optimizer), out_shardings=where)(params)
@@ -75,36 +80,49 @@ def _run(config, phases, mesh, workdir: Path, inputs: Inputs, stop) -> None:
     if first_step >= last_step:
         return
 
-    train_step = _train_step(config, inputs, optimizer, mesh)
+    train_step = goodput.timed_steps(_train_step(config, inputs, optimizer, mesh))
     rates = learning_rate(config.optimizer, last_step)
     writer = MetricsWriter(workdir, first_step)
     progress = Progress(first_step, last_step, config.batch.rows * config.data.length)
     batches = prefetch(inputs.rows, first_step, last_step, config.batch.rows)
     keep = Checkpoints(config, workdir, inputs)
+    speed = Speed(config, phases, inputs, mesh.devices.flat)
+    profile = Profile(workdir / "profile", parse_steps(config.profile.steps))
+    goodput.begin_steps(first_step)
     with contextlib.ExitStack() as closing:
         closing.callback(writer.close)
         closing.callback(batches.close)
-        for step, batch in batches:
+        closing.callback(profile.close)
+        for step, batch in goodput.timed_batches(batches):
             phase = schedule.phase_at(phases, step)
             scalars = jax.device_put((jnp.int32(phase.block_size), jnp.float32(_noise_std(config, step))))
             batch = jax.device_put(reference.join(step, batch), batch_sharding)
+            done = step + 1
+            profile.before(done, state)
             with jax.transfer_guard("disallow"):
                 state, metrics = train_step(state, reference.frozen, batch, *scalars, phase.halves)
-            done = step + 1
+            profile.after(done, metrics)
             last = done == last_step or stop.is_set
             if done % config.log_every_steps == 0 or done == first_step + 1 or last:
-                _log(writer, progress, done, phase, metrics, float(rates(step)))
+                timed = speed.fields(phase, goodput.mark(done)) | goodput.fields()
+                _log(writer, progress, done, phase, metrics, float(rates(step)), timed)
             save = done % config.checkpoint.every_steps == 0 or done == last_step
             score = None  # a step that SIGTERM makes us save has none: there is no time, and no other run would have it
             if done % config.evaluation.every_steps == 0 or done == last_step or (save and config.checkpoint.keep_best):
                 params = whole(state.params, reference.frozen, inputs.trained)
-                score = held_out.evaluate(config, inputs, reference, params, writer, done)
+                with goodput.spent("evaluate"):
+                    score = held_out.evaluate(config, inputs, reference, params, writer, done)
             if save or last:
-                keep.save(done, state, score)
+                with goodput.spent("save"):
+                    mirror.push()  # a saved step has its rows of metrics
+                    keep.save(done, state, score)
             if last:
                 break
-    keep.wait()
-    print(f"{'stopped' if stop.is_set else 'finished'} at step {done}: {workdir}", flush=True)
+    with goodput.spent("save"):
+        keep.wait()
+    goodput.mark(done)
+    ended = "stopped" if stop.is_set else "finished"  # experiments/launch/supervise.sh looks for it
+    print(f"{goodput.describe()}\n{ended} at step {done}: {mirror.remote or workdir}", flush=True)
 
 
 def _train_step(config, inputs: Inputs, optimizer, mesh):
@@ -130,11 +148,18 @@ def train_loss(config: ConfigDict, model: ModelConfig, execution: Execution) -> 
     return preference_loss(*common, preference, config.preference.reference == "precomputed")
 
 
+def checkpoints(config: ConfigDict, workdir: Path) -> str | Path:
+    """The folder of the steps of a run."""
+    return config.checkpoint.directory or workdir / "checkpoints"
+
+
 class Checkpoints:
     """Saves steps of a run in the background."""
 
     def __init__(self, config: ConfigDict, workdir: Path, inputs: Inputs):
-        self._saver = saver.Saver(workdir / "checkpoints", config.checkpoint.keep_last, config.checkpoint.keep_best)
+        self._saver = saver.Saver(
+            checkpoints(config, workdir), config.checkpoint.keep_last, config.checkpoint.keep_best
+        )
         self._inputs = inputs
         self._lineage = lineage(config, inputs)
         self._init_weights = None if inputs.source is None else inputs.source.weights
@@ -153,7 +178,11 @@ class Checkpoints:
 
 def _restore(config, workdir: Path, inputs: Inputs, abstract, where) -> states.TrainState | None:
     found = saver.restore(
-        workdir / "checkpoints", inputs.trained, abstract.params, abstract.optimizer, (where.params, where.optimizer)
+        checkpoints(config, workdir),
+        inputs.trained,
+        abstract.params,
+        abstract.optimizer,
+        (where.params, where.optimizer),
     )
     if found is None:
         return None
@@ -171,12 +200,12 @@ def _noise_std(config, step: int) -> float:
     return c.embedding_noise_std if step < c.embedding_noise_steps else 0.0
 
 
-def _log(writer, progress, step, phase, metrics, rate) -> None:
+def _log(writer, progress, step, phase, metrics, rate, timed) -> None:
     metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
     line, tokens_per_second = progress.line(step, phase, metrics)
     print(line, flush=True)
     row = {"step": step, "phase": phase.name, "block_size": phase.block_size, "learning_rate": rate}
-    writer.write(row | metrics | {"tokens_per_second": round(tokens_per_second, 1)}, "train")
+    writer.write(row | metrics | {"tokens_per_second": round(tokens_per_second, 1)} | timed, "train")
     if not math.isfinite(metrics["loss"]):
         raise InputError(f"step {step}: the loss is {metrics['loss']}; lower optimizer.learning_rate")
 

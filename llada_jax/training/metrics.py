@@ -2,12 +2,18 @@
 
 import json
 import math
+import os
 import time
 from pathlib import Path
 
+from etils import epath
 from tensorboardX import SummaryWriter
 
 from llada_jax.diffusion.schedule import Phase
+from llada_jax.errors import InputError
+
+# Fields of a row that depend on the machine and the moment; all others are those of the uninterrupted run, bit for bit.
+TIMED = frozenset({"tokens_per_second", "mfu", "goodput", "wall_seconds", "hbm_bytes", "hbm_peak_bytes"})
 
 
 class MetricsWriter:
@@ -20,16 +26,36 @@ class MetricsWriter:
         self._events = SummaryWriter(str(workdir), purge_step=resume_step + 1)
 
     def write(self, row: dict, prefix: str) -> None:
-        """row: "step" and scalars; prefix: the TensorBoard group."""
+        """row: "step", scalars, and groups {name: scalar}; prefix: the TensorBoard group of the scalars.
+
+        A loss is also in a group of its phase and block size.
+        """
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
-        for name, value in row.items():
-            if name != "step" and isinstance(value, int | float):
-                self._events.add_scalar(f"{prefix}/{name}", value, row["step"])
+        scalars = {f"{prefix}/{name}": value for name, value in row.items() if name != "step"}
+        if "loss" in row and "phase" in row:
+            scalars[f"loss_by_phase/{row['phase']}_block_{row['block_size']}"] = row["loss"]
+        for name, group in row.items():
+            if isinstance(group, dict):
+                scalars |= {f"{name}/{part}": value for part, value in group.items()}
+        for name, value in scalars.items():
+            if isinstance(value, int | float):
+                self._events.add_scalar(name, value, row["step"])
 
     def close(self) -> None:
         self._file.close()
         self._events.close()
+
+
+def read_rows(workdir: str | os.PathLike) -> list[dict]:
+    """The rows of WORKDIR/metrics.jsonl. Raises InputError when there are none."""
+    path = epath.Path(workdir) / "metrics.jsonl"
+    if not path.exists():
+        raise InputError(f"{path}: no such file; expected the metrics of a run")
+    rows = [row for line in path.read_text().splitlines() if (row := _row(line)) is not None]
+    if not rows:
+        raise InputError(f"{path}: no rows yet")
+    return rows
 
 
 def _truncate(path: Path, step: int) -> None:
