@@ -13,17 +13,17 @@ class InputError(ValueError):
     """The user's input is wrong. The message is one line that names the file, field or value."""
 
 
-def run(main: Callable[[Sequence[str]], int | None], commands: Sequence[str] = ()) -> None:
+def run(main: Callable[[Sequence[str]], int | None], commands: Sequence[str] = (), more: bool = False) -> None:
     """Parses absl flags, calls `main(argv)` and exits: 0 (or main's int), 2 on bad input, 130 on Ctrl-C.
 
-    With `commands`, the first argument is one of them, argv[1] of main.
+    With `commands`, the first argument is one of them, argv[1] of main. more: others may follow.
     """
-    sys.exit(_run(main, commands))
+    sys.exit(_run(main, commands, more))
 
 
-def _run(main: Callable[[Sequence[str]], int | None], commands: Sequence[str]) -> int:
+def _run(main: Callable[[Sequence[str]], int | None], commands: Sequence[str], more: bool) -> int:
     try:
-        argv = _parse_flags(sys.argv, commands)
+        argv = _parse_flags(sys.argv, commands, more)
         if argv is None:
             return 0
         return main(argv) or 0
@@ -35,7 +35,7 @@ def _run(main: Callable[[Sequence[str]], int | None], commands: Sequence[str]) -
         return 130
 
 
-def _parse_flags(argv: Sequence[str], commands: Sequence[str]) -> Sequence[str] | None:
+def _parse_flags(argv: Sequence[str], commands: Sequence[str], more: bool) -> Sequence[str] | None:
     """Returns the positional arguments, or None once --help has been answered. Raises InputError on a bad flag."""
     flags.FLAGS.set_gnu_getopt(True)
     if any(arg in ("-h", "-help", "--help", "--helpfull") for arg in argv[1:]):
@@ -50,7 +50,7 @@ def _parse_flags(argv: Sequence[str], commands: Sequence[str]) -> Sequence[str] 
         raise InputError(_first_line(error)) from error
     if commands and (len(rest) == 1 or rest[1] not in commands):
         raise InputError(f"expected a command, one of {', '.join(commands)}; --help lists the flags")
-    if len(rest) > 1 + bool(commands):
+    if len(rest) > 1 + bool(commands) and not more:
         raise InputError(f"unexpected argument {rest[1 + bool(commands)]!r}; --help lists the flags")
     return rest
 

@@ -1,11 +1,11 @@
 """Import, load, verify, inspect and export with gs:// paths, of a bucket that is a folder and cannot rename."""
 
 import json
-import os
 
 import pytest
 from conftest import GOLDENS
-from etils.epath import backend, gpath
+from etils.epath import gpath
+from object_store import make_bucket
 
 from llada_jax.bench.convert import differences
 from llada_jax.errors import InputError
@@ -14,30 +14,9 @@ from llada_jax.interop.export import export_checkpoint
 from llada_jax.training import checkpoint, checkpoint_files, describe, merge
 
 
-class Bucket:
-    """A backend of etils.epath."""
-
-    def __init__(self, root):
-        self._root = str(root)
-
-    def local(self, path) -> str:
-        return os.fspath(path).replace("gs://", f"{self._root}/", 1)
-
-    def __getattr__(self, name):
-        def call(*paths, **options):
-            assert name not in ("rename", "replace"), "object stores cannot rename"
-            found = getattr(backend.os_backend, name)(*map(self.local, paths), **options)
-            return [path.replace(f"{self._root}/", "gs://", 1) for path in found] if name == "glob" else found
-
-        return call
-
-
 @pytest.fixture
 def bucket(tmp_path, monkeypatch):
-    bucket = Bucket(tmp_path)
-    monkeypatch.setitem(gpath._PREFIX_TO_BACKEND, "gs", bucket)
-    kvstore = checkpoint_files._kvstore
-    monkeypatch.setattr(checkpoint_files, "_kvstore", lambda folder, name: kvstore(bucket.local(folder), name))
+    make_bucket(tmp_path, monkeypatch)
     (tmp_path / "b" / "hf").mkdir(parents=True)
     for path in GOLDENS.glob("llada2_tiny/*[!z]"):
         (tmp_path / "b" / "hf" / path.name).write_bytes(path.read_bytes())

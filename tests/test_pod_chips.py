@@ -47,3 +47,22 @@ def test_libtpu_knows_them(name, shape):
     assert devices.shape == shape
     assert devices.reshape(-1)[0].device_kind == parse_topology(name).chip.device_kind
     assert tuple(devices.reshape(-1)[-1].coords)[:2] == (shape[0] - 1, shape[1] - 1)
+
+
+@pytest.mark.parametrize(
+    "topology,name,only",
+    [
+        ("v5p:4x4x4", "v5p-128", True),
+        ("v5p:2x2x1", "v5p-8", True),
+        ("v5p:4x4x8", "v5p-256", True),
+        ("v5p:4x8x8", "v5p-512", False),  # or 4x4x16
+        ("v5p:8x8x8", "v5p-1024", False),
+        ("v5p:4x4x12", "v5p-384", True),
+        ("v6e:8x8", "v6e-64", True),
+        ("v5e:4x4", "v5litepod-16", True),
+        ("tpu7x:4x4x4", "tpu7x-128", True),
+    ],
+)
+def test_names_of_accelerators(topology, name, only):
+    topology = parse_topology(topology)
+    assert (topology.accelerator_type, topology.is_the_only_one) == (name, only)

@@ -25,6 +25,7 @@ from llada_jax.training import checkpoint_arrays as arrays
 from llada_jax.training import state as states
 from llada_jax.training.checkpoint import load_checkpoint, load_params, write_weights
 from llada_jax.training.config import default_config, execution, objective
+from llada_jax.training.metrics import TIMED
 from llada_jax.training.optimizer import make_optimizer
 from llada_jax.training.step import denoising_loss, make_train_step
 
@@ -88,7 +89,7 @@ def train(config, workdir, devices=1):
 
 def metrics_of(workdir):
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in rows]
+    return [{name: value for name, value in row.items() if name not in TIMED} for row in rows]
 
 
 def tensors(step):

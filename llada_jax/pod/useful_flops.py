@@ -31,6 +31,24 @@ def allowed_pairs(visibility: Visibility) -> int:
     return int(noisy.sum(dtype=np.int64) + clean.sum(dtype=np.int64))
 
 
+def mean_pairs(segment_ids: np.ndarray, block_size: int, halves: str, block_origin: str = "global") -> float:
+    """allowed_pairs of a training pass over rows of documents, the mean of a row; counted on the host.
+
+    segment_ids: int [rows, length], 0 is padding. halves, block_size: as in schedule.Phase.
+    """
+    rows, length = segment_ids.shape
+    index = np.broadcast_to(np.arange(length), segment_ids.shape)
+    first = np.ones(segment_ids.shape, bool)
+    first[:, 1:] = (segment_ids[:, 1:] != segment_ids[:, :-1]) | (segment_ids[:, 1:] == 0)
+    last = np.roll(first, -1, axis=1)  # the first position of a row always begins a document
+    start = np.maximum.accumulate(np.where(first, index, 0), axis=1)
+    end = np.minimum.accumulate(np.where(last, index + 1, length)[:, ::-1], axis=1)[:, ::-1]
+    origin = start if block_origin == "document" else 0
+    block_end = np.minimum(end, origin + (index - origin) // block_size * block_size + block_size)
+    # A clean token sees its document up to the end of its block; a noisy one as many: its block, and what is before.
+    return float((block_end - start).sum()) * (2 if halves == "both" else 1) / rows
+
+
 def useful_flops(config: ModelConfig, rows: int, length: int, halves: str, pairs_per_row: float) -> float:
     """Of a training step over `rows` rows of `length` tokens; halves as in schedule.Phase."""
     positions = length * (2 if halves == "both" else 1)

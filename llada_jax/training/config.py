@@ -20,6 +20,7 @@ from llada_jax.errors import InputError
 from llada_jax.model.config import PRESETS
 from llada_jax.model.forward import Execution
 from llada_jax.model.parameters import adaptable
+from llada_jax.training.profiling import parse_steps
 
 
 def default_config(model: str) -> ConfigDict:
@@ -106,6 +107,7 @@ def default_config(model: str) -> ConfigDict:
     execution.reduce_dtype = ""  # of gradients of gathered weights, summed over ranks; "" is execution.dtype
 
     config.checkpoint = kept = ConfigDict()
+    kept.directory = ""  # "" is WORKDIR/checkpoints
     kept.every_steps = 50
     kept.every_minutes = 0.0  # and when so many have passed since the last save; 0: by steps only
     kept.keep_last = 2  # 0 keeps all
@@ -131,6 +133,7 @@ def default_config(model: str) -> ConfigDict:
     evaluation.samples = 1
     evaluation.preference_draws = 8  # DPO: noise samples that each held-out score averages over
     config.log_every_steps = 10
+    config.profile = ConfigDict(dict(steps=""))  # "10:13": an xprof trace of steps 10, 11 and 12 in WORKDIR/profile
     return config.lock()
 
 
@@ -292,7 +295,7 @@ def check(config: ConfigDict) -> None:
             raise InputError(f"config.{field}={value(field)!r}, expected at least 0 and below 1")
     if config.lora.rank and not config.init_from:
         raise InputError(f'config.init_from="": config.lora.rank={config.lora.rank} adapts the model of a checkpoint')
-    phases(config), objective(config), preference(config), execution(config)
+    phases(config), objective(config), preference(config), execution(config), parse_steps(config.profile.steps)
     if config.optimizer.expert_bias_rate:
         if not PRESETS[config.model].expert_bias or config.lora.rank or config.preference.enabled:
             raise InputError(

@@ -20,12 +20,17 @@ from llada_jax.training.patience import Patience
 from llada_jax.training.state import TrainState
 
 
+def checkpoints(config: ConfigDict, workdir: Path) -> str | Path:
+    """The folder of the steps of a run."""
+    return config.checkpoint.directory or workdir / "checkpoints"
+
+
 class Keeper:
     """Saves steps of a run under config.checkpoint."""
 
     def __init__(self, config: ConfigDict, workdir: Path, inputs: Inputs, patience: Patience):
         self._every_minutes, self._patience = config.checkpoint.every_minutes, patience
-        self._directory, self._inputs = workdir / "checkpoints", inputs
+        self._directory, self._inputs = checkpoints(config, workdir), inputs
         kept = config.checkpoint
         self._saver = saver.Saver(self._directory, kept.keep_last, kept.keep_best, kept.keep_every)
         self._lineage = lineage(config, inputs)
@@ -47,8 +52,8 @@ class Keeper:
         return bool(self._every_minutes) and now - self._begun >= 60 * self._every_minutes
 
     def due_anywhere(self, ask: bool) -> bool:
-        """Whether a process is due, the same answer on all of them. Several find that out only when they `ask`: it takes
-        a collective.
+        """Whether a process is due, the same on all of them. Several find that out only when they `ask`: it takes a
+        collective.
         """
         if jax.process_count() == 1:
             return self.due()

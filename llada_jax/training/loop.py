@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -29,15 +28,19 @@ from llada_jax.training import config as settings
 from llada_jax.training import held_out, saved_step, saver
 from llada_jax.training import state as states
 from llada_jax.training.faults import Judge
+from llada_jax.training.goodput import Goodput
 from llada_jax.training.inputs import Inputs, initial_params, open_inputs
-from llada_jax.training.keeper import Keeper
+from llada_jax.training.keeper import Keeper, checkpoints
 from llada_jax.training.lora import describe
 from llada_jax.training.metrics import MetricsWriter, Progress
+from llada_jax.training.mirror import Mirror, open_workdir
 from llada_jax.training.optimizer import learning_rate, make_optimizer
 from llada_jax.training.patience import Patience
 from llada_jax.training.preemption import Stop, stop_on_sigterm
+from llada_jax.training.profiling import Profile, parse_steps
 from llada_jax.training.reference import Reference, open_reference
 from llada_jax.training.source import continue_learning_rate
+from llada_jax.training.speed import Speed
 from llada_jax.training.step import Loss, denoising_loss, make_train_step, preference_loss, whole
 from llada_jax.training.watchdog import watched
 from llada_jax.training.workdir import claimed
@@ -48,17 +51,17 @@ def train(config: ConfigDict, workdir: str, devices=None) -> None:
     """Trains to the end of the schedule, from the newest checkpoint of `workdir` if there is one.
 
     Writes config.json, checkpoints/, metrics.jsonl and TensorBoard event files, and faults.jsonl when a step was bad.
-    SIGTERM saves and returns. devices: those of the mesh, by default all. Raises InputError on bad input, before
-    anything is written, when another trainer has the workdir, and when config.faults or a failing store ends the run.
+    SIGTERM saves and returns. devices: those of the mesh, by default all. A workdir may be gs:// (training/mirror.py).
+    Raises InputError on bad input, before anything is written, when another trainer has the workdir, and when
+    config.faults or a failing store ends the run.
     """
     settings.check(config)
     phases = settings.phases(config)
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
     settings.check_rows(config, mesh)
-    if "://" in os.fspath(workdir):
-        raise InputError(f"--workdir={workdir}: metrics and packed rows are appended to, which needs a local directory")
-    directory = Path(workdir)
     with contextlib.ExitStack() as held:
+        mirror, config = held.enter_context(open_workdir(workdir, config))
+        directory = mirror.local
         if jax.process_index() == 0:
             held.enter_context(claimed(directory))
         inputs = open_inputs(config, directory)
@@ -68,7 +71,7 @@ def train(config: ConfigDict, workdir: str, devices=None) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         settings.write(config, directory / "config.json")
         with jax.set_mesh(mesh), stop_on_sigterm() as stop:
-            _run(config, phases, mesh, directory, inputs, stop)
+            _run(config, phases, mesh, mirror, inputs, stop)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,13 +89,19 @@ class Run:
     patience: Patience
     stop: Stop
     beat: Callable[[], None]
+    mirror: Mirror
+    goodput: Goodput
+    speed: Speed
+    profile: Profile
 
     @property
     def last_step(self) -> int:
         return schedule.total_steps(self.phases)
 
 
-def _run(config, phases, mesh, workdir: Path, inputs: Inputs, stop) -> None:
+def _run(config, phases, mesh, mirror: Mirror, inputs: Inputs, stop) -> None:
+    workdir = mirror.local
+    goodput = Goodput(workdir, writes=jax.process_index() == 0)
     last_step = schedule.total_steps(phases)
     optimizer = make_optimizer(config.optimizer, inputs.trained, last_step)
     abstract = states.abstract(inputs.trained, optimizer)
@@ -102,30 +111,41 @@ def _run(config, phases, mesh, workdir: Path, inputs: Inputs, stop) -> None:
     if reference is None:
         return
     load = functools.partial(_load, config, workdir, inputs, optimizer, abstract, where)
-    state, host = load()
+    with goodput.spent("restore"):
+        state, host = load()
     _announce(config, phases, inputs, mesh, int(state.step), last_step)
     if int(state.step) >= last_step:
         return
 
-    train_step = _train_step(config, inputs, optimizer, mesh)
+    train_step = goodput.timed_steps(_train_step(config, inputs, optimizer, mesh))
     patience = Patience(config.checkpoint.retries, config.checkpoint.retry_seconds)
     keep = Keeper(config, workdir, inputs, patience)
     with contextlib.ExitStack() as closing:
         closing.callback(keep.settle)  # what is being saved when an error ends the run
         beat = closing.enter_context(watched(config.faults.hang_minutes, workdir, jax.process_index()))
-        run = Run(config, phases, workdir, inputs, reference, train_step, batch_sharding, keep, patience, stop, beat)
+        profile = Profile(workdir / "profile", parse_steps(config.profile.steps))
+        closing.callback(profile.close)
+        run = Run(
+            config, phases, workdir, inputs, reference, train_step, batch_sharding, keep, patience, stop, beat,
+            mirror, goodput, Speed(config, phases, inputs, mesh.devices.flat), profile,
+        )  # fmt: skip
         while True:
             judge = Judge(config, phases, workdir, host)
             done, bad_step = _steps(run, state, int(state.step), judge)
             if bad_step is None:
                 break
-            keep.settle()
-            state, host = load()
+            goodput.mark(done)
+            with goodput.spent("restore"):
+                keep.settle()
+                state, host = load()
             host = judge.rewound(bad_step, int(state.step), host)
             print(f"rewound to step {int(state.step)}; the data goes on behind step {bad_step + 1}", flush=True)
             beat()
-        keep.wait()
-    print(f"{'finished' if done == last_step else 'stopped'} at step {done}: {workdir}", flush=True)
+        with goodput.spent("save"):
+            keep.wait()
+    goodput.mark(done)
+    ended = "finished" if done == last_step else "stopped"  # experiments/launch/supervise.sh looks for it
+    print(f"{goodput.describe()}\n{ended} at step {done}: {mirror.remote or workdir}", flush=True)
 
 
 def _steps(run: Run, state: states.TrainState, first_step: int, judge: Judge) -> tuple[int, int | None]:
@@ -141,14 +161,17 @@ def _steps(run: Run, state: states.TrainState, first_step: int, judge: Judge) ->
     with contextlib.ExitStack() as closing:
         closing.callback(writer.close)
         closing.callback(batches.close)
-        for step, batch in batches:
+        run.goodput.begin_steps(first_step)
+        for step, batch in run.goodput.timed_batches(batches):
             done, phase = step + 1, schedule.phase_at(run.phases, step)
             scalars = jnp.int32(phase.block_size), jnp.float32(_noise_std(config, step))
             scalars = jax.device_put((*scalars, *map(jnp.float32, judge.scalars(step))))
             row_ids = batch.row_ids
             batch = jax.device_put(reference.join(step, batch), run.batch_sharding)
+            run.profile.before(done, state)
             with jax.transfer_guard("disallow"):
                 state, metrics = run.train_step(state, reference.frozen, batch, *scalars, phase.halves)
+            run.profile.after(done, metrics)
             due = _due(config, done, last_step)
             last = done == last_step or run.stop.is_set
             save = due.save or last or run.keep.due_anywhere(ask=due.log)
@@ -159,15 +182,19 @@ def _steps(run: Run, state: states.TrainState, first_step: int, judge: Judge) ->
                 return done, bad_step
             if shown:
                 rate = float(rates(max(step - judge.skipped, 0)))
-                _log(writer if due.log else None, progress, done, phase, metrics, rate)
+                timed = run.speed.fields(phase, run.goodput.mark(done)) | run.goodput.fields()
+                _log(writer if due.log else None, progress, done, phase, metrics, rate, timed)
             score = None  # a step that SIGTERM or the clock makes us save has none: no other run would have it
             if due.evaluate:
                 params = whole(state.params, reference.frozen, inputs.trained)
-                score = held_out.evaluate(config, inputs, reference, params, writer, done)
+                with run.goodput.spent("evaluate"):
+                    score = held_out.evaluate(config, inputs, reference, params, writer, done)
                 run.beat()
             if save:
-                writer.sync()
-                run.keep.save(done, state, score if due.save else None, judge.host_state())
+                with run.goodput.spent("save"):
+                    writer.sync()  # a saved step has its rows of metrics
+                    run.mirror.push()
+                    run.keep.save(done, state, score if due.save else None, judge.host_state())
                 run.beat()
             if last:
                 break
@@ -216,8 +243,9 @@ def train_loss(config: ConfigDict, model: ModelConfig, execution: Execution) -> 
 def _load(config, workdir: Path, inputs: Inputs, optimizer, abstract, where) -> tuple[states.TrainState, dict]:
     """The state of the newest checkpoint, and the host state kept with it; without a checkpoint those of the start."""
     found = saver.restore(
-        workdir / "checkpoints", inputs.trained, abstract.params, abstract.optimizer, (where.params, where.optimizer)
-    )
+        checkpoints(config, workdir), inputs.trained, abstract.params, abstract.optimizer,
+        (where.params, where.optimizer),
+    )  # fmt: skip
     if found is None:
         params = initial_params(inputs, config.seed, where.params)
         return jax.jit(lambda p: states.create(p, optimizer), out_shardings=where)(params), {}
@@ -237,7 +265,7 @@ def _noise_std(config, step: int) -> float:
     return c.embedding_noise_std if step < c.embedding_noise_steps else 0.0
 
 
-def _log(writer: MetricsWriter | None, progress, step, phase, metrics, rate) -> None:
+def _log(writer: MetricsWriter | None, progress, step, phase, metrics, rate, timed) -> None:
     """Prints a line; with a writer, writes the row."""
     metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
     line, tokens_per_second = progress.line(step, phase, metrics)
@@ -245,7 +273,7 @@ def _log(writer: MetricsWriter | None, progress, step, phase, metrics, rate) -> 
     if writer is not None:
         row = {"step": step, "phase": phase.name, "block_size": phase.block_size, "learning_rate": rate}
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # JSON has no NaN
-        writer.write(row | finite | {"tokens_per_second": round(tokens_per_second, 1)}, "train")
+        writer.write(row | finite | {"tokens_per_second": round(tokens_per_second, 1)} | timed, "train")
 
 
 def _announce(config, phases, inputs: Inputs, mesh, first_step, last_step) -> None:

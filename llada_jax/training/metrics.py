@@ -7,9 +7,15 @@ import sys
 import time
 from pathlib import Path
 
+from etils import epath
+
 from llada_jax.diffusion.schedule import Phase
+from llada_jax.errors import InputError
 from llada_jax.training.events import Events
 from llada_jax.training.patience import Patience
+
+# Fields of a row that depend on the machine and the moment; all others are those of the uninterrupted run, bit for bit.
+TIMED = frozenset({"tokens_per_second", "mfu", "goodput", "wall_seconds", "hbm_bytes", "hbm_peak_bytes"})
 
 
 class MetricsWriter:
@@ -23,11 +29,20 @@ class MetricsWriter:
         self._events = Events(workdir, purge_step=resume_step + 1)
 
     def write(self, row: dict, prefix: str) -> None:
-        """row: "step" and scalars; prefix: the TensorBoard group. Raises InputError when the store fails too long."""
+        """row: "step", scalars, and groups {name: scalar}; prefix: the TensorBoard group of the scalars.
+
+        A loss is also in a group of its phase and block size. Raises InputError when the store fails too long.
+        """
         self._append(json.dumps(row).encode() + b"\n")
-        for name, value in row.items():
-            if name != "step" and isinstance(value, int | float):
-                self._events.add_scalar(f"{prefix}/{name}", value, row["step"])
+        scalars = {f"{prefix}/{name}": value for name, value in row.items() if name != "step"}
+        if "loss" in row and "phase" in row:
+            scalars[f"loss_by_phase/{row['phase']}_block_{row['block_size']}"] = row["loss"]
+        for name, group in row.items():
+            if isinstance(group, dict):
+                scalars |= {f"{name}/{part}": value for part, value in group.items()}
+        for name, value in scalars.items():
+            if isinstance(value, int | float):
+                self._events.add_scalar(name, value, row["step"])
 
     def _append(self, data: bytes) -> None:
         left = memoryview(data)
@@ -51,6 +66,17 @@ class MetricsWriter:
             self._events.close()
         except OSError as error:
             print(f"{self._path.parent}: the last points for TensorBoard are lost ({error})", file=sys.stderr)
+
+
+def read_rows(workdir: str | os.PathLike) -> list[dict]:
+    """The rows of WORKDIR/metrics.jsonl. Raises InputError when there are none."""
+    path = epath.Path(workdir) / "metrics.jsonl"
+    if not path.exists():
+        raise InputError(f"{path}: no such file; expected the metrics of a run")
+    rows = [row for line in path.read_text().splitlines() if (row := _row(line)) is not None]
+    if not rows:
+        raise InputError(f"{path}: no rows yet")
+    return rows
 
 
 def _truncate(path: Path, step: int) -> None:

@@ -308,7 +308,7 @@ def _delete_old(directory: epath.Path, keep_last: int, keep_best: int, keep_ever
 
 def _delete(step: epath.Path) -> None:
     """Removes a step that never looks complete while it is half gone."""
-    if files.renames(step):
+    if files.is_local(step):
         step = step.rename(step.parent / f".{step.name}.deleted")
     else:
         (step / files.DIGESTS).unlink()

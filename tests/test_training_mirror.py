@@ -1,0 +1,108 @@
+"""A workdir on a bucket: runs resume there as they do on a disk, and what was written is there when they die."""
+
+import json
+import os
+import time
+
+import jax
+import pytest
+from object_store import make_bucket
+from test_training_loop import config_of, metrics_of, small_preset, text  # noqa: F401  fixtures
+
+from llada_jax.errors import InputError
+from llada_jax.training import checkpoint, loop, mirror, saver
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    bucket = make_bucket(tmp_path, monkeypatch)
+    make = saver._make_checkpointer
+
+    def make_local():
+        checkpointer = make()
+        save = checkpointer.save
+        # Orbax's own writer has no bucket to write to here.
+        checkpointer.save = lambda directory, **options: save(bucket.local(directory), **options)
+        return checkpointer
+
+    monkeypatch.setattr(saver, "_make_checkpointer", make_local)
+    (tmp_path / "b").mkdir()
+    return tmp_path / "b"
+
+
+def test_a_run_on_a_bucket_is_the_run_on_a_disk(text, tmp_path, bucket, monkeypatch):  # noqa: F811
+    config = config_of(text, data__cache=str(tmp_path / "cache"), log_every_steps=2)
+    loop.train(config, tmp_path / "disk", jax.devices()[:1])
+
+    class Died(BaseException):
+        pass
+
+    save = loop.Checkpoints.save
+
+    def die_at_12(self, step, *arguments):
+        if step == 12:
+            self.wait()
+            raise Died
+        save(self, step, *arguments)
+
+    monkeypatch.setattr(loop.Checkpoints, "save", die_at_12)
+    with pytest.raises(Died):
+        loop.train(config, "gs://b/run", jax.devices()[:1])
+    monkeypatch.setattr(loop.Checkpoints, "save", save)
+    assert checkpoint.steps("gs://b/run/checkpoints") == [4, 8]
+    loop.train(config, "gs://b/run", jax.devices()[:1])
+    assert config.checkpoint.directory == ""  # the caller's config stays as it was
+    rows = {
+        run: [row for row in metrics_of(run) if row["step"] not in (1, 9)]
+        for run in (tmp_path / "disk", bucket / "run")
+    }
+    assert rows[bucket / "run"] == rows[tmp_path / "disk"]
+    digests = [json.loads((run / "checkpoints/14/digests.json").read_text()) for run in rows]
+    assert digests[0]["tensors"] == digests[1]["tensors"]
+    assert {"config.json", "goodput.json", "metrics.jsonl", "checkpoints"} <= {
+        path.name for path in (bucket / "run").iterdir()
+    }
+    assert len(list((bucket / "run").glob("events.out*"))) == 2
+
+
+def test_files_are_copied_when_they_change_and_a_failing_store_is_tried_again(tmp_path, capsys, monkeypatch):
+    (tmp_path / "b").mkdir()
+    local = tmp_path / "local"
+    local.mkdir()
+    bucket = make_bucket(tmp_path, monkeypatch)
+    folder = mirror.Mirror(local, mirror.epath.Path("gs://b/run"))
+    (local / "metrics.jsonl").write_text("1\n")
+    (local / "x.partial").write_text("")
+    assert folder.push() and (tmp_path / "b/run/metrics.jsonl").read_text() == "1\n"
+    assert not (tmp_path / "b/run/x.partial").exists()
+    with open(local / "metrics.jsonl", "a") as file:
+        file.write("2\n")
+
+    def refuse(*arguments, **options):
+        raise ConnectionError("503")
+
+    bucket.__dict__["open"] = refuse
+    assert not folder.push() and not folder.push()
+    assert capsys.readouterr().err.count("503") == 1
+    del bucket.__dict__["open"]
+    assert folder.push() and (tmp_path / "b/run/metrics.jsonl").read_text() == "1\n2\n"
+    os.remove(tmp_path / "b/run/metrics.jsonl")
+    assert folder.push() and not (tmp_path / "b/run/metrics.jsonl").exists()  # unchanged here: not copied again
+
+
+def test_a_store_that_stays_away_is_an_error_that_says_where_the_files_are(text, tmp_path, monkeypatch):  # noqa: F811
+    make_bucket(tmp_path, monkeypatch)
+    monkeypatch.setattr(mirror.Mirror, "push", lambda self: False)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    config = config_of(text, data__cache=str(tmp_path / "cache"))
+    with pytest.raises(InputError, match="gs://b/run: cannot be written to; .*llada_jax_"):
+        with mirror.open_workdir("gs://b/run", config) as (folder, _):
+            (folder.local / "metrics.jsonl").write_text("1\n")
+    assert (folder.local / "metrics.jsonl").exists()
+
+
+def test_rows_are_not_packed_into_a_bucket(text):  # noqa: F811
+    with pytest.raises(
+        InputError, match="--workdir=gs://bucket/run: rows cannot be packed there; set config.data.path"
+    ):
+        loop.train(config_of(text), "gs://bucket/run", jax.devices()[:1])
