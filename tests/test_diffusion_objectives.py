@@ -1,12 +1,12 @@
 """The analytic oracles: what a right mask, weight and alignment must give whatever the weights of the model."""
 
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from bayes_exact import bayes_nll, draw_sequences, joint
 
 import llada_jax
 from llada_jax.data.order import Batch
@@ -69,39 +69,16 @@ def test_uniform_model_has_nelbo_log_vocab(spec, halves, block_size):
 
 # --- C: the Bayes-exact denoiser ------------------------------------------------------------------------------------
 
-VOCAB, LENGTH = 3, 4
-SEQUENCES = np.array(list(itertools.product(range(VOCAB), repeat=LENGTH)))
-
-
-def joint():
-    p = np.random.default_rng(7).dirichlet(np.full(len(SEQUENCES), 0.3))
-    return p, -(p * np.log(p)).sum()
-
-
-def bayes_nll(noisy, clean, masked, block_size, p):
-    """-log p(x_i | noisy block of i, clean blocks before it) by enumeration; [rows, LENGTH]."""
-    nll = np.zeros(clean.shape)
-    position = np.arange(LENGTH)
-    for i in range(LENGTH):
-        before = position < i // block_size * block_size
-        here = position // block_size == i // block_size
-        known = before[None] | (here[None] & ~masked)
-        agrees = ((SEQUENCES[None] == clean[:, None]) | ~known[:, None]).all(-1)  # [rows, sequences]
-        mass = agrees @ p
-        right = (agrees & (SEQUENCES[None, :, i] == clean[:, None, i])) @ p
-        nll[:, i] = -np.log(right / mass)
-    return nll * masked
-
 
 @pytest.mark.parametrize("block_size", [1, 2, 4])
 @pytest.mark.parametrize("spec", [NoiseSpec(rate_low=0.0), ESTIMATOR])
 def test_bayes_exact_model_has_nelbo_equal_to_entropy(block_size, spec):
     p, entropy = joint()
     rows = 60_000
-    x = SEQUENCES[np.random.default_rng(1).choice(len(p), rows, p=p)]
+    x = draw_sequences(p, rows)
     config = TINY.replace(vocab_size=512)
     example = prepared(x, block_size, config, Objective(spec))
-    nll = bayes_nll(np.asarray(example.noisy), x, np.asarray(example.masked), block_size, p)
+    nll = bayes_nll(x, np.asarray(example.masked), block_size, p)
     per_row = (nll * np.asarray(example.weights)).sum(1)
     # 1/t is heavy-tailed: the error bar of the Bernoulli estimate is its own.
     assert abs(per_row.mean() - entropy) < 4.5 * per_row.std() / np.sqrt(rows)
@@ -111,10 +88,10 @@ def test_bayes_exact_model_has_nelbo_equal_to_entropy(block_size, spec):
 
 def test_clipped_rates_are_biased_upwards_but_not_at_block_size_1():
     p, entropy = joint()
-    x = SEQUENCES[np.random.default_rng(1).choice(len(p), 60_000, p=p)]
+    x = draw_sequences(p, 60_000)
     for block_size, biased in ((1, False), (4, True)):
         example = prepared(x, block_size, objective=Objective(NoiseSpec(rate_low=0.3, rate_high=0.8)))
-        nll = bayes_nll(np.asarray(example.noisy), x, np.asarray(example.masked), block_size, p)
+        nll = bayes_nll(x, np.asarray(example.masked), block_size, p)
         per_row = (nll * np.asarray(example.weights)).sum(1)
         excess = (per_row.mean() - entropy) / (per_row.std() / np.sqrt(len(x)))
         assert excess > 4 if biased else abs(excess) < 4

@@ -23,7 +23,8 @@ def model():
 
 
 def record(score, tokens, passes):
-    return {"score": score, "tokens": tokens, "forward_passes": passes, "ended": True}
+    return {"score": score, "tokens": tokens, "forward_passes": passes, "ended": True, "positions_evaluated": passes,
+            "group": f"{passes} passes"}  # fmt: skip
 
 
 def test_standard_errors_are_those_of_the_mean_and_of_the_ratio():
@@ -96,3 +97,24 @@ def test_a_bad_question_is_named_by_file_and_line(tmp_path, line, message):
         tasks.file_questions(str(path))
     with pytest.raises(InputError, match="no such file"):
         tasks.file_questions(str(tmp_path / "none.jsonl"))
+
+
+def test_answers_by_pattern_and_the_part_that_counts(tmp_path):
+    path = tmp_path / "q.jsonl"
+    rows = [{"prompt": "a", "answer": "12"}, {"prompt": "a", "pattern": "^1.$"}, {"prompt": "a", "pattern": "no"}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    said = "so 3, no: The answer is 12."
+    assert [question.score(said) for question in tasks.file_questions(str(path))] == [0, 0, 1]
+    for extract in (r"answer is (\d+)", r"\d+"):  # the first group, or the whole; of the last match
+        assert [q.score(said) for q in tasks.file_questions(str(path), extract=extract)] == [1, 1, 0]
+        assert [q.score("none") for q in tasks.file_questions(str(path), extract=extract)] == [0, 0, 0]
+    with pytest.raises(InputError, match=r"extract='\('"):
+        tasks.file_questions(str(path), extract="(")
+    path.write_text('{"prompt": "a", "pattern": "("}')
+    with pytest.raises(InputError, match=r"q.jsonl:1: pattern='\('"):
+        tasks.file_questions(str(path))
+
+
+def test_scores_are_given_by_group():
+    result = tasks.summarize([record(1.0, 3, 3), record(0.0, 1, 3), record(1.0, 1, 1)])
+    assert result.groups == {"3 passes": 0.5, "1 passes": 1.0} and result.positions_evaluated == 7

@@ -93,6 +93,20 @@ def test_pack_then_evaluate(checkpoint, tmp_path):
     result = json.loads(output.read_text())
     assert result["block 8"]["tokens"] == 4 * 32 - 31 and result["block 8"]["stderr"] > 0  # the last row is padded
     assert result["ar"]["tokens"] < result["block 1"]["tokens"]  # the first token of a document has no AR loss
+    assert 1 < result["block 8"]["bits_per_byte"] and result["ar"]["perplexity"] > 1
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps({"prompt": "q" * n, "answer": "a" * n}) + "\n" for n in (3, 5)))
+    output = tmp_path / "pairs.json"
+    done = run(
+        "evaluate", f"--checkpoint={checkpoint}", f"--data={pairs}", "--block_sizes=4,full", "--samples=2",
+        "--repeats=2", f"--reference={checkpoint}", f"--output={output}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads(output.read_text())
+    assert result["full"]["tokens"] == result["block 4"]["tokens"] == 4 + 6 and result["full"]["noise_stderr"] > 0
+    assert result["source ar"] == result["ar"]
+    done = run("evaluate", f"--table={output}")
+    assert done.stdout.startswith("| result | ar | block 4 | full | source ar |\n"), done.stderr
 
 
 def test_evaluate_preference_of_a_checkpoint_with_itself(checkpoint, tmp_path):
@@ -127,6 +141,8 @@ def test_verify(checkpoint):
         ("evaluate", ["--checkpoint=CHECKPOINT", "--data=/nowhere"], "/nowhere"),
         ("evaluate", ["--checkpoint=CHECKPOINT", "--data=x", "--task=mmlu"], "mmlu"),
         ("evaluate", ["--checkpoint=CHECKPOINT", "--data=x", "--task=preference"], "--task=preference needs one"),
+        ("evaluate", ["--checkpoint=CHECKPOINT", "--task=humaneval"], "--allow_code_execution"),
+        ("evaluate", ["--table=/nowhere.json"], "/nowhere.json"),
         ("verify_checkpoint", ["--checkpoint=/nowhere"], "/nowhere"),
         ("verify_checkpoint", [], "--checkpoint"),
         ("inspect_checkpoint", ["--checkpoint=/nowhere"], "/nowhere"),

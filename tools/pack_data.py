@@ -10,7 +10,7 @@ A source is .jsonl or .parquet files (.txt too for documents), or a folder that 
 wrote. A conversation is a row with `messages` (and `tools`), with `prompt` and `completion`, or with `input_ids` and
 `labels`, `supervised` or `prompt_length`; a pair one with `prompt`, `chosen` and `rejected`, or with `chosen` and
 `rejected` that begin alike (llada_jax/data/chat.py and pairs.py). A run that was interrupted goes on where it stopped
-when it is started again with the same flags.
+when it is started again with the same flags; --processes may differ.
 """
 
 import sys
@@ -62,7 +62,10 @@ flags.DEFINE_integer(
     "block_align", None, "Start documents at multiples of this in a row (default: 1 for text, else 32).", 1
 )
 flags.DEFINE_integer("rows_per_shard", 65536, "Rows in a shard file.", lower_bound=1)
-_COMMON = ("split", "block_align", "rows_per_shard")
+flags.DEFINE_integer(
+    "processes", 1, "Processes that read and tokenise. The output is the same, byte for byte, with any number.", 1
+)
+_COMMON = ("split", "block_align", "rows_per_shard", "processes")
 _KINDS = {  # the packer, what dataset.json calls its examples, and its own flags
     "text": (pack, None, ("field", "patterns")),
     "chat": (pack_chat, "conversations", ("turns", "tail", "skip_malformed")),

@@ -1,6 +1,7 @@
-"""The order of training rows: a pure function from step to rows, read by random access from a packed dataset."""
+"""The order of training rows: a pure function from step to rows, read by random access from packed datasets."""
 
-import os
+import abc
+import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +11,10 @@ import grain
 import numpy as np
 
 from llada_jax.data.rows import Row, decode_row, read_dataset
+from llada_jax.data.shards import CorruptRecord, Shards
 from llada_jax.errors import InputError
+
+MAX_ROWS = 1 << 32  # the noise of a row is keyed by 32 bits
 
 
 @flax.struct.dataclass
@@ -18,7 +22,7 @@ class Batch:
     """Rows of one step.
 
     ids [rows, length] int32; segment_ids [rows, length] int32, 0 on padding; supervised [rows, length] bool;
-    row_ids [rows] uint32, the stored indices of the rows; epochs [rows] uint32.
+    row_ids [rows] uint32, which tell all stored rows apart; epochs [rows] uint32.
     """
 
     ids: np.ndarray
@@ -28,14 +32,67 @@ class Batch:
     epochs: np.ndarray
 
 
-class Rows:
+class Order(abc.ABC):
+    """Rows in an order without end: what Rows and Mixture have in common.
+
+    Attributes: `length`, tokens in a row; `digest`, hex, of everything that is stored.
+    """
+
+    length: int
+    digest: str
+
+    @abc.abstractmethod
+    def __len__(self) -> int:
+        """Number of different rows."""
+
+    @abc.abstractmethod
+    def index(self, n: int) -> tuple[int, int]:
+        """(id of the row, epoch) of the n-th row, n = 0, 1, …"""
+
+    @abc.abstractmethod
+    def read(self, row_id: int) -> Row:
+        """The row of an id. Raises InputError naming shard and index if it cannot be read."""
+
+    def at(self, n: int) -> tuple[Row, int, int]:
+        """Returns (row, id of the row, epoch) of the n-th row. Raises as `read`."""
+        row_id, epoch = self.index(n)
+        return self.read(row_id), row_id, epoch
+
+    def batch(
+        self, step: int, rows_per_step: int, offset: int = 0, which: slice | Sequence[int] = slice(None)
+    ) -> Batch:
+        """Returns rows offset + step * rows_per_step + i, for those i in range(rows_per_step) that `which` picks.
+
+        Raises as `read`.
+        """
+        wanted = offset + step * rows_per_step + np.arange(rows_per_step)[which]
+        indices = [self.index(int(n)) for n in wanted]
+        rows = [self.read(row_id) for row_id, _ in indices]
+        shape = (len(rows), self.length)
+        return Batch(
+            ids=np.array([row.ids for row in rows], np.int32).reshape(shape),
+            segment_ids=np.array([row.segment_ids for row in rows], np.int32).reshape(shape),
+            supervised=np.array([row.supervised for row in rows], bool).reshape(shape),
+            row_ids=np.array([row_id for row_id, _ in indices], np.uint32),
+            epochs=np.array([epoch for _, epoch in indices], np.uint32),
+        )
+
+
+class Rows(Order):
     """Random access to the stored rows [start, stop) of a packed dataset, shuffled anew in every epoch.
 
-    Opening reads dataset.json only. The order depends on `seed` (non-negative), the range and nothing else; without
-    `shuffle` it is the stored order. Raises InputError if the dataset is missing or incomplete, the range is empty
-    or exceeds it, or its rows are not of `expected_length` tokens (None takes any).
+    Opening reads dataset.json and lists the folder; no shard is opened. The id of a row is its stored index. The order
+    depends on `seed` (non-negative), the range and nothing else; without `shuffle` it is the stored order. Raises
+    InputError if the dataset is missing or incomplete, the range is empty or exceeds it, or its rows are not of
+    `expected_length` tokens (None takes any).
 
-    Attributes: `length`, tokens in a row; `dataset`, the contents of dataset.json.
+    A corrupt row is read as one of padding: it has no token to learn from, and all others stay where they are. What is
+    read for a row so depends on that row alone, whatever the hosts, the steps before it and the other rows. Each is
+    reported on stderr when it is first met; once more than `corrupt_share` of the stored rows have been, `read` raises
+    InputError, with the default of 0 at the first one.
+
+    Attributes: `length`, tokens in a row; `digest`; `dataset`, the contents of dataset.json; `stored`, the number of
+    its rows; `corrupt`, the ids of the corrupt ones that were met.
     """
 
     def __init__(
@@ -47,58 +104,30 @@ class Rows:
         *,
         shuffle: bool = True,
         expected_length: int | None = None,
+        corrupt_share: float = 0.0,
     ):
         self.dataset = read_dataset(path)
-        self.length = self.dataset["length"]
-        self._shards = [(os.path.join(path, name), rows) for name, rows in self.dataset["shards"]]
-        stored = sum(rows for _, rows in self._shards)
+        self.length, self.digest = self.dataset["length"], self.dataset["digest"]
+        self.stored = stored = sum(rows for _, rows in self.dataset["shards"])
         stop = stored if stop is None else stop
         if expected_length not in (None, self.length):
             raise InputError(f"{path}/dataset.json: length is {self.length}, not {expected_length}")
-        if stored == 0:
-            raise InputError(f"{path}/dataset.json: the dataset has no rows")
+        if not 0 < stored <= MAX_ROWS:
+            amount = f"{stored} rows, more than {MAX_ROWS}" if stored else "no rows"
+            raise InputError(f"{path}/dataset.json: the dataset has {amount}")
         if not 0 <= start < stop <= stored:
             raise InputError(f"{path}: rows [{start}, {stop}) are empty or exceed the {stored} stored rows")
         if seed < 0:
             raise InputError(f"seed {seed} must not be negative")
-        for shard, _ in self._shards:
-            if not os.path.isfile(shard):
-                raise InputError(f"{shard}: missing shard")
         self._seed, self._start, self._count, self._shuffle = seed, start, stop - start, shuffle
-        # With the number of rows in the path a shard is opened at its first read, not now.
-        self._source = grain.sources.ArrayRecordDataSource([f"{shard}[0:{rows}]" for shard, rows in self._shards])
+        self._shards = Shards(path, self.dataset["shards"])
+        self._corrupt_share = corrupt_share
+        self.corrupt: set[int] = set()
 
     def __len__(self) -> int:
         return self._count
 
-    def at(self, n: int) -> tuple[Row, int, int]:
-        """Returns (row, stored index of the row, epoch) of the n-th row of training, n = 0, 1, … without end.
-
-        Raises InputError naming shard and index if the record is corrupt.
-        """
-        row_id, epoch = self._index(n)
-        return self._read(row_id), row_id, epoch
-
-    def batch(
-        self, step: int, rows_per_step: int, offset: int = 0, which: slice | Sequence[int] = slice(None)
-    ) -> Batch:
-        """Returns rows offset + step * rows_per_step + i, for those i in range(rows_per_step) that `which` picks.
-
-        Raises InputError naming shard and index if a record is corrupt.
-        """
-        wanted = offset + step * rows_per_step + np.arange(rows_per_step)[which]
-        indices = [self._index(int(n)) for n in wanted]
-        rows = [self._read(row_id) for row_id, _ in indices]
-        shape = (len(rows), self.length)
-        return Batch(
-            ids=np.array([row.ids for row in rows], np.int32).reshape(shape),
-            segment_ids=np.array([row.segment_ids for row in rows], np.int32).reshape(shape),
-            supervised=np.array([row.supervised for row in rows], bool).reshape(shape),
-            row_ids=np.array([row_id for row_id, _ in indices], np.uint32),
-            epochs=np.array([epoch for _, epoch in indices], np.uint32),
-        )
-
-    def _index(self, n: int) -> tuple[int, int]:
+    def index(self, n: int) -> tuple[int, int]:
         epoch, index = divmod(n, self._count)
         if self._shuffle:
             # Grain's own shuffle seeds epoch e with seed + e, which makes epoch 1 of seed 0 the epoch 0 of seed 1.
@@ -106,25 +135,33 @@ class Rows:
             index = grain.experimental.index_shuffle(index, max_index=self._count - 1, seed=seed, rounds=4)
         return self._start + index, epoch
 
-    def _read(self, row_id: int) -> Row:
+    def read(self, row_id: int) -> Row:
         try:
-            row = decode_row(self._source[row_id])
+            row = decode_row(self._shards.read(row_id))
             if len(row.ids) != self.length:
-                raise ValueError(f"{len(row.ids)} tokens instead of {self.length}")
+                raise CorruptRecord(f"{len(row.ids)} tokens instead of {self.length}")
             return row
-        except (RuntimeError, ValueError, IndexError) as error:
-            raise InputError(f"{self._place(row_id)} is corrupt ({error})") from error
+        except InputError:
+            raise
+        except ValueError as error:
+            if row_id not in self.corrupt:
+                self.corrupt.add(row_id)
+                self._report(f"{self._shards.place(row_id)} is corrupt ({error})")
+        nothing = np.zeros(self.length, np.int32)
+        return Row(nothing, nothing, nothing > 0, ())
 
-    def _place(self, row_id: int) -> str:
-        for shard, rows in self._shards:
-            if row_id < rows:
-                return f"{shard}: record {row_id}"
-            row_id -= rows
-        raise IndexError(row_id)
+    def _report(self, fault: str) -> None:
+        found = len(self.corrupt)
+        if found > self._corrupt_share * self.stored:
+            if self._corrupt_share:
+                share = f"config.data.corrupt_share={self._corrupt_share}"
+                fault += f", the {found}th of {self.stored} rows: more than {share}"
+            raise InputError(fault)
+        print(f"{fault}; skipped, {found} of {self.stored} rows", file=sys.stderr, flush=True)
 
 
 def prefetch(
-    rows: Rows,
+    rows: Order,
     first_step: int,
     last_step: int,
     rows_per_step: int,

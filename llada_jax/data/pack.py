@@ -6,6 +6,7 @@ from there and ends in the same bytes.
 """
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -17,8 +18,10 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from llada_jax.data import sources, text
+from llada_jax.data.parts import read_parts
 from llada_jax.data.progress import progress_lines
 from llada_jax.data.rows import FORMAT, encode_row, read_json
+from llada_jax.data.sources import Position
 from llada_jax.errors import InputError
 from llada_jax.interop.tokenizer import Tokenizer
 
@@ -49,6 +52,7 @@ def pack(
     split: str = "",
     block_align: int = 1,
     rows_per_shard: int = 65536,
+    processes: int = 1,
     log: TextIO | None = None,
 ) -> dict:
     """Tokenises the documents of `source` (sources.list_files) and packs them greedily into rows of `length` tokens.
@@ -56,7 +60,8 @@ def pack(
     Every document is followed by the tokenizer's end-of-sequence token, if it has one; a document of no tokens is
     left out. A document that crosses the end of a row is split, and its continuation is a document of its own in
     the next row. No token is dropped: the last row is padded. `block_align` makes every document start at a
-    multiple of it inside its row, with padding in between. Progress lines go to `log`.
+    multiple of it inside its row, with padding in between. With `processes` > 1 that many read and tokenise, and this
+    one packs: the same bytes, whatever their number, interrupted or not. Progress lines go to `log`.
 
     Returns the contents of dataset.json. A run over a complete dataset with the same settings changes nothing; an
     interrupted one is continued. Raises InputError on bad input and when `out` was begun with other settings.
@@ -76,7 +81,8 @@ def pack(
     }
 
     def rows_after(source: tuple[int, int], taken: int) -> Iterator[PackedRow]:
-        tokenised = _tokenise(text.iter_documents(files, field, source), tokenizer)
+        read = functools.partial(_read, files, field, tokenizer)
+        tokenised = read_parts(read, files, source, processes)
         return _pack_rows(tokenised, length, block_align, tokenizer.eos_id or 0, taken)
 
     empty = f"{source}: empty dataset, every document is empty"
@@ -115,8 +121,8 @@ def write_dataset(
         return dataset
     state = _resume(progress_path, settings, counts)
     with _folder(out), progress_lines(files, tuple(state["source"]), state["tokens"], log) as report:
-        rows = rows_after(tuple(state["source"]), state["taken"])
-        state = _write_shards(rows, out, settings, state, report)
+        with contextlib.closing(rows_after(tuple(state["source"]), state["taken"])) as rows:
+            state = _write_shards(rows, out, settings, state, report)
         if not state["shards"]:
             raise InputError(empty)
     dataset = settings | {
@@ -178,10 +184,11 @@ def _add(totals: dict, counts: dict) -> dict:
     }
 
 
-def _tokenise(
-    documents: Iterable[tuple[int, int, str]], tokenizer: Tokenizer
-) -> Iterator[tuple[tuple[int, int], np.ndarray]]:
-    """Yields (source, ids [n] int32) for every document, the end-of-sequence token included."""
+def _read(
+    files: Sequence[sources.SourceFile], field: str, tokenizer: Tokenizer, start: Position, stop: Position
+) -> Iterator[tuple[Position, np.ndarray]]:
+    """Yields (source, ids [n] int32) for the documents from `start` to `stop`, the end-of-sequence token included."""
+    documents = text.iter_documents(files, field, start, stop)
     end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     for batch in batches(documents, lambda document: len(document[2])):
         for (file, offset, _), ids in zip(batch, tokenizer.encode_batch([body for *_, body in batch]), strict=True):
@@ -202,7 +209,7 @@ def batches(items: Iterable, characters: Callable[..., int]) -> Iterator[list]:
 
 
 def _pack_rows(
-    documents: Iterable[tuple[tuple[int, int], np.ndarray]], length: int, align: int, pad_id: int, skip: int
+    documents: Iterable[tuple[Position, np.ndarray]], length: int, align: int, pad_id: int, skip: int
 ) -> Iterator[PackedRow]:
     """Yields full rows, then the padded rest; the first `skip` tokens of the first document are left out."""
     pieces: list[tuple[int, np.ndarray, tuple[int, int], bool]] = []  # (start, ids, source, begins a document)

@@ -1,5 +1,7 @@
 """Packs conversations for SFT: one document each, or one for each of the assistant's turns."""
 
+import functools
+
 from llada_jax.data import chat
 from llada_jax.data.pack_examples import Kind, pack_examples
 from llada_jax.errors import InputError
@@ -14,9 +16,10 @@ def pack_chat(source: str, tokenizer: Tokenizer, out: str, length: int, *, turns
     """
     if turns not in chat.TURNS:
         raise InputError(f"turns {turns!r} is none of {', '.join(chat.TURNS)}")
-
-    def prepare(row: dict):
-        return [[document] for document in chat.prepare(row, tokenizer, turns)] or "no response"
-
+    prepare = functools.partial(_prepare, tokenizer, turns)
     kind = Kind("chat", "conversations", chat.COLUMNS, ("no response",), {"turns": turns}, prepare)
     return pack_examples(source, tokenizer, out, length, kind, **options)
+
+
+def _prepare(tokenizer: Tokenizer, turns: str, row: dict) -> list[list[chat.Rendered | chat.Conversation]] | str:
+    return [[document] for document in chat.prepare(row, tokenizer, turns)] or "no response"

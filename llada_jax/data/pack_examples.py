@@ -4,6 +4,7 @@ An example is one document (a conversation) or several that must be neighbours i
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, TextIO
@@ -12,9 +13,10 @@ import numpy as np
 
 from llada_jax.data import chat
 from llada_jax.data.pack import PackedRow, batches, check_shape, write_dataset
+from llada_jax.data.parts import read_parts
 from llada_jax.data.records import parse_row, read_rows
 from llada_jax.data.rows import FORMAT, encode_row
-from llada_jax.data.sources import ROW_SUFFIXES, SourceFile, list_files, place
+from llada_jax.data.sources import ROW_SUFFIXES, Position, SourceFile, list_files, place
 from llada_jax.errors import InputError
 from llada_jax.interop.tokenizer import Tokenizer
 
@@ -25,9 +27,9 @@ class Kind(NamedTuple):
     """What the rows of a source are.
 
     `prepare` maps a parsed row to its examples, each a list of documents for chat.tokenise, or to the reason why it
-    cannot be used, one of `reasons`; it raises InputError if the row is malformed. `unit` is what an example is called
-    in dataset.json, where `settings` are recorded; `columns` are those that a table is read for. A packed row holds at
-    most `max_examples` (None: any number).
+    cannot be used, one of `reasons`; it raises InputError if the row is malformed, and can be pickled. `unit` is what
+    an example is called in dataset.json, where `settings` are recorded; `columns` are those that a table is read for. A
+    packed row holds at most `max_examples` (None: any number).
     """
 
     name: str
@@ -51,6 +53,7 @@ def pack_examples(
     block_align: int = 32,
     rows_per_shard: int = 65536,
     skip_malformed: bool = False,
+    processes: int = 1,
     log: TextIO | None = None,
 ) -> dict:
     """Tokenises the examples under `source` (sources.list_files) and packs them into rows of `length` tokens.
@@ -61,6 +64,7 @@ def pack_examples(
 
     Examples go, in order, to the first of at most 16 open rows that has room; a new row closes the fullest of them.
     Every shard is packed on its own, so that a run continues at a shard without a memory of open rows.
+    `processes` as in `pack`.
 
     Returns the contents of dataset.json: as `pack`, and `kind`, kind.unit (the number of examples read), `used`,
     `unusable` {reason: number} and `supervised_tokens`. Unusable are examples with a reason of `kind`, those "too long"
@@ -89,7 +93,8 @@ def pack_examples(
     counts = {"tokens": 0, "documents": 0, "used": 0, **_nothing_read(kind), "supervised_tokens": 0}
 
     def rows_after(position: tuple[int, int], taken: int) -> Iterator[PackedRow]:
-        examples = itertools.islice(_read(files, position, tokenizer, kind, skip_malformed), taken, None)
+        read = functools.partial(_read, files, tokenizer, kind, skip_malformed)
+        examples = itertools.islice(read_parts(read, files, position, processes), taken, None)
         fitted = ((where, _fit(item, length, block_align, tail, tokenizer.eos_id)) for where, item in examples)
         end = _Place((len(files), 0), 0)
         return _pack_rows(fitted, length, rows_per_shard, tokenizer.eos_id, end, kind, source)
@@ -135,12 +140,12 @@ def _size(example: Sequence[_Piece]) -> int:
 
 
 def _read(
-    files: Sequence[SourceFile], start: tuple[int, int], tokenizer: Tokenizer, kind: Kind, skip_malformed: bool
+    files: Sequence[SourceFile], tokenizer: Tokenizer, kind: Kind, skip_malformed: bool, start: Position, stop: Position
 ) -> Iterator[tuple[_Place, list[chat.Conversation] | str]]:
-    """Yields (place, the example's documents, or the reason why it cannot be used) for every row of the files."""
+    """Yields (place, the example's documents, or the reason why it cannot be used) for the rows in [start, stop)."""
 
     def prepare():
-        for file, offset, row in read_rows(files, kind.columns, start):
+        for file, offset, row in read_rows(files, kind.columns, start, stop):
             try:
                 examples = kind.prepare(parse_row(row))
             except InputError as error:

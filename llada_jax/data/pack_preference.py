@@ -3,7 +3,9 @@
 So segments 1 and 2 of a row are its first pair, 3 and 4 the second, as diffusion/preference.py reads them.
 """
 
-from llada_jax.data import pairs
+import functools
+
+from llada_jax.data import chat, pairs
 from llada_jax.data.pack_examples import Kind, pack_examples
 from llada_jax.errors import InputError
 from llada_jax.interop.tokenizer import Tokenizer
@@ -19,11 +21,11 @@ def pack_preference(
     """
     if max_pairs < 1:
         raise InputError(f"max_pairs {max_pairs} must be at least 1")
-
-    def prepare(row: dict):
-        documents = pairs.prepare(row, tokenizer)
-        return documents if isinstance(documents, str) else [documents]
-
-    reasons = ("no response", "identical answers")
+    prepare, reasons = functools.partial(_prepare, tokenizer), ("no response", "identical answers")
     kind = Kind("preference", "pairs", pairs.COLUMNS, reasons, {"max_pairs": max_pairs}, prepare, max_pairs)
     return pack_examples(source, tokenizer, out, length, kind, **options)
+
+
+def _prepare(tokenizer: Tokenizer, row: dict) -> list[list[chat.Rendered | chat.Conversation]] | str:
+    documents = pairs.prepare(row, tokenizer)
+    return documents if isinstance(documents, str) else [documents]

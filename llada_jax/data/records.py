@@ -1,27 +1,27 @@
 """Readers of rows with several fields: .jsonl lines and table rows as one stream that can be taken up anywhere."""
 
+import math
 from collections.abc import Iterator, Sequence
 
 from llada_jax.data import jsonl, tables
-from llada_jax.data.sources import SourceFile
+from llada_jax.data.sources import Position, SourceFile, ranges
 from llada_jax.errors import InputError
 
 
 def read_rows(
-    files: Sequence[SourceFile], columns: Sequence[str], start: tuple[int, int] = (0, 0)
+    files: Sequence[SourceFile], columns: Sequence[str], start: Position = (0, 0), stop: Position | None = None
 ) -> Iterator[tuple[int, int, bytes | dict]]:
-    """Yields (file index, offset, row for `parse_row`) in order, beginning with the row at `start`.
+    """Yields (file index, offset, row for `parse_row`) for the rows from `start` to `stop`, exclusive, in order.
 
     The offset is a byte offset in a .jsonl file and a row number in a table, of which only `columns` are read. Raises
     InputError naming the file if it cannot be read.
     """
-    first_file, first_offset = start
-    for index in range(first_file, len(files)):
-        file, offset = files[index], first_offset if index == first_file else 0
+    for index, offset, end in ranges(files, start, stop):
+        file = files[index]
         if file.format == "jsonl":
-            rows = read_lines(file.path, offset)
+            rows = read_lines(file.path, offset, end)
         else:
-            rows = tables.iter_rows(file.path, file.format, columns, offset)
+            rows = tables.iter_rows(file.path, file.format, columns, offset, end)
         for position, row in rows:
             yield index, position, row
 
@@ -45,12 +45,15 @@ def parse_object(line: bytes) -> dict:
     return record
 
 
-def read_lines(path: str, offset: int) -> Iterator[tuple[int, bytes]]:
-    """Yields (byte offset, line) for the lines from `offset` that are not blank. Raises InputError naming the file."""
+def read_lines(path: str, offset: int, stop: float = math.inf) -> Iterator[tuple[int, bytes]]:
+    """Yields (byte offset, line) for the lines that begin in [offset, stop), in bytes, and are not blank.
+
+    Raises InputError naming the file.
+    """
     try:
         with open(path, "rb") as stream:
             stream.seek(offset)
-            while line := stream.readline():
+            while offset < stop and (line := stream.readline()):
                 if line.strip():
                     yield offset, line
                 offset += len(line)

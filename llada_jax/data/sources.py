@@ -2,6 +2,7 @@
 
 import fnmatch
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ class SourceFile:
     name: str
     bytes: int
     format: str
+
+
+Position = tuple[int, int]  # (file index, offset): bytes in a .jsonl file, rows in a table, 0 in a text file
 
 
 def list_files(
@@ -53,7 +57,17 @@ def list_files(
     return files
 
 
-def bytes_before(files: Sequence[SourceFile], position: tuple[int, int]) -> int:
+def ranges(files: Sequence[SourceFile], start: Position, stop: Position | None) -> Iterator[tuple[int, int, float]]:
+    """Yields (file index, first offset, end) for the files that hold something in [start, stop).
+
+    The end is infinity in a file that is wanted to its end, and so everywhere without `stop`.
+    """
+    last, end = stop or (len(files), 0)
+    for index in range(start[0], min(len(files), last + (end > 0))):
+        yield index, start[1] if index == start[0] else 0, end if index == last else math.inf
+
+
+def bytes_before(files: Sequence[SourceFile], position: Position) -> int:
     """Input bytes that precede the document at (file index, offset); within a table in proportion to rows."""
     index, offset = position
     whole = sum(file.bytes for file in files[:index])

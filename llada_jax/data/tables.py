@@ -1,6 +1,8 @@
 """Rows of columnar files: parquet, and Arrow IPC streams as Hugging Face's `datasets` saves them."""
 
+import contextlib
 import functools
+import math
 from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
@@ -13,29 +15,45 @@ _BATCH = 256
 _END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 
 
-def iter_rows(path: str, file_format: str, columns: Sequence[str], offset: int) -> Iterator[tuple[int, dict]]:
-    """Yields (row number, {column: value}) for the rows at or after `offset`, with those `columns` that the file has.
+def iter_rows(
+    path: str, file_format: str, columns: Sequence[str], offset: int, stop: float = math.inf
+) -> Iterator[tuple[int, dict]]:
+    """Yields (row number, {column: value}) for the rows in [offset, stop), with those `columns` that the file has.
 
     A few hundred rows are held at a time. Raises InputError naming the file if it cannot be read or has none of them.
     """
+    with _errors_of(path, file_format):
+        for row, batch in _BATCHES[file_format](path, columns, offset, stop):
+            last = int(min(len(batch), stop - row))
+            for start in range(max(0, offset - row), last, _BATCH):
+                yield from enumerate(batch.slice(start, min(_BATCH, last - start)).to_pylist(), row + start)
+
+
+@functools.lru_cache(maxsize=8)
+def count_rows(path: str, file_format: str) -> int:
+    """Number of rows, without reading their values. Raises InputError as iter_rows."""
+    return sum(row_groups(path, file_format))
+
+
+def row_groups(path: str, file_format: str) -> list[int]:
+    """Numbers of rows that are read at once, in order, without reading their values. Raises InputError as iter_rows."""
+    with _errors_of(path, file_format):
+        if file_format == "parquet":
+            metadata = pq.read_metadata(path)
+            return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+        with pa.memory_map(path) as stream, pa.ipc.open_stream(stream) as batches:
+            return [len(batch) for batch in batches]
+
+
+@contextlib.contextmanager
+def _errors_of(path: str, file_format: str) -> Iterator[None]:
     try:
-        for row, batch in _BATCHES[file_format](path, columns, offset):
-            for start in range(max(0, offset - row), len(batch), _BATCH):
-                yield from enumerate(batch.slice(start, _BATCH).to_pylist(), row + start)
+        yield
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: a text is not UTF-8") from error
     except (pa.ArrowException, OSError) as error:
         reason = (str(error).splitlines() or ["unknown error"])[0]
         raise InputError(f"{path}: unreadable {file_format} file ({reason})") from error
-
-
-@functools.lru_cache(maxsize=8)
-def count_rows(path: str, file_format: str) -> int:
-    """Number of rows, without reading their values."""
-    if file_format == "parquet":
-        return pq.read_metadata(path).num_rows
-    with pa.memory_map(path) as stream, pa.ipc.open_stream(stream) as batches:
-        return sum(len(batch) for batch in batches)
 
 
 def _present(path: str, schema: pa.Schema, columns: Sequence[str]) -> list[str]:
@@ -45,11 +63,15 @@ def _present(path: str, schema: pa.Schema, columns: Sequence[str]) -> list[str]:
     return present
 
 
-def _parquet_batches(path: str, columns: Sequence[str], offset: int) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """Yields (number of the first row, batch); row groups that end before `offset` are not read."""
+def _parquet_batches(
+    path: str, columns: Sequence[str], offset: int, stop: float
+) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """Yields (number of the first row, batch); row groups outside of [offset, stop) are not read."""
     with pq.ParquetFile(path) as table:
         present, row = _present(path, table.schema_arrow, columns), 0
         for group in range(table.num_row_groups):
+            if row >= stop:
+                return
             if row + table.metadata.row_group(group).num_rows <= offset:
                 row += table.metadata.row_group(group).num_rows
                 continue
@@ -58,7 +80,7 @@ def _parquet_batches(path: str, columns: Sequence[str], offset: int) -> Iterator
                 row += len(batch)
 
 
-def _arrow_batches(path: str, columns: Sequence[str], offset: int) -> Iterator[tuple[int, pa.RecordBatch]]:
+def _arrow_batches(path: str, columns: Sequence[str], offset: int, stop: float) -> Iterator[tuple[int, pa.RecordBatch]]:
     """As _parquet_batches. The file is mapped, so that a batch which is skipped costs its header only."""
     del offset
     with pa.memory_map(path) as stream:
@@ -68,6 +90,8 @@ def _arrow_batches(path: str, columns: Sequence[str], offset: int) -> Iterator[t
     with pa.memory_map(path) as stream, pa.ipc.open_stream(stream) as batches:
         present, row = _present(path, batches.schema, columns), 0
         for batch in batches:
+            if row >= stop:
+                return
             yield row, batch.select(present)
             row += len(batch)
 

@@ -4,29 +4,28 @@ from collections.abc import Iterator, Sequence
 
 from llada_jax.data import tables
 from llada_jax.data.records import parse_object, read_lines
-from llada_jax.data.sources import SourceFile, place
+from llada_jax.data.sources import Position, SourceFile, place, ranges
 from llada_jax.errors import InputError
 
 
 def iter_documents(
-    files: Sequence[SourceFile], field: str = "text", start: tuple[int, int] = (0, 0)
+    files: Sequence[SourceFile], field: str = "text", start: Position = (0, 0), stop: Position | None = None
 ) -> Iterator[tuple[int, int, str]]:
-    """Yields (file index, offset, text) for every document, in order, beginning with the document at `start`.
+    """Yields (file index, offset, text) for the documents from `start` to `stop`, exclusive, in order.
 
     The offset is a byte offset in a .jsonl file, a row number in a table and 0 in a text file; passing a yielded
     (file index, offset) as `start` resumes at that document without reading what precedes it. `field` is the JSON key
     or column that holds the text. Raises InputError naming the file and line or row.
     """
-    first_file, first_offset = start
-    for index in range(first_file, len(files)):
-        file, offset = files[index], first_offset if index == first_file else 0
+    for index, offset, end in ranges(files, start, stop):
+        file = files[index]
         if file.format == "text":
             yield index, 0, _read_text(file.path)
             continue
         if file.format == "jsonl":
-            rows = read_lines(file.path, offset)
+            rows = read_lines(file.path, offset, end)
         else:
-            rows = tables.iter_rows(file.path, file.format, [field], offset)
+            rows = tables.iter_rows(file.path, file.format, [field], offset, end)
         for position, row in rows:
             try:
                 text = _text(parse_object(row) if isinstance(row, bytes) else row, field)

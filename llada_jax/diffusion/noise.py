@@ -52,13 +52,32 @@ def example_keys(seed: int, examples: jax.Array, draws: jax.Array) -> jax.Array:
     return jax.vmap(lambda e, d: jax.random.fold_in(jax.random.fold_in(root, e), d))(examples, draws)
 
 
+@flax.struct.dataclass
+class Part:
+    """Which part of all draws one is, for estimates of less variance: scalars, may be traced.
+
+    Its times lie in the index-th of `count` equal parts of the band, so that `count` draws cover it evenly. mirrored:
+    the antithetic twin of the draw with the same key, 1 - u for each uniform u: of the band 0 to 1 time t becomes 1 - t
+    and each mask its complement (with fixed_count, up to one token). Either leaves the mean over draws unbiased.
+    """
+
+    index: jax.Array | int = 0
+    count: jax.Array | int = 1
+    mirrored: jax.Array | bool = False
+
+
 def draw_masking(
-    keys: jax.Array, eligible: jax.Array, where: Layout, spec: NoiseSpec, source: jax.Array | None = None
+    keys: jax.Array,
+    eligible: jax.Array,
+    where: Layout,
+    spec: NoiseSpec,
+    source: jax.Array | None = None,
+    part: Part | None = None,
 ) -> Masking:
     """Draws the masks of a batch. keys [batch]; eligible [batch, length] bool: tokens that may be masked.
 
     source [batch, length] int32: position whose random numbers a token uses, by default its own; documents with the
-    same sources share times and masks. Within a document the sources must differ.
+    same sources share times and masks. Within a document the sources must differ. part: None is Part().
     """
     keys = jax.vmap(lambda key: jax.random.split(key, 2))(keys)
     length = eligible.shape[1]
@@ -69,6 +88,9 @@ def draw_masking(
     if source is not None:
         u, scores = (jnp.take_along_axis(x, source, axis=1) for x in (u, scores))
     u = jnp.take_along_axis(u, group_start, axis=1)
+    if part is not None:
+        u, scores = (jnp.where(part.mirrored, 1 - x, x) for x in (u, scores))
+        u = (part.index + u) / part.count
     rate = spec.rate_low + (spec.rate_high - spec.rate_low) * (1 - u)  # 1 - u is in (0, 1]
     if spec.masking == "bernoulli":
         return Masking(eligible & (scores < rate), rate)

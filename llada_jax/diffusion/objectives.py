@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from llada_jax.attention import visibility as vis
-from llada_jax.diffusion.noise import Masking, NoiseSpec, complement, draw_masking, mask_tokens
+from llada_jax.diffusion.noise import Masking, NoiseSpec, Part, complement, draw_masking, mask_tokens
 from llada_jax.errors import InputError
 from llada_jax.model import head
 from llada_jax.model.alignment import predictable
@@ -98,13 +98,14 @@ def prepare(
     objective: Objective,
     halves="both",
     noise_source=None,
+    part: Part | None = None,
 ) -> Example:
     """Draws the noise of a batch.
 
     tokens, segment_ids [batch, length] int; supervised [batch, length] bool: tokens that may be masked and scored;
     keys [batch]; block_size a traced or concrete int; halves as in schedule.Phase; noise_source: a function of
-    (layout, segment_ids) that gives `source` of noise.draw_masking, or None. A complementary objective returns
-    2 * batch rows, the inverses after the originals.
+    (layout, segment_ids) that gives `source` of noise.draw_masking, or None; part: of noise.draw_masking. A
+    complementary objective returns 2 * batch rows, the inverses after the originals.
     """
     where = vis.layout(segment_ids, block_size, objective.block_origin)
     eligible = predictable(where, segment_ids, config.alignment) & supervised
@@ -112,7 +113,7 @@ def prepare(
         masking = Masking(eligible, jnp.ones(tokens.shape))
     else:
         source = None if noise_source is None else noise_source(where, segment_ids)
-        masking = draw_masking(keys, eligible, where, objective.noise, source)
+        masking = draw_masking(keys, eligible, where, objective.noise, source, part)
     if objective.complementary and halves != "clean":
         inverse = complement(masking, eligible)
         masking, tokens, segment_ids, eligible, where, keys = jax.tree.map(

@@ -1,68 +1,163 @@
-"""Likelihood: the block NELBO with a standard error, and the AR negative log-likelihood.
+"""Likelihood: the NELBO with standard errors, at any block size or as full-sequence MDLM, and the AR likelihood.
 
-The NELBO is estimated with a fixed number of masks per block (k uniform on 1 .. n, weight n / k: the same expectation
-as Bernoulli masks with weight 1 / t over t ~ U[0, 1], far less variance) and evenly spread k across blocks. At block
-size 1 every token is masked and the estimate is exact.
+Every estimate is a mean over draws of the noise and unbiased for the NELBO (Eq. 1 with weight 1/t over t ~ U[0, 1]).
+They differ in variance:
+- masking "fixed_count": k of a block's n tokens, k uniform on 1 .. n, weight n / k (LLaDA's get_log_likelihood); of
+  finite variance, which "bernoulli", each token with probability t, has only with the rates clipped at 1e-3.
+- times "stratified": the draws of a row share out the range of t; "antithetic": they come in pairs, t and 1 - t with
+  complementary masks; or "independent".
+The blocks of a row have evenly spread times. At block size 1 every token is masked and the estimate is exact.
 """
 
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from llada_jax.diffusion import noise, objectives
+from llada_jax.errors import InputError
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.forward import Execution
 
 ESTIMATOR = noise.NoiseSpec(rate_low=0.0, masking="fixed_count", spread=True)
+TIMES = ("independent", "antithetic", "stratified")
+
+
+@dataclasses.dataclass(frozen=True)
+class Draws:
+    """The noise of an estimate: `samples` draws of each row, spread by `times`; `repeats` such sets, drawn apart."""
+
+    samples: int = 1
+    times: str = "stratified"
+    masking: str = "fixed_count"
+    repeats: int = 1
+
+    def __post_init__(self):
+        if self.times not in TIMES:
+            raise InputError(f"times={self.times!r}, expected one of {', '.join(TIMES)}")
+        if self.samples < 1 or self.repeats < 1:
+            raise InputError(f"samples={self.samples}, repeats={self.repeats}, expected at least 1")
+        if self.times == "antithetic" and self.samples % 2:
+            raise InputError(f"samples={self.samples}: antithetic times come in pairs, expected an even number")
+
+    @property
+    def spec(self) -> noise.NoiseSpec:
+        rate_low = 1e-3 if self.masking == "bernoulli" else 0.0
+        return dataclasses.replace(ESTIMATOR, masking=self.masking, rate_low=rate_low)
+
+    def key_and_part(self, draw: int) -> tuple[int, noise.Part]:
+        """(what the row's key is folded with, its part) of draw 0 .. samples * repeats - 1, set after set."""
+        if self.times == "antithetic":
+            return draw // 2, noise.Part(mirrored=bool(draw % 2))
+        if self.times == "stratified":
+            return draw, noise.Part(draw % self.samples, self.samples)
+        return draw, noise.Part()
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """nats per token, its standard error over rows, and the number of tokens scored (once each)."""
+    """nats per token, its standard error over rows, and the number of tokens scored (once each).
+
+    stderr is what other rows of the same kind would change, noise included. noise_stderr is what other noise on these
+    rows would: from the spread of the repeats, None when there is one.
+    """
 
     nats: float
     stderr: float
     tokens: int
+    noise_stderr: float | None = None
 
 
 def block_nelbo(
-    params, config: ModelConfig, batch, block_size: int, *, samples=1, seed=0, rows_at_once=4,
-    block_origin="global", execution=Execution(),
+    params, config: ModelConfig, batch, block_size: int | None, *, samples=1, times="stratified", masking="fixed_count",
+    repeats=1, seed=0, rows_at_once=4, block_origin="global", execution=Execution(),
 ) -> Estimate:  # fmt: skip
-    """NELBO per token of the rows of `batch` (data.order.Batch, numpy), averaged over `samples` draws of the noise."""
-    objective = objectives.Objective(noise=ESTIMATOR, block_origin=block_origin)
-    return _estimate(params, config, objective, batch, block_size, "both", samples, seed, rows_at_once, execution)
+    """NELBO per token of the rows of `batch` (data.order.Batch, numpy). block_size None is full-sequence MDLM.
+
+    samples, times, masking, repeats: as in Draws, which raises InputError.
+    """
+    draws = Draws(samples, times, masking, repeats)
+    return summarize(
+        *row_nelbo(
+            params, config, batch, block_size, draws, seed=seed, rows_at_once=rows_at_once,
+            block_origin=block_origin, execution=execution,
+        )
+    )  # fmt: skip
+
+
+def row_nelbo(
+    params, config: ModelConfig, batch, block_size: int | None, draws: Draws, *, seed=0, rows_at_once=4,
+    block_origin="global", execution=Execution(),
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """(NELBO of each row and each set of draws, nats [rows, repeats] float64; tokens scored [rows] int64)."""
+    objective = objectives.Objective(noise=draws.spec, block_origin=block_origin)
+    halves = "noisy" if block_size is None else "both"
+    size = batch.ids.shape[1] if block_size is None else block_size
+    score = functools.partial(_row_sums, params, config, objective, halves, execution, size, seed)
+    return over_draws(score, batch, draws, rows_at_once)
 
 
 def ar_nll(params, config: ModelConfig, batch, *, rows_at_once=4, execution=Execution()) -> Estimate:
     """Next-token negative log-likelihood per token of the AR model of these weights: causal, one pass, exact."""
+    return summarize(*row_ar_nll(params, config, batch, rows_at_once=rows_at_once, execution=execution))
+
+
+def row_ar_nll(
+    params, config: ModelConfig, batch, *, rows_at_once=4, execution=Execution()
+) -> tuple[np.ndarray, np.ndarray]:
+    """As row_nelbo, [rows, 1]."""
     shifted = config.replace(alignment="shifted")
-    return _estimate(params, shifted, objectives.Objective(), batch, 1, "clean", 1, 0, rows_at_once, execution)
+    score = functools.partial(_row_sums, params, shifted, objectives.Objective(), "clean", execution, 1, 0)
+    return over_draws(score, batch, Draws(), rows_at_once)
 
 
-def _estimate(params, config, objective, batch, block_size, halves, samples, seed, rows_at_once, execution):
-    totals, counts = [], []
-    for start in range(0, len(batch.ids), rows_at_once):
-        part = jax.tree.map(functools.partial(slice_rows, start=start, rows=rows_at_once), batch)
-        for sample in range(samples):
-            sums = _row_sums(
-                params, config, objective, halves, execution, part, jnp.uint32(sample), jnp.int32(block_size), seed
-            )
-            total, count = jax.device_get(sums)
-            totals.append(total / samples)
-            counts.append(count / samples)
-    rows = -(-len(batch.ids) // rows_at_once)
-    total = np.concatenate(np.reshape(totals, (rows, samples, rows_at_once)).sum(1)).astype(np.float64)
-    count = np.concatenate(np.reshape(counts, (rows, samples, rows_at_once)).sum(1)).astype(np.float64)
-    mean = total.sum() / max(count.sum(), 1)
+def predicted_at_once(
+    params, config: ModelConfig, batch, block_size: int | str | None, *, rows_at_once=4, execution=Execution()
+) -> np.ndarray:
+    """bool [rows]: whether each token to be scored is the most probable one with all of its block masked.
+
+    block_size: as in block_nelbo, or "ar": the causal pass.
+    """
+    halves = {None: "noisy", "ar": "clean"}.get(block_size, "both")
+    if block_size == "ar":
+        config, block_size = config.replace(alignment="shifted"), 1
+    size = batch.ids.shape[1] if block_size is None else block_size
+    objective = objectives.Objective(noise=noise.NoiseSpec(rate_low=1.0))
+    score = functools.partial(_row_errors, params, config, objective, halves, execution, size)
+    return over_draws(score, batch, Draws(), rows_at_once)[0][:, 0] == 0
+
+
+def summarize(values: np.ndarray, counts: np.ndarray) -> Estimate:
+    """Nats per token of rows of which `values` [rows, repeats] nats and `counts` [rows] tokens were found."""
+    total, count = values.mean(1), counts.astype(np.float64)
+    tokens = max(count.sum(), 1)
+    mean = total.sum() / tokens
     real = int((count > 0).sum())
     # Ratio estimator over rows: each row is one cluster of tokens.
     spread = math.sqrt(((total - mean * count) ** 2).sum() * real / max(real - 1, 1))
-    return Estimate(float(mean), spread / max(count.sum(), 1), int(round(count.sum())))
+    noise_stderr = None
+    if (repeats := values.shape[1]) > 1:
+        noise_stderr = math.sqrt(values.var(1, ddof=1).sum() / repeats) / tokens
+    return Estimate(float(mean), spread / tokens, int(count.sum()), noise_stderr)
+
+
+def describe(estimate: Estimate, scored_bytes: int | None) -> dict:
+    """The fields of the estimate, with perplexity per token and, of a text of so many bytes, bits per byte."""
+    bits = estimate.nats * estimate.tokens / math.log(2) / scored_bytes if scored_bytes else None
+    return dataclasses.asdict(estimate) | {"perplexity": math.exp(estimate.nats), "bits_per_byte": bits}
+
+
+def weighted_mean(estimates: Sequence[Estimate], shares: Sequence[float]) -> Estimate:
+    """The likelihood of a mixture: the mean of its components', weighted by shares that add up to 1."""
+    if len(estimates) == 1:
+        return estimates[0]
+    nats = sum(share * found.nats for found, share in zip(estimates, shares, strict=True))
+    stderr = math.hypot(*(share * found.stderr for found, share in zip(estimates, shares, strict=True)))
+    return Estimate(nats, stderr, sum(found.tokens for found in estimates))
 
 
 def slice_rows(x: np.ndarray, start: int, rows: int) -> np.ndarray:
@@ -71,12 +166,41 @@ def slice_rows(x: np.ndarray, start: int, rows: int) -> np.ndarray:
     return np.concatenate([x, np.zeros((rows - len(x), *x.shape[1:]), x.dtype)])
 
 
+def over_draws(score, batch, draws: Draws, rows_at_once: int) -> tuple[np.ndarray, np.ndarray]:
+    """score(rows of the batch, key, part) -> (nats, tokens) of each row, over all rows and draws."""
+    values, counts = [], []
+    for start in range(0, len(batch.ids), rows_at_once):
+        rows = jax.tree.map(functools.partial(slice_rows, start=start, rows=rows_at_once), batch)
+        sets = np.zeros((rows_at_once, draws.repeats))
+        for draw in range(draws.samples * draws.repeats):
+            key, part = draws.key_and_part(draw)
+            nats, count = jax.device_get(score(rows, jnp.uint32(key), part))
+            sets[:, draw // draws.samples] += nats.astype(np.float64) / draws.samples
+        values.append(sets)
+        counts.append(count)
+    found = len(batch.ids)
+    return np.concatenate(values)[:found], np.concatenate(counts)[:found].astype(np.int64)
+
+
 @functools.partial(jax.jit, static_argnames=("config", "objective", "halves", "execution"))
-def _row_sums(params, config, objective, halves, execution, batch, draw, block_size, seed):
+def _row_sums(params, config, objective, halves, execution, block_size, seed, batch, draw, part):
     """(sum of weighted nll, number of tokens) of each row, float32 [rows]."""
-    keys = noise.example_keys(seed, batch.row_ids, jnp.full_like(batch.epochs, draw))
-    example = objectives.prepare(
-        batch.ids, batch.segment_ids, batch.supervised, keys, block_size, config, objective, halves
-    )
+    example = draw_example(config, objective, halves, block_size, seed, batch, draw, part)
     _, scores = objectives.score(params, config, example, halves, execution)
-    return (scores.nll * example.weights).sum(1), example.eligible.sum(1).astype(jnp.float32)
+    return (scores.nll * example.weights).sum(1), example.eligible.sum(1)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "objective", "halves", "execution"))
+def _row_errors(params, config, objective, halves, execution, block_size, batch, draw, part):
+    """(tokens that are not the most probable ones, number of tokens) of each row."""
+    example = draw_example(config, objective, halves, block_size, 0, batch, draw, part)
+    _, scores = objectives.score(params, config, example, halves, execution)
+    count = example.eligible.sum(1)
+    return count - scores.correct.sum(1), count
+
+
+def draw_example(config, objective, halves, block_size, seed, batch, draw, part: noise.Part) -> objectives.Example:
+    """The batch under the noise of one draw: a function of (seed, row id, draw, part)."""
+    keys = noise.example_keys(seed, batch.row_ids, jnp.full_like(batch.epochs, draw))
+    arrays = batch.ids, batch.segment_ids, batch.supervised
+    return objectives.prepare(*arrays, keys, block_size, config, objective, halves, part=part)

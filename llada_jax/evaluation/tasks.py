@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 import time
 from collections.abc import Callable, Sequence
 
@@ -16,11 +17,14 @@ from llada_jax.sampling.generate import GenerateConfig, eos_id_of
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """messages: a conversation, or text: a bare prompt. score(answer) is in [0, 1]."""
+    """messages: a conversation, or text: a bare prompt. score(answer) is in [0, 1]. group: of questions whose scores
+    are also given apart, if any.
+    """
 
     messages: list[dict] | None
     text: str | None
     score: Callable[[str], float]
+    group: str = ""
 
     def prompt(self, tokenizer: Tokenizer) -> str:
         """What the model continues: the conversation in the tokenizer's chat template, or the bare prompt."""
@@ -31,7 +35,8 @@ class Question:
 class Result:
     """score: mean over questions; tokens_per_forward: answer tokens, the end of sequence included, over denoising
     passes, summed over questions before dividing. Standard errors over questions (of the ratio: the delta method).
-    ended: share of answers that came to their end.
+    ended: share of answers that came to their end. positions_evaluated: token positions in all passes, prefill and
+    commit too. groups: the score of each group of questions.
     """
 
     questions: int
@@ -42,7 +47,9 @@ class Result:
     ended: float
     answer_tokens: int
     forward_passes: int
+    positions_evaluated: int
     seconds: float
+    groups: dict[str, float]
 
 
 def reasoning_gym_questions(name: str, size: int, seed: int = 0, settings: dict | None = None) -> list[Question]:
@@ -69,22 +76,44 @@ def reasoning_gym_questions(name: str, size: int, seed: int = 0, settings: dict 
     return [question(data[index]) for index in range(size)]
 
 
-def file_questions(path: str, limit: int | None = None) -> list[Question]:
-    """Questions of a JSONL file: "prompt" (text) or "messages", and "answer", which must be met exactly.
+def file_questions(path: str, limit: int | None = None, extract: str | None = None) -> list[Question]:
+    """Questions of a JSONL file: "prompt" (text) or "messages", and "answer", which must be met exactly, or "pattern",
+    a regular expression that must be found.
 
+    extract: a regular expression; its last match in what the model says, or the first group of it, is what is scored.
     Blanks at either end do not count. Raises InputError with file and line.
     """
+    find = _compiled(extract, "extract") if extract else None
     questions = []
     for place, row in itertools.islice(jsonl.read_values(path), limit):
-        known = isinstance(row, dict) and isinstance(row.get("answer"), str)
+        known = isinstance(row, dict) and isinstance(row.get("answer"), str) != isinstance(row.get("pattern"), str)
         if not known or (isinstance(row.get("prompt"), str) == isinstance(row.get("messages"), list)):
-            raise InputError(f'{place}: expected "answer" (text) and one of "prompt" (text), "messages" (list)')
-        expected = row["answer"].strip()
-        score = lambda answer, expected=expected: float(answer.strip() == expected)  # noqa: E731
+            raise InputError(
+                f'{place}: expected "answer" or "pattern" (texts) and one of "prompt" (text), "messages" (list)'
+            )
+        if "answer" in row:
+            right = row["answer"].strip().__eq__
+        else:
+            right = _compiled(row["pattern"], f"{place}: pattern").search
+        score = lambda answer, right=right: float(bool(right(_extracted(answer, find).strip())))  # noqa: E731
         questions.append(Question(row.get("messages"), row.get("prompt"), score))
     if not questions:
         raise InputError(f"{path}: no questions")
     return questions
+
+
+def _compiled(pattern: str, name: str) -> re.Pattern:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise InputError(f"{name}={pattern!r}: {error}") from error
+
+
+def _extracted(answer: str, find: re.Pattern | None) -> str:
+    if find is None:
+        return answer
+    *_, last = None, *find.finditer(answer)
+    return "" if last is None else last.group(min(1, find.groups)) or ""
 
 
 def answer_questions(
@@ -113,6 +142,8 @@ def answer_questions(
                 "score": questions[answer.index].score(answer.text),
                 "tokens": len(answer.tokens),
                 "forward_passes": answer.forward_passes,
+                "positions_evaluated": answer.positions_evaluated,
+                "group": questions[answer.index].group,
                 "ended": bool(len(answer.tokens) and answer.tokens[-1] == eos_id),
             }
         )
@@ -141,5 +172,15 @@ def summarize(records: Sequence[dict], seconds: float = 0.0) -> Result:
         ended=float(np.mean([record["ended"] for record in records])),
         answer_tokens=int(tokens.sum()),
         forward_passes=int(passes.sum()),
+        positions_evaluated=sum(record["positions_evaluated"] for record in records),
         seconds=round(seconds, 2),
+        groups=_scores_by_group(records),
     )
+
+
+def _scores_by_group(records: Sequence[dict]) -> dict[str, float]:
+    scores: dict[str, list[float]] = {}
+    for record in records:
+        if record["group"]:
+            scores.setdefault(record["group"], []).append(record["score"])
+    return {group: float(np.mean(found)) for group, found in scores.items()}

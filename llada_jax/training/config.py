@@ -38,12 +38,14 @@ def default_config(model: str) -> ConfigDict:
 
     config.data = data = ConfigDict()
     data.path = ""  # rows made by tools/pack_data.py
+    data.mixture = ""  # or: several of those, with weights: "ROWS_A:0.7,ROWS_B:0.3"
     data.source = ""  # or: a folder of text, packed once into data.cache
     data.patterns = ()  # more files of data.source to read as plain text, e.g. ("*.py", "*.md")
     data.tokenizer = ""  # for data.source: a folder; "" is init_from's; "bytes": one token a byte
     data.cache = ""  # "" is WORKDIR/data
     data.length = 256
-    data.held_out_rows = 16  # the last rows of the data are for evaluation only
+    data.held_out_rows = 16  # the last rows of each dataset are for evaluation only
+    data.corrupt_share = 0.0  # stored rows that may turn out to be corrupt; they are read as padding
 
     config.batch = ConfigDict(dict(rows=8, micro_batches=1))
 
@@ -290,7 +292,7 @@ def check(config: ConfigDict) -> None:
     for field in _NOT_NEGATIVE:
         if not value(field) >= 0:
             raise InputError(f"config.{field}={value(field)!r}, expected at least 0")
-    for field in ("optimizer.b1", "optimizer.b2"):
+    for field in ("optimizer.b1", "optimizer.b2", "data.corrupt_share"):
         if not 0 <= value(field) < 1:
             raise InputError(f"config.{field}={value(field)!r}, expected at least 0 and below 1")
     if config.lora.rank and not config.init_from:

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 from ml_collections import ConfigDict
 
-from llada_jax.evaluation.likelihood import block_nelbo
+from llada_jax.evaluation.likelihood import block_nelbo, weighted_mean
 from llada_jax.evaluation.preference import chosen_only, compare
 from llada_jax.training import config as settings
 from llada_jax.training.inputs import Inputs
@@ -18,7 +18,8 @@ def evaluate(
 ) -> float:
     """Writes and prints the NELBO at each block size, and for DPO how policy and reference compare on the pairs.
 
-    Returns the NELBO by which checkpoints are ranked. Of pairs only the chosen answers count in it.
+    Of a mixture the NELBO is the mean over components by their shares, with that of each beside it. Returns the NELBO
+    by which checkpoints are ranked. Of pairs only the chosen answers count in it.
     """
     sizes = settings.evaluation_block_sizes(config)
     rows = inputs.held_out
@@ -28,12 +29,19 @@ def evaluate(
     mesh = jax.sharding.get_abstract_mesh()
     found, texts = {}, []
     for block_size in sizes:
-        estimate = block_nelbo(
-            params, inputs.model, rows, block_size, samples=config.evaluation.samples,
-            rows_at_once=max(4, mesh.size), block_origin=config.objective.block_origin,
-            execution=settings.execution(config),
-        )  # fmt: skip
+        estimates = {
+            part.name: block_nelbo(
+                params, inputs.model, jax.tree.map(lambda x, part=part: x[part.held_out], rows), block_size,
+                samples=config.evaluation.samples, rows_at_once=max(4, mesh.size),
+                block_origin=config.objective.block_origin, execution=settings.execution(config),
+            )
+            for part in inputs.components
+        }  # fmt: skip
+        estimate = weighted_mean(list(estimates.values()), [part.share for part in inputs.components])
         row = {"step": step, "block_size": block_size, "nelbo": estimate.nats, "nelbo_stderr": estimate.stderr}
+        if len(estimates) > 1:
+            row |= {f"nelbo/{name}": found.nats for name, found in estimates.items()}
+            row |= {f"nelbo_stderr/{name}": found.stderr for name, found in estimates.items()}
         writer.write(row, f"held_out_block_{block_size}")
         texts.append(f"{block_size}: {estimate.nats:.3f} ± {estimate.stderr:.3f}")
         found[block_size] = estimate.nats

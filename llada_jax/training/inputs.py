@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import jax
@@ -11,14 +12,15 @@ from ml_collections import ConfigDict
 
 from llada_jax import sharding
 from llada_jax.data.byte_tokenizer import byte_tokenizer
-from llada_jax.data.order import Batch, Rows
-from llada_jax.data.rows import read_dataset
+from llada_jax.data.mixture import parse_mixture
+from llada_jax.data.order import Batch, Order
 from llada_jax.errors import InputError
 from llada_jax.interop.tokenizer import Tokenizer, load_tokenizer
 from llada_jax.model import parameters
 from llada_jax.model.config import ModelConfig, preset
 from llada_jax.model.lora import Lora
 from llada_jax.training import checkpoint
+from llada_jax.training.datasets import Component, open_rows
 from llada_jax.training.lora import open_lora
 from llada_jax.training.source import Source, open_source
 
@@ -26,15 +28,16 @@ from llada_jax.training.source import Source, open_source
 @dataclasses.dataclass(frozen=True)
 class Inputs:
     """model: the resolved values; lora: its adapters, when they are what trains; source: the checkpoint to start from,
-    or None for random weights.
+    or None for random weights; components: the datasets of the rows, with their parts of held_out.
     """
 
     model: ModelConfig
     lora: Lora | None
     tokenizer: Tokenizer | None
     source: Source | None
-    rows: Rows
+    rows: Order
     held_out: Batch
+    components: tuple[Component, ...]
 
     @property
     def trained(self) -> ModelConfig | Lora:
@@ -46,21 +49,8 @@ def open_inputs(config: ConfigDict, workdir: Path) -> Inputs:
     source = open_source(config.init_from) if config.init_from else None
     model, tokenizer = _model(config, source)
     lora = open_lora(config, model, source.directory) if config.lora.rank else None
-    path = _dataset(config, workdir, tokenizer)
-    data = config.data
-    stored = read_dataset(path)["rows"]
-    if stored <= data.held_out_rows:
-        raise InputError(
-            f"{path}: {stored} rows, of which data.held_out_rows={data.held_out_rows} are held out: none is left"
-        )
-    split = stored - data.held_out_rows
-    rows = Rows(path, config.seed, 0, split, expected_length=data.length)
-    _check_kind(config, path, rows.dataset)
-    held_out = Rows(path, config.seed, split, stored, shuffle=False, expected_length=data.length)
-    if (tokenizer is not None) and rows.dataset["tokenizer_digest"] != tokenizer.digest:
-        raise InputError(f"{path}: packed with another tokenizer than the checkpoint's")
-    held_out = held_out.batch(0, min(config.evaluation.rows, len(held_out)))
-    return Inputs(model, lora, tokenizer, source, rows, held_out)
+    rows, held_out, components = open_rows(config, _datasets(config, workdir, tokenizer), tokenizer)
+    return Inputs(model, lora, tokenizer, source, rows, held_out, components)
 
 
 def initial_params(inputs: Inputs, seed: int, shardings):
@@ -119,27 +109,21 @@ def _model(config: ConfigDict, source: Source | None) -> tuple[ModelConfig, Toke
     return model, tokenizer
 
 
-def _check_kind(config: ConfigDict, path: str, dataset: dict):
-    """Pairs are for DPO and DPO is for pairs: other losses would learn the rejected answers too."""
-    kind, wanted = dataset.get("kind", "text"), config.preference
-    if (kind == "preference") != wanted.enabled:
-        raise InputError(
-            f"{path}: rows of --kind={kind}, but config.preference.enabled={wanted.enabled}; DPO, and nothing else, "
-            "trains on rows of --kind=preference"
-        )
-    if wanted.enabled and dataset["max_pairs"] > wanted.max_pairs:
-        raise InputError(
-            f"config.preference.max_pairs={wanted.max_pairs}: {path} was packed with --max_pairs={dataset['max_pairs']}"
-        )
-
-
-def _dataset(config: ConfigDict, workdir: Path, tokenizer: Tokenizer | None) -> str:
-    """Folder of packed rows; raw text is packed into the cache once, under a digest of what went in."""
+def _datasets(config: ConfigDict, workdir: Path, tokenizer: Tokenizer | None) -> list[tuple[str, Fraction]]:
+    """Folders of packed rows with their shares."""
     data = config.data
-    if bool(data.path) == bool(data.source):
-        raise InputError(f"config.data: set one of path={data.path!r} and source={data.source!r}")
-    if data.path:
-        return data.path
+    if [data.path, data.source, data.mixture].count("") != 2:
+        raise InputError(
+            f"config.data: set one of path={data.path!r}, source={data.source!r} and mixture={data.mixture!r}"
+        )
+    if data.mixture:
+        return parse_mixture(data.mixture)
+    return [(data.path or _packed(config, workdir, tokenizer), Fraction(1))]
+
+
+def _packed(config: ConfigDict, workdir: Path, tokenizer: Tokenizer | None) -> str:
+    """Raw text is packed into the cache once, under a digest of what went in; returns the folder."""
+    data = config.data
     if tokenizer is None:
         raise InputError('config.data.tokenizer: packing data.source needs a tokenizer: a folder, or "bytes"')
     from llada_jax.data.pack import pack  # parquet and jsonl readers are not needed when the rows exist

@@ -88,7 +88,7 @@ def _files(config, phases, inputs: Inputs, max_pairs: int, workdir: Path) -> tup
     common = {
         "weights of config.init_from": inputs.source.weights,
         "alignment": inputs.model.alignment,
-        "digest of the data": inputs.rows.dataset["digest"],
+        "digest of the data": inputs.rows.digest,
         "config.data.held_out_rows": config.data.held_out_rows,
         "config.execution.dtype": config.execution.dtype,
         "config.preference.shared_noise": config.preference.shared_noise,

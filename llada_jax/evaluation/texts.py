@@ -1,0 +1,89 @@
+"""Texts and (prompt, answer) pairs as rows to be scored, one document or window of it each."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from llada_jax.attention.visibility import layout
+from llada_jax.data import chat
+from llada_jax.data.order import Batch
+from llada_jax.data.records import parse_row, read_rows
+from llada_jax.data.sources import SourceFile, list_files, place
+from llada_jax.data.text import iter_documents
+from llada_jax.errors import InputError
+from llada_jax.interop.tokenizer import Tokenizer
+from llada_jax.model.alignment import predictable
+
+_LENGTH_STEP = 32
+
+
+def read_texts(source: str, tokenizer: Tokenizer, length: int, limit: int | None = None) -> Batch:
+    """The first `limit` rows that the texts of `source` (a file or folder, .txt, .jsonl or .parquet) make.
+
+    A row with "text" is scored whole, its end of sequence included, in windows of at most `length` tokens that do not
+    see each other. Any other is a conversation or a prompt and its completion as in data/chat.py, "answer" being a name
+    for the completion too: what is supervised there is scored, given what comes before. Raises InputError with file
+    and line, also when a pair has more than `length` tokens.
+    """
+    documents = list(itertools.islice(_documents(list_files(source), tokenizer, length), limit))
+    if not documents:
+        raise InputError(f"{source}: nothing to score")
+    longest = max(len(document.ids) for document in documents)
+    shape = len(documents), longest + -longest % _LENGTH_STEP
+    ids, segment_ids, supervised = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, bool)
+    for row, document in enumerate(documents):
+        ids[row, : len(document.ids)] = document.ids
+        segment_ids[row, : len(document.ids)] = 1
+        for first, last in document.spans:
+            supervised[row, first:last] = True
+    rows = np.arange(len(documents), dtype=np.uint32)
+    return Batch(ids, segment_ids, supervised, rows, np.zeros_like(rows))
+
+
+def scored_bytes(batch: Batch, tokenizer: Tokenizer, alignment: str) -> int:
+    """UTF-8 bytes of the tokens of the batch that a model of this alignment gives a probability; special tokens have
+    none.
+    """
+    asked = np.asarray(predictable(layout(batch.segment_ids, 1), batch.segment_ids, alignment)) & batch.supervised
+    total = 0
+    for ids, segment_ids, scored in zip(batch.ids, batch.segment_ids, asked, strict=True):
+        for segment in range(1, segment_ids.max(initial=0) + 1):
+            chosen = ids[scored & (segment_ids == segment)]
+            total += len(tokenizer.decode(chosen, skip_special_tokens=True).encode())
+    return total
+
+
+def _documents(files: Sequence[SourceFile], tokenizer: Tokenizer, length: int) -> Iterator[chat.Conversation]:
+    for index, file in enumerate(files):
+        if file.format == "text":
+            for *_, text in iter_documents(files, start=(index, 0), stop=(index + 1, 0)):
+                yield from _windows(text, tokenizer, length)
+            continue
+        columns = ("text", "answer", *chat.COLUMNS)
+        for _, offset, row in read_rows(files, columns, (index, 0), (index + 1, 0)):
+            try:
+                yield from _row_documents(parse_row(row), tokenizer, length)
+            except InputError as error:
+                raise InputError(f"{place(file, offset)}: {error}") from error
+
+
+def _row_documents(row: dict, tokenizer: Tokenizer, length: int) -> Iterator[chat.Conversation]:
+    if isinstance(row.get("text"), str):
+        yield from _windows(row["text"], tokenizer, length)
+        return
+    if "answer" in row:
+        row = {"completion": row["answer"]} | row
+    for document in chat.tokenise(chat.prepare(row, tokenizer), tokenizer):
+        if document is None:
+            continue
+        if len(document.ids) > length:
+            raise InputError(f"{len(document.ids)} tokens, more than --length={length}")
+        yield document
+
+
+def _windows(text: str, tokenizer: Tokenizer, length: int) -> Iterator[chat.Conversation]:
+    ids = np.asarray(tokenizer.encode(text) + ([] if tokenizer.eos_id is None else [tokenizer.eos_id]), np.int32)
+    for start in range(0, len(ids), length):
+        window = ids[start : start + length]
+        yield chat.Conversation(window, [(0, len(window))])

@@ -1,0 +1,91 @@
+"""The rows that a run trains on and those that it holds out: of one packed dataset, or of a mixture of them."""
+
+import collections
+import dataclasses
+import os
+from collections.abc import Sequence
+from fractions import Fraction
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from llada_jax.data.mixture import Mixture, component_seed
+from llada_jax.data.order import Batch, Order, Rows
+from llada_jax.data.rows import read_dataset
+from llada_jax.errors import InputError
+from llada_jax.interop.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Component:
+    """A dataset of a run. name: in metrics; share: of the training rows; held_out: its part of the held-out rows."""
+
+    name: str
+    share: float
+    held_out: slice
+
+
+def open_rows(
+    config: ConfigDict, sources: Sequence[tuple[str, Fraction]], tokenizer: Tokenizer | None
+) -> tuple[Order, Batch, tuple[Component, ...]]:
+    """Opens the training rows and reads the held-out ones. sources: (folder, share) of each component.
+
+    Of every component the last data.held_out_rows are held out, of which evaluation.rows are read. Raises InputError
+    naming the folder that does not fit.
+    """
+    opened = [_open(config, path, component, tokenizer) for component, (path, _) in enumerate(sources)]
+    training = [rows for rows, _ in opened]
+    rows = training[0]
+    if len(sources) > 1:
+        rows = Mixture(training, [share for _, share in sources])
+    held_out, components, first_id = [], [], 0
+    names = _names([path for path, _ in sources])
+    for name, (_, share), (own, apart) in zip(names, sources, opened, strict=True):
+        count = min(config.evaluation.rows, len(apart))
+        batch = apart.batch(0, count)
+        held_out.append(batch.replace(row_ids=batch.row_ids + np.uint32(first_id)))
+        begin = components[-1].held_out.stop if components else 0
+        components.append(Component(name, float(share), slice(begin, begin + count)))
+        first_id += own.stored
+    return rows, jax.tree.map(lambda *parts: np.concatenate(parts), *held_out), tuple(components)
+
+
+def _open(config: ConfigDict, path: str, component: int, tokenizer: Tokenizer | None) -> tuple[Rows, Rows]:
+    """(training rows, held-out rows) of a component."""
+    data, dataset = config.data, read_dataset(path)
+    stored = dataset["rows"]
+    if stored <= data.held_out_rows:
+        raise InputError(
+            f"{path}: {stored} rows, of which data.held_out_rows={data.held_out_rows} are held out: none is left"
+        )
+    split = stored - data.held_out_rows
+    common = {"expected_length": data.length, "corrupt_share": data.corrupt_share}
+    seed = component_seed(config.seed, component) if component else config.seed
+    rows = Rows(path, seed, 0, split, **common)
+    held_out = Rows(path, config.seed, split, stored, shuffle=False, **common)
+    _check_kind(config, path, dataset)
+    if tokenizer is not None and dataset["tokenizer_digest"] != tokenizer.digest:
+        raise InputError(f"{path}: packed with another tokenizer than the checkpoint's")
+    return rows, held_out
+
+
+def _names(paths: Sequence[str]) -> list[str]:
+    """The last part of each path, or the whole of it where others have the same."""
+    short = [os.path.basename(os.path.normpath(path)) for path in paths]
+    count = collections.Counter(short)
+    return [name if count[name] == 1 else path for name, path in zip(short, paths, strict=True)]
+
+
+def _check_kind(config: ConfigDict, path: str, dataset: dict) -> None:
+    """Pairs are for DPO and DPO is for pairs: other losses would learn the rejected answers too."""
+    kind, wanted = dataset.get("kind", "text"), config.preference
+    if (kind == "preference") != wanted.enabled:
+        raise InputError(
+            f"{path}: rows of --kind={kind}, but config.preference.enabled={wanted.enabled}; DPO, and nothing else, "
+            "trains on rows of --kind=preference"
+        )
+    if wanted.enabled and dataset["max_pairs"] > wanted.max_pairs:
+        raise InputError(
+            f"config.preference.max_pairs={wanted.max_pairs}: {path} was packed with --max_pairs={dataset['max_pairs']}"
+        )
