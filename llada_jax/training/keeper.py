@@ -47,7 +47,7 @@ class Keeper:
         return bool(self._every_minutes) and now - self._begun >= 60 * self._every_minutes
 
     def due_anywhere(self, ask: bool) -> bool:
-        """Whether any process is due: the same answer on all. Several find out only when they `ask`, by a collective."""
+        """Whether any process is due: the same answer on all. Several ask only when told to, by a collective."""
         if jax.process_count() == 1:
             return self.due()
         return ask and bool(np.any(multihost_utils.process_allgather(np.array(self.due()))))
