@@ -7,10 +7,12 @@ processes of a run make the same calls; process 0 writes the small files, rename
 import contextlib
 import functools
 import json
+import logging
 import math
 import os
 import re
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +33,7 @@ from llada_jax.training.checkpoint_files import DamagedError
 __all__ = ["Saver", "restore", "scores", "steps"]
 
 _REPLICA_SLICE_BYTES = 4 * 2**20
+_DISCARD_ROUNDS = 5
 
 
 class Saver:
@@ -46,6 +49,7 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._checkpointer = _make_checkpointer()
+        logging.getLogger("absl").addFilter(_is_ours)
         if jax.process_index() == 0:
             _remove_leftovers(self._directory)
 
@@ -316,9 +320,16 @@ def _delete(step: epath.Path) -> None:
 
 
 def _discard(directory: epath.Path) -> None:
-    """Removes what a save that failed has written, as far as the store lets it."""
-    with contextlib.suppress(Exception):
-        for path in list(directory.parent.iterdir()):
-            ours = path.name == directory.name or path.name.startswith(f"{directory.name}.orbax")
-            if ours and not files.is_complete(path):
-                path.rmtree()
+    """Removes what a save that failed has written, as far as the store lets it, and what it still writes meanwhile."""
+    for _ in range(_DISCARD_ROUNDS):
+        with contextlib.suppress(Exception):
+            for path in list(directory.parent.iterdir()):
+                ours = path.name == directory.name or path.name.startswith(f"{directory.name}.orbax")
+                if ours and not files.is_complete(path):
+                    path.rmtree()
+        time.sleep(0.2)
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    """Orbax logs the errors of its threads with their stacks; they are raised too, and told in one line."""
+    return "/orbax/" not in record.pathname
