@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llada_jax import sharding
 from llada_jax.diffusion import noise, objectives
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.forward import Execution
@@ -50,7 +51,7 @@ def _estimate(params, config, objective, batch, block_size, halves, samples, see
         part = jax.tree.map(functools.partial(slice_rows, start=start, rows=rows_at_once), batch)
         for sample in range(samples):
             sums = _row_sums(
-                params, config, objective, halves, execution, part, jnp.uint32(sample), jnp.int32(block_size), seed
+                params, config, objective, halves, execution, part, np.uint32(sample), np.int32(block_size), seed
             )
             total, count = jax.device_get(sums)
             totals.append(total / samples)
@@ -79,4 +80,5 @@ def _row_sums(params, config, objective, halves, execution, batch, draw, block_s
         batch.ids, batch.segment_ids, batch.supervised, keys, block_size, config, objective, halves
     )
     _, scores = objectives.score(params, config, example, halves, execution)
-    return (scores.nll * example.weights).sum(1), example.eligible.sum(1).astype(jnp.float32)
+    sums = (scores.nll * example.weights).sum(1), example.eligible.sum(1).astype(jnp.float32)
+    return sharding.replicated(sums)

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
@@ -21,13 +21,15 @@ from llada_jax.model import parameters
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.forward import Execution
 from llada_jax.training import config as settings
-from llada_jax.training import held_out, saved_step, saver
+from llada_jax.training import held_out, hosts, saved_step, saver
 from llada_jax.training import state as states
+from llada_jax.training.checkpoint import code
 from llada_jax.training.inputs import Inputs, initial_params, lineage, open_inputs
 from llada_jax.training.lora import describe
 from llada_jax.training.metrics import MetricsWriter, Progress
 from llada_jax.training.optimizer import learning_rate, make_optimizer
 from llada_jax.training.preemption import stop_on_sigterm
+from llada_jax.training.process_data import from_own_rows, on_all_devices, own_rows
 from llada_jax.training.reference import open_reference
 from llada_jax.training.source import continue_learning_rate
 from llada_jax.training.step import Loss, denoising_loss, make_train_step, preference_loss, whole
@@ -39,8 +41,16 @@ def train(config: ConfigDict, workdir: str, devices=None) -> None:
 
     Writes config.json, checkpoints/, metrics.jsonl and TensorBoard event files. SIGTERM saves and returns. devices:
     those of the mesh, by default all. Raises InputError on bad input, before anything is written.
+
+    Every process of a run makes this call (training/hosts.py).
     """
+    with hosts.console():
+        _train(config, workdir, devices)
+
+
+def _train(config: ConfigDict, workdir: str, devices) -> None:
     settings.check(config)
+    hosts.check_same("config, code or JAX", config.to_json() + code() + jax.__version__)
     phases = settings.phases(config)
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
     settings.check_rows(config, mesh)
@@ -51,8 +61,10 @@ def train(config: ConfigDict, workdir: str, devices=None) -> None:
     if inputs.source is not None:
         print(inputs.source.describe(), flush=True)
     config = continue_learning_rate(config, inputs.source)
-    directory.mkdir(parents=True, exist_ok=True)
-    settings.write(config, directory / "config.json")
+    if jax.process_index() == 0:
+        directory.mkdir(parents=True, exist_ok=True)
+        settings.write(config, directory / "config.json")
+    hosts.check_shared(directory)
     with jax.set_mesh(mesh), stop_on_sigterm() as stop:
         _run(config, phases, mesh, directory, inputs, stop)
 
@@ -79,19 +91,21 @@ def _run(config, phases, mesh, workdir: Path, inputs: Inputs, stop) -> None:
     rates = learning_rate(config.optimizer, last_step)
     writer = MetricsWriter(workdir, first_step)
     progress = Progress(first_step, last_step, config.batch.rows * config.data.length)
-    batches = prefetch(inputs.rows, first_step, last_step, config.batch.rows)
+    mine = own_rows(batch_sharding, config.batch.rows)
+    batches = prefetch(inputs.rows, first_step, last_step, config.batch.rows, which=mine)
     keep = Checkpoints(config, workdir, inputs)
     with contextlib.ExitStack() as closing:
         closing.callback(writer.close)
         closing.callback(batches.close)
         for step, batch in batches:
             phase = schedule.phase_at(phases, step)
-            scalars = jax.device_put((jnp.int32(phase.block_size), jnp.float32(_noise_std(config, step))))
-            batch = jax.device_put(reference.join(step, batch), batch_sharding)
+            scalars = np.int32(phase.block_size), np.float32(_noise_std(config, step))
+            scalars = on_all_devices(scalars, mesh)
+            batch = from_own_rows(reference.join(step, batch, mine), batch_sharding, config.batch.rows)
             with jax.transfer_guard("disallow"):
                 state, metrics = train_step(state, reference.frozen, batch, *scalars, phase.halves)
             done = step + 1
-            last = done == last_step or stop.is_set
+            last = done == last_step or stop.after_step()
             if done % config.log_every_steps == 0 or done == first_step + 1 or last:
                 _log(writer, progress, done, phase, metrics, float(rates(step)))
             save = done % config.checkpoint.every_steps == 0 or done == last_step
@@ -163,7 +177,7 @@ def _restore(config, workdir: Path, inputs: Inputs, abstract, where) -> states.T
             f"config.init_from={config.init_from}: its weights are {inputs.source.weights}, but the reference of "
             f"{workdir} is {started}; name the step that the run started from"
         )
-    return states.TrainState(jax.device_put(jnp.int32(step), where.step), params, optimizer)
+    return states.TrainState(on_all_devices(np.int32(step), where.step.mesh), params, optimizer)
 
 
 def _noise_std(config, step: int) -> float:
@@ -186,6 +200,8 @@ def _announce(config, phases, inputs: Inputs, mesh, first_step, last_step) -> No
     start = "starting from random weights" if inputs.source is None else "starting from init_from"
     start = f"resuming at step {first_step}" if first_step else start
     devices = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "1 device"
+    if jax.process_count() > 1:
+        devices += f" of {jax.process_count()} processes"
     print(
         f"{config.model}: {parameters.count(model):,} parameters, alignment {model.alignment}, {start}\n"
         f"{len(inputs.rows):,} rows of {config.data.length} tokens, {len(inputs.held_out.ids)} held out; "

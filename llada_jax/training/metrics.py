@@ -5,15 +5,22 @@ import math
 import time
 from pathlib import Path
 
+import jax
 from tensorboardX import SummaryWriter
 
 from llada_jax.diffusion.schedule import Phase
 
 
 class MetricsWriter:
-    """Appends rows to WORKDIR/metrics.jsonl and event files; on resume, rows of later steps are dropped first."""
+    """Appends rows to WORKDIR/metrics.jsonl and event files; on resume, rows of later steps are dropped first.
+
+    Of several processes only process 0 writes.
+    """
 
     def __init__(self, workdir: Path, resume_step: int):
+        self._writes = jax.process_index() == 0
+        if not self._writes:
+            return
         self._path = workdir / "metrics.jsonl"
         _truncate(self._path, resume_step)
         self._file = open(self._path, "a", encoding="utf-8")
@@ -21,6 +28,8 @@ class MetricsWriter:
 
     def write(self, row: dict, prefix: str) -> None:
         """row: "step" and scalars; prefix: the TensorBoard group."""
+        if not self._writes:
+            return
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         for name, value in row.items():
@@ -28,6 +37,8 @@ class MetricsWriter:
                 self._events.add_scalar(f"{prefix}/{name}", value, row["step"])
 
     def close(self) -> None:
+        if not self._writes:
+            return
         self._file.close()
         self._events.close()
 
