@@ -34,7 +34,7 @@ def main(argv) -> None:
     from llada_jax.training.ending import ending_together
     from llada_jax.training.loop import train
 
-    with ending_together():
+    with ending_together(_PEER_TIMEOUT.value):
         train(config, _WORKDIR.value)
 
 

@@ -14,14 +14,26 @@ _XLA = (
     "--xla_cpu_collective_call_terminate_timeout_seconds=600 "
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
-# A model, data and a curriculum of 8 steps that take seconds.
-SMALL = (
-    f"--config={ROOT}/configs/wsd.py:tiny_hosts,length=32", "--config.batch.rows=8", "--config.data.held_out_rows=4",
-    "--config.schedule.warmup_blocks=(1,4)", "--config.schedule.warmup_steps=(2,2)", "--config.schedule.stable_steps=0",
-    "--config.schedule.decay_blocks=(16,8)", "--config.schedule.decay_steps=(2,2)", "--config.checkpoint.every_steps=2",
-    "--config.checkpoint.keep_last=0", "--config.evaluation.every_steps=4", "--config.evaluation.block_sizes=(8,)",
-    "--config.evaluation.rows=4", "--config.log_every_steps=1",
-)  # fmt: skip
+
+
+def small_run(last_steps: int = 2, save_every: int = 2) -> list[str]:
+    """A model, and a curriculum of 6 + last_steps steps, that take seconds; no data, no workdir."""
+    return [
+        f"--config={ROOT}/configs/wsd.py:tiny_hosts,length=32",
+        "--config.batch.rows=8",
+        "--config.data.held_out_rows=4",
+        "--config.schedule.warmup_blocks=(1,4)",
+        "--config.schedule.warmup_steps=(2,2)",
+        "--config.schedule.stable_steps=0",  # another program
+        "--config.schedule.decay_blocks=(16,8)",
+        f"--config.schedule.decay_steps=(2,{last_steps})",
+        f"--config.checkpoint.every_steps={save_every}",
+        "--config.checkpoint.keep_last=0",
+        "--config.evaluation.every_steps=4",
+        "--config.evaluation.block_sizes=(8,)",
+        "--config.evaluation.rows=4",
+        "--config.log_every_steps=1",
+    ]
 
 
 def start(

@@ -10,12 +10,12 @@ import kill_loop
 import numpy as np
 import pytest
 from kill_loop import metrics_of
-from processes import SMALL, codes, start, text
+from processes import codes, small_run, start, text
 
 from llada_jax.errors import InputError
 from llada_jax.training import ending, hosts, process_data, saver
 
-FOREVER = ("--config.schedule.decay_steps=(2,100000)", "--config.checkpoint.every_steps=100000")
+FOREVER = [*small_run(last_steps=100_000, save_every=100_000), "--peer_timeout=8"]
 MESHES = {  # processes x devices of each: the sizes of the mesh
     (1, 8): dict(fsdp=2),
     (2, 4): dict(fsdp=4),
@@ -25,12 +25,12 @@ MESHES = {  # processes x devices of each: the sizes of the mesh
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """(arguments of a run but its --workdir, cache of compiled programs)"""
+    """(the data of runs, as arguments; a cache of compiled programs)"""
     folder = tmp_path_factory.mktemp("text")
     for i in range(6):
         sentence = f"document {i} says that the quick brown fox jumps over the lazy dog number {i}.\n"
         (folder / f"{i}.txt").write_text(sentence * (8 + i))
-    return (*SMALL, f"--config.data.source={folder}"), tmp_path_factory.mktemp("cache")
+    return [f"--config.data.source={folder}"], tmp_path_factory.mktemp("cache")
 
 
 def mesh_flags(sizes):
@@ -50,11 +50,11 @@ def reached(logs, step):
     return lambda: (logs / "0.out").exists() and re.search(rf"^step {step}/", text(logs, 0, "out"), re.M)
 
 
-def run_on(mesh, small, workdir, *more, digests="1"):
+def run_on(mesh, small, workdir):
     processes, devices = mesh
     logs = workdir.with_name(f"{workdir.name}.logs")
-    arguments = [*small[0], f"--workdir={workdir}", *mesh_flags(MESHES[mesh]), *more]
-    running = start(arguments, logs, small[1], processes, devices, DIGESTS=digests)
+    arguments = [*small_run(), *small[0], f"--workdir={workdir}", *mesh_flags(MESHES[mesh])]
+    running = start(arguments, logs, small[1], processes, devices, DIGESTS="1")
     found = codes(running, 300)
     errors = "\n".join(text(logs, i, "err") for i in range(processes))
     assert found == [0] * processes, errors
@@ -106,7 +106,7 @@ def test_every_mesh_goes_on_where_every_other_was(small, tmp_path):
 
 
 def test_sigterm_stops_all_at_one_step_and_a_dead_process_ends_all(small, tmp_path):
-    arguments, logs = [*small[0], *FOREVER, f"--workdir={tmp_path / 'run'}"], tmp_path / "logs"
+    arguments, logs = [*FOREVER, *small[0], f"--workdir={tmp_path / 'run'}"], tmp_path / "logs"
     running = start(arguments, logs, small[1])
     wait_for(reached(logs, 3), running)
     running[1].send_signal(signal.SIGTERM)  # process 0 hears of it
@@ -127,7 +127,7 @@ def test_sigterm_stops_all_at_one_step_and_a_dead_process_ends_all(small, tmp_pa
 
 
 def test_an_error_of_one_process_ends_all(small, tmp_path):
-    arguments, logs = [*small[0], f"--workdir={tmp_path / 'run'}"], tmp_path / "logs"
+    arguments, logs = [*small_run(), *small[0], f"--workdir={tmp_path / 'run'}"], tmp_path / "logs"
     running = start(arguments, logs, small[1], own={1: ["--config.seed=1"]})
     assert codes(running) == [2, 2]
     for process in (0, 1):
@@ -137,7 +137,7 @@ def test_an_error_of_one_process_ends_all(small, tmp_path):
 
 def test_processes_that_do_not_come_are_waited_for_and_named(small, tmp_path):
     for i, missing in enumerate(((1,), (0,))):
-        arguments = [*small[0], f"--workdir={tmp_path / 'run'}", "--start_timeout=4"]
+        arguments = [*small_run(), *small[0], f"--workdir={tmp_path / 'run'}", "--start_timeout=4"]
         running = start(arguments, tmp_path / str(i), small[1])
         for process in missing:
             running[process].kill()
@@ -169,7 +169,7 @@ def test_bad_flags_are_named(values, message):
 def test_one_process_without_flags_is_one_process():
     hosts.connect(None, None, None, peer_timeout=10, start_timeout=10)
     assert hosts.in_turn(lambda: 3) == 3
-    with pytest.raises(InputError, match="as it was"), ending.ending_together():
+    with pytest.raises(InputError, match="as it was"), ending.ending_together(10):
         raise InputError("as it was")
 
 
@@ -190,12 +190,11 @@ def test_own_rows_are_those_of_the_process_each_once_and_ascending():
 
 def soak(small, folder, seeds, kills):
     """Runs of two processes, of which one or both are struck again and again, end as the one that was left alone."""
-    length = ("--config.schedule.decay_steps=(2,34)", "--config.checkpoint.every_steps=4", "--peer_timeout=20")
-    mesh = mesh_flags(MESHES[2, 4])
+    arguments = [*small_run(34, save_every=4), *small[0], *mesh_flags(MESHES[2, 4]), "--peer_timeout=20"]
 
     def starter(name):
         logs = folder / f"{name}.logs"
-        return lambda: start([*small[0], *length, *mesh, f"--workdir={folder / name}"], logs, small[1])
+        return lambda: start([*arguments, f"--workdir={folder / name}"], logs, small[1])
 
     kill_loop.run_to_end(starter("whole"))
     tally = kill_loop.Tally()

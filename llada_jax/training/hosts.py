@@ -44,8 +44,8 @@ def connect(
         return
     try:
         jax.distributed.initialize(
-            coordinator, processes, process,
-            initialization_timeout=start_timeout, heartbeat_timeout_seconds=peer_timeout,
+            coordinator, processes, process, initialization_timeout=start_timeout,
+            heartbeat_timeout_seconds=2 * peer_timeout + 10,  # JAX aborts what ending_together has not ended by then
         )  # fmt: skip
     except ValueError:  # a TPU machine that is part of no cluster
         if flagged:
