@@ -1,15 +1,18 @@
 """llada_jax.train with a model of 50 k parameters, "tiny_hosts".
 
-With DIGESTS=1 every row of metrics tells what was trained on: two numbers made of all bits of the batch and of its
-noise (ids, masks, weights by time, keys), the same on any mesh.
+Every row of metrics tells what was trained on: two numbers made of all bits of the batch and of its noise (ids, masks,
+weights by time, keys), the same on any mesh. In the environment, PACE: seconds that reading a step's rows takes at
+least; FAIL: the process that cannot read those of step 5.
 """
 
 import os
+import time
 
 import jax
 import jax.numpy as jnp
 
 from llada_jax import errors, train
+from llada_jax.data.order import Rows
 from llada_jax.model.config import PRESETS, preset
 from llada_jax.training import digest, loop
 
@@ -45,7 +48,17 @@ def lanes(tree) -> jax.Array:
     return digest.lanes(jnp.concatenate([digest.lanes(x) for x in bits]))
 
 
+def hindered(read):
+    def batch(self, step, *arguments):
+        time.sleep(float(os.environ.get("PACE", "0")))
+        if step == 5 and str(jax.process_index()) == os.environ.get("FAIL"):
+            raise errors.InputError("rows.array_record: record 7 is corrupt")
+        return read(self, step, *arguments)
+
+    return batch
+
+
 if __name__ == "__main__":
-    if os.environ.get("DIGESTS"):
-        loop.train_loss = with_digests(loop.train_loss)
+    Rows.batch = hindered(Rows.batch)
+    loop.train_loss = with_digests(loop.train_loss)
     errors.run(train.main)

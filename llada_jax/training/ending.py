@@ -68,7 +68,7 @@ def _report(error: BaseException) -> tuple[str, int]:
     if (code := errors.report(error)) is not None:
         return line, code
     if isinstance(error, jax.errors.JaxRuntimeError) and _TCP_COLLECTIVES in line:
-        line = f"another process is gone ({line[:160]}); {_AGAIN}"
+        line = f"lost touch with another process ({line[:160]}); {_AGAIN}"
         print(f"error: {line}", file=sys.stderr)
         return line, LOST_PEER
     traceback.print_exception(error)
