@@ -27,12 +27,19 @@ def _run(main: Callable[[Sequence[str]], int | None], commands: Sequence[str], m
         if argv is None:
             return 0
         return main(argv) or 0
-    except InputError as error:
+    except (InputError, KeyboardInterrupt) as error:
+        return report(error)
+
+
+def report(error: BaseException) -> int | None:
+    """Prints what a user can mend, or meant, and returns the exit code for it; None for any other error."""
+    if isinstance(error, InputError):
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    if isinstance(error, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
         return 130
+    return None
 
 
 def _parse_flags(argv: Sequence[str], commands: Sequence[str], more: bool) -> Sequence[str] | None:

@@ -96,6 +96,13 @@ def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh))
 
 
+def replicated(tree):
+    """Asks XLA to give every device, so every process, the whole of each array of a tree; without a mesh, unchanged."""
+    if mesh_in_force() is None:
+        return tree
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, PartitionSpec()), tree)
+
+
 def gathered(w: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     """A weight as a matmul takes it: gathered over "fsdp", still split over "tensor" (`axes` are its logical axes)."""
     whole = tuple(None if axis == "embed" else axis for axis in axes)

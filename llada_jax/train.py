@@ -3,7 +3,8 @@
 python -m llada_jax.train --config=configs/wsd.py:MODEL --workdir=DIR [--config.FIELD=VALUE ...]
 
 MODEL is a preset (tiny, tiny_moe, smollm2_135m, llada2_mini, ...); the config file says which options it takes.
-A second run over the same DIR resumes from its newest checkpoint.
+A second run over the same DIR resumes from its newest checkpoint. On several hosts every one runs this command, over a
+folder that all share; TPU VMs find each other, other machines are told --coordinator, --processes and --process.
 """
 
 from absl import flags
@@ -14,15 +15,27 @@ from llada_jax.config_flag import resolved
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Training config, FILE.py:MODEL[,option=N].")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints and metrics; made if it does not exist.")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0; by default found on TPU VMs.")
+_PROCESSES = flags.DEFINE_integer("processes", None, "Number of processes of the run; as --coordinator.")
+_PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0; as --coordinator.")
+_PEER_TIMEOUT = flags.DEFINE_integer("peer_timeout", 100, "Seconds of silence after which a process counts as dead.")
+_START_TIMEOUT = flags.DEFINE_integer("start_timeout", 300, "Seconds that processes wait for each other to start.")
 
 
 def main(argv) -> None:
     del argv
     if _CONFIG.value is None or not _WORKDIR.value:
         raise errors.InputError("--config=FILE.py:MODEL and --workdir=DIR are required; see --help")
-    from llada_jax.training.loop import train  # importing jax takes seconds: not before the flags are right
+    config = resolved(_CONFIG)
+    from llada_jax.training import hosts  # importing jax takes seconds: not before the flags are right
 
-    train(resolved(_CONFIG), _WORKDIR.value)
+    peers = _COORDINATOR.value, _PROCESSES.value, _PROCESS.value
+    hosts.connect(*peers, peer_timeout=_PEER_TIMEOUT.value, start_timeout=_START_TIMEOUT.value)
+    from llada_jax.training.ending import ending_together
+    from llada_jax.training.loop import train
+
+    with ending_together(_PEER_TIMEOUT.value):
+        train(config, _WORKDIR.value)
 
 
 if __name__ == "__main__":

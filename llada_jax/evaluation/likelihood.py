@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llada_jax import sharding
 from llada_jax.diffusion import noise, objectives
 from llada_jax.errors import InputError
 from llada_jax.model.config import ModelConfig
@@ -187,7 +188,7 @@ def _row_sums(params, config, objective, halves, execution, block_size, seed, ba
     """(sum of weighted nll, number of tokens) of each row, float32 [rows]."""
     example = draw_example(config, objective, halves, block_size, seed, batch, draw, part)
     _, scores = objectives.score(params, config, example, halves, execution)
-    return (scores.nll * example.weights).sum(1), example.eligible.sum(1)
+    return sharding.replicated(((scores.nll * example.weights).sum(1), example.eligible.sum(1)))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "objective", "halves", "execution"))
@@ -196,7 +197,7 @@ def _row_errors(params, config, objective, halves, execution, block_size, batch,
     example = draw_example(config, objective, halves, block_size, 0, batch, draw, part)
     _, scores = objectives.score(params, config, example, halves, execution)
     count = example.eligible.sum(1)
-    return count - scores.correct.sum(1), count
+    return sharding.replicated((count - scores.correct.sum(1), count))
 
 
 def draw_example(config, objective, halves, block_size, seed, batch, draw, part: noise.Part) -> objectives.Example:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llada_jax import sharding
 from llada_jax.diffusion import objectives, preference
 from llada_jax.diffusion.preference import Preference
 from llada_jax.evaluation.likelihood import ESTIMATOR, slice_rows
@@ -65,7 +66,7 @@ def pair_scores(
 @functools.partial(jax.jit, static_argnames=("config", "objective", "settings", "execution"))
 def _scores(params, config, objective, settings, execution, batch, block_size, seed):
     example = preference.prepare(batch, seed, block_size, config, objective, settings)
-    return preference.score(params, config, example, settings.max_pairs, execution=execution)
+    return sharding.replicated(preference.score(params, config, example, settings.max_pairs, execution=execution))
 
 
 def pairs_in(segment_ids: np.ndarray) -> int:

@@ -8,6 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from llada_jax import sharding
@@ -19,7 +20,7 @@ from llada_jax.interop.tokenizer import Tokenizer, load_tokenizer
 from llada_jax.model import parameters
 from llada_jax.model.config import ModelConfig, preset
 from llada_jax.model.lora import Lora
-from llada_jax.training import checkpoint
+from llada_jax.training import checkpoint, hosts
 from llada_jax.training.datasets import Component, open_rows
 from llada_jax.training.lora import open_lora
 from llada_jax.training.source import Source, open_source
@@ -58,7 +59,12 @@ def initial_params(inputs: Inputs, seed: int, shardings):
     if inputs.source is not None and inputs.lora is None:
         return checkpoint.load_params(inputs.source.directory, dtype="float32", shardings=shardings)
     key = jax.random.key(seed, impl="threefry2x32")
-    return jax.jit(lambda key: parameters.initialize(inputs.trained, key), out_shardings=shardings)(key)
+
+    def draw(bits):
+        return parameters.initialize(inputs.trained, jax.random.wrap_key_data(bits, impl="threefry2x32"))
+
+    # On several processes an argument lies on all of their devices, or in numpy.
+    return jax.jit(draw, out_shardings=shardings)(np.asarray(jax.random.key_data(key)))
 
 
 def frozen_params(inputs: Inputs, mesh):
@@ -133,5 +139,6 @@ def _packed(config: ConfigDict, workdir: Path, tokenizer: Tokenizer | None) -> s
     settings = json.dumps([files, data.length, tokenizer.digest]).encode()
     cache = Path(data.cache) if data.cache else workdir / "data"
     out = cache / hashlib.sha256(settings).hexdigest()[:16]
-    pack(data.source, tokenizer, str(out), data.length, patterns=data.patterns, log=sys.stderr)
+    log = sys.stderr if jax.process_index() == 0 else None
+    hosts.in_turn(lambda: pack(data.source, tokenizer, str(out), data.length, patterns=data.patterns, log=log))
     return str(out)

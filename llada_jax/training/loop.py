@@ -7,12 +7,13 @@ import contextlib
 import dataclasses
 import functools
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
@@ -25,8 +26,9 @@ from llada_jax.model import parameters
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.forward import Execution
 from llada_jax.training import config as settings
-from llada_jax.training import held_out, saved_step, saver
+from llada_jax.training import held_out, hosts, saved_step, saver
 from llada_jax.training import state as states
+from llada_jax.training.checkpoint import code
 from llada_jax.training.faults import Judge
 from llada_jax.training.goodput import Goodput
 from llada_jax.training.inputs import Inputs, initial_params, open_inputs
@@ -37,6 +39,7 @@ from llada_jax.training.mirror import Mirror, open_workdir
 from llada_jax.training.optimizer import learning_rate, make_optimizer
 from llada_jax.training.patience import Patience
 from llada_jax.training.preemption import Stop, stop_on_sigterm
+from llada_jax.training.process_data import from_own_rows, on_all_devices, own_rows
 from llada_jax.training.profiling import Profile, parse_steps
 from llada_jax.training.reference import Reference, open_reference
 from llada_jax.training.source import continue_learning_rate
@@ -54,8 +57,16 @@ def train(config: ConfigDict, workdir: str, devices=None) -> None:
     SIGTERM saves and returns. devices: those of the mesh, by default all. A workdir may be gs:// (training/mirror.py).
     Raises InputError on bad input, before anything is written, when another trainer has the workdir, and when
     config.faults or a failing store ends the run.
+
+    Every process of a run makes this call (training/hosts.py).
     """
+    with hosts.console():
+        _train(config, workdir, devices)
+
+
+def _train(config: ConfigDict, workdir: str, devices) -> None:
     settings.check(config)
+    hosts.check_same("config, code or JAX", config.to_json() + code() + jax.__version__)
     phases = settings.phases(config)
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
     settings.check_rows(config, mesh)
@@ -68,8 +79,10 @@ def train(config: ConfigDict, workdir: str, devices=None) -> None:
         if inputs.source is not None:
             print(inputs.source.describe(), flush=True)
         config = continue_learning_rate(config, inputs.source)
-        directory.mkdir(parents=True, exist_ok=True)
-        settings.write(config, directory / "config.json")
+        if jax.process_index() == 0:
+            settings.write(config, directory / "config.json")
+        if "://" not in os.fspath(workdir):
+            hosts.check_shared(directory)
         with jax.set_mesh(mesh), stop_on_sigterm() as stop:
             _run(config, phases, mesh, mirror, inputs, stop)
 
@@ -157,23 +170,24 @@ def _steps(run: Run, state: states.TrainState, first_step: int, judge: Judge) ->
     rates = learning_rate(config.optimizer, last_step)
     writer = MetricsWriter(run.workdir, first_step, run.patience)
     progress = Progress(first_step, last_step, config.batch.rows * config.data.length)
-    batches = prefetch(inputs.rows, first_step, last_step, config.batch.rows, judge.data_offset)
+    mine = own_rows(run.batch_sharding, config.batch.rows)
+    batches = prefetch(inputs.rows, first_step, last_step, config.batch.rows, judge.data_offset, mine)
     with contextlib.ExitStack() as closing:
         closing.callback(writer.close)
         closing.callback(batches.close)
         run.goodput.begin_steps(first_step)
         for step, batch in run.goodput.timed_batches(batches):
             done, phase = step + 1, schedule.phase_at(run.phases, step)
-            scalars = jnp.int32(phase.block_size), jnp.float32(_noise_std(config, step))
-            scalars = jax.device_put((*scalars, *map(jnp.float32, judge.scalars(step))))
+            scalars = np.int32(phase.block_size), np.float32(_noise_std(config, step)), *judge.scalars(step)
+            scalars = on_all_devices(scalars, run.batch_sharding.mesh)
             row_ids = batch.row_ids
-            batch = jax.device_put(reference.join(step, batch), run.batch_sharding)
+            batch = from_own_rows(reference.join(step, batch, mine), run.batch_sharding, config.batch.rows)
             run.profile.before(done, state)
             with jax.transfer_guard("disallow"):
                 state, metrics = run.train_step(state, reference.frozen, batch, *scalars, phase.halves)
             run.profile.after(done, metrics)
             due = _due(config, done, last_step)
-            last = done == last_step or run.stop.is_set
+            last = run.stop.after_step() or done == last_step
             save = due.save or last or run.keep.due_anywhere(ask=due.log)
             shown = due.log or done == first_step + 1 or last
             bad_step = judge.judge(step, metrics, row_ids, now=shown or due.evaluate or save)
@@ -257,7 +271,7 @@ def _load(config, workdir: Path, inputs: Inputs, optimizer, abstract, where) -> 
         )
     if host.get("data_offset") and config.preference.reference == "precomputed" and config.preference.enabled:
         raise InputError(f'{workdir}: it was rewound; set config.preference.reference="frozen"')
-    return states.TrainState(jax.device_put(jnp.int32(step), where.step), params, optimizer_state), host
+    return states.TrainState(on_all_devices(np.int32(step), where.step.mesh), params, optimizer_state), host
 
 
 def _noise_std(config, step: int) -> float:
@@ -281,6 +295,8 @@ def _announce(config, phases, inputs: Inputs, mesh, first_step, last_step) -> No
     start = "starting from random weights" if inputs.source is None else "starting from init_from"
     start = f"resuming at step {first_step}" if first_step else start
     devices = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "1 device"
+    if jax.process_count() > 1:
+        devices += f" of {jax.process_count()} processes"
     print(
         f"{config.model}: {parameters.count(model):,} parameters, alignment {model.alignment}, {start}\n"
         f"{len(inputs.rows):,} rows of {config.data.length} tokens, {len(inputs.held_out.ids)} held out; "

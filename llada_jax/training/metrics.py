@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 from etils import epath
 
 from llada_jax.diffusion.schedule import Phase
@@ -19,9 +20,15 @@ TIMED = frozenset({"tokens_per_second", "mfu", "goodput", "wall_seconds", "hbm_b
 
 
 class MetricsWriter:
-    """Appends rows to WORKDIR/metrics.jsonl and event files; on resume, rows of later steps are dropped first."""
+    """Appends rows to WORKDIR/metrics.jsonl and event files; on resume, rows of later steps are dropped first.
+
+    Of several processes only process 0 writes.
+    """
 
     def __init__(self, workdir: Path, resume_step: int, patience: Patience = Patience()):
+        self._writes = jax.process_index() == 0
+        if not self._writes:
+            return
         self._path = workdir / "metrics.jsonl"
         _truncate(self._path, resume_step)
         self._patience = patience
@@ -33,6 +40,8 @@ class MetricsWriter:
 
         A loss is also in a group of its phase and block size. Raises InputError when the store fails too long.
         """
+        if not self._writes:
+            return
         self._append(json.dumps(row).encode() + b"\n")
         scalars = {f"{prefix}/{name}": value for name, value in row.items() if name != "step"}
         if "loss" in row and "phase" in row:
@@ -57,10 +66,14 @@ class MetricsWriter:
 
     def sync(self) -> None:
         """Returns when the rows are on the disk: a checkpoint must not outlive the rows of its steps."""
+        if not self._writes:
+            return
         self._patience.attempt(self._events.flush, self._path.parent)
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
+        if not self._writes:
+            return
         self._file.close()
         try:
             self._events.close()

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
@@ -22,8 +21,10 @@ from llada_jax.diffusion import preference, schedule
 from llada_jax.diffusion.schedule import Phase
 from llada_jax.evaluation.preference import pair_scores
 from llada_jax.training import config as settings
+from llada_jax.training import hosts
 from llada_jax.training.inputs import Inputs, frozen_params
 from llada_jax.training.metrics import duration
+from llada_jax.training.process_data import from_own_rows, on_all_devices, own_rows
 from llada_jax.training.score_file import ScoreFile
 from llada_jax.training.step import join_rows, split_rows
 
@@ -42,9 +43,9 @@ class Reference(NamedTuple):
     scores: np.ndarray | None = None
     held_out: np.ndarray | None = None
 
-    def join(self, step: int, batch: Batch):
-        """What the train step takes for a batch."""
-        return batch if self.scores is None else (batch, self.scores[step])
+    def join(self, step: int, batch: Batch, rows: np.ndarray):
+        """What the train step takes for a batch of these rows of the step."""
+        return batch if self.scores is None else (batch, self.scores[step][rows])
 
 
 def open_reference(
@@ -66,6 +67,7 @@ def open_reference(
         held_out.append(held_out_scores(config, inputs, load()))
     if not steps.complete:
         _score_steps(config, phases, inputs, load(), batch_sharding, steps, stop)
+    hosts.barrier()  # process 0 has written what all have scored
     if not steps.complete:
         print(f"stopped after scoring {steps.stored} steps: {workdir}", flush=True)
         return None
@@ -108,16 +110,20 @@ def _files(config, phases, inputs: Inputs, max_pairs: int, workdir: Path) -> tup
         "held-out rows": len(inputs.held_out.ids),
     }
     shape, held_out = (config.batch.rows, max_pairs, 2), (len(inputs.held_out.ids), max_pairs, 2)
-    return (
-        ScoreFile(workdir / "reference_scores.bin", of_steps, shape, schedule.total_steps(phases)),
-        ScoreFile(workdir / "reference_scores_held_out.bin", of_held_out, held_out, 1),
+    writes = jax.process_index() == 0
+    return hosts.in_turn(
+        lambda: (
+            ScoreFile(workdir / "reference_scores.bin", of_steps, shape, schedule.total_steps(phases), writes),
+            ScoreFile(workdir / "reference_scores_held_out.bin", of_held_out, held_out, 1, writes),
+        )
     )
 
 
 def _score_steps(config, phases, inputs: Inputs, weights, batch_sharding, file: ScoreFile, stop) -> None:
     """Appends the scores of the steps that `file` lacks, in the batches and with the noise of training."""
     stage, objective, execution = settings.preference(config), settings.objective(config), settings.execution(config)
-    replicated = NamedSharding(batch_sharding.mesh, PartitionSpec())
+    mesh = batch_sharding.mesh
+    replicated = NamedSharding(mesh, PartitionSpec())
 
     @functools.partial(jax.jit, static_argnames="halves", out_shardings=replicated)
     def score(weights, batch, block_size, halves):
@@ -129,19 +135,21 @@ def _score_steps(config, phases, inputs: Inputs, weights, batch_sharding, file: 
     last_step = schedule.total_steps(phases)
     first, begun, due = file.stored, time.monotonic(), 0.0
     print(f"scoring {last_step - first} of {last_step} steps by the reference", flush=True)
-    batches = prefetch(inputs.rows, first, last_step, config.batch.rows)
+    mine = own_rows(batch_sharding, config.batch.rows)
+    batches = prefetch(inputs.rows, first, last_step, config.batch.rows, which=mine)
     for step, batch in batches:
-        if stop.is_set:
-            batches.close()
-            return
         phase = schedule.phase_at(phases, step)
-        block_size = jax.device_put(jnp.int32(phase.block_size))
-        file.append(jax.device_get(score(weights, jax.device_put(batch, batch_sharding), block_size, phase.halves)))
+        batch = from_own_rows(batch, batch_sharding, config.batch.rows)
+        block_size = on_all_devices(np.int32(phase.block_size), mesh)
+        file.append(jax.device_get(score(weights, batch, block_size, phase.halves)))
         seconds = time.monotonic() - begun
         if seconds > due or step + 1 == last_step:
             due = seconds + _PROGRESS_SECONDS
             left = duration((last_step - step - 1) * seconds / (step + 1 - first))
             print(f"reference scores: step {step + 1}/{last_step}  {left} left", flush=True)
+        if stop.after_step():
+            batches.close()
+            return
 
 
 def _score_part(weights, model, max_pairs, halves, execution, part):

@@ -18,13 +18,17 @@ _FORMAT = 1
 class ScoreFile:
     """`count` records of `shape`. Opening cuts off a record that was not written whole, and what follows it.
 
-    depends_on: {name: JSON value}. Raises InputError when the file has records of other values, naming the first one.
+    depends_on: {name: JSON value}. writes: False on the processes that follow while one of them writes: they open after
+    it and count, so that all agree on what is stored. Raises InputError when the file has records of other values,
+    naming the first one.
 
     Attributes: `stored`, the number of records there are.
     """
 
-    def __init__(self, path: str | os.PathLike, depends_on: dict, shape: tuple[int, ...], count: int):
-        self._path, self._shape, self._count = Path(path), shape, count
+    def __init__(
+        self, path: str | os.PathLike, depends_on: dict, shape: tuple[int, ...], count: int, writes: bool = True
+    ):
+        self._path, self._shape, self._count, self._writes = Path(path), shape, count, writes
         self._record = np.dtype([("values", "<f4", shape), ("crc", "<u4")])
         header = json.dumps({"format": _FORMAT, "depends_on": depends_on, "shape": shape, "count": count}) + "\n"
         if self._path.exists():
@@ -42,11 +46,12 @@ class ScoreFile:
 
     def append(self, values: np.ndarray) -> None:
         """Writes the next record, float32 of `shape`; returns when it is on disk."""
-        values = np.ascontiguousarray(values, "<f4").reshape(self._shape)
-        with open(self._path, "ab") as file:
-            file.write(values.tobytes() + np.uint32(zlib.crc32(values)).astype("<u4").tobytes())
-            file.flush()
-            os.fsync(file.fileno())
+        if self._writes:
+            values = np.ascontiguousarray(values, "<f4").reshape(self._shape)
+            with open(self._path, "ab") as file:
+                file.write(values.tobytes() + np.uint32(zlib.crc32(values)).astype("<u4").tobytes())
+                file.flush()
+                os.fsync(file.fileno())
         self.stored += 1
 
     def read(self) -> np.ndarray:
@@ -74,7 +79,8 @@ class ScoreFile:
         whole = (self._path.stat().st_size - self._offset) // self._record.itemsize
         records = self._map(min(whole, self._count))
         good = next((i for i, r in enumerate(records) if zlib.crc32(r["values"].tobytes()) != r["crc"]), len(records))
-        os.truncate(self._path, self._offset + good * self._record.itemsize)
+        if self._writes:
+            os.truncate(self._path, self._offset + good * self._record.itemsize)
         return good
 
     def _map(self, records: int) -> np.ndarray:

@@ -1,0 +1,167 @@
+"""Several hosts: how the processes of a run find each other, take turns, and see that they are one run.
+
+Every process runs the same program on its own devices. They meet at JAX's coordination service, which process 0 runs.
+"""
+
+import contextlib
+import hashlib
+import itertools
+import os
+import secrets
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from llada_jax.errors import InputError
+
+T = TypeVar("T")
+
+LOST_PEER = 75  # exit code, EX_TEMPFAIL: started again, all of them may go on
+
+WEEK_MS = 7 * 24 * 3600 * 1000  # to wait for each other: the coordination service cuts it short when a process dies
+_VISIBLE_SECONDS = 30.0  # until a new file shows on the other hosts of a network file system
+_turns = itertools.count()
+
+
+def connect(
+    coordinator: str | None, processes: int | None, process: int | None, peer_timeout: int, start_timeout: int
+) -> None:
+    """Joins the processes of a run; to be called before JAX has seen a device.
+
+    coordinator: "HOST:PORT", at which process 0 listens; process: which of the `processes` this is. All three None:
+    what the environment of a TPU VM (Cloud TPU, GKE, several slices) says, and elsewhere nothing: one process.
+    peer_timeout: seconds of silence after which a process counts as dead; start_timeout: seconds to wait for all.
+    Raises InputError on bad values; exits with LOST_PEER when the others do not come.
+    """
+    flagged = _check_flags(coordinator, processes, process, peer_timeout, start_timeout)
+    if not flagged and not _on_tpu_vm():
+        return
+    try:
+        jax.distributed.initialize(
+            coordinator, processes, process, initialization_timeout=start_timeout,
+            heartbeat_timeout_seconds=2 * peer_timeout + 10,  # JAX aborts what ending_together has not ended by then
+        )  # fmt: skip
+    except ValueError:  # a TPU machine that is part of no cluster
+        if flagged:
+            raise
+    except RuntimeError as error:
+        if "DEADLINE_EXCEEDED" not in str(error):
+            raise InputError(f"--coordinator={coordinator}: {_first_line(error)}") from error
+        who = f"process {process} of {processes}" if flagged else "this host"
+        where = coordinator or "the coordinator"
+        print(
+            f"error: {who}: the others were not all at {where} within --start_timeout={start_timeout} seconds",
+            file=sys.stderr,
+        )
+        raise SystemExit(LOST_PEER) from error
+    if jax.process_count() > 1 and not jax.distributed.is_initialized():
+        raise InputError(
+            f"this host is one of {jax.process_count()}, which its environment does not tell how to reach: "
+            "set --coordinator, --processes and --process"
+        )
+
+
+def _check_flags(coordinator, processes, process, peer_timeout: int, start_timeout: int) -> bool:
+    """Whether the flags say who is who. Raises InputError naming the flag that is wrong or missing."""
+    for flag, seconds in (("--peer_timeout", peer_timeout), ("--start_timeout", start_timeout)):
+        if seconds < 1:
+            raise InputError(f"{flag}={seconds}, expected at least one second")
+    given = {"--coordinator": coordinator, "--processes": processes, "--process": process}
+    missing = [flag for flag, value in given.items() if value is None]
+    if len(missing) == len(given):
+        return False
+    if missing:
+        raise InputError(f"{' and '.join(missing)} missing: --coordinator, --processes and --process go together")
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit():
+        raise InputError(f"--coordinator={coordinator}, expected HOST:PORT")
+    if not 0 <= process < processes:
+        raise InputError(f"--process={process}, expected 0 to {processes - 1}: --processes={processes}")
+    return True
+
+
+def _on_tpu_vm() -> bool:
+    from jax._src import cloud_tpu_init  # what jax.distributed.initialize goes by; it has no public name
+
+    return cloud_tpu_init.running_in_cloud_tpu_vm and (jax.config.jax_platforms or "tpu").split(",")[0] == "tpu"
+
+
+def coordination_client():
+    """Of the coordination service; None in a run of one process."""
+    from jax._src import distributed  # its key-value store and barriers have no public name
+
+    return distributed.global_state.client if jax.distributed.is_initialized() and jax.process_count() > 1 else None
+
+
+# ---- turns
+
+
+def in_turn(work: Callable[[], T]) -> T:
+    """work() on every process, on process 0 before the others: they find what it wrote. Returns when all are done."""
+    if jax.process_index() == 0:
+        done = work()
+        barrier()
+    else:
+        barrier()
+        done = work()
+    barrier()
+    return done
+
+
+def barrier() -> None:
+    """Returns when all processes are here; they may be days apart."""
+    if (client := coordination_client()) is not None:
+        client.wait_at_barrier(f"llada_jax/turn-{next(_turns)}", WEEK_MS)
+
+
+@contextlib.contextmanager
+def console():
+    """Only process 0 writes to standard output; the errors of all go to standard error."""
+    if jax.process_index() == 0:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
+
+
+def check_same(what: str, value: str) -> None:
+    """Raises InputError on all processes when one of them has another value."""
+    if jax.process_count() == 1:
+        return
+    mine = np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint8)
+    everywhere = multihost_utils.process_allgather(mine)
+    for process, theirs in enumerate(everywhere):
+        if not np.array_equal(theirs, everywhere[0]):
+            raise InputError(f"process {process} has another {what} than process 0")
+
+
+def check_shared(directory: Path) -> None:
+    """Raises InputError on all processes when one does not see what process 0 writes to `directory`."""
+    if jax.process_count() == 1:
+        return
+    token = multihost_utils.broadcast_one_to_all(np.uint32(secrets.randbits(32)))
+    note = directory / f".seen-{int(token):08x}"
+    if jax.process_index() == 0:
+        note.touch()
+    barrier()
+    until = time.monotonic() + _VISIBLE_SECONDS
+    while not (seen := note.exists()) and time.monotonic() < until:
+        time.sleep(0.2)
+    everywhere = multihost_utils.process_allgather(np.array(seen))
+    if jax.process_index() == 0:
+        note.unlink()
+    if not everywhere.all():
+        raise InputError(
+            f"--workdir={directory}: process {int(np.argmin(everywhere))} does not see what process 0 writes there; "
+            "all hosts need one shared folder"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
