@@ -74,6 +74,8 @@ def decode_row(record: bytes) -> Row:
 def read_dataset(path: str) -> dict:
     """Reads `path`/dataset.json. Raises InputError if the folder is missing, incomplete or of another format."""
     file = os.path.join(path, "dataset.json")
+    if "://" in path:
+        raise InputError(f"{path}: packed rows are read through a file system; mount the bucket (gcsfuse)")
     if not os.path.isdir(path):
         raise InputError(f"{path}: no such folder")
     dataset = read_json(file)
