@@ -49,7 +49,7 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._checkpointer = _make_checkpointer()
-        logging.getLogger("absl").addFilter(_is_ours)
+        logging.getLogger("absl").addFilter(_is_news)
         if jax.process_index() == 0:
             _remove_leftovers(self._directory)
 
@@ -330,6 +330,6 @@ def _discard(directory: epath.Path) -> None:
         time.sleep(0.2)
 
 
-def _is_ours(record: logging.LogRecord) -> bool:
-    """Orbax logs the errors of its threads with their stacks; they are raised too, and told in one line."""
-    return "/orbax/" not in record.pathname
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not an error that Orbax logs with the stack of a thread of its own: that is raised too, and told in one line."""
+    return "/orbax/" not in record.pathname or record.levelno < logging.ERROR
