@@ -87,7 +87,7 @@ def _run(config, phases, mesh, workdir: Path, inputs: Inputs, stop, mirror: Mirr
     batches = prefetch(inputs.rows, first_step, last_step, config.batch.rows)
     keep = Checkpoints(config, workdir, inputs)
     speed = Speed(config, phases, inputs, mesh.devices.flat)
-    profile = Profile(workdir / "profile", parse_steps(config.profile.steps))
+    profile = Profile(workdir / "profile", parse_steps(config.profile.steps), goodput.spent)
     goodput.begin_steps(first_step)
     with contextlib.ExitStack() as closing:
         closing.callback(writer.close)
