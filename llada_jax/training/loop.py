@@ -121,7 +121,7 @@ def _run(config, phases, mesh, workdir: Path, inputs: Inputs, stop, mirror: Mirr
     with goodput.spent("save"):
         keep.wait()
     goodput.mark(done)
-    ended = "stopped" if stop.is_set else "finished"  # experiments/launch/supervise.sh looks for it
+    ended = "stopped" if stop.is_set else "finished"
     print(f"{goodput.describe()}\n{ended} at step {done}: {mirror.remote or workdir}", flush=True)
 
 
