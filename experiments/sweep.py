@@ -144,7 +144,7 @@ def train_here(point: Point, record: dict) -> str | None:
         code = _call(command, log)
         log.seek(begun)
         lines = log.read().decode(errors="replace").splitlines() or ["nothing was printed"]
-    if code == 0 and not any(line.startswith("stopped at step") for line in lines[-5:]):
+    if code == 0 and not any(line.startswith("SIGTERM: saving a checkpoint") for line in lines):
         (workdir / "sweep.json").write_text(json.dumps(record | {"finished": True}, indent=1) + "\n")
         return None
     return f"exit code {code}: {lines[-1]}"

@@ -65,6 +65,6 @@ def table(rows: Sequence[dict]) -> str:
 
 def _cell(value, stderr) -> str:
     if isinstance(value, float):
-        value = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4f}"
+        value = f"{value:,.0f}" if abs(value) >= 100 else f"{value:.4f}"
     text = "" if value is None else str(value).replace("|", "\\|")
     return text if stderr is None else f"{text} ± {stderr:.4f}"

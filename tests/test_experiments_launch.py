@@ -182,7 +182,7 @@ COUNTED = 'echo x >>"$COUNT"; n=$(wc -l <"$COUNT")\n'
 
 def test_supervisor_starts_again_until_it_has_finished(tmp_path):
     script = COUNTED + 'echo "start $n"; [ $n = 1 ] && kill -9 $$; [ $n = 2 ] && exit 1\n'
-    script += '[ $n = 3 ] && { echo "stopped at step 7: DIR"; exit 0; }; echo "finished at step 9: DIR"'
+    script += '[ $n = 3 ] && { echo "SIGTERM: saving a checkpoint" >&2; exit 0; }; echo "finished at step 9: DIR"'
     process = supervise(tmp_path, script)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 0, printed

@@ -130,7 +130,7 @@ def test_a_failing_point_is_named_and_the_others_go_on(tmp_path):
     out = tmp_path / "out"
     arguments = [
         f"--out={out}", "--sweep=optimizer.learning_rate=1e-2,-1.0", f"--config.data.source={text}",
-        "--config.data.patterns=('*.txt',)", "--config.batch.rows=1", "--config.evaluation.rows=1",
+        "--parallel=2", "--config.data.patterns=('*.txt',)", "--config.batch.rows=1", "--config.evaluation.rows=1",
     ]  # fmt: skip
     first, second, other = run_all([command(*arguments), command(*arguments), command(*arguments, "--config.seed=1")])
     assert first.returncode == second.returncode == 1

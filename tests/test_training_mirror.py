@@ -53,6 +53,8 @@ def test_a_run_on_a_bucket_that_died_goes_on(text, tmp_path, bucket, monkeypatch
     assert checkpoint.steps("gs://b/run/checkpoints") == [2]
     loop.train(config, "gs://b/run", jax.devices()[:1])
     assert config.checkpoint.directory == ""  # the caller's config stays as it was
+    raw = [json.loads(line) for line in (bucket / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert raw[3]["goodput"] > 0 and raw[3]["wall_seconds"]["restore"] > 0 and "mfu" not in raw[3]
     rows = metrics_of(bucket / "run")
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6, 6] and "nelbo" in rows[-1]
     assert checkpoint.verify("gs://b/run/checkpoints/6") == []

@@ -6,6 +6,7 @@
     data       waiting for rows while the devices had nothing left to do
     evaluate   held-out scores
     save       copying a checkpoint off the devices, and waiting for the one before
+    profile    beginning and writing traces
     redone     steps that an earlier start had done, but not saved
     down       between the last record of one start and the beginning of the next
     step       all other: the useful steps
@@ -23,7 +24,7 @@ from pathlib import Path
 
 import jax
 
-LOST = ("start", "restore", "compile", "data", "evaluate", "save", "redone", "down")
+LOST = ("start", "restore", "compile", "data", "evaluate", "save", "profile", "redone", "down")
 FILE = "goodput.json"
 
 

@@ -136,7 +136,7 @@ def _run(config, phases, mesh, mirror: Mirror, inputs: Inputs, stop) -> None:
     with contextlib.ExitStack() as closing:
         closing.callback(keep.settle)  # what is being saved when an error ends the run
         beat = closing.enter_context(watched(config.faults.hang_minutes, workdir, jax.process_index()))
-        profile = Profile(workdir / "profile", parse_steps(config.profile.steps))
+        profile = Profile(workdir / "profile", parse_steps(config.profile.steps), goodput.spent)
         closing.callback(profile.close)
         run = Run(
             config, phases, workdir, inputs, reference, train_step, batch_sharding, keep, patience, stop, beat,

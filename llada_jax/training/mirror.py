@@ -54,7 +54,7 @@ class Mirror:
         with self._lock:
             try:
                 for path in sorted(self.local.rglob("*")):
-                    if path.is_file() and not path.name.endswith(".partial"):
+                    if path.is_file() and path.suffix not in (".partial", ".lock"):
                         self._copy(path)
             except Exception as error:  # whatever the store's client raises: it may be there again next time
                 if not self._failing:

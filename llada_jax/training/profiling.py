@@ -3,6 +3,8 @@ or https://ui.perfetto.dev.
 """
 
 import os
+from collections.abc import Callable
+from contextlib import nullcontext
 
 import jax
 
@@ -22,16 +24,17 @@ def parse_steps(text: str) -> range:
 class Profile:
     """Traces the steps of a run that are in `steps`: from when the step before them is done until the last one is.
 
-    A run that ends or is stopped in between keeps what was traced.
+    A run that ends or is stopped in between keeps what was traced. spent: Goodput.spent, for beginning and writing.
     """
 
-    def __init__(self, directory: str | os.PathLike, steps: range):
-        self._directory, self._steps, self._tracing = str(directory), steps, False
+    def __init__(self, directory: str | os.PathLike, steps: range, spent: Callable = lambda name: nullcontext()):
+        self._directory, self._steps, self._spent, self._tracing = str(directory), steps, spent, False
 
     def before(self, step: int, state) -> None:
         if step in self._steps and not self._tracing:
             jax.block_until_ready(state)
-            jax.profiler.start_trace(self._directory)
+            with self._spent("profile"):
+                jax.profiler.start_trace(self._directory)
             self._tracing = True
 
     def after(self, step: int, metrics) -> None:
@@ -43,4 +46,5 @@ class Profile:
     def close(self) -> None:
         if self._tracing:
             self._tracing = False
-            jax.profiler.stop_trace()
+            with self._spent("profile"):
+                jax.profiler.stop_trace()
