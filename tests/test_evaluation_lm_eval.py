@@ -73,7 +73,7 @@ def test_two_tasks_of_local_files_run(build, tmp_path, monkeypatch):
 
 
 def test_likelihoods_are_those_of_the_model(build, model):
-    """Exact at block size 1 and "ar": the sum of the log-probabilities of the continuation, and whether all are best."""
+    """Exact at block size 1 and "ar": the sum of the log-probabilities of the continuation; whether all are best."""
     context, continuation = "some words", " that follow"
     ids = [*(context + continuation).encode()]
     log_p = ar_logits(model, ids)[len(context) - 1 : -1]
