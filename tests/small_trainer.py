@@ -16,7 +16,7 @@ from llada_jax.data.order import Rows
 from llada_jax.model.config import PRESETS, preset
 from llada_jax.training import digest, loop
 
-PRESETS["tiny_hosts"] = preset("tiny").replace(
+MODEL = PRESETS["tiny_hosts"] = preset("tiny").replace(
     hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, rotary_dim=8, intermediate_size=64
 )
 
