@@ -143,8 +143,8 @@ def test_an_error_of_one_process_ends_all(small, tmp_path):
 
     assert run(arguments, tmp_path / "corrupt", small[1], FAIL="1") == [2, 2]
     message = "rows.array_record: record 7 is corrupt\n"
-    assert text(tmp_path / "corrupt", 1, "err").endswith(f"\nerror: {message}")
-    assert text(tmp_path / "corrupt", 0, "err").endswith(f"\nerror: process 1: {message}")
+    assert text(tmp_path / "corrupt", 1, "err").endswith(f"error: {message}")
+    assert text(tmp_path / "corrupt", 0, "err").endswith(f"error: process 1: {message}")
 
 
 def test_processes_that_do_not_come_are_waited_for_and_named(small, tmp_path):
