@@ -138,7 +138,7 @@ def run_killed(
 
 
 def assert_same_end(workdir: Path, uninterrupted: Path) -> None:
-    """The last steps of two runs are equal bit for bit: weights, optimizer, the trainer's values; and their metrics."""
+    """Two runs end in the same bits (weights, optimizer, trainer's values) and have the same metrics."""
     ends = [max(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
             for run in (workdir, uninterrupted)]  # fmt: skip
     assert ends[0] == ends[1]

@@ -10,13 +10,14 @@ import time
 
 import jax
 import jax.numpy as jnp
+from jax._src import compilation_cache, compiler
 
 from llada_jax import errors, train
 from llada_jax.data.order import Rows
 from llada_jax.model.config import PRESETS, preset
 from llada_jax.training import digest, loop
 
-PRESETS["tiny_hosts"] = preset("tiny").replace(
+MODEL = PRESETS["tiny_hosts"] = preset("tiny").replace(
     hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, rotary_dim=8, intermediate_size=64
 )
 
@@ -58,7 +59,13 @@ def hindered(read):
     return batch
 
 
+def write_program(key, seconds, name, backend, executable, callbacks):
+    """JAX keeps only what process 0 has compiled; on CPU the other processes' programs have other keys."""
+    compilation_cache.put_executable_and_time(key, name, executable, backend, int(seconds))
+
+
 if __name__ == "__main__":
+    compiler._cache_write = write_program
     Rows.batch = hindered(Rows.batch)
     loop.train_loss = with_digests(loop.train_loss)
     errors.run(train.main)

@@ -1,19 +1,26 @@
 """Runs of several processes: what each reads and writes, what ends them, and what another mesh goes on with."""
 
+import json
 import random
 import re
 import shutil
 import signal
 import time
 
+import jax
 import kill_loop
 import numpy as np
 import pytest
+import small_trainer
 from kill_loop import metrics_of
-from processes import codes, run, small_run, start, text
+from processes import ROOT, codes, run, small_run, start, text
 
+from llada_jax.data.byte_tokenizer import byte_tokenizer
+from llada_jax.data.pack_preference import pack_preference
 from llada_jax.errors import InputError
+from llada_jax.model import parameters
 from llada_jax.training import ending, hosts, process_data, saver
+from llada_jax.training.checkpoint import write_weights
 
 MESHES = {  # processes x devices of each: the sizes of the mesh
     (1, 8): dict(fsdp=2),
@@ -119,8 +126,8 @@ def test_a_run_that_is_stopped_and_then_loses_a_process_ends_as_if_it_had_not(sm
     assert f"resuming at step {stopped}" in text(again, 0, "out")
     running[1].kill()
     assert codes(running, 30) == [hosts.LOST_PEER, -signal.SIGKILL], text(again, 0, "err")
-    said = r"^error: (process 1: no sign of life for 8 seconds|lost touch with another process)"
-    assert re.search(said + ".*go on from the last checkpoint$", text(again, 0, "err"), re.M)
+    said = r"^error: (process 1: no sign of life for 8 seconds|lost touch with another process).* the last checkpoint$"
+    assert re.search(said, text(again, 0, "err"), re.M)
 
     assert run(arguments, tmp_path / "last", small[1]) == [0, 0], text(tmp_path / "last", 0, "err")
     kill_loop.assert_same_end(tmp_path / "run", whole)
@@ -130,14 +137,14 @@ def test_an_error_of_one_process_ends_all(small, tmp_path):
     arguments = [*small_run(), *small[0], *mesh_flags(MESHES[2, 4]), f"--workdir={tmp_path / 'run'}"]
     assert run(arguments, tmp_path / "other", small[1], own={1: ["--config.seed=1"]}) == [2, 2]
     for process in (0, 1):
-        message = "error: process 1 has another config, code or JAX than process 0\n"
+        message = "process 1 has another config, code or JAX than process 0\n"
         assert text(tmp_path / "other", process, "err").endswith(message)
     assert not (tmp_path / "run").exists()
 
     assert run(arguments, tmp_path / "corrupt", small[1], FAIL="1") == [2, 2]
     message = "rows.array_record: record 7 is corrupt\n"
-    assert text(tmp_path / "corrupt", 1, "err").endswith(f"\nerror: {message}")
-    assert text(tmp_path / "corrupt", 0, "err").endswith(f"\nerror: process 1: {message}")
+    assert text(tmp_path / "corrupt", 1, "err").endswith(f"error: {message}")
+    assert text(tmp_path / "corrupt", 0, "err").endswith(f"error: process 1: {message}")
 
 
 def test_processes_that_do_not_come_are_waited_for_and_named(small, tmp_path):
@@ -222,3 +229,35 @@ def soak(small, folder, seeds, kills):
 def test_fifty_kills_of_two_processes_change_nothing(small, tmp_path):
     tally = soak(small, tmp_path, seeds=range(100, 200), kills=50)
     assert tally.strikes == 50 and tally.kills > 5 and tally.terms > 5 and tally.saving > 5, tally
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("rank", [0, 2])
+def test_dpo_of_two_processes_is_that_of_one(small, tmp_path, rank):
+    """Process 0 keeps the reference's scores; with a rank, the base of the adapters is read shard by shard."""
+    tokenizer = byte_tokenizer(eos_id=508, mask_id=511)
+    pairs = [{"prompt": f"{i} plus 1 is", "chosen": f" {i + 1}.", "rejected": " 0, I think."} for i in range(60)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    pack_preference(str(tmp_path / "pairs.jsonl"), tokenizer, str(tmp_path / "rows"), 128, max_pairs=4)
+    model = small_trainer.MODEL.replace(eos_token_id=508, mask_token_id=511)
+    leaves = parameters.unstack(parameters.initialize(model, jax.random.key(0)), model)
+    write_weights(tmp_path / "weights", model, leaves.items(), tokenizer.files, {})
+    arguments = [
+        f"--config={ROOT}/configs/dpo.py:tiny_hosts,length=128,steps=6", f"--config.init_from={tmp_path / 'weights'}",
+        f"--config.data.path={tmp_path / 'rows'}", "--config.data.held_out_rows=4", "--config.batch.rows=8",
+        "--config.preference.reference=precomputed", "--config.preference.max_pairs=4", f"--config.lora.rank={rank}",
+        "--config.schedule.block_size=8", "--config.evaluation.block_sizes=(8,)", "--config.evaluation.every_steps=3",
+        "--config.optimizer.learning_rate=3e-3", "--config.log_every_steps=1",
+    ]  # fmt: skip
+    for processes, devices in ((1, 8), (2, 4)):
+        more = [*mesh_flags(MESHES[processes, devices]), f"--workdir={tmp_path / str(processes)}"]
+        logs = tmp_path / f"logs-{processes}"
+        found = run([*arguments, *more], logs, small[1], processes, devices)
+        assert found == [0] * processes, "\n".join(text(logs, i, "err") for i in range(processes))
+    one, two = ((tmp_path / str(processes) / "reference_scores.bin").read_bytes() for processes in (1, 2))
+    assert len(one) == len(two)
+    ours, theirs = metrics_of(tmp_path / "2"), metrics_of(tmp_path / "1")
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs]
+    for name in ("loss", "margin", "nelbo", "preference_margin"):
+        values = [[row[name] for row in rows if name in row] for rows in (ours, theirs)]
+        np.testing.assert_allclose(*values, rtol=1e-3, atol=1e-5, err_msg=name)

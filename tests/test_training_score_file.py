@@ -73,3 +73,18 @@ def test_another_file_is_refused(tmp_path, content):
         (tmp_path / "scores.bin").unlink()
         filled(tmp_path)
         ScoreFile(tmp_path / "scores.bin", DEPENDS, (3, 4), 5)
+
+
+def test_processes_that_follow_count_and_read_what_one_writes(tmp_path):
+    path, record = tmp_path / "scores.bin", np.arange(4, dtype=np.float32).reshape(2, 2)
+    ScoreFile(path, {"seed": 0}, (2, 2), 3).append(record)
+    with open(path, "ab") as file:
+        file.write(b"half a record")  # of the process that writes, at this moment
+    size = path.stat().st_size
+    follower = ScoreFile(path, {"seed": 0}, (2, 2), 3, writes=False)
+    follower.append(record + 1)
+    assert path.stat().st_size == size and follower.stored == 2
+    writer = ScoreFile(path, {"seed": 0}, (2, 2), 3)
+    assert writer.stored == 1
+    writer.append(record + 1)
+    np.testing.assert_array_equal(follower.read(), np.stack([record, record + 1]))

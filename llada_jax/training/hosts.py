@@ -9,6 +9,7 @@ import itertools
 import os
 import secrets
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ LOST_PEER = 75  # exit code, EX_TEMPFAIL: started again, all of them may go on
 
 WEEK_MS = 7 * 24 * 3600 * 1000  # to wait for each other: the coordination service cuts it short when a process dies
 _VISIBLE_SECONDS = 30.0  # until a new file shows on the other hosts of a network file system
+_LATER = 10  # seconds by which JAX, which would abort with a stack trace, waits longer than we do
 _turns = itertools.count()
 
 
@@ -42,29 +44,32 @@ def connect(
     flagged = _check_flags(coordinator, processes, process, peer_timeout, start_timeout)
     if not flagged and not _on_tpu_vm():
         return
+    who = f"process {process} of {processes}" if flagged else "this host"
+    text = f"{who}: the others were not all at {coordinator or 'the coordinator'} within {start_timeout} seconds"
+    alarm = threading.Timer(start_timeout, _give_up, args=(text,))
+    alarm.start()
     try:
         jax.distributed.initialize(
-            coordinator, processes, process, initialization_timeout=start_timeout,
-            heartbeat_timeout_seconds=2 * peer_timeout + 10,  # JAX aborts what ending_together has not ended by then
+            coordinator, processes, process,
+            initialization_timeout=start_timeout + _LATER, heartbeat_timeout_seconds=2 * peer_timeout + _LATER,
         )  # fmt: skip
     except ValueError:  # a TPU machine that is part of no cluster
         if flagged:
             raise
     except RuntimeError as error:
-        if "DEADLINE_EXCEEDED" not in str(error):
-            raise InputError(f"--coordinator={coordinator}: {_first_line(error)}") from error
-        who = f"process {process} of {processes}" if flagged else "this host"
-        where = coordinator or "the coordinator"
-        print(
-            f"error: {who}: the others were not all at {where} within --start_timeout={start_timeout} seconds",
-            file=sys.stderr,
-        )
-        raise SystemExit(LOST_PEER) from error
+        raise InputError(f"--coordinator={coordinator}: {_first_line(error)}") from error
+    finally:
+        alarm.cancel()
     if jax.process_count() > 1 and not jax.distributed.is_initialized():
         raise InputError(
             f"this host is one of {jax.process_count()}, which its environment does not tell how to reach: "
             "set --coordinator, --processes and --process"
         )
+
+
+def _give_up(text: str) -> None:
+    print(f"error: {text} (--start_timeout)", file=sys.stderr, flush=True)
+    os._exit(LOST_PEER)
 
 
 def _check_flags(coordinator, processes, process, peer_timeout: int, start_timeout: int) -> bool:
