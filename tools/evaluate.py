@@ -149,6 +149,7 @@ def _answers(task: str, name: str) -> dict:
     source = {"task": _TASK.value, "data": _DATA.value, "settings": settings, "seed": _SEED.value}
     source |= {"extract": _EXTRACT.value, "context": _CONTEXT.value, "needles": _NEEDLES.value}
     asked = {"checkpoint": _CHECKPOINT.value, **source, "decoding": dataclasses.asdict(config)}
+    asked["model"] = dataclasses.asdict(model.config)
     return asked | dataclasses.asdict(found)
 
 
