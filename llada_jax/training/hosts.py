@@ -12,11 +12,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TypeVar
 
 import jax
 import numpy as np
+from etils import epath
 from jax.experimental import multihost_utils
 
 from llada_jax.errors import InputError
@@ -146,7 +146,7 @@ def check_same(what: str, value: str) -> None:
             raise InputError(f"process {process} has another {what} than process 0")
 
 
-def check_shared(directory: Path) -> None:
+def check_shared(directory: epath.Path) -> None:
     """Raises InputError on all processes when one does not see what process 0 writes to `directory`."""
     if jax.process_count() == 1:
         return

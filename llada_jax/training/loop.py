@@ -7,13 +7,13 @@ import contextlib
 import dataclasses
 import functools
 import math
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
+from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
@@ -81,8 +81,7 @@ def _train(config: ConfigDict, workdir: str, devices) -> None:
         config = continue_learning_rate(config, inputs.source)
         if jax.process_index() == 0:
             settings.write(config, directory / "config.json")
-        if "://" not in os.fspath(workdir):
-            hosts.check_shared(directory)
+        hosts.check_shared(epath.Path(workdir))
         with jax.set_mesh(mesh), stop_on_sigterm() as stop:
             _run(config, phases, mesh, mirror, inputs, stop)
 
