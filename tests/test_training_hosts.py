@@ -202,7 +202,13 @@ def test_own_rows_are_those_of_the_process_each_once_and_ascending():
 
 def soak(small, folder, seeds, kills):
     """Runs of two processes, of which one or both are struck again and again, end as the one that was left alone."""
-    arguments = [*small_run(34, save_every=4), *small[0], *mesh_flags(MESHES[2, 4]), "--peer_timeout=20"]
+    arguments = [
+        *small_run(34, save_every=4),
+        *small[0],
+        *mesh_flags(MESHES[2, 4]),
+        "--peer_timeout=20",
+        "--start_timeout=60",
+    ]
 
     def starter(name):
         logs = folder / f"{name}.logs"
