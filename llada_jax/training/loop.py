@@ -133,7 +133,8 @@ def _run(config, phases, mesh, mirror: Mirror, inputs: Inputs, stop) -> None:
     patience = Patience(config.checkpoint.retries, config.checkpoint.retry_seconds)
     keep = Keeper(config, workdir, inputs, patience)
     with contextlib.ExitStack() as closing:
-        closing.callback(keep.settle)  # what is being saved when an error ends the run
+        if jax.process_count() == 1:  # several agree on how a save went, but an error of one is not waited for
+            closing.callback(keep.settle)  # what is being saved when an error ends the run
         beat = closing.enter_context(watched(config.faults.hang_minutes, workdir, jax.process_index()))
         profile = Profile(workdir / "profile", parse_steps(config.profile.steps), goodput.spent)
         closing.callback(profile.close)
