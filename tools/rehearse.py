@@ -1,11 +1,15 @@
 """Compiles a training step for TPU slices that are not there, and says whether it fits and what it would cost.
 
 python tools/rehearse.py --config=configs/wsd.py:llada2_mini --topology=v5p:4x4x4 [--slices=N] [--json=FILE]
+python tools/rehearse.py --decode --config=configs/wsd.py:llada2_mini --topology=v5p:2x2x1 --config.mesh.tensor=4 ...
 
 The step is the trainer's own, over the mesh of the config. Everything printed is compiler-estimated: memory from the
 compiler; seconds from its schedules, and from bytes and links where it gives none. Serial MFU adds up all parts,
 collectives where they do not run behind arithmetic; overlapped MFU is that of the larger of arithmetic and
 communication. Exits 1 when the step does not fit.
+
+--decode compiles a pass of decoding instead (weights and caches in bfloat16): --rows requests over all chips, of
+--canvas positions, --filled of them in the caches; blocks are of config.schedule.block_size.
 """
 
 import json
@@ -27,6 +31,10 @@ _DOCUMENTS = flags.DEFINE_integer("mean_document", 1024, "Tokens of a packed doc
 _BLOCK_SIZE = flags.DEFINE_integer("block_size", 32, "Of the diffusion, for counting tiles.")
 _BUSIEST = flags.DEFINE_float("busiest", 1.0, "Load of the busiest shard's experts over the mean; 1 is balanced.")
 _OPERATIONS = flags.DEFINE_integer("operations", 0, "Print so many of the dearest operations.")
+_DECODE = flags.DEFINE_bool("decode", False, "Of a pass of decoding, not of a training step.")
+_ROWS = flags.DEFINE_integer("rows", 64, "--decode: requests in the batch, over all chips.", lower_bound=1)
+_CANVAS = flags.DEFINE_integer("canvas", 4096, "--decode: positions of the longest request.", lower_bound=1)
+_FILLED = flags.DEFINE_integer("filled", 2048, "--decode: positions in the caches.", lower_bound=0)
 _SAVE = flags.DEFINE_string("save", None, "File for the compiled step: --config.compiled_step=FILE of the trainer.")
 _JSON = flags.DEFINE_string("json", None, "File for all numbers, every operation included.")
 
@@ -41,17 +49,21 @@ def main(argv) -> None:
     from llada_jax.pod import report
     from llada_jax.pod.chips import parse_topology
     from llada_jax.pod.rehearse import DoesNotFit, Packing, Slices, rehearse
+    from llada_jax.pod.rehearse_decode import rehearse_decode
 
     slices = Slices(parse_topology(_TOPOLOGY.value), _SLICES.value)
     packing = Packing(_DOCUMENTS.value, _BLOCK_SIZE.value, _BUSIEST.value)
     try:
-        result = rehearse(resolved(_CONFIG), slices, packing, _HALVES.value, _SAVE.value)
+        if _DECODE.value:
+            result = rehearse_decode(resolved(_CONFIG), slices, _ROWS.value, _CANVAS.value, _FILLED.value)
+        else:
+            result = rehearse(resolved(_CONFIG), slices, packing, _HALVES.value, _SAVE.value)
     except DoesNotFit as error:
         if _JSON.value:
             capacity = slices.topology.chip.hbm_bytes
             _write({"fits": False, "hbm_bytes": error.hbm_bytes, "hbm_capacity_bytes": capacity, "chips": slices.chips})
         sys.exit(report.does_not_fit(error.hbm_bytes, slices))
-    print(report.describe(result))
+    print(report.describe_decoding(result) if _DECODE.value else report.describe(result))
     for line in sorted(result.lines, key=lambda line: -line.seconds)[: _OPERATIONS.value]:
         print(f"{line.seconds * 1e3:9.3f} ms {line.part:11} {line.runs:6g} x {line.name:44.44} {line.scope[-60:]}")
     if _JSON.value:

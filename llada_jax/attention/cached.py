@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from llada_jax.attention.visibility import Visibility
 
 LEAST_CHUNK, MOST_CHUNK = 128, 1024
+WHOLE_CHUNKS, OTHER_CHUNKS = "whole_chunks", "other_chunks"  # scopes of the two loops over the cache
 _LOWEST = -1e30  # finite, so that a row that sees nothing yet keeps a finite maximum
 
 
@@ -46,7 +47,7 @@ def cached_attention(
         return output * kept[..., None] + update, new_highest, total * kept + weights.sum(axis=-1)
 
     length = cached_key.shape[1]
-    chunk = min(length, MOST_CHUNK, max(LEAST_CHUNK, length // 8))
+    chunk = chunk_of(length)
 
     def part(start):
         return [jax.lax.dynamic_slice_in_dim(x, start, chunk, axis=1) for x in (cached_key, cached_value)]
@@ -62,10 +63,17 @@ def cached_attention(
     seen = jnp.max(jnp.where(visibility.clean_start < visibility.clean_end, visibility.clean_end, 0))
     # Chunks that all queries see whole, as a lone request's are, need no mask.
     whole = jnp.where((visibility.clean_start == 0).all(), visibility.clean_end.min() // chunk, 0)
-    state = jax.lax.fori_loop(0, whole, lambda i, state: visit(state, *part(i * chunk)), state)
-    output, _, total = jax.lax.fori_loop(whole, -(-seen // chunk), visit_cache, state)
+    with jax.named_scope(WHOLE_CHUNKS):
+        state = jax.lax.fori_loop(0, whole, lambda i, state: visit(state, *part(i * chunk)), state)
+    with jax.named_scope(OTHER_CHUNKS):
+        output, _, total = jax.lax.fori_loop(whole, -(-seen // chunk), visit_cache, state)
     output = output / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]
     return jnp.moveaxis(output, 3, 1).reshape(query.shape).astype(query.dtype)
+
+
+def chunk_of(length: int) -> int:
+    """Positions of a cache of `length` that are read at a time."""
+    return min(length, MOST_CHUNK, max(LEAST_CHUNK, length // 8))
 
 
 def _inside(position: jax.Array, start: jax.Array, end: jax.Array) -> jax.Array:

@@ -82,20 +82,17 @@ def lower_step(config: ConfigDict, slices: Slices, halves: str) -> Step:
         raise InputError(f"config.data.length={config.data.length}: packings exist of {', '.join(map(str, LENGTHS))}")
     devices = list(slice_devices(slices.topology, slices.count).reshape(-1))
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
-    model = preset(config.model)
-    model = model.replace(alignment=config.alignment or model.alignment)
-    if model.mask_token_id is None:  # import adds one; which it is costs nothing
-        model = model.replace(mask_token_id=model.vocab_size - 1)
+    model = model_of(config)
     trained = Lora(model, config.lora.rank, config.lora.alpha, config.lora.targets) if config.lora.rank else model
     settings.check_rows(config, mesh)
     with jax.set_mesh(mesh):
         optimizer = make_optimizer(config.optimizer, trained, schedule.total_steps(settings.phases(config)))
-        state = _sharded(states.abstract(trained, optimizer), lambda x: states.shardings(x, trained, mesh))
+        state = with_shardings(states.abstract(trained, optimizer), lambda x: states.shardings(x, trained, mesh))
         frozen = None
         if config.lora.rank or (config.preference.enabled and config.preference.reference == "frozen"):
             dtype = jnp.bfloat16 if config.lora.rank else jnp.float32
             axes = parameters.logical_axes(model)
-            frozen = _sharded(parameters.abstract(model, dtype), lambda x: sharding.shardings(x, axes, mesh))
+            frozen = with_shardings(parameters.abstract(model, dtype), lambda x: sharding.shardings(x, axes, mesh))
         loss = train_loss(config, model, settings.execution(config, platform="tpu"))
         guard = settings.skips_steps(config)
         step = make_train_step(
@@ -109,7 +106,15 @@ def lower_step(config: ConfigDict, slices: Slices, halves: str) -> Step:
     return Step(lowered, mesh, state, model, trained, halves)
 
 
-def _sharded(abstract, shardings_of):
+def model_of(config: ConfigDict) -> ModelConfig:
+    model = preset(config.model)
+    if model.mask_token_id is None:  # import adds one; which it is costs nothing
+        model = model.replace(mask_token_id=model.vocab_size - 1)
+    return model.replace(alignment=config.alignment or model.alignment)
+
+
+def with_shardings(abstract, shardings_of):
+    """A tree of jax.ShapeDtypeStruct, laid out as shardings_of(tree) says."""
     return jax.tree.map(
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), abstract, shardings_of(abstract)
     )
@@ -238,15 +243,7 @@ def rehearse(
     if packing.mean_document not in MEANS:
         raise InputError(f"--mean_document={packing.mean_document}, expected one of {', '.join(map(str, MEANS))}")
     step = lower_step(config, slices, halves)
-    begin = time.perf_counter()
-    try:
-        with jax.set_mesh(step.mesh):
-            compiled = step.lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" in str(error) and "hbm" in str(error).lower():
-            raise DoesNotFit(str(error), slices.topology.chip.devices) from error
-        raise
-    compile_seconds = time.perf_counter() - begin
+    compiled, compile_seconds = compile_step(step.lowered, step.mesh, slices)
     if save:
         saved_step.save(save, compiled, saved_step.identity(config, step.trained, step.mesh, halves))
     module = hlo.parse(compiled.as_text())
@@ -254,13 +251,25 @@ def rehearse(
     kernels = _kernels(config, step, slices, packing)
     scored = 1.0 if halves == "clean" else useful_flops.MASKED_SHARE
     trips = {"head": math.ceil(scored * _rows(config, step.mesh) * length / head.CHUNK)}
-    lines = step_lines(module, slices.topology.chip, kernels, _devices(step.mesh, slices), trips)
+    lines = step_lines(module, slices.topology.chip, kernels, physical_devices(step.mesh, slices), trips)
     shape = _attention_shape(config, step)
     documents = jnp.asarray(segment_ids(length, packing.mean_document))
     pairs = useful_flops.allowed_pairs(shape.visibility(documents, packing.block_size)) / len(documents)
     useful = useful_flops.useful_flops(step.model, rows, length, halves, pairs)
-    memory = _memory(compiled, module, step.state, slices.topology.chip.devices)
+    memory = memory_of(compiled, module, step.state.params, slices.topology.chip.devices)
     return Rehearsal(lines, memory, useful, compile_seconds, slices, rows, length)
+
+
+def compile_step(lowered: jax.stages.Lowered, mesh, slices: Slices):
+    """(compiled, seconds that it took). Raises DoesNotFit."""
+    begin = time.perf_counter()
+    try:
+        with jax.set_mesh(mesh):
+            return lowered.compile(), time.perf_counter() - begin
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error) and "hbm" in str(error).lower():
+            raise DoesNotFit(str(error), slices.topology.chip.devices) from error
+        raise
 
 
 def _attention_shape(config: ConfigDict, step: Step) -> attention_cost.Shape:
@@ -272,7 +281,11 @@ def _attention_shape(config: ConfigDict, step: Step) -> attention_cost.Shape:
 
 def _rows(config: ConfigDict, mesh) -> float:
     """Of a micro-batch, on one device."""
-    return config.batch.rows / config.batch.micro_batches / (mesh.size // mesh.shape["tensor"])
+    return rows_of_device(config.batch.rows / config.batch.micro_batches, mesh)
+
+
+def rows_of_device(rows: float, mesh) -> float:
+    return rows / (mesh.size // mesh.shape["tensor"])
 
 
 def _kernels(config: ConfigDict, step: Step, slices: Slices, packing: Packing):
@@ -316,13 +329,15 @@ def _expert_costs(config: ConfigDict, step: Step, topology: Topology, tokens: fl
     return costs
 
 
-def _devices(mesh, slices: Slices) -> Devices:
+def physical_devices(mesh, slices: Slices) -> Devices:
     flat = mesh.devices.reshape(-1)
     coordinates = np.array([device.coords for device in flat])[:, : len(slices.topology.shape)]
     return Devices(dict(mesh.shape), slices.topology, coordinates, np.array([slice_index(d) for d in flat]))
 
 
-def _memory(compiled, module: hlo.Module, state: states.TrainState, devices: int) -> Memory:
+def memory_of(compiled, module: hlo.Module, params, devices: int) -> Memory:
+    """Of a chip of so many devices; params: the weights among the arguments."""
+
     def on_device(tree):
         leaves = jax.tree.leaves(tree)
         return sum(np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
@@ -330,7 +345,7 @@ def _memory(compiled, module: hlo.Module, state: states.TrainState, devices: int
     analysis = compiled.memory_analysis()
     arguments = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     temporary = analysis.temp_size_in_bytes
-    weights = on_device(state.params)
+    weights = on_device(params)
     kept = sum(
         array.bytes
         for op in module.computations[module.entry]

@@ -3,6 +3,7 @@
 import math
 
 from llada_jax.pod.rehearse import Rehearsal, Slices
+from llada_jax.pod.rehearse_decode import DecodeRehearsal
 from llada_jax.pod.step_cost import PARTS
 
 _GIB = 2**30
@@ -34,6 +35,24 @@ def describe(result: Rehearsal) -> str:
         + (f"; weight traffic alone bounds it at {bound:.1%}" if (bound := _bound(result)) < 1 else ""),
     ]
     return "\n".join(lines)
+
+
+def describe_decoding(result: DecodeRehearsal) -> str:
+    """The table that tools/rehearse.py --decode prints."""
+    chip, memory, seconds = result.slices.topology.chip, result.memory, result.seconds
+    total, floor = sum(seconds.values()), result.roofline.seconds(chip) / result.slices.chips
+    return "\n".join([
+        f"compiled in {result.compile_seconds:.0f} s for {_name(result.slices)}, {result.slices.chips} chips; "
+        "all that follows is compiler-estimated",
+        f"memory of a chip, GiB: parameters {memory.parameters / _GIB:.2f}, caches {memory.optimizer / _GIB:.2f}, "
+        f"temporaries {(memory.activations + memory.temporaries) / _GIB:.2f}: "
+        f"{memory.total / _GIB:.2f} of {chip.hbm_bytes / _GIB:.0f}",
+        f"a pass over {result.rows} rows, two blocks of {result.block_size} each, {result.filled} cached positions "
+        f"a row: {total * 1e3:.2f} ms",
+        "ms by part: " + ", ".join(f"{part} {seconds[part] * 1e3:.2f}" for part in PARTS),
+        f"{result.roofline.bound(chip)}-bound, {floor * 1e3:.2f} ms if every chip did its share at its peaks; "
+        f"{result.rows / total:,.0f} tokens a second for each token that a pass accepts in a row",
+    ])  # fmt: skip
 
 
 def does_not_fit(hbm_bytes: int | None, slices: Slices) -> str:

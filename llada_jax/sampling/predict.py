@@ -17,6 +17,7 @@ from llada_jax import sharding
 
 TILE = 128  # positions; the head is read once for each
 VOCAB_TILE = 16_384
+TILES = "needed_tiles"  # scope of the loop over them
 _LOWEST = -1e30
 
 
@@ -91,7 +92,8 @@ def _predict(head, hidden, needed, sampling, kind, vocab_axis) -> Prediction:
 
     zeros = jnp.zeros(positions, jnp.float32)
     nothing = Prediction(jnp.zeros(positions, jnp.int32), zeros, zeros)
-    found = jax.lax.fori_loop(0, -(-needed.sum() // tile), one_tile, nothing)
+    with jax.named_scope(TILES):
+        found = jax.lax.fori_loop(0, -(-needed.sum() // tile), one_tile, nothing)
     return jax.tree.map(lambda x: x.reshape(rows, block), found)
 
 

@@ -1,0 +1,156 @@
+"""Compiles a pass of decoding for a slice that is not there: sampling/decode.py's own, on all devices of the mesh.
+
+The pass denoises a block of every row against caches that are filled to a given length, and commits the block before in
+the same window (the dearer of the two passes that decoding may take). Compiler-estimated, not measured.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from llada_jax import sharding
+from llada_jax.attention import cached
+from llada_jax.errors import InputError
+from llada_jax.model import parameters
+from llada_jax.model.config import ModelConfig
+from llada_jax.pod import hlo, operations
+from llada_jax.pod.chips import Chip
+from llada_jax.pod.rehearse import (
+    Memory,
+    Slices,
+    compile_step,
+    memory_of,
+    model_of,
+    physical_devices,
+    rows_of_device,
+    with_shardings,
+)  # fmt: skip
+from llada_jax.pod.step_cost import PARTS, Line, step_lines
+from llada_jax.pod.topology import slice_devices
+from llada_jax.sampling import decode, predict
+from llada_jax.sampling.cost import Cost, pass_cost, uniform_hits
+from llada_jax.sampling.state import Program, empty_state
+from llada_jax.training import config as settings
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeRehearsal:
+    """What a pass costs one device. memory.optimizer: the caches and all else that a batch carries."""
+
+    lines: list[Line]
+    memory: Memory
+    roofline: Cost
+    compile_seconds: float
+    slices: Slices
+    rows: int
+    block_size: int
+    filled: int
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        return {part: sum(line.seconds for line in self.lines if line.part == part) for part in PARTS}
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.total <= self.slices.topology.chip.hbm_bytes
+
+    def to_json(self) -> dict:
+        chip, seconds = self.slices.topology.chip, sum(self.seconds.values())
+        return {
+            "fits": self.fits,
+            "hbm_bytes": self.memory.total,
+            "hbm_capacity_bytes": chip.hbm_bytes,
+            "chips": self.slices.chips,
+            "chip_peak_flops": chip.peak_bf16,
+            "rows": self.rows,
+            "filled": self.filled,
+            "seconds": self.seconds,
+            "passes_per_second": 1 / seconds,
+            "roofline_seconds": self.roofline.seconds(chip) / self.slices.chips,
+            "compile_seconds": self.compile_seconds,
+            "per_op": [dataclasses.asdict(line) for line in sorted(self.lines, key=lambda line: -line.seconds)],
+        }
+
+
+def rehearse_decode(config: ConfigDict, slices: Slices, rows: int, canvas: int, filled: int) -> DecodeRehearsal:
+    """rows: of the batch, over all chips; canvas: most positions of a request; filled: of them, in the caches.
+
+    Weights and caches are bfloat16. Raises InputError on bad input and DoesNotFit as pod/rehearse.rehearse.
+    """
+    settings.check(config)
+    block = config.schedule.block_size
+    for field, value in (("canvas", canvas), ("filled", filled)):
+        if value % block or not 0 <= value <= canvas:
+            raise InputError(f"--{field}={value}, expected a multiple of {block}, at most --canvas={canvas}")
+    mesh = sharding.make_mesh(**config.mesh, devices=list(slice_devices(slices.topology, slices.count).reshape(-1)))
+    if rows % (mesh.size // mesh.shape["tensor"]):
+        raise InputError(f"--rows={rows} cannot be shared by {mesh.size} devices")
+    model = model_of(config)
+    execution = dataclasses.replace(settings.execution(config, platform="tpu"), dtype="bfloat16", remat="none")
+    program = Program(model.mask_token_id, block_length=block, execution=execution)
+    params, state = _arguments(model, program, rows, canvas, mesh)
+    with jax.set_mesh(mesh):
+        step = jax.jit(functools.partial(decode.iterate, config=model, program=program), donate_argnames=("state",))
+        lowered = step.lower(params, state=state)
+    compiled, seconds = compile_step(lowered, mesh, slices)
+    module = hlo.parse(compiled.as_text())
+    local = rows_of_device(rows, mesh)
+    trips = _trips(round(local * block), canvas + block, filled)
+    kernels = _grouped_matmul(config, model, mesh, slices.topology.chip) if model.is_moe else {}
+    lines = step_lines(module, slices.topology.chip, kernels, physical_devices(mesh, slices), trips)
+    cost = pass_cost(model, 2 * rows * block, rows * block // 2, rows * filled, filled + block)
+    memory = memory_of(compiled, module, params, slices.topology.chip.devices)
+    return DecodeRehearsal(lines, memory, cost, seconds, slices, rows, block, filled)
+
+
+def _arguments(model: ModelConfig, program: Program, rows: int, canvas: int, mesh):
+    """Abstract weights and state, laid out as sharding.RULES say: rows over the batch axes."""
+    axes = parameters.logical_axes(model)
+    params = with_shardings(parameters.abstract(model, jnp.bfloat16), lambda x: sharding.shardings(x, axes, mesh))
+    state = jax.eval_shape(functools.partial(empty_state, model, program, rows, canvas, "bfloat16"))
+    cache_axes = ("layers", "batch", None, "kv_heads", None)
+
+    def where(path, leaf):
+        if path[0].name == "cache":
+            return NamedSharding(mesh, sharding.spec(cache_axes, leaf.shape, mesh))
+        rowwise = leaf.ndim and leaf.shape[0] == rows
+        return NamedSharding(mesh, sharding.spec(("batch",), (rows,), mesh) if rowwise else PartitionSpec())
+
+    return params, with_shardings(state, lambda tree: jax.tree_util.tree_map_with_path(where, tree))
+
+
+def _grouped_matmul(config: ConfigDict, model: ModelConfig, mesh, chip: Chip):
+    """Cost of the experts' kernel: their weights read once, those that uniform routing reaches, or its arithmetic."""
+    ranks = mesh.shape["expert"] if config.execution.exchange == "tokens" else 1
+
+    def gmm(result, operands):
+        (weights,) = [x for x in operands if len(x.shape) == 3]
+        (product,) = [x for x in operands if x.dtype == "bf16" and x.shape[:-1] == result[0].shape[:-1]]
+        # With exchange="tokens" the buffer is for the worst case: the pairs of all ranks' tokens, of which one part is
+        # expected here.
+        pairs = result[0].shape[0]
+        reached = uniform_hits(model, pairs // model.num_experts_per_token) / model.num_experts
+        rows = pairs / ranks
+        values = reached * weights.elements + rows * (product.shape[-1] + result[0].shape[-1])
+        flops = 2 * rows * product.shape[-1] * result[0].shape[-1]
+        by_bytes = 2 * values / (chip.hbm_bandwidth / chip.devices)
+        by_flops = flops / (chip.peak_bf16 / chip.devices)
+        return "experts", operations.Cost(max(by_bytes, by_flops), flops, by_bytes if by_bytes > by_flops else 0.0)
+
+    return {"gmm": gmm}
+
+
+def _trips(positions: int, length: int, filled: int) -> dict[str, int]:
+    """Of the loops whose length the data decide, by their scopes: half of the positions are masked."""
+    chunk = cached.chunk_of(length)
+    tile = min(predict.TILE, positions)
+    return {
+        cached.WHOLE_CHUNKS: filled // chunk,
+        cached.OTHER_CHUNKS: math.ceil(filled % chunk / chunk),
+        predict.TILES: math.ceil(positions / 2 / tile),
+    }
