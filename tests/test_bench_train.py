@@ -35,5 +35,5 @@ def test_a_step_and_its_parts(monkeypatch, capsys, model):
 def test_bad_lengths_are_one_line(tmp_path):
     line = [sys.executable, str(ROOT / "tools" / "bench.py"), "train", "--lengths=100"]
     done = subprocess.run(line, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and done.stderr.strip() == "--lengths=100, expected multiples of 32"
+    assert done.returncode == 2 and done.stderr == "error: --lengths=100, expected multiples of 32\n"
     assert not json.dumps(done.stdout).strip('"')

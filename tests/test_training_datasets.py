@@ -16,6 +16,7 @@ from llada_jax.errors import InputError
 from llada_jax.model.config import PRESETS, preset
 from llada_jax.training import config as settings
 from llada_jax.training import datasets, loop
+from llada_jax.training.metrics import TIMED
 
 LENGTH = 32
 TOKENIZER = byte_tokenizer(preset("tiny").eos_token_id, preset("tiny").mask_token_id)
@@ -105,7 +106,7 @@ def test_what_does_not_fit_is_named(folders, tmp_path):
 def train(config, workdir):
     loop.train(config, str(workdir), jax.devices()[:1])
     rows = [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in rows]
+    return [{name: value for name, value in row.items() if name not in TIMED} for row in rows]
 
 
 def test_a_run_over_a_mixture_with_a_corrupt_row(folders, tmp_path):

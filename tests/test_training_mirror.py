@@ -38,7 +38,7 @@ def test_a_run_on_a_bucket_that_died_goes_on(text, tmp_path, bucket, monkeypatch
     class Died(BaseException):
         pass
 
-    save = loop.Checkpoints.save
+    save = loop.Keeper.save
 
     def die_at_4(self, step, *arguments):
         if step == 4:
@@ -46,10 +46,10 @@ def test_a_run_on_a_bucket_that_died_goes_on(text, tmp_path, bucket, monkeypatch
             raise Died
         save(self, step, *arguments)
 
-    monkeypatch.setattr(loop.Checkpoints, "save", die_at_4)
+    monkeypatch.setattr(loop.Keeper, "save", die_at_4)
     with pytest.raises(Died):
         loop.train(config, "gs://b/run", jax.devices()[:1])
-    monkeypatch.setattr(loop.Checkpoints, "save", save)
+    monkeypatch.setattr(loop.Keeper, "save", save)
     assert checkpoint.steps("gs://b/run/checkpoints") == [2]
     loop.train(config, "gs://b/run", jax.devices()[:1])
     assert config.checkpoint.directory == ""  # the caller's config stays as it was
