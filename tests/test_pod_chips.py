@@ -22,6 +22,17 @@ def test_slices(name, chips, devices):
 
 
 @pytest.mark.parametrize(
+    "name,wraps",
+    [
+        ("v5p:4x4x8", (True, True, True)), ("v5p:2x4x4", (False, False, False)), ("tpu7x:4x4x4", (True, True, True)),
+        ("v6e:8x16", (False, True)), ("v5e:8x8", (False, False)),
+    ],
+)  # fmt: skip
+def test_which_sides_close_a_ring(name, wraps):
+    assert parse_topology(name).wraps == wraps
+
+
+@pytest.mark.parametrize(
     "name,message",
     [
         ("v4:2x2x1", "unknown chip"),

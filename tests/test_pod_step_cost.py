@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -182,6 +183,44 @@ def test_a_collective_is_hidden_by_what_runs_between_its_start_and_its_done():
     assert gather.hidden == pytest.approx(min(whole, matmul))
     assert gather.seconds == pytest.approx(whole - gather.hidden)
     assert {name: line.part for name, line in lines.items()} == {"between": "dense", "after": "head"}
+
+
+SPARSE = """
+%offloaded (p: bf16[1024,4096]) -> bf16[4096,4096] {
+  %p = bf16[1024,4096]{1,0} parameter(0)
+  ROOT %inner = bf16[4096,4096]{1,0} all-gather(%p), channel_id=1, replica_groups=[1,4]<=[4], dimensions={0}
+}, execution_thread="sparsecore"
+"""
+STARTS = {
+    "0.0.42": (
+        "  %start = ((bf16[1024,4096]{1,0}, token[]), bf16[4096,4096]{1,0}) call-start(%w), to_apply=%offloaded\n",
+        "call-done(%start)",
+    ),
+    "0.0.52": (
+        "  %prepared = ((), (), (s32[8])) custom-call-start(), called_computations={%offloaded}\n"
+        "  %before = bf16[4096,4096]{1,0} fusion(%x), kind=kOutput, calls=%matmul\n"
+        "  %start = ((bf16[1024,4096]), bf16[4096,4096]{1,0}) custom-call-update(%prepared, %w)\n",
+        "custom-call-done(%start)",
+    ),
+}
+
+
+@pytest.mark.parametrize("libtpu", STARTS)
+def test_a_collective_of_a_sparse_core_is_hidden_as_one_of_a_tensor_core_is(libtpu):
+    """Between its start (in libtpu 0.0.52: what gives it its operand) and its done, and by nothing before."""
+    start, done = STARTS[libtpu]
+    text = re.sub(r"  %start = .*\n", start, HIDDEN).replace("all-gather-done(%start)", done)
+    topology = parse_topology("v5p:2x2x1")
+    devices = Devices({"fsdp": 4}, topology, np.array(list(np.ndindex(2, 2, 1))), np.zeros(4, int))
+
+    def lines(text):
+        return {line.name: line for line in step_lines(hlo.parse(text), topology.chip, {}, devices)}
+
+    offloaded, plain = lines(text.replace("\nENTRY", SPARSE + "\nENTRY")), lines(HIDDEN)
+    gather, expected = offloaded["inner (all-gather)"], plain["start (all-gather)"]
+    assert (gather.seconds, gather.hidden, gather.axes) == (expected.seconds, expected.hidden, expected.axes)
+    assert expected.hidden > 0 and gather.part == "collectives"
+    assert ("before" in offloaded) == (libtpu == "0.0.52")
 
 
 def test_a_copy_to_fast_memory_is_hidden_by_arithmetic_and_does_not_hide_a_collective_less():

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llada_jax.attention import visibility as vis
+from llada_jax.bench.timing import least_seconds
 from llada_jax.model import experts, head
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.forward import Execution, hidden_states
@@ -19,16 +20,6 @@ from llada_jax.sampling.generate import GenerateConfig, generate, pad, program_o
 from llada_jax.sampling.state import KEYS, empty_state
 
 BLOCK = 32
-
-
-def least_seconds(function, repeats: int = 3) -> float:
-    """The least of `repeats` runs."""
-    seconds = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        function()
-        seconds.append(time.perf_counter() - begin)
-    return min(seconds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +124,7 @@ def pass_seconds(params, config: ModelConfig, rows: int) -> tuple[float, float]:
     one_or_two = [
         jax.jit(functools.partial(decode.window_pass, params, config, program, blocks=blocks)) for blocks in (1, 2)
     ]
-    return tuple(least_seconds(lambda p=p: jax.block_until_ready(p(state)), 11) for p in one_or_two)  # one compiles
+    return tuple(least_seconds(lambda p=p: p(state), 11) for p in one_or_two)  # one compiles
 
 
 def ragged_requests(config: ModelConfig, count: int, longest: int = 192) -> list[Request]:

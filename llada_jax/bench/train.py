@@ -6,7 +6,6 @@ rest of the step. The matrix peak is that of a large product in the step's dtype
 """
 
 import functools
-import time
 from collections.abc import Callable, Iterator
 
 import jax
@@ -15,14 +14,15 @@ import numpy as np
 import optax
 
 from llada_jax import sharding
-from llada_jax.attention.visibility import block_diffusion, layout
+from llada_jax.attention.visibility import block_diffusion
+from llada_jax.bench.timing import least_in_turn
 from llada_jax.data.order import Batch
 from llada_jax.diffusion import noise, objectives
 from llada_jax.diffusion.objectives import Example, Objective
 from llada_jax.model import experts, forward, head, parameters
 from llada_jax.model.config import ModelConfig, preset
 from llada_jax.model.forward import Execution
-from llada_jax.pod.useful_flops import allowed_pairs, useful_flops
+from llada_jax.pod.useful_flops import mean_pairs, useful_flops
 from llada_jax.training import config as settings
 from llada_jax.training import state as states
 from llada_jax.training.optimizer import make_optimizer
@@ -117,18 +117,6 @@ def _with_gradients(function):
     return run
 
 
-def least_seconds(runs: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Of REPEATS runs of each, in turn: all see the same machine."""
-    seconds = {name: [] for name in runs}
-    for number in range(REPEATS + 1):  # the first compiles
-        for name, run in runs.items():
-            begin = time.perf_counter()
-            jax.block_until_ready(run())
-            if number:
-                seconds[name].append(time.perf_counter() - begin)
-    return {name: min(times) for name, times in seconds.items()}
-
-
 def table(model_name: str | None, rows: int, length: int, execution: Execution) -> Iterator[dict]:
     """Prints the parts of a step and yields its values."""
     model = preset(model_name) if model_name else SMALL
@@ -137,7 +125,7 @@ def table(model_name: str | None, rows: int, length: int, execution: Execution) 
         f"{jax.devices()[0].device_kind}: {name}, {parameters.count(model):,} parameters, {rows} x {length} tokens, "
         f"blocks of {BLOCK_SIZE}, {execution.attention} attention, {execution.dtype or 'float32'}"
     )
-    seconds = least_seconds(programs(model, rows, length, execution))
+    seconds = least_in_turn(programs(model, rows, length, execution), REPEATS)
     step, matmul = seconds.pop("step"), seconds.pop("matmul")
     inside = {"attention": seconds.pop("attention") * model.num_layers}
     if model.is_moe:
@@ -148,8 +136,8 @@ def table(model_name: str | None, rows: int, length: int, execution: Execution) 
         print(f"{part:11} {value:7.4f} {value / step:11.1%}")
         for inner, of_it in inside.items() if part == "layers" else ():
             print(f"  {inner:9} {of_it:7.4f} {of_it / step:11.1%}")
-    one_document = layout(jnp.ones((1, length), jnp.int32), BLOCK_SIZE)
-    flops = useful_flops(model, rows, length, "both", allowed_pairs(block_diffusion(one_document)))
+    pairs = mean_pairs(np.ones((1, length), np.int32), BLOCK_SIZE, "both")
+    flops = useful_flops(model, rows, length, "both", pairs)
     peak = 2 * PEAK_SIDE**3 / matmul
     print(
         f"step        {step:7.4f}: {rows * length / step:,.0f} clean tokens a second; {flops / step / 1e9:,.1f} useful "

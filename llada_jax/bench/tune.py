@@ -7,7 +7,6 @@ kernel's alone, as what XLA does around it does not depend on the tiles.
 
 import dataclasses
 import itertools
-import time
 from collections.abc import Callable, Iterable, Iterator
 
 import jax
@@ -19,6 +18,7 @@ from llada_jax.attention.tiles import Entry, Tiles, cut
 from llada_jax.attention.visibility import block_diffusion, layout, window
 from llada_jax.bench import kernel, rows
 from llada_jax.bench.attention import BLOCK_SIZE, HEADS, KV_HEADS, kernel_classes, kernel_walks, total_cycles
+from llada_jax.bench.timing import least_seconds
 from llada_jax.errors import InputError
 from llada_jax.pod.aot import compile_program
 from llada_jax.pod.chips import parse_topology
@@ -110,20 +110,10 @@ def timed(head_dim: int, interpret: bool = False, lengths=LENGTHS, batch: int = 
         def seconds(mask) -> float:
             plan = make_plan(mask, keys, tiles)
             if name != "backward":
-                return _least_seconds(forward, arrays, plan)
+                return least_seconds(lambda: forward(arrays, plan), REPEATS, warm_up=True)
             out, vjp = saving(arrays, plan)
-            return _least_seconds(backward, vjp, out)
+            return least_seconds(lambda: backward(vjp, out), REPEATS, warm_up=True)
 
         return sum(map(seconds, masks))
 
     return price
-
-
-def _least_seconds(function, *arguments) -> float:
-    jax.block_until_ready(function(*arguments))  # compiles
-    least = float("inf")
-    for _ in range(REPEATS):
-        begin = time.perf_counter()
-        jax.block_until_ready(function(*arguments))
-        least = min(least, time.perf_counter() - begin)
-    return least

@@ -121,6 +121,13 @@ class Topology:
         return self.chips * self.chip.devices
 
     @property
+    def wraps(self) -> tuple[bool, ...]:
+        """Of each side, whether its links close a ring: in cubes of 4 x 4 x 4 all, in two dimensions a side of 16."""
+        if len(self.shape) == 3:
+            return (all(side % 4 == 0 for side in self.shape),) * 3
+        return tuple(side == 16 for side in self.shape)
+
+    @property
     def accelerator_type(self) -> str:
         """The cloud's name, which counts TensorCores: v5p:4x4x4 is "v5p-128"."""
         prefix = {"v5e": "v5litepod"}.get(self.chip.name, self.chip.name)

@@ -82,21 +82,14 @@ def _seconds(kind: str, full: float, moved: float, group: np.ndarray, devices: D
     if kind == "collective-permute":
         return moved / bandwidth
     if kind.endswith("all-to-all"):
-        return max(full * extent / (8 if _wraps(devices.topology, i) else 4) / bandwidth
+        return max(full * extent / (8 if devices.topology.wraps[i] else 4) / bandwidth
                    for i, extent in enumerate(extents))  # fmt: skip
     links = sum(
-        2 if extent == devices.topology.shape[i] and _wraps(devices.topology, i) else 1
+        2 if extent == devices.topology.shape[i] and devices.topology.wraps[i] else 1
         for i, extent in enumerate(extents)
         if extent > 1
     )
     return moved / (max(links, 1) * bandwidth)
-
-
-def _wraps(topology: Topology, side: int) -> bool:
-    """Whether the links of a side close a ring: cubes of 4 x 4 x 4 do, in two dimensions a side of 16."""
-    if topology.chip.ici_links == 6:
-        return all(length % 4 == 0 for length in topology.shape)
-    return topology.shape[side] == 16
 
 
 def _axes(group: np.ndarray, devices: Devices) -> str:

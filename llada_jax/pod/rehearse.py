@@ -252,9 +252,7 @@ def rehearse(
     scored = 1.0 if halves == "clean" else useful_flops.MASKED_SHARE
     trips = {"head": math.ceil(scored * _rows(config, step.mesh) * length / head.CHUNK)}
     lines = step_lines(module, slices.topology.chip, kernels, physical_devices(step.mesh, slices), trips)
-    shape = _attention_shape(config, step)
-    documents = jnp.asarray(segment_ids(length, packing.mean_document))
-    pairs = useful_flops.allowed_pairs(shape.visibility(documents, packing.block_size)) / len(documents)
+    pairs = useful_flops.mean_pairs(segment_ids(length, packing.mean_document), packing.block_size, halves)
     useful = useful_flops.useful_flops(step.model, rows, length, halves, pairs)
     memory = memory_of(compiled, module, step.state.params, slices.topology.chip.devices)
     return Rehearsal(lines, memory, useful, compile_seconds, slices, rows, length)

@@ -3,12 +3,14 @@
 Every operation belongs to a part: "attention" and "experts" (their Pallas kernels), "head" (what runs in the head's
 scope), "dense" (matrix multiplications elsewhere), "collectives", and "glue" (all the rest). A collective that is fused
 with arithmetic, or runs between its start and its done, is hidden by that arithmetic; the rest of it counts. So it is
-with copies to and from a core's fast memory, which do not get in the way of collectives. A
-conditional costs its dearest branch. A loop whose trips neither the text nor the caller says is refused.
+with copies to and from a core's fast memory, which do not get in the way of collectives, and with whatever a SparseCore
+runs: a collective that it runs costs what one of the TensorCores' does. A conditional costs its dearest branch. A loop
+whose trips neither the text nor the caller says is refused.
 Compiler-estimated, not measured.
 """
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Callable, Mapping
 
@@ -81,7 +83,8 @@ class _Walker:
         self.module, self.chip, self.kernels, self.devices, self.trips = module, chip, kernels, devices, trips
         self.lines: list[Line] = []
         self._flights: dict[tuple, _Flight] = {}  # all; collectives by channel and chain
-        self._open: dict[str, _Flight] = {}  # started, not done: by the name of the start
+        self._open: dict[str, list[_Flight]] = {}  # started, not done: by the name of the start
+        self._prepared: dict[str, list[_Flight]] = {}  # of a SparseCore, not started
 
     def walk(self, computation: str, runs: float) -> None:
         for op in self.module.computations[computation]:
@@ -89,9 +92,15 @@ class _Walker:
                 self.walk(op.called_as("body"), runs * self._trips(computation, op))
             elif op.kind == "conditional":
                 self._branches(op, runs)
-            elif op.kind in ("call", "call-start", "async-start"):
+            elif op.kind == "call":
                 for name in op.called:
                     self.walk(name, runs)
+            elif op.kind in ("call-start", "async-start"):
+                self._open[op.name] = self._elsewhere(op, runs)
+            elif op.kind == "custom-call-start":  # so writes libtpu 0.0.52
+                self._prepared[op.name] = self._elsewhere(op, runs)
+            elif op.kind == "custom-call-update":
+                self._open[op.name] = self._prepared.pop(op.operands[0])
             elif op.target == "tpu_custom_call":
                 self._kernel(computation, op, runs)
             else:
@@ -106,13 +115,21 @@ class _Walker:
         return trips
 
     def _branches(self, op: Operation, runs: float) -> None:
-        branches = []
-        for name in op.called:
-            branch = _Walker(self.module, self.chip, self.kernels, self.devices, self.trips)
-            branch.walk(name, runs)
-            branch.hide()
-            branches.append(branch.lines)
+        branches = [self._lines(name, runs) for name in op.called]
         self.lines += max(branches, key=lambda lines: sum(line.seconds for line in lines))
+
+    def _elsewhere(self, op: Operation, runs: float) -> list[_Flight]:
+        """What runs beside the operations that follow."""
+        flights = [_Flight(line) for name in op.called for line in self._lines(name, runs)]
+        self.lines += (flight.line for flight in flights)
+        self._flights |= {(op.name, len(self._flights), i): flight for i, flight in enumerate(flights)}
+        return flights
+
+    def _lines(self, computation: str, runs: float) -> list[Line]:
+        walker = _Walker(self.module, self.chip, self.kernels, self.devices, self.trips)
+        walker.walk(computation, runs)
+        walker.hide()
+        return walker.lines
 
     def _kernel(self, computation: str, op: Operation, runs: float) -> None:
         for name, cost_of in self.kernels.items():
@@ -129,7 +146,7 @@ class _Walker:
         flights = [self._copy(op, runs)] if copies else self._collectives(computation, op, runs)
         if copies or kind_of(op):
             if op.kind.endswith("-start"):
-                self._open[op.name] = flights[0]
+                self._open[op.name] = flights[:1]
             return
         if op.name.startswith("async-collective-"):
             return  # of nothing but the collective
@@ -140,7 +157,7 @@ class _Walker:
         if not cost.seconds:
             return
         self._add(op, part, cost, runs)
-        under_way = [*fused, *self._open.values()]
+        under_way = [*fused, *itertools.chain(*self._open.values())]
         for collectives in (True, False):
             flights = [flight for flight in under_way if (flight.line.part == "collectives") == collectives]
             for flight in flights:

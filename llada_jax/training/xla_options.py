@@ -1,13 +1,9 @@
 """Options of the XLA compiler that a training step is compiled with, by platform."""
 
-# The gathers of sharded weights run behind arithmetic instead of before it; and over an axis that spans three sides of
-# a torus they are gathers at all: by default XLA makes each an all-reduce of zero-padded shards, at twice the bytes.
-_TPU = {
-    "xla_enable_async_all_gather": "true",
-    "xla_tpu_enable_async_collective_fusion": "true",
-    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
-    "xla_tpu_prefer_async_allgather_to_allreduce": "true",
-}
+# Gathers of sharded weights, and reductions of their gradients, run on the chip's SparseCores, beside the arithmetic of
+# its TensorCores, Pallas kernels included.
+_OFFLOADED = ("all_gather", "2d_all_gather", "3d_all_gather", "reduce_scatter", "nd_reduce_scatter")
+_TPU = {f"xla_tpu_enable_sparse_core_collective_offload_{name}": "true" for name in _OFFLOADED}
 
 
 def xla_options(platform: str) -> dict[str, str]:
