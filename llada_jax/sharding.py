@@ -37,12 +37,7 @@ GATHERED = "gathered_weight"  # what remat policies call gathered weights: keepi
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, expert: int = 1, tensor: int = 1, devices=None) -> Mesh:
-    """Mesh over all devices; one size may be -1 ("what is left"). Raises InputError when the product is wrong.
-
-    On a TPU slice give an axis some sides of its torus, not all: libtpu 0.0.42 lowers a gather, or a reduce-scatter,
-    among all chips of a slice to an all-reduce, which moves twice the bytes. For weights split over 64 chips of
-    v5p:4x4x4 that is fsdp=16, expert=4: each axis is then gathered on its own (Shards.gather).
-    """
+    """Mesh over all devices; one size may be -1 ("what is left"). Raises InputError when the product is wrong."""
     devices = jax.devices() if devices is None else devices
     sizes = dict(zip(MESH_AXES, (data, fsdp, expert, tensor), strict=True))
     free = [axis for axis, size in sizes.items() if size == -1]
@@ -126,10 +121,8 @@ class Shards:
     def gather(self, x: jax.Array, name: str, keep: Sequence[str] = ()) -> jax.Array:
         """The whole of x, an array that is split as weight `name` is, but along the mesh axes in `keep`.
 
-        A dimension's axes are gathered at once (training/xla_options.py makes that a gather on a TPU). The gradient is
-        summed and split again axis by axis, as one reduce-scatter over three sides of a torus would be lowered to an
-        all-reduce; in reduce_dtype, by default that of x: each rank's own part was accumulated in float32 and rounded
-        once.
+        A dimension's axes are gathered at once. The gradient is summed and split again in reduce_dtype, by default that
+        of x: each rank's own part was accumulated in float32 and rounded once.
         """
         for dimension, axes in enumerate(self.specs.get(name, ())):
             axes = (axes,) if isinstance(axes, str) else axes or ()
@@ -148,12 +141,8 @@ def _gather_axes_forward(x, axes, dimension, reduce_dtype):
 
 
 def _gather_axes_backward(axes, dimension, reduce_dtype, _, cotangent):
-    summed = cotangent.astype(reduce_dtype or cotangent.dtype)
-    for axis in axes:  # of a dimension split over (a, b), the parts along b are neighbours
-        # The barrier, or XLA may fuse the taking of this rank's part into what uses it, and reduce for all ranks.
-        summed = jax.lax.psum_scatter(summed, axis, scatter_dimension=dimension, tiled=True)
-        summed = jax.lax.optimization_barrier(summed)
-    return (summed.astype(cotangent.dtype),)
+    parts = cotangent.astype(reduce_dtype or cotangent.dtype)
+    return (jax.lax.psum_scatter(parts, axes, scatter_dimension=dimension, tiled=True).astype(cotangent.dtype),)
 
 
 _gather_axes.defvjp(_gather_axes_forward, _gather_axes_backward)

@@ -148,8 +148,7 @@ def split_over_pod(config: ConfigDict) -> None:
     """Splits the weights of a mixture of experts, their gradients and the optimizer's state over the chips of a pod.
 
     They are split over no more chips than there are experts, so that whole experts are gathered (sharding.RULES); more
-    chips hold copies. Of 64 chips, "fsdp" is one side of the torus and "expert", which splits experts only, the other
-    two: gradients are then reduced side by side. Dense models stay as they are.
+    chips hold copies. Dense models stay as they are.
     """
     model = PRESETS[config.model]
     if not model.is_moe:
@@ -158,7 +157,7 @@ def split_over_pod(config: ConfigDict) -> None:
     if is_large(config.model):
         config.mesh.data, config.mesh.fsdp = -1, model.num_experts
     else:
-        config.mesh.data, config.mesh.fsdp, config.mesh.expert = 1, -1, 16
+        config.mesh.data, config.mesh.fsdp = 1, -1
 
 
 def parse_argument(argument: str | None, default_model: str = "tiny") -> tuple[str, dict[str, int]]:
