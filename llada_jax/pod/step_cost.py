@@ -59,7 +59,7 @@ def step_lines(
     """Every operation that costs something.
 
     kernels: by the beginning of their names. devices: of the mesh; None for a program without collectives. trips: of
-    loops whose length depends on the data, by the scope in which they stand.
+    loops whose length depends on the data, by the scope in which they stand; 0 of a branch that is not taken.
     Raises ValueError on a kernel without a cost, or a loop of unknown length.
     """
     walker = _Walker(module, chip, kernels, devices, trips or {})
@@ -108,6 +108,9 @@ class _Walker:
     def _branches(self, op: Operation, runs: float) -> None:
         branches = []
         for name in op.called:
+            inside = {scope for inner in self.module.computations[name] for scope in scopes(inner)}
+            if any(not self.trips[scope] for scope in inside & set(self.trips)):
+                continue
             branch = _Walker(self.module, self.chip, self.kernels, self.devices, self.trips)
             branch.walk(name, runs)
             branch.hide()
