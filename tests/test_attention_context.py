@@ -24,7 +24,7 @@ from llada_jax.pod.collectives import Devices, collective_cost, kind_of
 from llada_jax.training import config as settings
 from llada_jax.training.step import denoising_loss
 
-LENGTH = 128
+LENGTH = 64
 
 
 def mesh_of(**sizes):
@@ -38,10 +38,9 @@ def segments_of(length, *documents):
     return jnp.asarray(np.pad(ids, (0, length - len(ids)))[None], jnp.int32)
 
 
-def test_chunks_are_dealt_back_and_forth():
-    assert context.chunk_size(48, 2) == 2
-    np.testing.assert_array_equal(context.positions(16, 2), [[0, 1, 6, 7, 8, 9, 14, 15], [2, 3, 4, 5, 10, 11, 12, 13]])
-    assert context.chunk_size(65536, 8) == context.CHUNK == context.chunk_size(2 * 65536, 8)
+def test_stripes_are_dealt_like_cards():
+    np.testing.assert_array_equal(context.positions(8, 2), [[0, 1, 4, 5], [2, 3, 6, 7]])
+    assert context.stripe_size(65536, 8) == context.STRIPE
 
 
 @pytest.mark.parametrize("sizes", [dict(context=8), dict(data=2, context=4)])
@@ -76,7 +75,7 @@ def imbalance(work: np.ndarray) -> float:
     return work.max() / work.mean() - 1
 
 
-PACKED = segments_of(LENGTH, 50, 3, 60)
+PACKED = segments_of(LENGTH, 25, 2, 30)
 MASKS = {
     "global": vis.block_diffusion(vis.layout(PACKED, 4)),
     "document": vis.block_diffusion(vis.layout(PACKED, 4, "document")),
@@ -140,7 +139,7 @@ def loss_and_gradients(model, halves, origin, mesh=None):
         return value, sums.expert_load
 
     ids = np.random.default_rng(0).integers(0, model.mask_token_id, (2, LENGTH), dtype=np.int32)
-    segments = np.array(jnp.repeat(segments_of(LENGTH, 50, 3, 60), 2, axis=0))
+    segments = np.array(jnp.repeat(segments_of(LENGTH, 25, 2, 30), 2, axis=0))
     segments[0] = 1
     index = np.arange(2, dtype=np.uint32)
     batch = Batch(ids, segments, np.ones(ids.shape, bool), index, np.zeros_like(index))
@@ -183,7 +182,7 @@ def moved(module: hlo.Module, computation: str, devices: Devices):
 def test_a_layer_moves_clean_keys_and_values_alone():
     """All loops that move anything: the layers' forward pass, and their backward pass, which gathers again."""
     ranks, model = 4, MODELS["shifted"].replace(num_layers=3)
-    where = vis.layout(segments_of(LENGTH, 50, 70), 4)
+    where = vis.layout(segments_of(LENGTH, 25, 30), 4)
     tokens, execution = jnp.zeros((1, LENGTH), jnp.int32), Execution(attention="blockwise", remat="attention")
 
     def run(noise, params):
@@ -202,11 +201,11 @@ def test_a_layer_moves_clean_keys_and_values_alone():
 
 
 def test_bad_sizes_are_named():
-    with pytest.raises(InputError, match="mesh.context=4: rows of 48 tokens, expected a multiple of 32"):
-        context.chunk_size(48, 4)
+    with pytest.raises(InputError, match="mesh.context=4: rows of 40 tokens, expected a multiple of 16"):
+        context.stripe_size(40, 4)
     config = settings.default_config("tiny")
-    config.data.length = 192
-    with pytest.raises(InputError, match="mesh.context=8: rows of 192 tokens"):
+    config.data.length = 200
+    with pytest.raises(InputError, match="mesh.context=8: rows of 200 tokens"):
         settings.check_rows(config, mesh_of(context=8))
     config.data.length, config.batch.rows = 256, 3
     with pytest.raises(InputError, match="config.batch.rows=3 cannot be shared by 8 devices"):

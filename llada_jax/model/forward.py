@@ -256,9 +256,9 @@ def denoising_pass(params, config, noisy, clean, where, positions, execution=Exe
 def _check_routing_blocks(config, length):
     """Raises InputError where the ranks of a context axis would cut blocks of tokens that are routed together."""
     ranks, block = context.ranks(), config.routing_block
-    if ranks > 1 and block and (chunk := context.chunk_size(length, ranks)) % block:
+    if ranks > 1 and block and (stripe := context.stripe_size(length, ranks)) % block:
         raise InputError(
-            f"mesh.context={ranks} cuts rows into chunks of {chunk}: routing_block={block} must divide them"
+            f"mesh.context={ranks} cuts rows into stripes of {stripe}: routing_block={block} must divide them"
         )
 
 

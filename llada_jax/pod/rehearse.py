@@ -252,7 +252,7 @@ def rehearse(
     kernels = _kernels(config, step, slices, packing)
     scored = 1.0 if halves == "clean" else useful_flops.MASKED_SHARE
     trips = {"head": math.ceil(scored * _rows(config, step.mesh) * length / head.CHUNK)}
-    if _blocks_lie_in_chunks(config, step.mesh, packing):
+    if _blocks_lie_in_stripes(config, step.mesh, packing):
         trips[context.CROSSING] = 0
     lines = step_lines(module, slices.topology.chip, kernels, physical_devices(step.mesh, slices), trips)
     shape = _attention_shape(config, step)
@@ -263,11 +263,11 @@ def rehearse(
     return Rehearsal(lines, memory, useful, compile_seconds, slices, rows, length)
 
 
-def _blocks_lie_in_chunks(config: ConfigDict, mesh, packing: Packing) -> bool:
+def _blocks_lie_in_stripes(config: ConfigDict, mesh, packing: Packing) -> bool:
     ranks = mesh.shape["context"]
     if ranks == 1 or config.objective.block_origin != "global":
         return False
-    return context.chunk_size(config.data.length, ranks) % packing.block_size == 0
+    return context.stripe_size(config.data.length, ranks) % packing.block_size == 0
 
 
 def compile_step(lowered: jax.stages.Lowered, mesh, slices: Slices):

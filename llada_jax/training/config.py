@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from llada_jax.attention.context import chunk_size
+from llada_jax.attention.context import stripe_size
 from llada_jax.diffusion import schedule
 from llada_jax.diffusion.noise import NoiseSpec
 from llada_jax.diffusion.objectives import Objective
@@ -358,7 +358,7 @@ def check_rows(config: ConfigDict, mesh) -> None:
     if config.batch.rows // config.batch.micro_batches % (mesh.size // (context * tensor)):
         raise InputError(f"config.batch.rows={config.batch.rows} cannot be shared by {mesh.size} devices")
     if context > 1:
-        chunk_size(config.data.length, context)
+        stripe_size(config.data.length, context)
 
 
 def write(config: ConfigDict, path: Path) -> None:
