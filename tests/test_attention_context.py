@@ -124,14 +124,17 @@ SMALL = dict(hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim
 MODELS = {
     "same": preset("tiny").replace(**SMALL | dict(rotary_dim=8)),
     "shifted": preset("tiny").replace(**SMALL | dict(rotary_dim=8, alignment="shifted")),
-    "experts": preset("tiny_moe").replace(**SMALL | dict(rotary_dim=4, moe_intermediate_size=16)),
+    "experts": preset("tiny_moe").replace(
+        **SMALL | dict(num_layers=1, num_dense_layers=0, rotary_dim=4, moe_intermediate_size=16)
+    ),
 }
 
 
 def loss_and_gradients(model, halves, origin, mesh=None):
     """((loss, load of the experts), gradients) of 2 packed rows, as host arrays."""
-    objective = Objective(block_origin=origin, confidence_weight=0.5)
-    loss = denoising_loss(model, objective, Execution(attention="blockwise", remat="attention"), seed=0)
+    loss = denoising_loss(
+        model, Objective(block_origin=origin), Execution(attention="blockwise", remat="attention"), seed=0
+    )
 
     def value(params, batch):
         example = loss.prepare(batch, jnp.int32(4 if halves == "both" else LENGTH), halves)
