@@ -136,17 +136,18 @@ class Shards:
         for dimension, axes in enumerate(self.specs.get(name, ())):
             axes = (axes,) if isinstance(axes, str) else axes or ()
             if axes := tuple(axis for axis in axes if axis not in keep):
-                x = _gather_axes(x, axes, dimension, self.reduce_dtype)
+                x = gather_axes(x, axes, dimension, self.reduce_dtype)
         return checkpoint_name(x, GATHERED)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _gather_axes(x, axes, dimension, reduce_dtype):
+def gather_axes(x: jax.Array, axes: tuple[str, ...], dimension: int, reduce_dtype: str | None = None) -> jax.Array:
+    """Under shard_map, x gathered along a dimension that is split over `axes`; the gradient as in Shards.gather."""
     return jax.lax.all_gather(x, axes, axis=dimension, tiled=True)
 
 
 def _gather_axes_forward(x, axes, dimension, reduce_dtype):
-    return _gather_axes(x, axes, dimension, reduce_dtype), None
+    return gather_axes(x, axes, dimension, reduce_dtype), None
 
 
 def _gather_axes_backward(axes, dimension, reduce_dtype, _, cotangent):
@@ -158,7 +159,7 @@ def _gather_axes_backward(axes, dimension, reduce_dtype, _, cotangent):
     return (summed.astype(cotangent.dtype),)
 
 
-_gather_axes.defvjp(_gather_axes_forward, _gather_axes_backward)
+gather_axes.defvjp(_gather_axes_forward, _gather_axes_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

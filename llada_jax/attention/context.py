@@ -132,7 +132,7 @@ def _all_keys(x, num_noisy, crosses):
 
 
 def _gathered(x):
-    return _joined(jax.lax.all_gather(_own_rounds(x), AXIS, axis=3, tiled=True), 1)
+    return _joined(sharding.gather_axes(_own_rounds(x), (AXIS,), 3, None), 1)
 
 
 def _in_place(x):
