@@ -1,7 +1,8 @@
 """The mesh, and the one table from logical axes to mesh axes.
 
-Mesh axes: "data" (replicas), "fsdp" (parameters and optimizer state split, gathered for use), "expert", "tensor"; any
-may be 1. XLA places the collectives (Auto axes); shard_map is used only where a program must speak of ranks.
+Mesh axes: "data" (replicas), "fsdp" (parameters and optimizer state split, gathered for use), "expert", "context" (the
+tokens of a row split, attention/context.py), "tensor"; any may be 1. XLA places the collectives (Auto axes); shard_map
+is used only where a program must speak of ranks.
 """
 
 import dataclasses
@@ -17,18 +18,19 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llada_jax.errors import InputError
 
-MESH_AXES = ("data", "fsdp", "expert", "tensor")
+MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
 
 # Logical axis -> mesh axes, of which a dimension takes the first ones that divide it and that no dimension before it
 # has taken. Experts come before "embed": whole experts are gathered where they are needed, without a transposition.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp", "expert"),
+    "length": ("context",),
     "vocab": ("tensor",),
     "embed": ("fsdp",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
-    "experts": ("expert", "fsdp"),
+    "experts": ("expert", "fsdp", "context"),
     "layers": (),
 }
 
@@ -36,10 +38,10 @@ RULES: dict[str, tuple[str, ...]] = {
 GATHERED = "gathered_weight"  # what remat policies call gathered weights: keeping them would undo "fsdp"
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, expert: int = 1, tensor: int = 1, devices=None) -> Mesh:
+def make_mesh(data: int = -1, fsdp: int = 1, expert: int = 1, context: int = 1, tensor: int = 1, devices=None) -> Mesh:
     """Mesh over all devices; one size may be -1 ("what is left"). Raises InputError when the product is wrong."""
     devices = jax.devices() if devices is None else devices
-    sizes = dict(zip(MESH_AXES, (data, fsdp, expert, tensor), strict=True))
+    sizes = dict(zip(MESH_AXES, (data, fsdp, expert, context, tensor), strict=True))
     free = [axis for axis, size in sizes.items() if size == -1]
     known = math.prod(size for size in sizes.values() if size != -1)
     if len(free) == 1 and known > 0 and len(devices) % known == 0:
@@ -127,17 +129,18 @@ class Shards:
         for dimension, axes in enumerate(self.specs.get(name, ())):
             axes = (axes,) if isinstance(axes, str) else axes or ()
             if axes := tuple(axis for axis in axes if axis not in keep):
-                x = _gather_axes(x, axes, dimension, self.reduce_dtype)
+                x = gather_axes(x, axes, dimension, self.reduce_dtype)
         return checkpoint_name(x, GATHERED)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _gather_axes(x, axes, dimension, reduce_dtype):
+def gather_axes(x: jax.Array, axes: tuple[str, ...], dimension: int, reduce_dtype: str | None = None) -> jax.Array:
+    """Under shard_map, x gathered along a dimension that is split over `axes`; the gradient as in Shards.gather."""
     return jax.lax.all_gather(x, axes, axis=dimension, tiled=True)
 
 
 def _gather_axes_forward(x, axes, dimension, reduce_dtype):
-    return _gather_axes(x, axes, dimension, reduce_dtype), None
+    return gather_axes(x, axes, dimension, reduce_dtype), None
 
 
 def _gather_axes_backward(axes, dimension, reduce_dtype, _, cotangent):
@@ -145,7 +148,7 @@ def _gather_axes_backward(axes, dimension, reduce_dtype, _, cotangent):
     return (jax.lax.psum_scatter(parts, axes, scatter_dimension=dimension, tiled=True).astype(cotangent.dtype),)
 
 
-_gather_axes.defvjp(_gather_axes_forward, _gather_axes_backward)
+gather_axes.defvjp(_gather_axes_forward, _gather_axes_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -167,20 +170,20 @@ sum_over.defvjp(_sum_over_forward, _sum_over_backward)
 
 
 def over_batch(function, axes: Mapping[str, tuple], reduce_dtype: str | None = None):
-    """`function(x, weights, shards)` run by each shard of the batch on its own rows, with its own part of each weight.
+    """`function(x, weights, shards)` run by each shard of the tokens on its own ones, with its own part of each weight.
 
-    x: an array or a tree of arrays that lead with the batch, as the results must. weights: a dict; axes: the logical
-    axes of each; `shards.gather` gives the whole of one. reduce_dtype: as in Shards. Without a mesh in force it is the
-    plain function; a batch that does not divide is whole everywhere.
+    x: an array or a tree of arrays that lead with batch and length, as the results must. weights: a dict; axes: the
+    logical axes of each; `shards.gather` gives the whole of one. reduce_dtype: as in Shards. Without a mesh in force it
+    is the plain function; a batch that does not divide is whole everywhere.
     """
 
     def call(x, weights):
         if (mesh := mesh_in_force()) is None:
             return function(x, weights, Shards())
-        rows = PartitionSpec(spec(("batch",), jax.tree.leaves(x)[0].shape[:1], mesh)[0])
+        tokens = spec(("batch", "length"), jax.tree.leaves(x)[0].shape[:2], mesh)
         specs = {name: spec(axes[name], w.shape, mesh) for name, w in weights.items()}
         local = functools.partial(function, shards=Shards(dict(mesh.shape), specs, reduce_dtype))
-        return jax.shard_map(local, in_specs=(rows, specs), out_specs=rows, check_vma=False)(x, weights)
+        return jax.shard_map(local, in_specs=(tokens, specs), out_specs=tokens, check_vma=False)(x, weights)
 
     return call
 
@@ -192,21 +195,32 @@ def kv_copies(heads: int, kv_heads: int) -> int:
     return tensor // kv_heads if tensor % kv_heads == 0 and heads % tensor == 0 and tensor > kv_heads else 1
 
 
-def over_heads(attention):
-    """`attention(query, key, value, mask)` run by each shard of the batch and of the key/value heads on its own part.
+def tokens_joined(shape: tuple[int, ...], mesh) -> PartitionSpec:
+    """Of arrays that are a concatenation over the shards of [batch, length, ...] of this shape."""
+    axes = []
+    for entry in spec(("batch", "length"), shape[:2], mesh):
+        axes += [entry] if isinstance(entry, str) else entry or ()
+    return PartitionSpec(tuple(axes) or None)
+
+
+def over_heads(attention, joined: bool = False):
+    """`attention(query, key, value, mask, crosses)` run by each shard of tokens and key/value heads on its own.
 
     query [batch, queries, heads, head_dim], key and value [batch, keys, kv_heads, head_dim]: query heads split as
     key/value heads do, or their groups would be torn apart; a tensor axis beyond the key/value heads gets copies of
-    them (kv_copies), one for each rank. mask: a tree of arrays that lead with the batch.
+    them (kv_copies), one for each rank. mask: a tree of arrays that lead with batch and queries, or are `joined`, as in
+    tokens_joined. crosses: attention/context.blocks_cross of the mask.
     """
 
-    def call(query, key, value, mask):
+    def call(query, key, value, mask, crosses=None):
         if (mesh := mesh_in_force()) is None:
-            return attention(query, key, value, mask)
+            return attention(query, key, value, mask, crosses)
         if (copies := kv_copies(query.shape[2], key.shape[2])) > 1:
             key, value = (jnp.repeat(x, copies, axis=2) for x in (key, value))
-        heads = spec(("batch", None, "kv_heads", None), key.shape, mesh)
-        specs = (heads, heads, heads, PartitionSpec(heads[0]))
-        return jax.shard_map(attention, in_specs=specs, out_specs=heads, check_vma=False)(query, key, value, mask)
+        heads = spec(("batch", "length", "kv_heads", None), key.shape, mesh)
+        masks = tokens_joined(key.shape, mesh) if joined else PartitionSpec(*heads[:2])
+        specs = (heads, heads, heads, masks, PartitionSpec())
+        run = jax.shard_map(attention, in_specs=specs, out_specs=heads, check_vma=False)
+        return run(query, key, value, mask, crosses)
 
     return call

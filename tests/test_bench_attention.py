@@ -17,7 +17,7 @@ from llada_jax.bench import attention, rows, splash
 from llada_jax.pod.chips import CHIPS
 
 
-@pytest.mark.parametrize("length", rows.LENGTHS)
+@pytest.mark.parametrize("length", rows.LENGTHS + rows.LONG_LENGTHS)
 @pytest.mark.parametrize("mean", rows.MEANS)
 def test_rows_are_full(length, mean):
     segments = rows.segment_ids(length, mean)

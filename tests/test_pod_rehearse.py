@@ -73,7 +73,10 @@ def test_a_step_that_does_not_fit_exits_1_and_says_what_to_change(tmp_path):
     [
         (["--topology=v5p:3x3x3"], "no such slice"),
         ([], "--topology=CHIP:SHAPE are required"),
-        (["--topology=v5p:2x2x1"], "mesh {'data': 1, 'fsdp': -1, 'expert': 16, 'tensor': 1} does not match 4 devices"),
+        (
+            ["--topology=v5p:2x2x1"],
+            "mesh {'data': 1, 'fsdp': -1, 'expert': 16, 'context': 1, 'tensor': 1} does not match 4 devices",
+        ),
         (
             ["--topology=v5p:2x2x1", "--config.mesh.expert=4", "--config.batch.rows=3"],
             "config.batch.rows=3 cannot be shared by 4 devices",

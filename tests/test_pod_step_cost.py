@@ -45,9 +45,9 @@ def compiled(function, arguments, topology, sizes=None, names=("device",), specs
     return hlo.parse(text), Devices(dict(mesh.shape), parse_topology(topology), coordinates, np.zeros(len(flat), int))
 
 
-def cost_of(*program, **options):
+def cost_of(*program, trips=None, **options):
     module, devices = compiled(*program, **options)
-    return step_lines(module, devices.topology.chip, {}, devices)
+    return step_lines(module, devices.topology.chip, {}, devices, trips)
 
 
 def seconds(lines, part=None):
@@ -109,6 +109,14 @@ def test_a_conditional_costs_its_dearest_branch():
 
     lines = cost_of(either, [((), jnp.bool_), ((4096, 4096), bf16)], "v5p:2x2x1")
     assert sum(line.flops for line in lines) == 2 * 2 * 4096**3
+
+
+def test_a_branch_that_is_not_taken_costs_nothing():
+    def either(flag, x):
+        return jax.lax.cond(flag, jax.named_scope("rare")(lambda: x @ x @ x), lambda: x @ x)
+
+    lines = cost_of(either, [((), jnp.bool_), ((4096, 4096), bf16)], "v5p:2x2x1", trips={"rare": 0})
+    assert sum(line.flops for line in lines) == 2 * 4096**3
 
 
 @pytest.mark.parametrize(

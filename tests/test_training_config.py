@@ -3,6 +3,8 @@
 import jax
 import pytest
 
+from llada_jax.errors import InputError
+from llada_jax.model.config import RopeScaling, preset
 from llada_jax.training import config as settings
 
 
@@ -15,3 +17,14 @@ def test_real_models_take_the_kernel_on_a_tpu_and_blockwise_attention_elsewhere(
         assert settings.execution(config).experts == ("megablox" if backend == "tpu" else "xla")
     config.execution.attention = "dense"
     assert settings.execution(config).attention == "dense"
+
+
+def test_yarn_extends_what_the_model_knows():
+    config = settings.default_config("llada2_mini")
+    mini = preset("llada2_mini")
+    assert settings.extended(config, mini) == mini
+    config.yarn_factor = 2.0
+    longer = settings.extended(config, mini)
+    assert longer.rope_scaling == RopeScaling("yarn", 2.0, 32768) and longer.max_position_embeddings == 65536
+    with pytest.raises(InputError, match="config.yarn_factor=2.0, expected 0"):
+        settings.extended(config, longer)

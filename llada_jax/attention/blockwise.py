@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from llada_jax import sharding
+from llada_jax.attention import context, residuals
 from llada_jax.attention import plan as plans
-from llada_jax.attention import residuals
 from llada_jax.attention.plan import Plan, make_plan
 from llada_jax.attention.tiles import Tiles
 from llada_jax.attention.tiling import from_chunks, from_tiles, to_chunks, to_tiles
@@ -39,12 +39,16 @@ class _Tile(NamedTuple):
         return self.run[plans.ROW] * plan.chunks_per_row + chunk, (key >= start) & (key < end)
 
 
-def blockwise_attention(query: jax.Array, key: jax.Array, value: jax.Array, visibility: Visibility) -> jax.Array:
+def blockwise_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, visibility: Visibility, crosses: jax.Array | None = None
+) -> jax.Array:
     """Equals dense_attention (same arguments and result) but never holds more than a tile of the scores.
 
-    A query that sees no key gives 0. Under a mesh (`jax.set_mesh`) each shard works on its own rows and heads.
+    A query that sees no key gives 0. Under a mesh (`jax.set_mesh`) each shard works on its own rows and heads, and with
+    a context axis on its own queries: all operands then lie as context.to_ranks lays them, crosses being blocks_cross
+    of the visibility.
     """
-    return sharding.over_heads(_attention)(query, key, value, visibility)
+    return sharding.over_heads(context.with_all_keys(_attention))(query, key, value, visibility, crosses)
 
 
 @jax.custom_vjp

@@ -10,10 +10,9 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import PartitionSpec
 
 from llada_jax import sharding
-from llada_jax.attention import kernel_backward, kernel_forward, residuals
+from llada_jax.attention import context, kernel_backward, kernel_forward, residuals
 from llada_jax.attention.plan import Plan, make_plan
 from llada_jax.attention.tiles import Tiles, device_kind, tiles_for
 from llada_jax.attention.tiling import from_chunks, from_parts, from_tiles, to_chunks, to_parts, to_tiles
@@ -27,31 +26,36 @@ def kernel_plan(visibility: Visibility, num_keys: int, group: int, head_dim: int
     """What kernel_attention needs to know of a mask: made once per pass, outside the layers.
 
     visibility [batch, queries] over num_keys keys; group: query heads of each key/value head. Under a mesh
-    (`jax.set_mesh`) each shard of the batch plans its own rows. Raises InputError when the device is not a TPU that
+    (`jax.set_mesh`) each shard of the tokens plans its own queries. Raises InputError when the device is not a TPU that
     attention/tiles.py knows; interpret=True plans for kernel_attention(..., interpret=True), on any device.
     """
     queries = visibility.clean_start.shape[1]
     tiles, parts = INTERPRET_TILES, 1
     if not interpret:
-        tiles = tiles_for(device_kind(), head_dim, group, queries)
+        tiles = tiles_for(device_kind(), head_dim, group, queries // context.ranks())
         parts = kernel_backward.key_parts(visibility.num_noisy, num_keys, tiles, group, head_dim)
     local = functools.partial(make_plan, num_keys=num_keys, tiles=tiles, parts=parts)
     if (mesh := sharding.mesh_in_force()) is None:
         return local(visibility)
-    rows = sharding.spec(("batch", None), visibility.clean_start.shape, mesh)
-    # Every leaf of a plan is a concatenation over the shards of the batch.
-    return jax.shard_map(local, in_specs=rows, out_specs=PartitionSpec(rows[0]), check_vma=False)(visibility)
+    shape = visibility.clean_start.shape
+    specs = dict(
+        in_specs=sharding.spec(("batch", "length"), shape, mesh), out_specs=sharding.tokens_joined(shape, mesh)
+    )
+    return jax.shard_map(local, **specs, check_vma=False)(visibility)
 
 
 def kernel_attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, plan: Plan, interpret: bool = False
-) -> jax.Array:
+    query: jax.Array, key: jax.Array, value: jax.Array, plan: Plan, interpret: bool = False,
+    crosses: jax.Array | None = None,
+) -> jax.Array:  # fmt: skip
     """Equals dense_attention (same query, key, value and result) for the visibility that the plan was made of.
 
-    A query that sees no key gives zeros. interpret=True runs the kernel on any device, slowly, for tests.
+    A query that sees no key gives zeros. interpret=True runs the kernel on any device, slowly, for tests. With a
+    context axis operands and crosses are as in blockwise_attention.
     """
     interpret = pltpu.InterpretParams() if interpret else False
-    return sharding.over_heads(lambda *operands: _attention(*operands, interpret))(query, key, value, plan)
+    local = context.with_all_keys(lambda *operands: _attention(*operands, interpret))
+    return sharding.over_heads(local, joined=True)(query, key, value, plan, crosses)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

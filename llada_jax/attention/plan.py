@@ -29,7 +29,7 @@ class Plan:
     each half padded to whole chunks. forward_steps, backward_steps [1] int32: steps in all. parts: where the gradients
     of all keys do not fit fast memory at once, a plan of the same queries for each part of the keys, equally large ones
     of some noisy and some clean keys, for the backward pass. Under a mesh the arrays are concatenations of what each
-    shard of the batch planned for its own rows.
+    shard of the tokens planned for its own queries, and num_queries is that of a shard.
     """
 
     runs: jax.Array

@@ -13,6 +13,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from llada_jax import sharding
+from llada_jax.attention import context
 from llada_jax.attention import visibility as vis
 from llada_jax.attention.blockwise import blockwise_attention
 from llada_jax.attention.cached import cached_attention
@@ -93,8 +94,13 @@ def hidden_states(
     tokens, positions [batch, queries] int. cache: keys and values of earlier clean tokens, {group: {"key", "value":
     [layers, batch, cached, kv_heads, head_dim]}}, which are the clean keys; the pass's own keys are then the noisy
     ones, and attention is attention/cached.py's, whatever `execution` names. embedding_noise [batch, queries, embed]
-    is added to the embedding output. Second result: as `cache`, of the pass itself.
+    is added to the embedding output. Second result: as `cache`, of the pass itself. Raises InputError on a mesh with a
+    context axis, over which denoising_pass alone lays out rows.
     """
+    if context.ranks() > 1:
+        raise InputError(
+            f"mesh.context={context.ranks()}: expected 1, only passes of training and likelihood split rows"
+        )
     return run_layers(params, config, tokens, positions, visibility, execution, cache, embedding_noise)[:2]
 
 
@@ -104,13 +110,13 @@ def run_layers(
     """As hidden_states, and how many tokens each expert got: int32 [layers with experts, experts], None without any.
 
     wanted: compute the hidden states of so many first positions only; of the others the last layer needs its keys and
-    values alone. None: of all.
+    values alone. None: of all. Over a context axis everything lies as context.to_ranks lays it.
     """
     dtype = execution.dtype or params["embedding"].dtype
     x = head.embed(params["embedding"], tokens, dtype)
     if embedding_noise is not None:
         x = x + embedding_noise.astype(dtype)
-    x = sharding.constrain(x, ("batch", None, None))
+    x = sharding.constrain(x, ("batch", "length", None))
     cos, sin = rope_angles(config, positions)
 
     def layer_of(group, visibility):
@@ -132,7 +138,7 @@ def run_layers(
         all_but_last = jax.tree.map(lambda w: w[:-1], stacked) if some else stacked  # noqa: B023
         x, (computed[group], load) = jax.lax.scan(layer_of(group, visibility), x, all_but_last)
         if some:
-            layer = layer_of(group, jax.tree.map(lambda bound: bound[:, :wanted], visibility))
+            layer = layer_of(group, jax.tree.map(lambda bound: context.first(bound, wanted), visibility))
             x, part = layer(x, jax.tree.map(lambda w: w[-1], stacked))
             computed[group], load = jax.tree.map(
                 lambda before, own: jnp.concatenate([before, own[None]]), (computed[group], load), part
@@ -143,13 +149,19 @@ def run_layers(
 def attention_of(config, execution, visibility, num_keys):
     """(attention(query, key, value), its number of queries); what the mask decides is made here, for all layers."""
     queries = visibility.clean_start.shape[1]
+    crosses = context.blocks_cross(visibility)
     if execution.attention == "kernel":
         heads, kv_heads = config.num_heads, config.num_kv_heads
         group = heads // (kv_heads * sharding.kv_copies(heads, kv_heads))
         plan = kernel_plan(visibility, num_keys, group, config.head_dim, execution.interpret)
-        return functools.partial(kernel_attention, plan=plan, interpret=execution.interpret), queries
-    attention = {"dense": dense_attention, "blockwise": blockwise_attention}[execution.attention]
-    return functools.partial(attention, visibility=visibility), queries
+        attend = functools.partial(kernel_attention, plan=plan, interpret=execution.interpret, crosses=crosses)
+    elif execution.attention == "blockwise":
+        attend = functools.partial(blockwise_attention, visibility=visibility, crosses=crosses)
+    elif crosses is not None:
+        raise InputError(f"attention='dense' with mesh.context={context.ranks()}, expected 'blockwise' or 'kernel'")
+    else:
+        attend = functools.partial(dense_attention, visibility=visibility)
+    return attend, queries
 
 
 def _layer(config, group, execution, attend, cos, sin, x, weights_and_cache):
@@ -159,15 +171,21 @@ def _layer(config, group, execution, attend, cos, sin, x, weights_and_cache):
     weights = {k: sharding.gathered(w.astype(x.dtype), axes[k]) for k, w in weights.items() if k not in routed}
     h = rms_norm(x, weights["attention_norm"], config.rms_norm_eps)
     attended, keys_values = _attention(config, attend, weights, h, cos, sin, cache)
-    x = x[:, : attended.shape[1]] + attended
+    x = context.first(x, attended.shape[1]) + attended
     h = rms_norm(x, weights["mlp_norm"], config.rms_norm_eps)
     if group == "sparse":
-        moe = functools.partial(experts.moe, config=config, execution=execution)
+        moe = functools.partial(_moe, config=config, execution=execution)
         y, load = sharding.over_batch(moe, axes, execution.reduce_dtype)(h, routed)
-        load = load.sum(axis=0)
+        load = load.sum(axis=(0, 1))
     else:
         y, load = swiglu(h, weights), None
-    return sharding.constrain(x + y, ("batch", None, None)), (keys_values, load)
+    return sharding.constrain(x + y, ("batch", "length", None)), (keys_values, load)
+
+
+def _moe(x, weights, shards, config, execution):
+    """As experts.moe; its load leads with batch and length, one of each a shard."""
+    y, load = experts.moe(x, weights, shards, config, execution)
+    return y, load[None]
 
 
 EXPERT_WEIGHTS = {"router", "expert_bias", "gate", "up", "down", "shared_gate", "shared_up", "shared_down"}
@@ -181,11 +199,11 @@ def _attention(config, attend, weights, x, cos, sin, cache):
         y = project(x, weights, name)
         return y + weights[name + "_bias"][None, None] if config.qkv_bias else y
 
-    query, key, value = heads("query", x[:, :queries]), heads("key", x), heads("value", x)
+    query, key, value = heads("query", context.first(x, queries)), heads("key", x), heads("value", x)
     if config.qk_norm:
         query = rms_norm(query, weights["query_norm"], config.rms_norm_eps)
         key = rms_norm(key, weights["key_norm"], config.rms_norm_eps)
-    query, key = rotate(query, cos[:, :queries], sin[:, :queries]), rotate(key, cos, sin)
+    query, key = rotate(query, *(context.first(angle, queries) for angle in (cos, sin))), rotate(key, cos, sin)
     named = zip((query, key, value), _PROJECTIONS, strict=True)
     query, key, value = (checkpoint_name(part, name) for part, name in named)
     own = {"key": key, "value": value}
@@ -215,21 +233,33 @@ def denoising_pass(params, config, noisy, clean, where, positions, execution=Exe
     """
     halves = [half for half in (noisy, clean) if half is not None]
     both = len(halves) == 2
+    batch, length = halves[0].shape
+    _check_routing_blocks(config, length)
     visibility = vis.block_diffusion(where) if both else vis.block_causal(where)
+    visibility = jax.tree.map(lambda bound: context.to_ranks(bound.reshape(batch, -1, length)), visibility)
     noise = noisy_embedding_noise
-    if noise is not None and both:
-        noise = jnp.concatenate([noise, jnp.zeros_like(noise)], axis=1)
-    tokens = jnp.concatenate(halves, axis=1)
-    positions = jnp.concatenate([positions] * len(halves), axis=1)
-    length = halves[0].shape[1]
+    if noise is not None:
+        noise = context.to_ranks(jnp.stack([noise, jnp.zeros_like(noise)][: len(halves)], axis=1))
+    tokens = context.to_ranks(jnp.stack(halves, axis=1))
+    positions = context.to_ranks(jnp.stack([positions] * len(halves), axis=1))
     # Of the clean half's last hidden states only "shifted" models read any.
     wanted = length if both and config.alignment == "same" else None
     hidden, _, load = run_layers(
         params, config, tokens, positions, visibility, execution, embedding_noise=noise, wanted=wanted
     )
-    noisy_hidden = None if noisy is None else hidden[:, :length]
-    clean_hidden = None if clean is None or wanted is not None else hidden[:, -length:]
+    hidden = context.to_positions(hidden, hidden.shape[1] // length)
+    noisy_hidden = None if noisy is None else hidden[:, 0]
+    clean_hidden = None if clean is None or wanted is not None else hidden[:, -1]
     return align(noisy_hidden, clean_hidden, where, config.alignment), load
+
+
+def _check_routing_blocks(config, length):
+    """Raises InputError where the ranks of a context axis would cut blocks of tokens that are routed together."""
+    ranks, block = context.ranks(), config.routing_block
+    if ranks > 1 and block and (stripe := context.stripe_size(length, ranks)) % block:
+        raise InputError(
+            f"mesh.context={ranks} cuts rows into stripes of {stripe}: routing_block={block} must divide them"
+        )
 
 
 def forward(

@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llada_jax.attention import context
 from llada_jax.attention.kernel import kernel_attention
-from llada_jax.attention.plan import make_plan
-from llada_jax.attention.tiles import device_kind, tiles_for
+from llada_jax.attention.kernel_backward import key_parts
+from llada_jax.attention.plan import Plan, make_plan
+from llada_jax.attention.tiles import Tiles, device_kind, tiles_for
 from llada_jax.attention.visibility import block_causal, block_diffusion, layout
 from llada_jax.bench import kernel, rows
 from llada_jax.bench.attention import kernel_classes, total_cycles
@@ -17,6 +19,7 @@ from llada_jax.pod.aot import compile_program
 from llada_jax.pod.chips import Chip, Topology
 from llada_jax.pod.operations import Cost
 from llada_jax.pod.schedule_reader import Kernel
+from llada_jax.pod.topology import one_device
 
 PASSES = ("forward", "backward")
 _MATMULS = {"forward": 2, "backward": 5}  # of a tile; the backward pass computes the scores again
@@ -25,7 +28,7 @@ _MATMULS = {"forward": 2, "backward": 5}  # of a tile; the backward pass compute
 @dataclasses.dataclass(frozen=True)
 class Shape:
     """Of the attention of one row on one device: heads and kv_heads are those of the device, halves as in
-    schedule.Phase.
+    schedule.Phase; ranks of a context axis share out the row's queries.
     """
 
     length: int
@@ -33,10 +36,33 @@ class Shape:
     heads: int
     kv_heads: int
     head_dim: int
+    ranks: int = 1
+
+    @property
+    def num_noisy(self) -> int:
+        return self.length if self.halves == "both" else 0
 
     @property
     def positions(self) -> int:
-        return self.length * (2 if self.halves == "both" else 1)
+        return self.length + self.num_noisy
+
+    def tiles(self) -> Tiles:
+        """Of the device at hand, as key_parts."""
+        return tiles_for(device_kind(), self.head_dim, self.heads // self.kv_heads, self.positions // self.ranks)
+
+    def key_parts(self) -> int:
+        group = self.heads // self.kv_heads
+        return key_parts(self.num_noisy, self.positions, self.tiles(), group, self.head_dim)
+
+    def rank_queries(self) -> np.ndarray:
+        """int [ranks, queries of a rank]"""
+        own = context.positions(self.length, self.ranks)
+        return np.concatenate([own, self.length + own], axis=1) if self.num_noisy else own
+
+    def plan(self, segment_ids: jax.Array, block_size: int, queries: jax.Array, tiles: Tiles, parts: int):
+        """Of one row, segment_ids int32 [length], and of some of its queries."""
+        seen = jax.tree.map(lambda bound: bound[:, queries], self.visibility(segment_ids[None], block_size))
+        return make_plan(seen, self.positions, tiles, parts)
 
     def visibility(self, segment_ids: jax.Array, block_size: int):
         """segment_ids int32 [rows, length]."""
@@ -47,12 +73,12 @@ class Shape:
 def program(shape: dict):
     """(forward and backward of one row, abstract arguments); called in the compiler's own process."""
     shape = Shape(**shape)
-    q, k = (jax.ShapeDtypeStruct((1, shape.positions, n, shape.head_dim), jnp.bfloat16)
-            for n in (shape.heads, shape.kv_heads))  # fmt: skip
-    tiles = tiles_for(device_kind(), shape.head_dim, shape.heads // shape.kv_heads, shape.positions)
+    sizes = (shape.positions // shape.ranks, shape.heads), (shape.positions, shape.kv_heads)
+    q, k = (jax.ShapeDtypeStruct((1, *size, shape.head_dim), jnp.bfloat16) for size in sizes)
+    tiles, parts = shape.tiles(), shape.key_parts()
     plan = jax.eval_shape(
-        lambda segments: make_plan(shape.visibility(segments, 32), shape.positions, tiles),
-        jax.ShapeDtypeStruct((1, shape.length), jnp.int32),
+        lambda segments: shape.plan(segments, 32, shape.rank_queries()[0], tiles, parts),
+        jax.ShapeDtypeStruct((shape.length,), jnp.int32),
     )
 
     def both(query, key, value, plan, cotangent):
@@ -64,24 +90,37 @@ def program(shape: dict):
 
 def kernel_costs(shape: Shape, block_size: int, mean: int, num_rows: float, topology: Topology) -> dict[str, Cost]:
     """{"forward", "backward": Cost of one call for num_rows rows}: num_rows times the mean over the bench's rows of
-    mean document length `mean`.
+    mean document length `mean`, of the busiest rank. Where keys go in parts, the backward pass is a call for each.
     """
     compiled = compile_program(
         "llada_jax.pod.attention_cost:program", {"shape": dataclasses.asdict(shape)}, topology.name
     )
     chip = topology.chip
-    tiles = tiles_for(chip.device_kind, shape.head_dim, shape.heads // shape.kv_heads, shape.positions)
-    make = jax.jit(lambda row: make_plan(shape.visibility(row[None], block_size), shape.positions, tiles))
-    plans = [make(row) for row in rows.segment_ids(shape.length, mean)]
+    with jax.set_mesh(one_device(topology)):
+        tiles, parts = shape.tiles(), shape.key_parts()
+    make = jax.jit(lambda row, queries: shape.plan(row, block_size, queries, tiles, parts))
+    # [row][rank]
+    plans = [[make(row, queries) for queries in shape.rank_queries()] for row in rows.segment_ids(shape.length, mean)]
     costs = {}
     for name, schedule in zip(PASSES, compiled.kernels.values(), strict=True):
-        walks = [kernel.walk(plan, name, shape.heads, shape.kv_heads, shape.head_dim) for plan in plans]
-        seconds = np.mean([_seconds(schedule, walk, kernel.REGIONS[name], chip) for walk in walks])
-        computed = np.mean([walk.regions["full"] + walk.regions["partial"] for walk in walks])
+        # [row, rank, call]
+        walks = [[_walks(plan, name, shape) for plan in of_ranks] for of_ranks in plans]
+        seconds = _each(walks, lambda walk: _seconds(schedule, walk, kernel.REGIONS[name], chip)).mean(axis=2)  # noqa: B023
+        computed = _each(walks, lambda walk: walk.regions["full"] + walk.regions["partial"]).mean()
         pairs = tiles.queries * shape.heads // shape.kv_heads * getattr(tiles, name) * tiles.chunk
         flops = 2 * _MATMULS[name] * computed * pairs * shape.head_dim
-        costs[name] = Cost(float(seconds) * num_rows, float(flops) * num_rows)
+        costs[name] = Cost(float(seconds.max(axis=1).mean()) * num_rows, float(flops) * num_rows)
     return costs
+
+
+def _walks(plan: Plan, name: str, shape: Shape) -> list[Walk]:
+    """Of each call of a kernel."""
+    calls = plan.parts if name == "backward" and plan.parts else (plan,)
+    return [kernel.walk(call, name, shape.heads, shape.kv_heads, shape.head_dim) for call in calls]
+
+
+def _each(walks: list[list[list[Walk]]], value) -> np.ndarray:
+    return np.array([[[value(walk) for walk in calls] for calls in of_ranks] for of_ranks in walks])
 
 
 def _seconds(schedule: Kernel, walk: Walk, names, chip: Chip) -> float:

@@ -16,8 +16,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from llada_jax import sharding
+from llada_jax.attention import context
 from llada_jax.bench import experts
-from llada_jax.bench.rows import LENGTHS, MEANS, segment_ids
+from llada_jax.bench.rows import LENGTHS, LONG_LENGTHS, MEANS, segment_ids
 from llada_jax.data.order import Batch
 from llada_jax.diffusion import schedule
 from llada_jax.errors import InputError
@@ -78,8 +79,8 @@ class Step:
 def lower_step(config: ConfigDict, slices: Slices, halves: str) -> Step:
     """Traces the trainer's step over the mesh of config.mesh. Raises InputError where the config is refused."""
     settings.check(config)
-    if config.data.length not in LENGTHS:
-        raise InputError(f"config.data.length={config.data.length}: packings exist of {', '.join(map(str, LENGTHS))}")
+    if config.data.length not in (known := LENGTHS + LONG_LENGTHS):
+        raise InputError(f"config.data.length={config.data.length}: packings exist of {', '.join(map(str, known))}")
     devices = list(slice_devices(slices.topology, slices.count).reshape(-1))
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
     model = model_of(config)
@@ -110,7 +111,7 @@ def model_of(config: ConfigDict) -> ModelConfig:
     model = preset(config.model)
     if model.mask_token_id is None:  # import adds one; which it is costs nothing
         model = model.replace(mask_token_id=model.vocab_size - 1)
-    return model.replace(alignment=config.alignment or model.alignment)
+    return settings.extended(config, model.replace(alignment=config.alignment or model.alignment))
 
 
 def with_shardings(abstract, shardings_of):
@@ -251,11 +252,20 @@ def rehearse(
     kernels = _kernels(config, step, slices, packing)
     scored = 1.0 if halves == "clean" else useful_flops.MASKED_SHARE
     trips = {"head": math.ceil(scored * _rows(config, step.mesh) * length / head.CHUNK)}
+    if _blocks_lie_in_stripes(config, step.mesh, packing):
+        trips[context.CROSSING] = 0
     lines = step_lines(module, slices.topology.chip, kernels, physical_devices(step.mesh, slices), trips)
     pairs = useful_flops.mean_pairs(segment_ids(length, packing.mean_document), packing.block_size, halves)
     useful = useful_flops.useful_flops(step.model, rows, length, halves, pairs)
     memory = memory_of(compiled, module, step.state.params, slices.topology.chip.devices)
     return Rehearsal(lines, memory, useful, compile_seconds, slices, rows, length)
+
+
+def _blocks_lie_in_stripes(config: ConfigDict, mesh, packing: Packing) -> bool:
+    ranks = mesh.shape["context"]
+    if ranks == 1 or config.objective.block_origin != "global":
+        return False
+    return context.stripe_size(config.data.length, ranks) % packing.block_size == 0
 
 
 def compile_step(lowered: jax.stages.Lowered, mesh, slices: Slices):
@@ -274,11 +284,12 @@ def _attention_shape(config: ConfigDict, step: Step) -> attention_cost.Shape:
     tensor = step.mesh.shape["tensor"]
     heads = step.model.num_heads // tensor
     kv_heads = max(step.model.num_kv_heads // tensor, 1)
-    return attention_cost.Shape(config.data.length, step.halves, heads, kv_heads, step.model.head_dim)
+    ranks = step.mesh.shape["context"]
+    return attention_cost.Shape(config.data.length, step.halves, heads, kv_heads, step.model.head_dim, ranks)
 
 
 def _rows(config: ConfigDict, mesh) -> float:
-    """Of a micro-batch, on one device."""
+    """Of a micro-batch, on one device: as many rows as it has tokens of."""
     return rows_of_device(config.batch.rows / config.batch.micro_batches, mesh)
 
 
@@ -290,7 +301,9 @@ def _kernels(config: ConfigDict, step: Step, slices: Slices, packing: Packing):
     """{beginning of a Pallas kernel's name: its cost}."""
     rows = _rows(config, step.mesh)
     shape = _attention_shape(config, step)
-    attention = attention_cost.kernel_costs(shape, packing.block_size, packing.mean_document, rows, slices.topology)
+    attention = attention_cost.kernel_costs(
+        shape, packing.block_size, packing.mean_document, rows * shape.ranks, slices.topology
+    )
     kernels = {
         f"block_diffusion_attention_{name}": lambda result, operands, cost=cost: ("attention", cost)
         for name, cost in attention.items()

@@ -88,6 +88,8 @@ def rehearse_decode(config: ConfigDict, slices: Slices, rows: int, canvas: int, 
         if value % block or not 0 <= value <= canvas:
             raise InputError(f"--{field}={value}, expected a multiple of {block}, at most --canvas={canvas}")
     mesh = sharding.make_mesh(**config.mesh, devices=list(slice_devices(slices.topology, slices.count).reshape(-1)))
+    if mesh.shape["context"] > 1:
+        raise InputError(f"config.mesh.context={mesh.shape['context']}: decoding does not split rows, expected 1")
     if rows % (mesh.size // mesh.shape["tensor"]):
         raise InputError(f"--rows={rows} cannot be shared by {mesh.size} devices")
     model = model_of(config)

@@ -61,7 +61,7 @@ def step_lines(
     """Every operation that costs something.
 
     kernels: by the beginning of their names. devices: of the mesh; None for a program without collectives. trips: of
-    loops whose length depends on the data, by the scope in which they stand.
+    loops whose length depends on the data, by the scope in which they stand; 0 of a branch that is not taken.
     Raises ValueError on a kernel without a cost, or a loop of unknown length.
     """
     walker = _Walker(module, chip, kernels, devices, trips or {})
@@ -115,7 +115,12 @@ class _Walker:
         return trips
 
     def _branches(self, op: Operation, runs: float) -> None:
-        branches = [self._lines(name, runs) for name in op.called]
+        branches = []
+        for name in op.called:
+            inside = {scope for inner in self.module.computations[name] for scope in scopes(inner)}
+            if any(not self.trips[scope] for scope in inside & set(self.trips)):
+                continue
+            branches.append(self._lines(name, runs))
         self.lines += max(branches, key=lambda lines: sum(line.seconds for line in lines))
 
     def _elsewhere(self, op: Operation, runs: float) -> list[_Flight]:

@@ -12,12 +12,13 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
+from llada_jax.attention.context import stripe_size
 from llada_jax.diffusion import schedule
 from llada_jax.diffusion.noise import NoiseSpec
 from llada_jax.diffusion.objectives import Objective
 from llada_jax.diffusion.preference import Preference
 from llada_jax.errors import InputError
-from llada_jax.model.config import PRESETS
+from llada_jax.model.config import PRESETS, ModelConfig, RopeScaling
 from llada_jax.model.forward import Execution
 from llada_jax.model.parameters import adaptable
 from llada_jax.training.profiling import parse_steps
@@ -31,6 +32,7 @@ def default_config(model: str) -> ConfigDict:
     config.model = model
     config.stage = ""  # what the run calls itself, in its checkpoints and in what the next stage says of them
     config.alignment = ""  # "same" or "shifted"; "" is the checkpoint's (or the preset's)
+    config.yarn_factor = 0.0  # YaRN to so many times the length that the model knows; 0: its rotary embedding as it is
     config.init_from = ""  # a checkpoint whose weights to start from; "" starts from random weights
     config.seed = 0
     config.compiled_step = ""  # a file of tools/rehearse.py --save: the program of the steps with ...
@@ -99,7 +101,7 @@ def default_config(model: str) -> ConfigDict:
     optimizer.clip_norm = 1.0
     optimizer.expert_bias_rate = 0.0  # of the routers' loss-free balancing (Ling 2.0 trains with 1e-3); 0 freezes it
 
-    config.mesh = ConfigDict(dict(data=-1, fsdp=1, expert=1, tensor=1))
+    config.mesh = ConfigDict(dict(data=-1, fsdp=1, expert=1, context=1, tensor=1))
     config.execution = execution = ConfigDict()
     execution.attention = "dense"  # "blockwise", "kernel" (TPU), or "auto": the kernel on a TPU, blockwise elsewhere
     execution.experts = "auto"  # "xla", "megablox" (TPU), or "auto": megablox on a TPU, xla elsewhere
@@ -184,6 +186,17 @@ def load_sibling(file: str, name: str):
 def refuse_unknown(options: dict, known: Sequence[str]) -> None:
     if unknown := sorted(set(options) - set(known)):
         raise InputError(f"config argument: unknown option {unknown[0]!r}; options: {', '.join(known)}")
+
+
+def extended(config: ConfigDict, model: ModelConfig) -> ModelConfig:
+    """The model with the rotary embedding of config.yarn_factor. Raises InputError where it has a scaling already."""
+    if not (factor := config.yarn_factor):
+        return model
+    if model.rope_scaling is not None:
+        raise InputError(f"config.yarn_factor={factor}, expected 0: the model's rotary embedding is scaled already")
+    length = model.max_position_embeddings
+    scaling = RopeScaling("yarn", factor, length)
+    return model.replace(rope_scaling=scaling, max_position_embeddings=round(length * factor))
 
 
 def phases(config: ConfigDict) -> tuple[schedule.Phase, ...]:
@@ -339,9 +352,12 @@ def _check_faults(config: ConfigDict) -> None:
 
 
 def check_rows(config: ConfigDict, mesh) -> None:
-    """Raises InputError when the devices of the mesh cannot share the rows of a step evenly."""
-    if config.batch.rows // config.batch.micro_batches % (mesh.size // mesh.shape["tensor"]):
+    """Raises InputError when the devices of the mesh cannot share the rows of a step, or a row's tokens, evenly."""
+    context, tensor = mesh.shape["context"], mesh.shape["tensor"]
+    if config.batch.rows // config.batch.micro_batches % (mesh.size // (context * tensor)):
         raise InputError(f"config.batch.rows={config.batch.rows} cannot be shared by {mesh.size} devices")
+    if context > 1:
+        stripe_size(config.data.length, context)
 
 
 def write(config: ConfigDict, path: Path) -> None:

@@ -21,6 +21,7 @@ from llada_jax.model import parameters
 from llada_jax.model.config import ModelConfig, preset
 from llada_jax.model.lora import Lora
 from llada_jax.training import checkpoint, hosts
+from llada_jax.training import config as settings
 from llada_jax.training.datasets import Component, open_rows
 from llada_jax.training.lora import open_lora
 from llada_jax.training.source import Source, open_source
@@ -105,6 +106,7 @@ def _model(config: ConfigDict, source: Source | None) -> tuple[ModelConfig, Toke
         model = model.replace(mask_token_id=mask_id, eos_token_id=tokenizer.eos_id)
     if config.alignment:
         model = model.replace(alignment=config.alignment)
+    model = settings.extended(config, model)
     if config.schedule.kind == "ar" and model.alignment != "shifted":
         raise InputError(f'config.alignment={model.alignment!r}: an AR model predicts the next token, set "shifted"')
     if config.schedule.kind != "ar" and model.mask_token_id is None:

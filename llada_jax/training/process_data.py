@@ -8,8 +8,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 def own_rows(batch: NamedSharding, rows: int) -> np.ndarray:
     """The rows of a step that devices of this process hold, ascending; int64.
 
-    Every process has some. Where the mesh splits each row over devices of several processes ("tensor"), or copies it,
-    they all have it.
+    Every process has some. Where the mesh splits each row over devices of several processes ("context", "tensor"), or
+    copies it, they all have it.
     """
     held = {index[0].indices(rows)[:2] for index in batch.addressable_devices_indices_map((rows,)).values()}
     return np.concatenate([np.arange(*bounds) for bounds in sorted(held)])
