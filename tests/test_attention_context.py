@@ -59,7 +59,9 @@ def test_tokens_go_where_positions_says_and_come_back(sizes):
 
 @pytest.mark.parametrize("mean", rows.MEANS)
 def test_ranks_need_equally_many_pairs_at_64k(mean):
-    """Of the 16 rows of a step of a million tokens; of a single packed row less equally."""
+    """Of the 16 rows of a step of a million tokens; of a single row of many documents less equally, but far more so
+    than where each rank has two long chunks.
+    """
     length, segments = 65536, rows.segment_ids(65536, mean)
     visibility = vis.block_diffusion(vis.layout(jnp.asarray(segments), 32))
     ends = ("clean_start", "clean_end"), ("noisy_start", "noisy_end")
@@ -69,6 +71,9 @@ def test_ranks_need_equally_many_pairs_at_64k(mean):
         of_rank = pairs[:, context.positions(length, ranks)].sum(axis=2)
         assert imbalance(of_rank.sum(axis=0)) < 0.05
         assert np.mean([imbalance(row) for row in of_rank]) < 0.1
+        chunks = pairs.reshape(len(pairs), 2 * ranks, -1).sum(axis=2)
+        of_two = chunks[:, :ranks] + chunks[:, : ranks - 1 : -1]
+        assert mean == 0 or np.mean([imbalance(row) for row in of_two]) > 0.1
 
 
 def imbalance(work: np.ndarray) -> float:

@@ -123,7 +123,7 @@ def run_layers(
         if cache is None:
             attend = attention_of(config, execution, visibility, tokens.shape[1])
         else:
-            attend = functools.partial(cached_attention, visibility=visibility), None
+            attend = functools.partial(cached_attention, visibility=visibility), tokens.shape[1]
         layer = functools.partial(_layer, config, group, execution, attend, cos, sin)
         # Without a mesh there are no gathered weights to drop, and nothing to compute again.
         if execution.remat == "none" and sharding.mesh_in_force() is None:
