@@ -3,6 +3,7 @@
 import jax
 import pytest
 
+from llada_jax.errors import InputError
 from llada_jax.training import config as settings
 
 
@@ -15,3 +16,13 @@ def test_real_models_take_the_kernel_on_a_tpu_and_blockwise_attention_elsewhere(
         assert settings.execution(config).experts == ("megablox" if backend == "tpu" else "xla")
     config.execution.attention = "dense"
     assert settings.execution(config).attention == "dense"
+
+
+def test_the_document_mask_is_on_and_dpo_needs_it():
+    config = settings.default_config("tiny")
+    assert settings.objective(config).document_mask
+    config.objective.document_mask = False
+    assert not settings.objective(config).document_mask
+    config.preference.enabled, config.init_from = True, "/some/run"
+    with pytest.raises(InputError, match="nor without objective.document_mask"):
+        settings.check(config)
