@@ -188,6 +188,8 @@ def test_the_tables_of_the_gallery_are_those_of_the_records(ablations):
     table = ablations["table"]
     text, seeds = table.README.read_text(), table.read(FOLDER / "results" / "tiny")
     assert len(seeds) == 3
+    ar = json.loads((FOLDER / "results" / "tiny" / "ar.json").read_text())
+    assert table.marked(text, "ar", table.origin(ar)) == text
     for name in table.ABLATIONS:
         assert table.marked(text, name, table.section(name, seeds)) == text
         assert (FOLDER / "results" / "tiny" / f"{name}.svg").stat().st_size < 100_000

@@ -58,23 +58,20 @@ class Place:
 
 
 def prepare(place: Place) -> dict:
-    """Makes the data and the AR model, what of it is not there yet. Returns `train`'s record of the AR model; {} of one
-    that was imported.
-    """
+    """Makes the data and the AR model, what of it is not there yet. Returns what is recorded of them."""
     out = place.out
     if not (out / "text" / "functions.jsonl").exists():
         functions.main(str(out))
-    ar = out / "ar"
-    if place.model == "tiny":
-        pack(str(out / "text"), load_tokenizer(str(out / "tokenizer")), str(place.rows), _length())
-        config = _config("ar", place)
-        config.data.tokenizer = str(out / "tokenizer")
-        config.data.path = str(place.rows)
-        return train(config, ar)
-    if not ar.exists():
+    ar, trained = out / "ar", {}
+    if place.model != "tiny" and not ar.exists():
         _import_smollm2(ar)
-    pack(str(out / "text"), checkpoint.load_tokenizer(ar), str(place.rows), _length())
-    return {}
+    tokenizer = load_tokenizer(str(out / "tokenizer" if place.model == "tiny" else ar))
+    dataset = pack(str(out / "text"), tokenizer, str(place.rows), _length())
+    if place.model == "tiny":
+        config = _config("ar", place)
+        config.data.tokenizer, config.data.path = str(out / "tokenizer"), str(place.rows)
+        trained = train(config, ar)
+    return trained | {"text": {name: dataset[name] for name in ("documents", "rows", "tokens")}}
 
 
 def start(place: Place, name: str, seed: int) -> str:
@@ -88,7 +85,8 @@ def start(place: Place, name: str, seed: int) -> str:
     if not path.exists():
         model = checkpoint.load_checkpoint(ar)
         if name == "ar_zero_mask":
-            params = model.params | {"embedding": jnp.asarray(model.params["embedding"]).at[model.config.mask_token_id].set(0)}
+            embedding = jnp.asarray(model.params["embedding"]).at[model.config.mask_token_id].set(0)
+            params = model.params | {"embedding": embedding}
         else:
             params = parameters.initialize(model.config, jax.random.key(seed))
         leaves = {leaf: np.asarray(value) for leaf, value in parameters.unstack(params, model.config).items()}

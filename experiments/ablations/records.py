@@ -12,6 +12,7 @@ from base import Place, merged, prepare, run_config, score_answers, score_text, 
 from runs import RUNS, Run
 
 from llada_jax.errors import InputError
+from llada_jax.model import parameters
 from llada_jax.training.checkpoint import code, load_checkpoint
 
 
@@ -24,13 +25,15 @@ def keep_programs(folder: Path) -> None:
 def record_ar(place: Place, path: Path) -> None:
     """Makes what text runs start from, and records the AR model at `path`."""
     made_by = machine()  # before it has taken minutes, in which the code may change
-    trained = prepare(place)
+    made = prepare(place)
     if not path.exists():
-        write(path, made_by | trained | {"scores": score_text(load_checkpoint(place.out / "ar"), place)})
+        model = load_checkpoint(place.out / "ar")
+        made |= {"parameters": parameters.count(model.config), "scores": score_text(model, place)}
+        write(path, made_by | made)
 
 
 def finished(place: Place, path: Path, seed: int, name: str) -> bool:
-    """Whether the run is recorded at `path`, now or before. Raises InputError when it was recorded with other fields."""
+    """Whether the run is recorded at `path`, now or before. Raises InputError when it was with other fields."""
     run = RUNS[name]
     found = json.loads(path.read_text()) if path.exists() else {}
     changed = dict(run.fields) | {"stage": run.stage, "start": run.start}

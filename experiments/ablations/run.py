@@ -28,8 +28,8 @@ _ABLATION = flags.DEFINE_list("ablation", list(ABLATIONS), f"Of {', '.join(ABLAT
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Of the order of the rows and of the noise.")
 _MODEL = flags.DEFINE_enum("model", "tiny", ["tiny", "smollm2_135m"], "What is ablated.")
 _OUT = flags.DEFINE_string("out", None, "Folder of the workdirs; runs/ablations/MODEL by default.")
-_POST_TRAINING = flags.DEFINE_string("post_training", "runs/post_training", "FOLDER of experiments/post_training/run.sh.")
-_RESULTS = flags.DEFINE_string("results", None, "Folder of the records; experiments/ablations/results/MODEL by default.")
+_POST_TRAINING = flags.DEFINE_string("post_training", "runs/post_training", "FOLDER of its run.sh.")
+_RESULTS = flags.DEFINE_string("results", None, "Folder of the records; results/MODEL here by default.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print commands, train nothing.")
 _SMOKE = flags.DEFINE_bool("smoke", False, "Try everything in little time.")
 

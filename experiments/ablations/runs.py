@@ -1,4 +1,4 @@
-"""What is trained, and which runs an ablation compares. A run is one point of a sweep: fields of the config, changed."""
+"""What is trained, and which runs an ablation compares. A run is a point of a sweep: fields of the config, changed."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """stage: of config.py. start: of text, a checkpoint of base.starts; of answers, a stage of experiments/post_training.
+    """stage: of config.py. start: of text, a checkpoint (base.start); of answers, a stage of experiments/post_training.
     fields: {field of the config: value}. merge: train nothing, take the mean of so many best steps of the run `wsd`.
     """
 
@@ -85,7 +85,12 @@ _ANSWERED = ("right", "tokens_per_forward")
 ABLATIONS = {
     "curriculum": Ablation(
         "Warmup-Stable-Decay against shorter ways, at equal tokens",
-        {"wsd": "WSD", "mdlm": "straight to MDLM", "block_32": "straight to blocks of 32", "from_scratch": "WSD, from random weights"},
+        {
+            "wsd": "WSD",
+            "mdlm": "straight to MDLM",
+            "block_32": "straight to blocks of 32",
+            "from_scratch": "WSD, from random weights",
+        },
         _BLOCKS,
         ("1", "32", "full"),
     ),

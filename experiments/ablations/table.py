@@ -2,8 +2,8 @@
 
     python experiments/ablations/table.py [MODEL]
 
-draws experiments/ablations/results/MODEL/NAME.svg, and puts the tables into experiments/README.md (those of `tiny`; of
-another model it prints them). A value is the mean over seeds ± its standard error. A difference is taken within a seed
+draws experiments/ablations/results/MODEL/NAME.svg, prints the tables, and puts those of `tiny` into
+experiments/README.md. A value is the mean over seeds ± its standard error. A difference is taken within a seed
 first: the runs of a seed read the same rows in the same order and are scored on the same masks. It is bold where it
 exceeds 95% of Student's t of so few seeds (4.3 standard errors of three).
 """
@@ -136,6 +136,20 @@ def section(name: str, seeds: list[dict]) -> str:
     return f"{picture}\n\n{table(ablation, found)}\n\n    python experiments/ablations/run.py --ablation={name}\n"
 
 
+def origin(record: dict) -> str:
+    """What all text runs start from, in words. record: ar.json."""
+    ar, four, blocks, full = (record["scores"][key][0] for key in ("ar", "4", "32", "full"))
+    documents, tokens = record["text"]["documents"], record["text"]["tokens"] / 1e6
+    parameters, seen, minutes = record["parameters"] / 1e6, record["tokens"] / 1e6, record["train_seconds"] / 60
+    return (
+        f"The AR model has {parameters:.1f} M parameters and a vocabulary of 512, and was trained on {seen:.1f} M tokens "
+        f"in {minutes:.1f} minutes on {record['device']}. The text is the functions of Python {record['python']}'s "
+        f"standard library, {documents:,} documents, {tokens:.1f} M tokens. On held-out rows the AR model's loss is "
+        f"{ar:.3f} nats per token; read as a block-diffusion model before any conversion, its NELBO is {four:.3f} "
+        f"at block size 4, {blocks:.3f} at 32 and {full:.3f} over the full sequence.\n"
+    )
+
+
 def marked(text: str, name: str, new: str) -> str:
     """`text` with what stands between the marks of the ablation replaced."""
     begin, end = f"<!-- ablation {name} -->\n", f"<!-- end of {name} -->"
@@ -146,19 +160,16 @@ def marked(text: str, name: str, new: str) -> str:
 
 def main(model: str = "tiny") -> None:
     folder = HERE / "results" / model
-    seeds = read(folder)
-    text = README.read_text()
+    seeds, text = read(folder), README.read_text()
     for name, ablation in ABLATIONS.items():
         if not (found := complete(seeds, ablation)):
             print(f"{name}: no seed has all of its runs")
             continue
         draw(ablation, found, folder / f"{name}.svg")
-        if model == "tiny":
-            text = marked(text, name, section(name, seeds))
-        else:
-            print(f"\n{ablation.title}\n\n{table(ablation, found)}")
+        text = marked(text, name, section(name, seeds))
+        print(f"\n{ablation.title}\n\n{table(ablation, found)}")
     if model == "tiny":
-        README.write_text(text)
+        README.write_text(marked(text, "ar", origin(json.loads((folder / "ar.json").read_text()))))
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@ class Objective:
     """time_weight: "elbo" is -alpha'_t / (1 - alpha_t) = 1 / t, "uniform" is 1. normalizer: the loss is divided by the
     number of "tokens" that could be masked, or of those "masked". complementary: each row also comes with the inverse
     mask. block_origin: "global" (Eq. 3) or "document". confidence_weight: lambda of Eq. 6, of the entropy at
-    confidence_temperature. document_mask: attention ends where a document does (Eq. 3, 4); without it the documents of a
-    row are one.
+    confidence_temperature. document_mask: attention ends where a document does (Eq. 3, 4); without it the documents of
+    a row are one.
     """
 
     noise: NoiseSpec = NoiseSpec()
