@@ -22,12 +22,11 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """A measure. key: of a record's scores, or "gradient_peak". better: 1 when more is better, else -1."""
+    """A measure. key: of a record's scores, or "gradient_peak"; scale: what a score is shown times."""
 
     key: str
     heading: str
     digits: int = 3
-    better: int = -1
     scale: float = 1.0
 
 
@@ -76,8 +75,8 @@ _NELBO = {key: Column(key, f"block {key}") for key in ("1", "4", "32")}
 _FULL = Column("full", "full sequence")
 _BLOCKS = (*_NELBO.values(), _FULL)
 _ANSWERS = (
-    Column("right", "right answers, %", 1, 1, 100),
-    Column("tokens_per_forward", "tokens per forward", 2, 1),
+    Column("right", "right answers, %", 1, 100),
+    Column("tokens_per_forward", "tokens per forward", 2),
     Column("nelbo", "answers, nats per token"),
 )
 _ANSWERED = ("right", "tokens_per_forward")
