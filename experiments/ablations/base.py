@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from runs import Run
 
-from llada_jax.data.order import Batch, Rows
+from llada_jax.data.order import Rows
 from llada_jax.data.pack import pack
 from llada_jax.diffusion import schedule
 from llada_jax.errors import InputError
