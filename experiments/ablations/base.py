@@ -172,7 +172,7 @@ def score_text(model: checkpoint.Model, place: Place) -> dict[str, list[float]]:
 
     The same tokens are scored whatever the alignment: all but the first of each document.
     """
-    count, samples = (4, 1) if place.smoke else (48, 2)
+    count, samples = (4, 1) if place.smoke else (40, 2)
     stored = Rows(str(place.rows), 0, shuffle=False)
     batch = Rows(str(place.rows), 0, len(stored) - count, shuffle=False).batch(0, count)
     first = np.diff(batch.segment_ids, axis=1, prepend=0) != 0
@@ -185,7 +185,7 @@ def score_text(model: checkpoint.Model, place: Place) -> dict[str, list[float]]:
             model.params, model.config, batch if masked else joined, block_size, samples=samples,
             block_origin=origin, rows_at_once=count // 2, execution=execution,
         )  # fmt: skip
-    return {key: [round(each.nats, 5), round(each.stderr, 5)] for key, each in found.items()}
+    return {key: [round(each.nats, 5), round(float(each.stderr), 5)] for key, each in found.items()}
 
 
 def score_answers(model: checkpoint.Model, rows: Path, place: Place) -> dict[str, list[float]]:
@@ -207,7 +207,7 @@ def score_answers(model: checkpoint.Model, rows: Path, place: Place) -> dict[str
     return {
         "right": [answered.score, round(answered.score_stderr, 5)],
         "tokens_per_forward": [round(answered.tokens_per_forward, 5), round(answered.tokens_per_forward_stderr, 5)],
-        "nelbo": [round(nelbo.nats, 5), round(nelbo.stderr, 5)],
+        "nelbo": [round(nelbo.nats, 5), round(float(nelbo.stderr), 5)],
     }
 
 

@@ -3,7 +3,7 @@
     python -m llada_jax.train --config=experiments/ablations/config.py:STAGE,MODEL --workdir=DIR \
         --config.data.path=ROWS --config.seed=SEED --config.init_from=CHECKPOINT
 
-STAGE: ar, wsd; or sft, sft_single, cap, those of experiments/post_training in a fifth of the steps on half the rows.
+STAGE: ar, wsd; or sft, sft_single, cap, those of experiments/post_training in 3/20 of the steps on half the rows.
 MODEL: tiny, for a CPU core; or smollm2_135m, from the real AR weights (no stage ar), for an accelerator.
 `python experiments/ablations/run.py --dry_run` prints the command of every run.
 """
@@ -63,23 +63,23 @@ def _text(stage: str, model: str):
 
 
 def _curriculum(config, times: int) -> None:
-    """240 steps of Warmup-Stable-Decay, so many times longer; constant block sizes train as long."""
+    """160 steps of Warmup-Stable-Decay, so many times longer; constant block sizes train as long."""
     config.schedule.warmup_blocks = (1, 4, 32, 64)
-    config.schedule.warmup_steps = (20 * times,) * 4
-    config.schedule.stable_steps = 80 * times
+    config.schedule.warmup_steps = (15 * times,) * 4
+    config.schedule.stable_steps = 50 * times
     config.schedule.decay_blocks = (128, 64, 32)
-    config.schedule.decay_steps = (15 * times, 15 * times, 50 * times)
+    config.schedule.decay_steps = (8 * times, 8 * times, 34 * times)
     config.schedule.block_size = 32
-    config.schedule.steps = 240 * times
+    config.schedule.steps = 160 * times
     config.optimizer.warmup_steps = 10 * times
-    config.optimizer.decay_steps = 80 * times
+    config.optimizer.decay_steps = 50 * times
 
 
 def _answers(stage: str, model: str):
     """Questions of reasoning-gym, supervised on the answers: experiments/post_training/config.py, shortened."""
     config = load_sibling(str(EXPERIMENTS / "post_training" / "config.py"), "config").get_config(f"{stage},{model}")
     config.batch.rows //= 2
-    config.schedule.steps //= 5
+    config.schedule.steps = config.schedule.steps * 3 // 20
     config.optimizer.warmup_steps //= 3
-    config.optimizer.decay_steps //= 5
+    config.optimizer.decay_steps = config.optimizer.decay_steps * 3 // 20
     return config

@@ -44,11 +44,11 @@ class Ablation:
 
 
 _CONSTANT = {"schedule.kind": "constant"}
-_NOISE = {"objective.embedding_noise_std": 0.02, "objective.embedding_noise_steps": 80}
+_NOISE = {"objective.embedding_noise_std": 0.02, "objective.embedding_noise_steps": 60}
 
 RUNS = {
     # Steps are kept for the merge: no other effect. The best five are those of the last blocks of the curriculum.
-    "wsd": Run("wsd", "ar", {"checkpoint.every_steps": 10, "checkpoint.keep_best": 5}),
+    "wsd": Run("wsd", "ar", {"checkpoint.every_steps": 8, "checkpoint.keep_best": 5}),
     "merge_1": Run("wsd", "ar", merge=1),
     "merge_3": Run("wsd", "ar", merge=3),
     "merge_5": Run("wsd", "ar", merge=5),
