@@ -142,8 +142,8 @@ def origin(record: dict) -> str:
     documents, tokens = record["text"]["documents"], record["text"]["tokens"] / 1e6
     parameters, seen, minutes = record["parameters"] / 1e6, record["tokens"] / 1e6, record["train_seconds"] / 60
     return (
-        f"The AR model has {parameters:.1f} M parameters and a vocabulary of 512; it was trained on {seen:.1f} M tokens "
-        f"in {minutes:.0f} minutes on {record['device']}. The text is the functions of the standard library of Python "
+        f"The AR model has {parameters:.1f} M parameters and a vocabulary of 512; it was trained on {seen:.1f} M tokens"
+        f" in {minutes:.0f} minutes on {record['device']}. The text is the functions of the standard library of Python "
         f"{record['python']}: {documents:,} documents, {tokens:.1f} M tokens. On held-out rows the AR loss is {ar:.3f} "
         f"nats per token; read as a block-diffusion model before any conversion, its NELBO is {four:.3f} at "
         f"block size 4, {blocks:.3f} at 32 and {full:.3f} over the full sequence.\n"
