@@ -66,10 +66,12 @@ def prepare(place: Place) -> dict:
     if place.model != "tiny" and not ar.exists():
         _import_smollm2(ar)
     tokenizer = load_tokenizer(str(out / "tokenizer" if place.model == "tiny" else ar))
-    dataset = pack(str(out / "text"), tokenizer, str(place.rows), _length())
+    lengths = load_sibling(__file__, "config").LENGTH
+    dataset = pack(str(out / "text"), tokenizer, str(place.rows), lengths["wsd"])
     if place.model == "tiny":
         config = _config("ar", place)
-        config.data.tokenizer, config.data.path = str(out / "tokenizer"), str(place.rows)
+        config.data.tokenizer, config.data.path = str(out / "tokenizer"), str(out / "ar_rows")
+        pack(str(out / "text"), tokenizer, config.data.path, lengths["ar"])
         trained = train(config, ar)
     return trained | {"text": {name: dataset[name] for name in ("documents", "rows", "tokens")}}
 
@@ -138,10 +140,6 @@ def _shortened(config):
     return config
 
 
-def _length() -> int:
-    return load_sibling(__file__, "config").LENGTH
-
-
 def train(config, workdir: Path) -> dict:
     """Trains to the end, going on with what is there, its lines in WORKDIR/train.log. Returns what is recorded of it.
 
@@ -172,7 +170,7 @@ def score_text(model: checkpoint.Model, place: Place) -> dict[str, list[float]]:
 
     The same tokens are scored whatever the alignment: all but the first of each document.
     """
-    count, samples = (4, 1) if place.smoke else (40, 2)
+    count, samples = (4, 1) if place.smoke else (80, 2)
     stored = Rows(str(place.rows), 0, shuffle=False)
     batch = Rows(str(place.rows), 0, len(stored) - count, shuffle=False).batch(0, count)
     first = np.diff(batch.segment_ids, axis=1, prepend=0) != 0

@@ -16,7 +16,7 @@ from llada_jax.training.config import load_sibling
 EXPERIMENTS = Path(__file__).resolve().parent.parent
 STAGES = ("ar", "wsd", "sft", "sft_single", "cap")
 MODELS = ("tiny", "smollm2_135m")
-LENGTH = 256  # tokens of a row of text
+LENGTH = {"ar": 256, "wsd": 128}  # tokens of a row: a conversion attends over two copies of it
 
 
 def get_config(argument: str = "wsd"):
@@ -35,12 +35,14 @@ def get_config(argument: str = "wsd"):
 
 
 def _text(stage: str, model: str):
-    """Functions of the standard library, rows of 256 tokens."""
-    config = load_sibling(str(EXPERIMENTS.parent / "configs" / "ar.py"), stage).get_config(f"{model},length={LENGTH}")
+    """Functions of the standard library."""
+    config = load_sibling(str(EXPERIMENTS.parent / "configs" / "ar.py"), stage).get_config(
+        f"{model},length={LENGTH[stage]}"
+    )
     config.data.source = ""
     config.data.patterns = ()
     config.data.tokenizer = ""
-    config.data.held_out_rows = 64
+    config.data.held_out_rows = 16_384 // LENGTH[stage]  # the same text
     config.evaluation.block_sizes = (1,) if stage == "ar" else (32,)
     config.optimizer.weight_decay = 0.01
     if stage == "ar":
@@ -50,14 +52,14 @@ def _text(stage: str, model: str):
         config.optimizer.warmup_steps = 50
         config.optimizer.decay_steps = 400
         return config
-    config.batch.rows = 4
+    config.batch.rows = 8
     _curriculum(config, 1)
     config.objective.embedding_noise_std = 0.0
     config.objective.embedding_noise_steps = 0
     config.optimizer.learning_rate = 1e-3
     if model != "tiny":
         _curriculum(config, 10)
-        config.batch.rows = 64
+        config.batch.rows = 128
         config.optimizer.learning_rate = 2e-4
     return config
 
@@ -67,8 +69,8 @@ def _curriculum(config, times: int) -> None:
     config.schedule.warmup_blocks = (1, 4, 32, 64)
     config.schedule.warmup_steps = (15 * times,) * 4
     config.schedule.stable_steps = 50 * times
-    config.schedule.decay_blocks = (128, 64, 32)
-    config.schedule.decay_steps = (8 * times, 8 * times, 34 * times)
+    config.schedule.decay_blocks = (64, 32)
+    config.schedule.decay_steps = (12 * times, 38 * times)
     config.schedule.block_size = 32
     config.schedule.steps = 160 * times
     config.optimizer.warmup_steps = 10 * times

@@ -2,7 +2,7 @@
 
     python experiments/ablations/functions.py FOLDER  ->  FOLDER/text/functions.jsonl, FOLDER/tokenizer
 
-They are real text that every machine has, and so short that a row of 256 tokens holds two of them or three.
+They are real text that every machine has, and so short that a row of 128 tokens holds two, or parts of two.
 """
 
 import ast

@@ -7,7 +7,7 @@ experiments/ablations/results/MODEL/SEED.json and is not repeated; one that was 
 text runs start from is made first. Runs on answers (complementary, mask_band, cap) start from the models of
 experiments/post_training/run.sh SEED. Tables and pictures: python experiments/ablations/table.py.
 
---model=smollm2_135m is the same over SmolLM2-135M on 64 rows and ten times the steps, for an accelerator. --dry_run
+--model=smollm2_135m is the same over SmolLM2-135M on 128 rows and ten times the steps, for an accelerator. --dry_run
 prints the command that trains each run. --smoke takes one step a phase and scores little, to see that all of it works.
 """
 

@@ -52,7 +52,7 @@ RUNS = {
     "merge_1": Run("wsd", "ar", merge=1),
     "merge_3": Run("wsd", "ar", merge=3),
     "merge_5": Run("wsd", "ar", merge=5),
-    "mdlm": Run("wsd", "ar", _CONSTANT | {"schedule.block_size": 256}),
+    "mdlm": Run("wsd", "ar", _CONSTANT | {"schedule.block_size": 128}),
     "block_32": Run("wsd", "ar", _CONSTANT),
     "from_scratch": Run("wsd", "random"),
     "no_document_mask": Run("wsd", "ar", {"objective.document_mask": False}),
