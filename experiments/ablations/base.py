@@ -29,7 +29,7 @@ EXPERIMENTS = Path(__file__).resolve().parent.parent
 BLOCK, ANSWER_LENGTH = 16, {"tiny": 32, "smollm2_135m": 64}  # of experiments/post_training
 # Likelihoods of a text run: {key: (block size or None for the full sequence, block origin, document mask)}.
 LIKELIHOODS = {
-    "1": (1, "global", True),
+    "1": (1, "global", True),  # exact
     "4": (4, "global", True),
     "32": (32, "global", True),
     "full": (None, "global", True),
@@ -170,7 +170,7 @@ def score_text(model: checkpoint.Model, place: Place) -> dict[str, list[float]]:
 
     The same tokens are scored whatever the alignment: all but the first of each document.
     """
-    count, samples = (4, 1) if place.smoke else (80, 2)
+    count, samples = (4, 1) if place.smoke else (64, 2)
     stored = Rows(str(place.rows), 0, shuffle=False)
     batch = Rows(str(place.rows), 0, len(stored) - count, shuffle=False).batch(0, count)
     first = np.diff(batch.segment_ids, axis=1, prepend=0) != 0
@@ -180,7 +180,7 @@ def score_text(model: checkpoint.Model, place: Place) -> dict[str, list[float]]:
     found = {"ar": ar_nll(model.params, model.config, batch, rows_at_once=count // 2, execution=execution)}
     for key, (block_size, origin, masked) in LIKELIHOODS.items():
         found[key] = block_nelbo(
-            model.params, model.config, batch if masked else joined, block_size, samples=samples,
+            model.params, model.config, batch if masked else joined, block_size, samples=1 if block_size == 1 else samples,
             block_origin=origin, rows_at_once=count // 2, execution=execution,
         )  # fmt: skip
     return {key: [round(each.nats, 5), round(float(each.stderr), 5)] for key, each in found.items()}

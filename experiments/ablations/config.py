@@ -3,7 +3,7 @@
     python -m llada_jax.train --config=experiments/ablations/config.py:STAGE,MODEL --workdir=DIR \
         --config.data.path=ROWS --config.seed=SEED --config.init_from=CHECKPOINT
 
-STAGE: ar, wsd; or sft, sft_single, cap, those of experiments/post_training in 3/20 of the steps on half the rows.
+STAGE: ar, wsd; or sft, cap, those of experiments/post_training in a tenth of the steps on half the rows.
 MODEL: tiny, for a CPU core; or smollm2_135m, from the real AR weights (no stage ar), for an accelerator.
 `python experiments/ablations/run.py --dry_run` prints the command of every run.
 """
@@ -14,7 +14,7 @@ from llada_jax.errors import InputError
 from llada_jax.training.config import load_sibling
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent
-STAGES = ("ar", "wsd", "sft", "sft_single", "cap")
+STAGES = ("ar", "wsd", "sft", "cap")
 MODELS = ("tiny", "smollm2_135m")
 LENGTH = {"ar": 256, "wsd": 128}  # tokens of a row: a conversion attends over two copies of it
 
@@ -36,9 +36,8 @@ def get_config(argument: str = "wsd"):
 
 def _text(stage: str, model: str):
     """Functions of the standard library."""
-    config = load_sibling(str(EXPERIMENTS.parent / "configs" / "ar.py"), stage).get_config(
-        f"{model},length={LENGTH[stage]}"
-    )
+    configs = str(EXPERIMENTS.parent / "configs" / "ar.py")
+    config = load_sibling(configs, stage).get_config(f"{model},length={LENGTH[stage]}")
     config.data.source = ""
     config.data.patterns = ()
     config.data.tokenizer = ""
@@ -65,23 +64,24 @@ def _text(stage: str, model: str):
 
 
 def _curriculum(config, times: int) -> None:
-    """160 steps of Warmup-Stable-Decay, so many times longer; constant block sizes train as long."""
+    """100 steps of Warmup-Stable-Decay, so many times longer; constant block sizes train as long."""
     config.schedule.warmup_blocks = (1, 4, 32, 64)
-    config.schedule.warmup_steps = (15 * times,) * 4
-    config.schedule.stable_steps = 50 * times
+    config.schedule.warmup_steps = (10 * times,) * 4
+    config.schedule.stable_steps = 30 * times
     config.schedule.decay_blocks = (64, 32)
-    config.schedule.decay_steps = (12 * times, 38 * times)
+    config.schedule.decay_steps = (8 * times, 22 * times)
     config.schedule.block_size = 32
-    config.schedule.steps = 160 * times
-    config.optimizer.warmup_steps = 10 * times
-    config.optimizer.decay_steps = 50 * times
+    config.schedule.steps = 100 * times
+    config.optimizer.warmup_steps = 5 * times
+    config.optimizer.decay_steps = 30 * times
 
 
 def _answers(stage: str, model: str):
     """Questions of reasoning-gym, supervised on the answers: experiments/post_training/config.py, shortened."""
-    config = load_sibling(str(EXPERIMENTS / "post_training" / "config.py"), "config").get_config(f"{stage},{model}")
+    post_training = str(EXPERIMENTS / "post_training" / "config.py")
+    config = load_sibling(post_training, "config").get_config(f"{stage},{model}")
     config.batch.rows //= 2
-    config.schedule.steps = config.schedule.steps * 3 // 20
+    config.schedule.steps //= 10
     config.optimizer.warmup_steps //= 3
-    config.optimizer.decay_steps = config.optimizer.decay_steps * 3 // 20
+    config.optimizer.decay_steps //= 10
     return config
