@@ -180,7 +180,8 @@ def score_text(model: checkpoint.Model, place: Place) -> dict[str, list[float]]:
     found = {"ar": ar_nll(model.params, model.config, batch, rows_at_once=count // 2, execution=execution)}
     for key, (block_size, origin, masked) in LIKELIHOODS.items():
         found[key] = block_nelbo(
-            model.params, model.config, batch if masked else joined, block_size, samples=1 if block_size == 1 else samples,
+            model.params, model.config, batch if masked else joined, block_size,
+            samples=1 if block_size == 1 else samples,
             block_origin=origin, rows_at_once=count // 2, execution=execution,
         )  # fmt: skip
     return {key: [round(each.nats, 5), round(float(each.stderr), 5)] for key, each in found.items()}

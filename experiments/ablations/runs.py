@@ -33,7 +33,8 @@ class Column:
 @dataclasses.dataclass(frozen=True)
 class Ablation:
     """runs: {name of a run: its label}, the first being what the others are compared with, by the columns `compared`
-    (their keys). gradients: the picture has the gradient's norm over the steps too.
+    (their keys). gradients: the picture has the gradient's norm over the steps too. elsewhere: the runs are stages of
+    experiments/post_training, which has recorded them.
     """
 
     title: str
@@ -41,6 +42,7 @@ class Ablation:
     columns: tuple[Column, ...]
     compared: tuple[str, ...]
     gradients: bool = False
+    elsewhere: bool = False
 
 
 _CONSTANT = {"schedule.kind": "constant"}
@@ -124,6 +126,13 @@ ABLATIONS = {
         (_NELBO["4"], _NELBO["32"], Column("32 document", "block 32, scored from the document's beginning")),
         ("32", "32 document"),
     ),
+    "complementary": Ablation(
+        "Complementary masking, at equal masked positions",
+        {"sft": "pairs", "sft_single": "single masks of twice the rows"},
+        _ANSWERS,
+        _ANSWERED,
+        elsewhere=True,
+    ),
     "mask_band": Ablation(
         "Band of mask ratios",
         {"sft": "[0.3, 0.8]", "band_wide": "[0.001, 1]"},
@@ -141,7 +150,7 @@ ABLATIONS = {
 
 def runs_of(names) -> list[str]:
     """The runs that the ablations of these names need, each once, in the order of RUNS."""
-    wanted = {run for name in names for run in ABLATIONS[name].runs}
+    wanted = {run for name in names for run in ABLATIONS[name].runs if not ABLATIONS[name].elsewhere}
     if any(RUNS[name].merge for name in wanted):
         wanted.add("wsd")
     return [name for name in RUNS if name in wanted]

@@ -11,10 +11,13 @@ exceeds 95% of Student's t of so few seeds (4.3 standard errors of three).
 import json
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from runs import ABLATIONS, RUNS, Ablation, Column
+from runs import ABLATIONS, Ablation, Column
+
+from llada_jax.training.config import load_sibling
 
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
@@ -22,14 +25,28 @@ STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}  # of 95%, two-sided, by the 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # Okabe and Ito's, which colour-blind readers tell apart
 
 
-def read(folder: Path) -> list[dict]:
-    """The records of each seed: [{run: record}]."""
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("[0-9]*.json"))]
-
-
-def complete(seeds: list[dict], ablation: Ablation) -> list[dict]:
-    """The seeds that have all runs of the ablation."""
+def read(ablation: Ablation, folder: Path) -> list[dict]:
+    """[{run: record}] of the seeds that have all runs of the ablation. folder: results/MODEL."""
+    if ablation.elsewhere:
+        return list(_post_training(folder.name))
+    seeds = [json.loads(path.read_text()) for path in sorted(folder.glob("[0-9]*.json"))]
     return [seed for seed in seeds if all(run in seed for run in ablation.runs)]
+
+
+def _post_training(model: str) -> Iterator[dict]:
+    """The stages that experiments/post_training has recorded, as runs."""
+    folder = HERE.parent / "post_training"
+    for path in sorted((folder / "results" / model).glob("*.json")):
+        found = {}
+        for stage, recorded in json.loads(path.read_text())["stages"].items():
+            config = load_sibling(str(folder / "config.py"), "config").get_config(f"{stage},{model}")
+            names = {"right": "score", "tokens_per_forward": "tokens_per_forward", "nelbo": "held_out_nelbo"}
+            found[stage] = {
+                "scores": {key: [recorded[name]] for key, name in names.items()},
+                "tokens": config.schedule.steps * config.batch.rows * config.data.length,
+                "train_seconds": recorded["train_seconds"],
+            }
+        yield found
 
 
 def value(record: dict, column: Column) -> float:
@@ -68,16 +85,23 @@ def table(ablation: Ablation, seeds: list[dict]) -> str:
             cells.append("" if run == first else cell(difference, column.digits, signed=True, mark=True))
         cells += cost(seeds, run)
         lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines) + f"\n\n{_footer(ablation, seeds)}"
+
+
+def _footer(ablation: Ablation, seeds: list[dict]) -> str:
+    """What it cost, where, and of which code it is."""
     used = [seed[run] for seed in seeds for run in ablation.runs]
-    minutes = sum(record.get("train_seconds", 0) + record["score_seconds"] for record in used) / 60
+    minutes = sum(record.get("train_seconds", 0) + record.get("score_seconds", 0) for record in used) / 60
+    if ablation.elsewhere:
+        return f"{len(seeds)} seeds, recorded by experiments/post_training; {minutes:.0f} minutes of training."
     devices = ", ".join(sorted({record["device"] for record in used}))
     commits = ", ".join(sorted({record["code"].removeprefix("llada_jax, commit ")[:10] for record in used}))
-    return "\n".join(lines) + f"\n\n{len(seeds)} seeds; {minutes:.0f} minutes in all on {devices}; commit {commits}."
+    return f"{len(seeds)} seeds; {minutes:.0f} minutes in all on {devices}; commit {commits}."
 
 
 def cost(seeds: list[dict], run: str) -> list[str]:
     """Tokens read and seconds of training, of a seed."""
-    if RUNS[run].merge:
+    if "tokens" not in seeds[0][run]:  # a merge
         return ["", ""]
     seconds = np.mean([seed[run]["train_seconds"] for seed in seeds])
     return [f"{seeds[0][run]['tokens'] / 1000:.0f}", f"{seconds:.0f}"]
@@ -128,12 +152,14 @@ def _draw_gradients(panel, ablation: Ablation, seeds: list[dict]) -> None:
     panel.tick_params(labelsize=8)
 
 
-def section(name: str, seeds: list[dict]) -> str:
+def section(name: str) -> str:
     """What stands between the marks of README.md."""
     ablation = ABLATIONS[name]
-    found = complete(seeds, ablation)
     picture = f"![{ablation.title}](ablations/results/tiny/{name}.svg)"
-    return f"{picture}\n\n{table(ablation, found)}\n\n    python experiments/ablations/run.py --ablation={name}\n"
+    command = f"python experiments/ablations/run.py --ablation={name}"
+    if ablation.elsewhere:
+        command = "for seed in 0 1 2; do bash experiments/post_training/run.sh $seed; done"
+    return f"{picture}\n\n{table(ablation, read(ablation, HERE / 'results' / 'tiny'))}\n\n    {command}\n"
 
 
 def origin(record: dict) -> str:
@@ -160,14 +186,15 @@ def marked(text: str, name: str, new: str) -> str:
 
 def main(model: str = "tiny") -> None:
     folder = HERE / "results" / model
-    seeds, text = read(folder), README.read_text()
+    text = README.read_text()
     for name, ablation in ABLATIONS.items():
-        if not (found := complete(seeds, ablation)):
+        if not (seeds := read(ablation, folder)):
             print(f"{name}: no seed has all of its runs")
             continue
-        draw(ablation, found, folder / f"{name}.svg")
-        text = marked(text, name, section(name, seeds))
-        print(f"\n{ablation.title}\n\n{table(ablation, found)}")
+        draw(ablation, seeds, folder / f"{name}.svg")
+        if model == "tiny":
+            text = marked(text, name, section(name))
+        print(f"\n{ablation.title}\n\n{table(ablation, seeds)}")
     if model == "tiny":
         README.write_text(marked(text, "ar", origin(json.loads((folder / "ar.json").read_text()))))
 
