@@ -70,8 +70,7 @@ def test_functions_come_whole_and_once(ablations):
 def test_every_run_has_a_valid_config_that_differs_in_its_fields_only(ablations, tmp_path, monkeypatch):
     base, runs = ablations["base"], ablations["runs"]
     monkeypatch.setattr(base, "start", lambda place, name, seed: name)
-    for folder in ("wsd", "sft"):
-        (tmp_path / "0" / folder).mkdir(parents=True)
+    (tmp_path / "0" / "wsd").mkdir(parents=True)
     for model in ("tiny", "smollm2_135m"):
         place = base.Place(model, tmp_path, tmp_path)
         tokens = {}
@@ -93,7 +92,7 @@ def test_every_run_has_a_valid_config_that_differs_in_its_fields_only(ablations,
 def test_runs_are_shared_and_a_merge_brings_the_run_it_is_of(ablations):
     runs = ablations["runs"]
     assert runs.runs_of(["merge"])[0] == "wsd" and runs.runs_of(["curriculum", "merge"]).count("wsd") == 1
-    assert set(runs.runs_of(runs.ABLATIONS)) == set(runs.RUNS) and not runs.runs_of(["complementary"])
+    assert set(runs.runs_of(runs.ABLATIONS)) == set(runs.RUNS) and not runs.runs_of(["complementary", "cap"])
     for ablation in runs.ABLATIONS.values():
         assert set(ablation.compared) <= {column.key for column in ablation.columns}
 
@@ -105,7 +104,7 @@ def test_dry_run_prints_the_command_of_every_run(ablations):
         "python -m llada_jax.train --config=experiments/ablations/config.py:wsd,tiny --workdir=out/document_origin-1 "
         "--config.seed=1 --config.data.path=out/rows --config.init_from=out/ar --config.objective.block_origin=document"
     )
-    assert "--config.init_from=post/1/sft" in records.command(place, 1, "cap_8")
+    assert "--config.init_from=post/1/wsd --config.objective.rate_low" in records.command(place, 1, "band_wide")
     assert records.command(place, 0, "merge_3") == (
         "python tools/merge_checkpoints.py --workdir=out/wsd-0 --best=3 --out=out/merge_3-0"
     )

@@ -3,7 +3,7 @@
     python -m llada_jax.train --config=experiments/ablations/config.py:STAGE,MODEL --workdir=DIR \
         --config.data.path=ROWS --config.seed=SEED --config.init_from=CHECKPOINT
 
-STAGE: ar, wsd; or sft, cap, those of experiments/post_training in a tenth of the steps on half the rows.
+STAGE: ar, wsd; or sft, that of experiments/post_training in a tenth of the steps on half the rows.
 MODEL: tiny, for a CPU core; or smollm2_135m, from the real AR weights (no stage ar), for an accelerator.
 `python experiments/ablations/run.py --dry_run` prints the command of every run.
 """
@@ -14,7 +14,7 @@ from llada_jax.errors import InputError
 from llada_jax.training.config import load_sibling
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent
-STAGES = ("ar", "wsd", "sft", "cap")
+STAGES = ("ar", "wsd", "sft")
 MODELS = ("tiny", "smollm2_135m")
 LENGTH = {"ar": 256, "wsd": 128}  # tokens of a row: a conversion attends over two copies of it
 

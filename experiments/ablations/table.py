@@ -51,8 +51,9 @@ def _post_training(model: str) -> Iterator[dict]:
 
 def value(record: dict, column: Column) -> float:
     """Of one run, in the units of the column."""
-    if column.key == "gradient_peak":
-        return max(record["gradient_norm"])
+    if column.key == "gradient_norm":  # geometric mean of the warm-up, but for its steps at block size 1
+        norms = record["gradient_norm"]
+        return float(np.exp(np.log(norms[len(norms) // 10 : 4 * len(norms) // 10]).mean()))
     return record["scores"][column.key][0] * column.scale
 
 
@@ -130,8 +131,6 @@ def draw(ablation: Ablation, seeds: list[dict], path: Path) -> None:
         panel.set_yticks(range(len(ablation.runs)), list(ablation.runs.values()) if place == 0 else [])
         panel.set_ylim(len(ablation.runs) - 0.5, -0.5)
         panel.tick_params(labelsize=8)
-        if column.key == "gradient_peak":
-            panel.set_xscale("log")
     if ablation.gradients:
         _draw_gradients(panels[0, -1], ablation, seeds)
     for panel in panels[0]:
