@@ -5,7 +5,8 @@ python experiments/ablations/run.py [--ablation=curriculum,merge] [--seeds=0,1,2
 The runs and what they change are declared in runs.py; runs that ablations share are trained once. A finished run is in
 experiments/ablations/results/MODEL/SEED.json and is not repeated; one that was interrupted goes on. The AR model that
 text runs start from is made first. Runs on answers (mask_band) start from the models of
-experiments/post_training/run.sh SEED; complementary and cap are what that experiment has recorded. Tables and pictures: python experiments/ablations/table.py.
+experiments/post_training/run.sh SEED; complementary and cap are what that experiment has recorded. Tables and
+pictures: python experiments/ablations/table.py.
 
 --model=smollm2_135m is the same over SmolLM2-135M on 128 rows and ten times the steps, for an accelerator. --dry_run
 prints the command that trains each run. --smoke takes one step a phase and scores little, to see that all of it works.
