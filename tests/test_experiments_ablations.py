@@ -42,7 +42,9 @@ def place(ablations, tmp_path, monkeypatch):
     base = ablations["base"]
     one = jax.devices()[:1]
     monkeypatch.setattr(base.loop, "train", functools.partial(base.loop.train, devices=one))
-    return base.Place("tiny", tmp_path / "out", tmp_path / "post_training", smoke=True)
+    jax.config.update("jax_disable_most_optimizations", True)  # these tests compile much and compute little
+    yield base.Place("tiny", tmp_path / "out", tmp_path / "post_training", smoke=True)
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 SOURCE = '''
