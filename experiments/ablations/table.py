@@ -131,6 +131,7 @@ def draw(ablation: Ablation, seeds: list[dict], path: Path) -> None:
         panel.set_yticks(range(len(ablation.runs)), list(ablation.runs.values()) if place == 0 else [])
         panel.set_ylim(len(ablation.runs) - 0.5, -0.5)
         panel.tick_params(labelsize=8)
+        panel.locator_params(axis="x", nbins=4)
     if ablation.gradients:
         _draw_gradients(panels[0, -1], ablation, seeds)
     for panel in panels[0]:
@@ -147,6 +148,8 @@ def _draw_gradients(panel, ablation: Ablation, seeds: list[dict]) -> None:
         norms = np.exp(np.log([seed[run]["gradient_norm"][:100] for seed in seeds]).mean(0))
         panel.plot(np.arange(1, len(norms) + 1), norms, color=COLORS[row % len(COLORS)], linewidth=1)
     panel.set_yscale("log")
+    panel.set_yticks([1, 3, 10, 30, 100], ["1", "3", "10", "30", "100"])
+    panel.minorticks_off()
     panel.set_title("gradient norm by step", fontsize=9)
     panel.tick_params(labelsize=8)
 
