@@ -3,7 +3,7 @@
     python -m llada_jax.train --config=experiments/ablations/config.py:STAGE,MODEL --workdir=DIR \
         --config.data.path=ROWS --config.seed=SEED --config.init_from=CHECKPOINT
 
-STAGE: ar, wsd; or sft, that of experiments/post_training in a tenth of the steps on half the rows.
+STAGE: ar, wsd; or sft, that of experiments/post_training in a twentieth of the steps on half the rows.
 MODEL: tiny, for a CPU core; or smollm2_135m, from the real AR weights (no stage ar), for an accelerator.
 `python experiments/ablations/run.py --dry_run` prints the command of every run.
 """
@@ -81,7 +81,7 @@ def _answers(stage: str, model: str):
     post_training = str(EXPERIMENTS / "post_training" / "config.py")
     config = load_sibling(post_training, "config").get_config(f"{stage},{model}")
     config.batch.rows //= 2
-    config.schedule.steps //= 10
+    config.schedule.steps //= 20
     config.optimizer.warmup_steps //= 3
-    config.optimizer.decay_steps //= 10
+    config.optimizer.decay_steps //= 20
     return config
