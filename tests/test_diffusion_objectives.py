@@ -217,6 +217,20 @@ def test_complementary_pair_covers_each_token_once(block_size):
     assert np.nanmin(rates[1]) >= 0.2 and np.nanmax(rates[1]) <= 0.7
 
 
+def test_without_the_document_mask_a_row_is_one_document():
+    ids = random_ids(2, 32)
+    segments = np.repeat([[1] * 11 + [2] * 15 + [0] * 6], 2, axis=0).astype(np.int32)
+    joined = (segments > 0).astype(np.int32)
+    without = prepared(ids, 8, SHIFTED, Objective(document_mask=False), segments)
+    one, two = (prepared(ids, 8, SHIFTED, segments=each) for each in (joined, segments))
+    for a, b in zip(jax.tree.leaves(without.replace(keys=0)), jax.tree.leaves(one.replace(keys=0)), strict=True):
+        assert np.array_equal(a, b)
+    params = params_of(SHIFTED)
+    losses = [objectives.score(params, SHIFTED, each)[1].nll for each in (without, one, two)]
+    assert np.array_equal(losses[0], losses[1]) and not np.allclose(losses[0], losses[2])
+    assert bool(without.eligible[0, 11]) and not bool(two.eligible[0, 11])  # the first token of the second document
+
+
 def test_clean_half_alone_is_block_size_1():
     params, ids = params_of(SHIFTED), random_ids(3, 20)
     clean, _ = objectives.score(params, SHIFTED, prepared(ids, 1, SHIFTED, halves="clean"), "clean")

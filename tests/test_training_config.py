@@ -28,3 +28,13 @@ def test_yarn_extends_what_the_model_knows():
     assert longer.rope_scaling == RopeScaling("yarn", 2.0, 32768) and longer.max_position_embeddings == 65536
     with pytest.raises(InputError, match="config.yarn_factor=2.0, expected 0"):
         settings.extended(config, longer)
+
+
+def test_the_document_mask_is_on_and_dpo_needs_it():
+    config = settings.default_config("tiny")
+    assert settings.objective(config).document_mask
+    config.objective.document_mask = False
+    assert not settings.objective(config).document_mask
+    config.preference.enabled, config.init_from = True, "/some/run"
+    with pytest.raises(InputError, match="nor without objective.document_mask"):
+        settings.check(config)

@@ -28,7 +28,8 @@ class Objective:
     """time_weight: "elbo" is -alpha'_t / (1 - alpha_t) = 1 / t, "uniform" is 1. normalizer: the loss is divided by the
     number of "tokens" that could be masked, or of those "masked". complementary: each row also comes with the inverse
     mask. block_origin: "global" (Eq. 3) or "document". confidence_weight: lambda of Eq. 6, of the entropy at
-    confidence_temperature.
+    confidence_temperature. document_mask: attention ends where a document does (Eq. 3, 4); without it the documents of
+    a row are one.
     """
 
     noise: NoiseSpec = NoiseSpec()
@@ -38,6 +39,7 @@ class Objective:
     block_origin: str = "global"
     confidence_weight: float = 0.0
     confidence_temperature: float = 1.0
+    document_mask: bool = True
 
     def __post_init__(self):
         if self.confidence_weight < 0 or self.confidence_temperature <= 0:
@@ -107,6 +109,8 @@ def prepare(
     (layout, segment_ids) that gives `source` of noise.draw_masking, or None; part: of noise.draw_masking. A
     complementary objective returns 2 * batch rows, the inverses after the originals.
     """
+    if not objective.document_mask:
+        segment_ids = (segment_ids > 0).astype(segment_ids.dtype)
     where = vis.layout(segment_ids, block_size, objective.block_origin)
     eligible = predictable(where, segment_ids, config.alignment) & supervised
     if halves == "clean":

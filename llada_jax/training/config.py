@@ -71,6 +71,7 @@ def default_config(model: str) -> ConfigDict:
     objective.spread_times = False
     objective.complementary = False
     objective.block_origin = "global"  # Eq. 3, or "document"
+    objective.document_mask = True  # of Eq. 3 and 4; without it the documents of a row are one
     objective.confidence_weight = 0.0  # lambda of CAP (Eq. 6)
     objective.confidence_temperature = 1.0
     objective.embedding_noise_std = 0.0  # Gaussian noise on masked embeddings (Section 7.1) ...
@@ -235,6 +236,7 @@ def objective(config: ConfigDict) -> Objective:
         c.block_origin,
         c.confidence_weight,
         c.confidence_temperature,
+        c.document_mask,
     )
 
 
@@ -245,8 +247,12 @@ def preference(config: ConfigDict) -> Preference | None:
         return None
     if not config.init_from:
         raise InputError('config.init_from="": DPO needs the model of the stage before, as policy and as reference')
-    if config.objective.complementary or config.objective.confidence_weight:
-        raise InputError("config.preference.enabled: not with objective.complementary or objective.confidence_weight")
+    noised = config.objective
+    if noised.complementary or noised.confidence_weight or not noised.document_mask:
+        raise InputError(
+            "config.preference.enabled: not with objective.complementary or objective.confidence_weight, nor without "
+            "objective.document_mask"
+        )
     if c.reference not in ("frozen", "precomputed"):
         raise InputError(f'config.preference.reference={c.reference!r}, expected "frozen" or "precomputed"')
     return Preference(c.beta, c.draws, c.shared_noise, c.max_pairs)
