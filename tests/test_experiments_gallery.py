@@ -20,6 +20,8 @@ def load(folder: str, name: str):
 @pytest.mark.parametrize("form", ["cpu", "gpu"])
 def test_the_conversion_keeps_checkpoints_at_even_distances_to_its_end(form):
     config = load("conversion", "config").get_config(form)
+    scored = re.search(rf"\b{form}\) .* rows=(\d+)", (EXPERIMENTS / "conversion" / "run.sh").read_text()).group(1)
+    assert config.data.held_out_rows >= int(scored), "what is scored is not trained on"
     settings.check(config)
     steps = sum(phase.steps for phase in settings.phases(config))
     assert steps % config.checkpoint.keep_every == 0 and steps // config.checkpoint.keep_every >= 5

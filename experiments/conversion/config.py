@@ -26,6 +26,7 @@ def get_config(argument="cpu"):
             "smollm2_135m,length=1024"
         )
         config.batch.rows = 64
+        config.data.held_out_rows = 64  # as many as run.sh scores
         config.schedule.warmup_steps = (200,) * len(config.schedule.warmup_blocks)
         config.schedule.stable_steps = 2000
         config.schedule.decay_steps = (200,) * len(config.schedule.decay_blocks)

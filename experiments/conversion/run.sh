@@ -22,7 +22,8 @@ source tools/setup_venv.sh "$extras"
 source experiments/smollm2.sh
 here=experiments/conversion
 mkdir -p "$folder/text" "$folder/measured"
-export JAX_COMPILATION_CACHE_DIR=$folder/programs JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
+JAX_COMPILATION_CACHE_DIR=$(realpath "$folder")/programs
+export JAX_COMPILATION_CACHE_DIR JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
 
 note_time() { echo $((SECONDS - begin)) >>"$folder/seconds"; }
 limited() { # COMMAND...: for as long as there is time; at SIGTERM the trainer saves and stops
@@ -55,6 +56,6 @@ limited python -m llada_jax.train --config="$here/config.py:$form" --workdir="$f
   --config.init_from="$folder/ar" --config.data.path="$folder/rows"
 while read -r step; do
   measure "$step" "$folder/wsd/checkpoints/$step"
-done < <(find "$folder/wsd/checkpoints" -mindepth 1 -maxdepth 1 -name '[1-9]*' -printf '%f\n' | sort -n)
+done < <(find "$folder/wsd/checkpoints" -mindepth 1 -maxdepth 1 -regex '.*/[0-9]+' -printf '%f\n' | sort -n)
 note_time
 python "$here/report.py" "$folder" "$here/$form"
