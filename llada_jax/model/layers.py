@@ -1,5 +1,6 @@
 """RMSNorm, rotary embedding (with YaRN and Llama 3 scaling) and SwiGLU."""
 
+import functools
 import math
 
 import jax
@@ -22,9 +23,33 @@ def project(x: jax.Array, weights: dict[str, jax.Array], name: str, contracted: 
 
     x [..., *in]; W [*in, *out]; A [*in, rank]; B [rank, *out], scaled. Returns [..., *out].
     """
-    y = jnp.tensordot(x, weights[name], contracted)
+    y = _product(x, weights[name], contracted)
     a, b = adapter_names(name)
-    return y + jnp.tensordot(jnp.tensordot(x, weights[a], contracted), weights[b], 1) if a in weights else y
+    return y + _product(_product(x, weights[a], contracted), weights[b], 1) if a in weights else y
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(x, w, contracted):
+    """x W, whose weight gradient is x^T dy.
+
+    Autodiff would write it (dy^T x)^T, for which XLA on CPUs transposes what dy is computed from: the gradients of a
+    SwiGLU took 2.6 to 2.9 times as long.
+    """
+    return jnp.tensordot(x, w, contracted)
+
+
+def _product_forward(x, w, contracted):
+    return _product(x, w, contracted), (x, w)
+
+
+def _product_backward(contracted, operands, dy):
+    x, w = operands
+    rows = tuple(range(x.ndim - contracted))
+    outputs = tuple(range(len(rows), dy.ndim)), tuple(range(contracted, w.ndim))
+    return jax.lax.dot_general(dy, w, (outputs, ((), ()))), jax.lax.dot_general(x, dy, ((rows, rows), ((), ())))
+
+
+_product.defvjp(_product_forward, _product_backward)
 
 
 def swiglu(x: jax.Array, weights: dict[str, jax.Array], prefix: str = "") -> jax.Array:
