@@ -15,10 +15,10 @@ mkdir -p "$folder"
 [ -e "$folder/long.jsonl" ] || python "$here/data.py" "$folder"
 train() { # STAGE LENGTH [FLAGS...]: first in short rows, then in long ones
   python tools/pack_data.py --kind=chat --source="$folder/$1.jsonl" --tokenizer="$folder/tokenizer" --out="$folder/rows_$1" \
-    --length="$2"
+    --length="$2" --block_align=1
   python -m llada_jax.train --config="$here/config.py:$1" --workdir="$folder/$1" --config.data.path="$folder/rows_$1" "${@:3}"
 }
 train short 256 --config.data.tokenizer="$folder/tokenizer"
 train long 1024 --config.init_from="$folder/short"
 bash "$here/measure.sh" trained "$folder/long" "256 512 1024 1536 2048 4096" 40
-bash "$here/measure.sh" cost "$folder/long" "4096 8192 16384 32768 65536" 2 2
+bash "$here/measure.sh" cost "$folder/long" "4096 8192 16384 32768 65536" 1 2
