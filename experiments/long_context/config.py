@@ -1,7 +1,7 @@
 """The model of experiments/long_context/run.sh: an AR model of configs/ar.py, on answers about haystacks.
 
-    --config=experiments/long_context/config.py:short     # rows of 256 tokens, from random weights
-    --config=experiments/long_context/config.py:long      # rows of 1024, from those
+--config=experiments/long_context/config.py:short     # rows of 256 tokens, from random weights
+--config=experiments/long_context/config.py:long      # rows of 1024, from those
 """
 
 from pathlib import Path
