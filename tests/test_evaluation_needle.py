@@ -55,10 +55,6 @@ def test_training_texts_have_their_answers_and_are_not_those_of_the_test(tmp_pat
     rows = [json.loads(line) for line in (tmp_path / "short.jsonl").read_text().splitlines()]
     asked = {row["messages"][0]["content"] for row in rows}
     assert len(asked) == 6 and all(row["messages"][1]["content"] in row["messages"][0]["content"] for row in rows)
-    assert [tokenizer.decode([token]) for token in tokenizer.encode(" apple is 123.")] == [
-        " apple",
-        " is",
-        " ",
-        *"123.",
-    ]
+    pieces = [tokenizer.decode([token]) for token in tokenizer.encode(" apple is 123.")]
+    assert pieces == [" apple", " is", " ", *"123."]
     assert not asked & {question.messages[0]["content"] for question in needle_questions(tokenizer, 40, 3, seed=1)}

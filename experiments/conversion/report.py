@@ -84,9 +84,10 @@ def draw(found: dict, path: str) -> None:
     for name in found["measured"][0]["likelihood"]:
         if name != "ar":  # that of block size 1
             runs[name] = [
-                {"step": e["tokens"], "nelbo": e["likelihood"][name]["nats"], "nelbo_stderr": e["likelihood"][name]["stderr"]}
+                {"step": e["tokens"], "nelbo": e["likelihood"][name]["nats"]}
+                | {"nelbo_stderr": e["likelihood"][name]["stderr"]}
                 for e in found["measured"]
-            ]  # fmt: skip
+            ]
     phases = [row | {"step": row["step"] * found["step_tokens"]} for row in found["phases"]]
     first = next(iter(runs))
     draw_runs(runs | {first: phases + runs[first]}, path, "nelbo", x_label="tokens seen")

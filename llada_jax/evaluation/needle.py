@@ -26,8 +26,8 @@ class Haystack(NamedTuple):
 
 
 def needle_questions(tokenizer: Tokenizer, context: int, count: int, needles: int = 1, seed: int = 0) -> list[Question]:
-    """haystacks as questions, in the tokenizer's chat template where it has one. Right is an answer that has the number;
-    the question's group says its depth.
+    """haystacks as questions, in the tokenizer's chat template where it has one. Right is an answer that has the
+    number; the question's group says its depth.
     """
     return [_question(tokenizer, found) for found in haystacks(tokenizer, context, count, needles, seed)]
 
