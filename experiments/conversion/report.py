@@ -47,12 +47,14 @@ def _decoded(path: Path, block: int) -> dict:
 
 
 def table(found: dict) -> str:
-    """Markdown: nats per token and tokens per forward at each checkpoint; then the loss of AR skill."""
+    """Markdown: nats per token, and tokens per forward (TPF) in blocks of 4 and 32 at two thresholds, at each checkpoint;
+    then the loss of AR skill.
+    """
     names = list(found["measured"][0]["likelihood"])
     titles = {"ar": "AR loss", "full": "MDLM over the row"} | {n: n for n in names if n.startswith("block")}
     speeds = [(block, threshold) for block in range(len(BLOCKS)) for threshold in THRESHOLDS]
     heading = ["tokens seen", *(titles[name] for name in names)]
-    heading += [f"tokens per forward, block {BLOCKS[block]}, threshold {threshold}" for block, threshold in speeds]
+    heading += [f"TPF, {BLOCKS[block]} at {threshold}" for block, threshold in speeds]
     lines = [heading, ["---"] * len(heading)]
     for entry in found["measured"]:
         cells = [f"{e['nats']:.3f} ± {e['stderr']:.3f}" for e in (entry["likelihood"][name] for name in names)]

@@ -20,5 +20,5 @@ train() { # STAGE LENGTH [FLAGS...]: first in short rows, then in long ones
 }
 train short 256 --config.data.tokenizer="$folder/tokenizer"
 train long 1024 --config.init_from="$folder/short"
-bash "$here/measure.sh" trained "$folder/long" "256 512 1024 1536 2048 4096" 40
+bash "$here/measure.sh" trained "$folder/long" "256 512 1024 1536 2048 4096" 20
 bash "$here/measure.sh" cost "$folder/long" "4096 8192 16384 32768 65536" 1 2
