@@ -1,19 +1,12 @@
 """Questions about needles in a haystack."""
 
-import json
 import re
-import sys
-from pathlib import Path
 
 import pytest
 
 from llada_jax.data.byte_tokenizer import byte_tokenizer
 from llada_jax.errors import InputError
 from llada_jax.evaluation.needle import needle_questions
-from llada_jax.interop.tokenizer import load_tokenizer
-from llada_jax.training.config import load_sibling
-
-EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
 
 TOKENIZER = byte_tokenizer(256)
 
@@ -44,17 +37,3 @@ def test_a_function_of_the_seed():
 def test_bad_input_is_named(arguments, message):
     with pytest.raises(InputError, match=message):
         needle_questions(TOKENIZER, *arguments)
-
-
-def test_training_texts_have_their_answers_and_are_not_those_of_the_test(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    data = load_sibling(str(EXPERIMENTS / "long_context" / "run.sh"), "data")
-    monkeypatch.setattr(data, "SIZES", {"short": ([40, 60], 3), "long": ([200], 2)})
-    data.main(str(tmp_path))
-    tokenizer = load_tokenizer(str(tmp_path / "tokenizer"))
-    rows = [json.loads(line) for line in (tmp_path / "short.jsonl").read_text().splitlines()]
-    asked = {row["messages"][0]["content"] for row in rows}
-    assert len(asked) == 6 and all(row["messages"][1]["content"] in row["messages"][0]["content"] for row in rows)
-    pieces = [tokenizer.decode([token]) for token in tokenizer.encode(" apple is 123.")]
-    assert pieces == [" apple", " is", " ", *"123."]
-    assert not asked & {question.messages[0]["content"] for question in needle_questions(tokenizer, 40, 3, seed=1)}

@@ -1,24 +1,25 @@
 #!/usr/bin/env bash
-# Scores against the length of the context, with and without YaRN, as in the paper's Figure 5, on a model of 0.9 M
-# parameters that is trained here to find a number in up to 1,000 tokens of filler:
+# Needles in a haystack against the length of the context, with and without YaRN, as in the paper's Figure 5:
 #
-#   bash experiments/long_context/run.sh
+#   bash experiments/long_context/run.sh NAME CHECKPOINT "CONTEXTS" [QUESTIONS [FACTORS [BLOCK]]]
 #
-# YaRN doubles the 1,024 positions that it was made for; up to 65,536 it shows what such lengths cost. Run again, it goes
-# on where it was.
+# CONTEXTS in tokens; FACTORS of YaRN ("1 2"; 1 is none); BLOCK of decoding (1: a shifted model is the AR model that it
+# came from). Writes NAME.json and NAME.svg beside this file and prints the table. Run again, it goes on where it was.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
+name=${1:?usage: run.sh NAME CHECKPOINT CONTEXTS [QUESTIONS [FACTORS [BLOCK]]]}
+checkpoint=${2:?CHECKPOINT}
+read -ra contexts <<<"${3:?CONTEXTS}"
+read -ra factors <<<"${5:-1 2}"
 source tools/setup_venv.sh eval,plot
 here=experiments/long_context
-folder=runs/long_context
+folder=runs/long_context/$name
 mkdir -p "$folder"
-[ -e "$folder/long.jsonl" ] || python "$here/data.py" "$folder"
-train() { # STAGE LENGTH [FLAGS...]: first in short rows, then in long ones
-  python tools/pack_data.py --kind=chat --source="$folder/$1.jsonl" --tokenizer="$folder/tokenizer" --out="$folder/rows_$1" \
-    --length="$2" --block_align=1
-  python -m llada_jax.train --config="$here/config.py:$1" --workdir="$folder/$1" --config.data.path="$folder/rows_$1" "${@:3}"
-}
-train short 256 --config.data.tokenizer="$folder/tokenizer"
-train long 1024 --config.init_from="$folder/short"
-bash "$here/measure.sh" trained "$folder/long" "256 512 1024 1536 2048 4096" 20
-bash "$here/measure.sh" cost "$folder/long" "4096 8192 16384 32768 65536" 1 2
+for context in "${contexts[@]}"; do
+  for factor in "${factors[@]}"; do
+    out=$folder/$context.yarn$factor.json
+    [ -e "$out" ] || python tools/evaluate.py --task=needle --checkpoint="$checkpoint" --context="$context" --seed=1 \
+      --questions="${4:-20}" --yarn="$factor" --gen_length=16 --block_length="${6:-1}" --eos_early_stop --batch=4 --output="$out"
+  done
+done
+python "$here/report.py" "$folder" "$here/$name"

@@ -32,7 +32,6 @@ TEST_SEED, TEST_SIZE = 1_000_000_007, 1000
 SIZES = {"text": 200_000, "chats": 40_000, "questions": 4_000}
 EOS, USER, ASSISTANT, MASK = "<|endoftext|>", "<|user|>", "<|assistant|>", "<|mask|>"
 SPECIAL_FROM = 508  # the preset `tiny` has its end of text at 508 and its mask token at 511, of 512
-PIECES = r"'\d+'(?:, )?|\d+|[^'\d]+"  # numbers, quoted or not, and what is between
 TEMPLATE = (
     "{% for m in messages %}{{ '<|user|>' if m.role == 'user' else '<|assistant|>' }}{{ m.content }}"
     "{% if m.role == 'assistant' %}<|endoftext|>{% endif %}{% endfor %}"
@@ -56,12 +55,13 @@ def as_text(tokenizer: Tokenizer, question: str, answer: str) -> str:
     return prompt + answer
 
 
-def train_tokenizer(texts, folder: Path, pattern: str = PIECES) -> None:
-    """Byte-level BPE below SPECIAL_FROM within the pieces that pattern finds; the four special tokens from there."""
+def train_tokenizer(texts, folder: Path) -> None:
+    """Byte-level BPE below SPECIAL_FROM, the four special tokens from there."""
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    split = tokenizers.Regex(r"'\d+'(?:, )?|\d+|[^'\d]+")
     model.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
         [
-            tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated"),
+            tokenizers.pre_tokenizers.Split(split, "isolated"),
             tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

@@ -1,8 +1,6 @@
 """Needles in a haystack: synthetic questions about facts that lie far back in a long text, as in RULER."""
 
 import random
-from collections.abc import Iterator
-from typing import NamedTuple
 
 from llada_jax.errors import InputError
 from llada_jax.evaluation.tasks import Question
@@ -17,37 +15,25 @@ _NAMES = (
 )  # fmt: skip
 
 
-class Haystack(NamedTuple):
-    """text ends with the question; number is the answer; depth of the fact that is asked for, from 0 to 1."""
-
-    text: str
-    number: str
-    depth: float
-
-
 def needle_questions(tokenizer: Tokenizer, context: int, count: int, needles: int = 1, seed: int = 0) -> list[Question]:
-    """haystacks as questions, in the tokenizer's chat template where it has one. Right is an answer that has the
-    number; the question's group says its depth.
-    """
-    return [_question(tokenizer, found) for found in haystacks(tokenizer, context, count, needles, seed)]
+    """`count` questions of about `context` tokens (at most), a function of the seed.
 
-
-def haystacks(tokenizer: Tokenizer, context: int, count: int, needles: int = 1, seed: int = 0) -> Iterator[Haystack]:
-    """`count` texts of about `context` tokens (at most), a function of the seed.
-
-    Each is filler with `needles` facts, "The magic number of NAME is NUMBER.", and asks for one of them, which lies at
-    a depth that goes evenly from the beginning (the first text) to the end (the last one). Raises InputError when the
-    context has no room or there are more needles than names.
+    Each is filler text with `needles` facts, "The magic number of NAME is NUMBER.", and asks for one of them, which
+    lies at a depth that goes evenly from the beginning (question 0) to the end (the last one); the question's group
+    says it. Right is an answer that has the number. Raises InputError when the context has no room or there are more
+    needles than names.
     """
     if not 1 <= needles <= len(_NAMES):
         raise InputError(f"needles={needles}, expected 1 to {len(_NAMES)}")
     if count < 1:
         raise InputError(f"questions={count}, expected at least 1")
-    for i in range(count):
-        yield _haystack(tokenizer, context, i / max(count - 1, 1), needles, random.Random(f"{seed} {i}"))
+    return [
+        _question(tokenizer, context, i / max(count - 1, 1), needles, random.Random(f"{seed} {i}"))
+        for i in range(count)
+    ]
 
 
-def _haystack(tokenizer: Tokenizer, context: int, depth: float, needles: int, draw: random.Random) -> Haystack:
+def _question(tokenizer: Tokenizer, context: int, depth: float, needles: int, draw: random.Random) -> Question:
     names = draw.sample(_NAMES, needles)
     numbers = [str(number) for number in draw.sample(range(10_000, 100_000), needles)]
     facts = [f"The magic number of {name} is {number}. " for name, number in zip(names, numbers, strict=True)]
@@ -63,12 +49,8 @@ def _haystack(tokenizer: Tokenizer, context: int, depth: float, needles: int, dr
     for fact in facts[1:]:
         filler.insert(draw.randrange(len(filler) + 1), fact)
     filler.insert(round(depth * len(filler)), facts[0])
-    return Haystack("".join(filler) + asked, numbers[0], depth)
-
-
-def _question(tokenizer: Tokenizer, found: Haystack) -> Question:
-    score = lambda answer: float(found.number in answer)  # noqa: E731
-    group = f"depth {found.depth:.2f}"
+    text = "".join(filler) + asked
+    score = lambda answer: float(numbers[0] in answer)  # noqa: E731
     if tokenizer.chat_template is None:
-        return Question(None, found.text + "\nAnswer:", score, group)
-    return Question([{"role": "user", "content": found.text}], None, score, group)
+        return Question(None, text + "\nAnswer:", score, group=f"depth {depth:.2f}")
+    return Question([{"role": "user", "content": text}], None, score, group=f"depth {depth:.2f}")
