@@ -47,7 +47,7 @@ def _decoded(path: Path, block: int) -> dict:
 
 
 def table(found: dict) -> str:
-    """Markdown: nats per token and tokens per forward (TPF, BLOCK at THRESHOLD) at each checkpoint; then the AR skill."""
+    """Markdown: nats per token and tokens per forward (TPF, BLOCK at THRESHOLD) at each checkpoint; the AR skill."""
     names = list(found["measured"][0]["likelihood"])
     titles = {"ar": "AR loss", "full": "MDLM over the row"} | {n: n for n in names if n.startswith("block")}
     speeds = [(block, threshold) for block in range(len(BLOCKS)) for threshold in THRESHOLDS]
