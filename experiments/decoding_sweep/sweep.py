@@ -13,7 +13,7 @@ from pathlib import Path
 
 from absl import flags
 
-from llada_jax import errors
+from llada_jax import errors, pictures
 from llada_jax.errors import InputError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "post_training"))
@@ -85,11 +85,7 @@ def table(rows) -> str:
 
 def draw(rows, path: str) -> None:
     """Score and tokens per forward over the threshold, a line for each block size."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "llada_jax", "font.family": "sans-serif"}
-    from matplotlib import pyplot
+    pyplot = pictures.open_pyplot()
 
     figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.6))
     blocks, thresholds = (sorted({row[name] for row in rows}) for name in ("block", "threshold"))
@@ -106,10 +102,9 @@ def draw(rows, path: str) -> None:
             )  # fmt: skip
     for axes, title in zip(panels, ("right answers, %", "tokens per forward"), strict=True):
         axes.set(title=title, xlabel="threshold", xticks=range(len(thresholds)), xticklabels=thresholds)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color="#e4e7ec")
+        pictures.trim(axes)
     panels[1].legend(frameon=False)
-    figure.savefig(path, dpi=160, bbox_inches="tight", metadata={"Date": None} if path.endswith(".svg") else None)
+    pictures.save(figure, path, bbox_inches="tight")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python experiments/maxtext/estimate.py OUT.hlo [OURS.json ...]          # of tools/rehearse.py --json
 
-Attention is left out: the two steps do not have the same mask. MaxText's grouped matmuls count at the peak of the matrix
-units, as if no tile were waste; ours by their schedules.
+Attention is left out: the two steps do not have the same mask. MaxText's grouped matmuls count at the peak of the
+matrix units, as if no tile were waste; ours by their schedules.
 """
 
 import json

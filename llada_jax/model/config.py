@@ -94,6 +94,17 @@ class ModelConfig:
     def replace(self, **changes) -> "ModelConfig":
         return dataclasses.replace(self, **changes)
 
+    def extended(self, factor: float) -> "ModelConfig":
+        """The model at `factor` times its context, by YaRN (arXiv 2309.00071; LLaDA2.0 doubles its own so).
+
+        Raises InputError when its rotary embedding is scaled already or the factor is below 1.
+        """
+        if self.rope_scaling is not None:
+            raise InputError(f"YaRN by {factor}: the model has rope_scaling already, {self.rope_scaling}")
+        length = self.max_position_embeddings
+        scaling = RopeScaling("yarn", float(factor), length)
+        return self.replace(rope_scaling=scaling, max_position_embeddings=int(factor * length))
+
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
 

@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from llada_jax import pictures
 from llada_jax.errors import InputError
 from llada_jax.training.metrics import read_rows
 
@@ -20,8 +21,6 @@ LABELS = {
     "expert_load_mean": "busiest expert's tokens over the mean, mean of layers",
     "hbm_peak_bytes": "most memory of a device so far, bytes",
 }
-# Okabe and Ito's colours, which colour-blind readers tell apart.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)))
 _NOT_DRAWN = {"step", "block_size", "phase"}
 
@@ -44,11 +43,11 @@ def known_metrics(runs: dict[str, list[dict]]) -> list[str]:
     return sorted(found - _NOT_DRAWN)
 
 
-def draw(runs: dict[str, list[dict]], path: str, metric: str | None = None) -> None:
+def draw(runs: dict[str, list[dict]], path: str, metric: str | None = None, x_label: str = "step") -> None:
     """Draws one metric, or a panel for each of PANELS that the runs have, to a .svg or .png file.
 
     A colour is a run, a line style a block size of held-out rows. The bands in the background are the phases of the
-    first run. Raises InputError on an unknown metric, naming those that are known.
+    first run. x_label: what the "step" of the rows is. Raises InputError on an unknown metric, naming those known.
     """
     known = known_metrics(runs)
     if metric is not None and metric not in known:
@@ -56,11 +55,7 @@ def draw(runs: dict[str, list[dict]], path: str, metric: str | None = None) -> N
     panels = [metric] if metric else [name for name in PANELS if name in known]
     if not panels:
         raise InputError(f"{', '.join(runs)}: none of {', '.join(PANELS)} in the metrics yet")
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "llada_jax", "font.family": "sans-serif"}
-    from matplotlib import pyplot
+    pyplot = pictures.open_pyplot()
 
     figure, axes = pyplot.subplots(
         len(panels), 1, figsize=(9, 0.9 + 2.7 * len(panels)), sharex=True, squeeze=False, layout="constrained"
@@ -68,15 +63,14 @@ def draw(runs: dict[str, list[dict]], path: str, metric: str | None = None) -> N
     for place, (panel, name) in enumerate(zip(axes[:, 0], panels, strict=True)):
         _draw_panel(panel, runs, name)
         _draw_phases(panel, next(iter(runs.values())), labels=place == 0)
-    axes[-1, 0].set_xlabel("step")
-    figure.savefig(path, dpi=160, metadata={"Date": None} if path.endswith(".svg") else None)
-    pyplot.close(figure)
+    axes[-1, 0].set_xlabel(x_label)
+    pictures.save(figure, path)
 
 
 def _draw_panel(panel, runs: dict[str, list[dict]], name: str) -> None:
     styles: dict[int | None, object] = {}
     for number, (run, rows) in enumerate(runs.items()):
-        color = _COLORS[number % len(_COLORS)]
+        color = pictures.COLORS[number % len(pictures.COLORS)]
         for size, (steps, values, errors) in _series(rows, name).items():
             style = styles.setdefault(size, _LINES[len(styles) % len(_LINES)])
             label = run if size is None else f"{run}, block {size}"
@@ -86,9 +80,7 @@ def _draw_panel(panel, runs: dict[str, list[dict]], name: str) -> None:
                 panel.errorbar(steps, values, errors, color=color, linestyle=style, linewidth=1.4, marker="o",
                                markersize=3.5, capsize=2, elinewidth=0.8, label=label)  # fmt: skip
     panel.set_ylabel(LABELS.get(name, name.replace("_", " ")))
-    panel.spines[["top", "right"]].set_visible(False)
-    panel.grid(axis="y", color="#e4e7ec")
-    panel.set_axisbelow(True)
+    pictures.trim(panel)
     panel.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
