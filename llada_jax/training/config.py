@@ -18,7 +18,7 @@ from llada_jax.diffusion.noise import NoiseSpec
 from llada_jax.diffusion.objectives import Objective
 from llada_jax.diffusion.preference import Preference
 from llada_jax.errors import InputError
-from llada_jax.model.config import PRESETS, ModelConfig, RopeScaling
+from llada_jax.model.config import PRESETS, ModelConfig
 from llada_jax.model.forward import Execution
 from llada_jax.model.parameters import adaptable
 from llada_jax.training.profiling import parse_steps
@@ -193,11 +193,10 @@ def extended(config: ConfigDict, model: ModelConfig) -> ModelConfig:
     """The model with the rotary embedding of config.yarn_factor. Raises InputError where it has a scaling already."""
     if not (factor := config.yarn_factor):
         return model
-    if model.rope_scaling is not None:
-        raise InputError(f"config.yarn_factor={factor}, expected 0: the model's rotary embedding is scaled already")
-    length = model.max_position_embeddings
-    scaling = RopeScaling("yarn", factor, length)
-    return model.replace(rope_scaling=scaling, max_position_embeddings=round(length * factor))
+    try:
+        return model.extended(factor)
+    except InputError as error:
+        raise InputError(f"config.yarn_factor={factor}: {error}") from None
 
 
 def phases(config: ConfigDict) -> tuple[schedule.Phase, ...]:
