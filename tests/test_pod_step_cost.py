@@ -45,9 +45,9 @@ def compiled(function, arguments, topology, sizes=None, names=("device",), specs
     return hlo.parse(text), Devices(dict(mesh.shape), parse_topology(topology), coordinates, np.zeros(len(flat), int))
 
 
-def cost_of(*program, trips=None, **options):
+def cost_of(*program, untaken=(), **options):
     module, devices = compiled(*program, **options)
-    return step_lines(module, devices.topology.chip, {}, devices, trips)
+    return step_lines(module, devices.topology.chip, {}, devices, untaken=untaken)
 
 
 def seconds(lines, part=None):
@@ -115,7 +115,7 @@ def test_a_branch_that_is_not_taken_costs_nothing():
     def either(flag, x):
         return jax.lax.cond(flag, jax.named_scope("rare")(lambda: x @ x @ x), lambda: x @ x)
 
-    lines = cost_of(either, [((), jnp.bool_), ((4096, 4096), bf16)], "v5p:2x2x1", trips={"rare": 0})
+    lines = cost_of(either, [((), jnp.bool_), ((4096, 4096), bf16)], "v5p:2x2x1", untaken=["rare"])
     assert sum(line.flops for line in lines) == 2 * 4096**3
 
 

@@ -252,9 +252,8 @@ def rehearse(
     kernels = _kernels(config, step, slices, packing)
     scored = 1.0 if halves == "clean" else useful_flops.MASKED_SHARE
     trips = {"head": math.ceil(scored * _rows(config, step.mesh) * length / head.CHUNK)}
-    if _blocks_lie_in_stripes(config, step.mesh, packing):
-        trips[context.CROSSING] = 0
-    lines = step_lines(module, slices.topology.chip, kernels, physical_devices(step.mesh, slices), trips)
+    untaken = [context.CROSSING] if _blocks_lie_in_stripes(config, step.mesh, packing) else []
+    lines = step_lines(module, slices.topology.chip, kernels, physical_devices(step.mesh, slices), trips, untaken)
     pairs = useful_flops.mean_pairs(segment_ids(length, packing.mean_document), packing.block_size, halves)
     useful = useful_flops.useful_flops(step.model, rows, length, halves, pairs)
     memory = memory_of(compiled, module, step.state.params, slices.topology.chip.devices)

@@ -12,7 +12,7 @@ Compiler-estimated, not measured.
 import dataclasses
 import itertools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from llada_jax.pod.chips import Chip
 from llada_jax.pod.collectives import Collective, Devices, collective_cost, kind_of
@@ -57,14 +57,16 @@ def step_lines(
     kernels: Mapping[str, KernelCost],
     devices: Devices | None = None,
     trips: Mapping[str, float] | None = None,
+    untaken: Collection[str] = (),
 ) -> list[Line]:
     """Every operation that costs something.
 
     kernels: by the beginning of their names. devices: of the mesh; None for a program without collectives. trips: of
-    loops whose length depends on the data, by the scope in which they stand; 0 of a branch that is not taken.
+    loops whose length depends on the data, by the scope in which they stand. untaken: scopes of conditionals' branches
+    that are not taken.
     Raises ValueError on a kernel without a cost, or a loop of unknown length.
     """
-    walker = _Walker(module, chip, kernels, devices, trips or {})
+    walker = _Walker(module, chip, kernels, devices, trips or {}, frozenset(untaken))
     walker.walk(module.entry, 1.0)
     walker.hide()
     return [line for line in walker.lines if line.seconds or line.hidden or line.flops]
@@ -79,8 +81,9 @@ class _Flight:
 
 
 class _Walker:
-    def __init__(self, module, chip, kernels, devices, trips):
-        self.module, self.chip, self.kernels, self.devices, self.trips = module, chip, kernels, devices, trips
+    def __init__(self, module, chip, kernels, devices, trips, untaken):
+        self.module, self.chip, self.kernels, self.devices = module, chip, kernels, devices
+        self.trips, self.untaken = trips, untaken
         self.lines: list[Line] = []
         self._flights: dict[tuple, _Flight] = {}  # all; collectives by channel and chain
         self._open: dict[str, list[_Flight]] = {}  # started, not done: by the name of the start
@@ -118,9 +121,8 @@ class _Walker:
         branches = []
         for name in op.called:
             inside = {scope for inner in self.module.computations[name] for scope in scopes(inner)}
-            if any(not self.trips[scope] for scope in inside & set(self.trips)):
-                continue
-            branches.append(self._lines(name, runs))
+            if not inside & self.untaken:
+                branches.append(self._lines(name, runs))
         self.lines += max(branches, key=lambda lines: sum(line.seconds for line in lines))
 
     def _elsewhere(self, op: Operation, runs: float) -> list[_Flight]:
@@ -131,7 +133,7 @@ class _Walker:
         return flights
 
     def _lines(self, computation: str, runs: float) -> list[Line]:
-        walker = _Walker(self.module, self.chip, self.kernels, self.devices, self.trips)
+        walker = _Walker(self.module, self.chip, self.kernels, self.devices, self.trips, self.untaken)
         walker.walk(computation, runs)
         walker.hide()
         return walker.lines

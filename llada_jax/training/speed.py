@@ -22,11 +22,11 @@ class Speed:
         self._peak = None if config.preference.enabled or config.lora.rank else peak_flops(devices)
         self._local = [device for device in devices if device.process_index == jax.process_index()]
         rows = config.batch.rows
-        documents = inputs.held_out.segment_ids
-        if not config.objective.document_mask:
-            documents = (documents > 0).astype(documents.dtype)
         self._flops = {}
         for phase in phases if self._peak else ():
+            documents = inputs.held_out.segment_ids
+            if not config.objective.document_mask:
+                documents = (documents > 0).astype(documents.dtype)
             twice = 2 if config.objective.complementary and phase.halves != "clean" else 1
             pairs = mean_pairs(documents, phase.block_size, phase.halves, config.objective.block_origin)
             self._flops[phase] = useful_flops(inputs.model, twice * rows, config.data.length, phase.halves, pairs)
