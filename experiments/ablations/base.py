@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from runs import Run
 
-from llada_jax.data.order import Rows
+from llada_jax.data.order import Batch, Rows
 from llada_jax.data.pack import pack
 from llada_jax.diffusion import schedule
 from llada_jax.errors import InputError
@@ -171,8 +171,7 @@ def score_text(model: checkpoint.Model, place: Place) -> dict[str, list[float]]:
     The same tokens are scored whatever the alignment: all but the first of each document.
     """
     count, samples = (4, 1) if place.smoke else (64, 2)
-    stored = Rows(str(place.rows), 0, shuffle=False)
-    batch = Rows(str(place.rows), 0, len(stored) - count, shuffle=False).batch(0, count)
+    batch = _last_rows(place.rows, count)
     first = np.diff(batch.segment_ids, axis=1, prepend=0) != 0
     batch = batch.replace(supervised=batch.supervised & ~first)
     joined = batch.replace(segment_ids=(batch.segment_ids > 0).astype(np.int32))
@@ -197,8 +196,7 @@ def score_answers(model: checkpoint.Model, rows: Path, place: Place) -> dict[str
     length = ANSWER_LENGTH[place.model]
     decoding = GenerateConfig(gen_length=length, block_length=BLOCK, threshold=0.95, eos_early_stop=True)
     answered, _ = answer_questions(model, questions, decoding, batch=min(asked, 100))
-    stored = Rows(str(rows), 0, shuffle=False)
-    batch = Rows(str(rows), 0, len(stored) - count, shuffle=False).batch(0, count)
+    batch = _last_rows(rows, count)
     execution = settings.execution(_config("sft", place))
     nelbo = block_nelbo(
         model.params, model.config, batch, BLOCK, samples=samples, rows_at_once=count // 2, execution=execution
@@ -208,6 +206,11 @@ def score_answers(model: checkpoint.Model, rows: Path, place: Place) -> dict[str
         "tokens_per_forward": [round(answered.tokens_per_forward, 5), round(answered.tokens_per_forward_stderr, 5)],
         "nelbo": [round(nelbo.nats, 5), round(float(nelbo.stderr), 5)],
     }
+
+
+def _last_rows(path: Path, count: int) -> Batch:
+    stored = Rows(str(path), 0, shuffle=False)
+    return Rows(str(path), 0, len(stored) - count, shuffle=False).batch(0, count)
 
 
 def merged(place: Place, seed: int, count: int) -> Path:

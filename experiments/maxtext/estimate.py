@@ -11,12 +11,11 @@ import sys
 from pathlib import Path
 
 import jax
-import numpy as np
 
 from llada_jax.pod import hlo
 from llada_jax.pod.chips import parse_topology
-from llada_jax.pod.collectives import Devices
 from llada_jax.pod.operations import Cost
+from llada_jax.pod.rehearse import Slices, physical_devices
 from llada_jax.pod.step_cost import PARTS, step_lines
 from llada_jax.pod.topology import slice_devices
 
@@ -35,13 +34,10 @@ def grouped_matmul(result, operands):
 
 
 def seconds_of(text: str) -> dict[str, float]:
-    devices = list(slice_devices(TOPOLOGY).reshape(-1))
-    mesh = Devices(
-        {"fsdp": len(devices)}, TOPOLOGY, np.array([device.coords for device in devices]), np.zeros(len(devices), int)
-    )
+    mesh = jax.sharding.Mesh(slice_devices(TOPOLOGY).reshape(-1), ("fsdp",))
     attention = {"splash": lambda result, operands: ("attention", Cost(0.0, 0.0))}
     kernels = attention | dict.fromkeys(("gmm", "tgmm"), grouped_matmul)
-    lines = step_lines(hlo.parse(text), TOPOLOGY.chip, kernels, mesh)
+    lines = step_lines(hlo.parse(text), TOPOLOGY.chip, kernels, physical_devices(mesh, Slices(TOPOLOGY)))
     return {part: sum(line.seconds for line in lines if line.part == part) for part in OTHERS}
 
 
