@@ -1,5 +1,7 @@
 """Programs of known cost, compiled ahead of time by the tests of llada_jax/pod."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -72,3 +74,19 @@ def too_large():
         out[...] = scratch[:8]
 
     return pl.pallas_call(kernel, out_shape=x, scratch_shapes=[pltpu.VMEM((2**20, 128), jnp.float32)]), (x,)
+
+
+def stream(terms: int, steps: int):
+    """Each of the grid's steps reads and writes a [512, 512] block, of a sum of so many terms."""
+
+    def kernel(x, out):
+        out[...] = functools.reduce(lambda total, term: total + jnp.exp(x[...] * term), range(2, terms), x[...] + 1.0)
+
+    spec = pl.BlockSpec((512, 512), lambda i: (i, 0))
+    shape = jax.ShapeDtypeStruct((512 * steps, 512), jnp.float32)
+    parameters = pltpu.CompilerParams(dimension_semantics=("parallel",))
+    call = pl.pallas_call(
+        kernel, name="stream", grid=(steps,), in_specs=[spec], out_specs=spec, out_shape=shape,
+        compiler_params=parameters,
+    )  # fmt: skip
+    return call, (shape,)

@@ -99,17 +99,13 @@ def read_schedule(bundles_text: str, utilization_text: str, chip: Chip) -> Kerne
 def region_costs(kernel: Kernel, names: Sequence[str]) -> dict[str, Cost]:
     """The cost of one execution of each region of a kernel's main loop, by name, and of the rest of a step of it.
 
-    The main loop is that of the grid, or a loop in it that holds most of it. `names` names its regions that do vector
-    work, in program order: one per `pl.when`, or the body of a kernel without any. A `pl.when` that the compiler
-    predicated instead of branching, or that only starts copies, is part of the step. The result adds "step", all else
-    in the loop (a small loop in it counts once), and "launch", all outside it; together they add up to the kernel.
+    `names` names the regions of main_loop that do vector work, in program order: one per `pl.when`, or the body of a
+    kernel without any. A `pl.when` that the compiler predicated instead of branching, or that only starts copies, is
+    part of the step. The result adds "step", all else in the loop (a small loop in it counts once), and "launch", all
+    outside it; together they add up to the kernel.
     Raises ValueError when the kernel has other regions than named, or one of them holds a loop.
     """
-    main = kernel.program
-    while loops := [r for r in main.walk() if r.loop and r != main and r.total.bundles > main.total.bundles / 2]:
-        main = loops[0]
-    if not main.loop:
-        raise ValueError("the kernel has no main loop")
+    main = main_loop(kernel)
     # A pipeline guards the kernel's body; the loop's other branches are then copies (of operands in VMEM: by vectors).
     guards = [region for region in main.inside if len(_vector_regions(region)) > 1]
     regions = [leaf for region in guards or main.inside for leaf in _vector_regions(region)]
@@ -124,6 +120,16 @@ def region_costs(kernel: Kernel, names: Sequence[str]) -> dict[str, Cost]:
         "step": _minus(main.total, costs.values()),
         "launch": _minus(kernel.program.total, [main.total]),
     }
+
+
+def main_loop(kernel: Kernel) -> Region:
+    """The loop over the grid, or a loop in it that holds most of it. Raises ValueError when there is none."""
+    main = kernel.program
+    while loops := [r for r in main.walk() if r.loop and r != main and r.total.bundles > main.total.bundles / 2]:
+        main = loops[0]
+    if not main.loop:
+        raise ValueError("the kernel has no main loop")
+    return main
 
 
 def _split_bundles(text: str) -> list[str]:
