@@ -18,6 +18,7 @@ from llada_jax.attention.plan import make_plan
 from llada_jax.attention.tiles import Tiles
 from llada_jax.errors import InputError
 from llada_jax.model.forward import Execution, denoise
+from llada_jax.model.layers import Turns
 
 TILES = Tiles(queries=16, forward=2, backward=1, chunk=16)
 
@@ -134,7 +135,7 @@ def test_copies_do_not_race():
     visibility = vis.block_diffusion(vis.layout(jnp.array([[1, 1, 1, 2, 2, 2, 2, 2]]), 2))
     plan = make_plan(visibility, 16, Tiles(4, 1, 1, chunk=4))
     interpret = pltpu.InterpretParams(detect_races=True)
-    run = jax.jit(lambda *v: output_and_gradients(lambda *x: kernel._attention(*x, plan, interpret), *v))
+    run = jax.jit(lambda *v: output_and_gradients(lambda *x: kernel._attention(*x, plan, Turns(), interpret), *v))
     jax.block_until_ready(run(*operands(rng, 1, 16, 16, 1, 1)))
     assert not interpret_pallas_call.races.races_found
 

@@ -6,17 +6,22 @@ Masks are key intervals (attention/visibility.py), cut into a work list once per
 
 import functools
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.experimental.pallas import tpu as pltpu
 
 from llada_jax import sharding
 from llada_jax.attention import context, kernel_backward, kernel_forward, residuals
+from llada_jax.attention.kernel_operands import cotangent_tiles, rows_of_tiles, tiles_of_rows
 from llada_jax.attention.plan import Plan, make_plan
 from llada_jax.attention.tiles import Tiles, device_kind, tiles_for
-from llada_jax.attention.tiling import from_chunks, from_parts, from_tiles, to_chunks, to_parts, to_tiles
+from llada_jax.attention.tiling import cut_keys, from_parts, pad_keys, pad_queries, to_parts
 from llada_jax.attention.visibility import Visibility
+from llada_jax.model.layers import Turns
 
 # Interpret mode takes any head_dim and is slow by the copy: few, small tiles.
 INTERPRET_TILES = Tiles(queries=32, chunk=32, forward=2, backward=2)
@@ -46,41 +51,45 @@ def kernel_plan(visibility: Visibility, num_keys: int, group: int, head_dim: int
 
 def kernel_attention(
     query: jax.Array, key: jax.Array, value: jax.Array, plan: Plan, interpret: bool = False,
-    crosses: jax.Array | None = None,
+    crosses: jax.Array | None = None, turns: Turns = Turns(),
 ) -> jax.Array:  # fmt: skip
-    """Equals dense_attention (same query, key, value and result) for the visibility that the plan was made of.
+    """Equals dense_attention of the turned query and key (layers.Turns), for the visibility that the plan was made of.
 
-    A query that sees no key gives zeros. interpret=True runs the kernel on any device, slowly, for tests. With a
-    context axis operands and crosses are as in blockwise_attention.
+    query, key, value and the result are as there. A query that sees no key gives zeros. interpret=True runs the kernels
+    on any device, slowly, for tests. With a context axis operands and crosses are as in blockwise_attention.
     """
+    if crosses is not None and turns.key is not None:  # keys go to ranks that have not their angles
+        key, turns = turns.key(key), turns._replace(key=None)
     interpret = pltpu.InterpretParams() if interpret else False
     local = context.with_all_keys(lambda *operands: _attention(*operands, interpret))
-    return sharding.over_heads(local, joined=True)(query, key, value, plan, crosses)
+    return sharding.over_heads(local, joined=True)(query, key, value, plan, crosses, turns)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attention(query, key, value, plan, interpret):
-    return _forward(query, key, value, plan, interpret)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attention(query, key, value, plan, turns, interpret):
+    return _forward(query, key, value, plan, turns, interpret)[0]
 
 
-def _forward(query, key, value, plan, interpret):
-    operands = _operands(query, key, value, plan)
+def _forward(query, key, value, plan, turns, interpret):
+    operands = _operands(query, key, value, plan, turns, interpret)
     output_tiles, log_sum = kernel_forward.forward(*operands, plan, interpret)
-    output, log_sum = residuals.named(from_tiles(output_tiles, query.shape, plan), log_sum)
-    return output, (query, key, value, plan, output, log_sum)
+    queries, _ = _sides(plan)
+    output, _ = queries.rows(output_tiles, query, "attention_output", interpret=interpret)
+    output, log_sum = residuals.named(output.reshape(*output.shape[:2], -1), log_sum)
+    # The gradient of the weights that come next would have it turned on its side, and then back for our kernels.
+    output = with_layout_constraint(output, Layout((0, 1, 2))).reshape(query.shape)
+    return output, (query, key, value, plan, turns, output, log_sum)
 
 
 def _backward(interpret, saved, cotangent):
-    query, key, value, plan, output, log_sum = saved
-    projection = jnp.sum(output.astype(jnp.float32) * cotangent.astype(jnp.float32), axis=-1)
-    kv_heads = key.shape[2]
-    statistics = jnp.concatenate([log_sum, to_tiles(projection, kv_heads, plan)[:, :, None]], axis=2)
-    query_tiles, *keys_values = _operands(query, key, value, plan)
-    cotangent_tiles = to_tiles(cotangent, kv_heads, plan)
+    query, key, value, plan, turns, output, log_sum = saved
+    query_tiles, *keys_values = _operands(query, key, value, plan, turns, interpret)
+    queries, keys = _sides(plan)
+    padded = queries.pad(output), queries.pad(cotangent)
+    cotangent_and_sums = cotangent_tiles(*padded, log_sum, queries.tile, interpret)
 
     def gradients(plan, key, value, d_query_dtype):
-        operands = query_tiles, key, value, cotangent_tiles, statistics
-        return kernel_backward.backward(*operands, plan, d_query_dtype, interpret)
+        return kernel_backward.backward(query_tiles, key, value, *cotangent_and_sums, plan, d_query_dtype, interpret)
 
     if plan.parts:
         plans = jax.tree.map(lambda *leaves: jnp.stack(leaves), *plan.parts)
@@ -95,17 +104,52 @@ def _backward(interpret, saved, cotangent):
         d_query, d_keys_values = d_query.astype(query.dtype), [from_parts(x, plan) for x in d_keys_values]
     else:
         d_query, *d_keys_values = gradients(plan, *keys_values, query.dtype)
-    d_query = from_tiles(d_query, query.shape, plan)
-    d_key, d_value = (from_chunks(gradient, key.shape, plan) for gradient in d_keys_values)
     # The kernel saw scores in units of log 2, and a query that held the scale.
-    d_query = d_query * query.shape[-1] ** -0.5
-    return d_query, (d_key * math.log(2)).astype(key.dtype), d_value.astype(value.dtype), None
+    scale, (d_key, d_value) = query.shape[-1] ** -0.5, d_keys_values
+    d_query, d_query_turn = queries.rows(d_query, query, "attention_query", turns.query, scale, interpret)
+    d_key, d_key_turn = keys.rows(d_key, key, "attention_key", turns.key, math.log(2), interpret)
+    d_value, _ = keys.rows(d_value, value, "attention_value", interpret=interpret)
+    return d_query, d_key, d_value, None, Turns(d_query_turn, d_key_turn)
 
 
-def _operands(query, key, value, plan):
-    scale = query.shape[-1] ** -0.5 * math.log2(math.e)
-    query_tiles = to_tiles((query * scale).astype(query.dtype), key.shape[2], plan)
-    return query_tiles, to_chunks(key, plan), to_chunks(value, plan)
+def _operands(query, key, value, plan, turns, interpret):
+    """In tiles and chunks; the query times log2(e) / sqrt(head_dim)."""
+    queries, keys = _sides(plan)
+    scale, kv_heads = query.shape[-1] ** -0.5 * math.log2(math.e), key.shape[2]
+    return (
+        queries.tiles(query, kv_heads, "attention_query", turns.query, scale, interpret),
+        keys.tiles(key, kv_heads, "attention_key", turns.key, interpret=interpret),
+        keys.tiles(value, kv_heads, "attention_value", interpret=interpret),
+    )
+
+
+class _Side(NamedTuple):
+    """Queries, or keys and values: positions of a tile, what makes whole tiles of rows, and its inverse."""
+
+    tile: int
+    pad: Callable[[jax.Array], jax.Array]
+    cut: Callable[[jax.Array], jax.Array]
+
+    def tiles(self, x, kv_heads, name, turn=None, scale=1.0, interpret=False):
+        """As kernel_operands.tiles_of_rows, of rows of any length."""
+        return tiles_of_rows(self.pad(x), kv_heads, self.tile, name, self._padded(turn), scale, interpret)
+
+    def rows(self, tiles, x, name, turn=None, scale=1.0, interpret=False):
+        """(gradient of x, gradient of turn) as kernel_operands.rows_of_tiles, of rows of any length."""
+        rows, d_weight = rows_of_tiles(tiles, self.pad(x), self.tile, name, self._padded(turn), scale, interpret)
+        if turn is not None:  # whose angles have no gradient
+            d_weight = d_weight if d_weight is None else d_weight.astype(turn.weight.dtype)
+            turn = turn.replace(weight=d_weight, cos=None, sin=None)
+        return self.cut(rows), turn
+
+    def _padded(self, turn):
+        return turn and turn.replace(cos=self.pad(turn.cos), sin=self.pad(turn.sin))
+
+
+def _sides(plan: Plan) -> tuple[_Side, _Side]:
+    """Of queries, and of keys."""
+    queries = _Side(plan.tiles.queries, lambda x: pad_queries(x, plan), lambda x: x[:, : plan.num_queries])
+    return queries, _Side(plan.tiles.chunk, lambda x: pad_keys(x, plan), lambda x: cut_keys(x, plan))
 
 
 _attention.defvjp(_forward, _backward)

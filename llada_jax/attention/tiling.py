@@ -8,10 +8,8 @@ from llada_jax.attention.plan import Plan
 
 def to_tiles(x: jax.Array, kv_heads: int, plan: Plan) -> jax.Array:
     """[batch, queries, heads, ...] -> [kv_heads, query tiles, rows, ...]; a tile's rows are its heads x positions."""
-    batch, queries, heads = x.shape[:3]
-    tile = plan.tiles.queries
-    x = jnp.pad(x, ((0, 0), (0, -queries % tile)) + ((0, 0),) * (x.ndim - 2))
-    x = x.reshape(batch, -1, tile, kv_heads, heads // kv_heads, *x.shape[3:])
+    batch, _, heads = x.shape[:3]
+    x = pad_queries(x, plan).reshape(batch, -1, plan.tiles.queries, kv_heads, heads // kv_heads, *x.shape[3:])
     x = x.transpose(3, 0, 1, 4, 2, *range(5, x.ndim))
     return x.reshape(kv_heads, batch * plan.tiles_per_row, -1, *x.shape[5:])
 
@@ -25,23 +23,41 @@ def from_tiles(x: jax.Array, shape: tuple[int, ...], plan: Plan) -> jax.Array:
 
 def to_chunks(x: jax.Array, plan: Plan) -> jax.Array:
     """[batch, keys, kv_heads, head_dim] -> [kv_heads, chunks, chunk, head_dim], each half padded to whole chunks."""
-    chunk = plan.tiles.chunk
-    halves = (x[:, : plan.num_noisy], x[:, plan.num_noisy :])
-    if plan.num_noisy % chunk or x.shape[1] % chunk:
-        halves = [jnp.pad(half, ((0, 0), (0, -half.shape[1] % chunk), (0, 0), (0, 0))) for half in halves]
-        x = jnp.concatenate(halves, axis=1)
-    return x.transpose(2, 0, 1, 3).reshape(x.shape[2], -1, chunk, x.shape[3])
+    x = pad_keys(x, plan)
+    return x.transpose(2, 0, 1, 3).reshape(x.shape[2], -1, plan.tiles.chunk, x.shape[3])
 
 
 def from_chunks(x: jax.Array, shape: tuple[int, ...], plan: Plan) -> jax.Array:
     """Inverse of to_chunks: [kv_heads, chunks, chunk, head_dim] -> shape = [batch, keys, kv_heads, head_dim]."""
-    batch, keys, kv_heads, head_dim = shape
-    x = x.reshape(kv_heads, batch, -1, head_dim).transpose(1, 2, 0, 3)
-    if x.shape[1] == keys:
+    batch, _, kv_heads, head_dim = shape
+    return cut_keys(x.reshape(kv_heads, batch, -1, head_dim).transpose(1, 2, 0, 3), plan)
+
+
+def pad_queries(x: jax.Array, plan: Plan) -> jax.Array:
+    """x [batch, queries, ...] with zeros after it, so that it is whole tiles."""
+    return _pad(x, plan.tiles.queries)
+
+
+def pad_keys(x: jax.Array, plan: Plan) -> jax.Array:
+    """x [batch, keys, ...] with zeros after each half, so that each is whole chunks."""
+    chunk = plan.tiles.chunk
+    if not (plan.num_noisy % chunk or x.shape[1] % chunk):
+        return x
+    return jnp.concatenate([_pad(half, chunk) for half in (x[:, : plan.num_noisy], x[:, plan.num_noisy :])], axis=1)
+
+
+def cut_keys(x: jax.Array, plan: Plan) -> jax.Array:
+    """Inverse of pad_keys."""
+    if x.shape[1] == plan.num_keys:
         return x
     padded = plan.noisy_chunks * plan.tiles.chunk
-    clean = x[:, padded : padded + keys - plan.num_noisy]
+    clean = x[:, padded : padded + plan.num_keys - plan.num_noisy]
     return jnp.concatenate([x[:, : plan.num_noisy], clean], axis=1)
+
+
+def _pad(x, multiple):
+    missing = -x.shape[1] % multiple
+    return jnp.pad(x, ((0, 0), (0, missing)) + ((0, 0),) * (x.ndim - 2)) if missing else x
 
 
 def to_parts(x: jax.Array, plan: Plan) -> jax.Array:

@@ -12,6 +12,7 @@ are filled to different shares (bench/rows.py).
 
 import dataclasses
 import importlib.util
+import re
 from collections.abc import Iterator
 
 import jax
@@ -171,7 +172,7 @@ def _cost(implementation: str, direction: str, length: int, mean: int, compiled:
     directions = ("forward", "backward") if direction == "both" else (direction,)
     if implementation != "dense":
         regions = (kernel if implementation == "llada" else _splash()).REGIONS
-        for name, schedule in zip(directions, compiled.kernels.values(), strict=True):
+        for name, schedule in zip(directions, _attention_kernels(compiled), strict=True):
             walks = _walks(implementation, name, length, mean, chip)
             executed, part = kernel_classes(schedule, walks, regions[name], chip)
             prefix = f"{name} " if direction == "both" else ""
@@ -196,6 +197,11 @@ def _cost(implementation: str, direction: str, length: int, mean: int, compiled:
         dma_cycles=dma_bytes / (chip.hbm_bandwidth / chip.devices) * chip.clock,
         temp_bytes=compiled.temp_bytes,
     )
+
+
+def _attention_kernels(compiled: Program) -> list[Kernel]:
+    """Without those that bring operands into form."""
+    return [kernel for name, kernel in compiled.kernels.items() if not re.search(r"attention_\w+_(tiles|rows)", name)]
 
 
 def total_cycles(classes: dict[str, Class]) -> float:

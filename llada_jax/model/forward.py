@@ -25,7 +25,7 @@ from llada_jax.model import experts, head, parameters
 from llada_jax.model.alignment import align
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.grouped_matmul import KERNELS
-from llada_jax.model.layers import project, rms_norm, rope_angles, rotate, swiglu
+from llada_jax.model.layers import Turn, Turns, project, rms_norm, rope_angles, swiglu
 from llada_jax.model.lora import weight_of
 
 # "kernel" runs on TPUs, the others anywhere.
@@ -117,13 +117,14 @@ def run_layers(
     if embedding_noise is not None:
         x = x + embedding_noise.astype(dtype)
     x = sharding.constrain(x, ("batch", "length", None))
-    cos, sin = rope_angles(config, positions)
+    # Computed once: XLA would do it again in every layer.
+    cos, sin = jax.lax.optimization_barrier(rope_angles(config, positions))
 
     def layer_of(group, visibility):
         if cache is None:
             attend = attention_of(config, execution, visibility, tokens.shape[1])
         else:
-            attend = functools.partial(cached_attention, visibility=visibility), tokens.shape[1]
+            attend = _of_turned(functools.partial(cached_attention, visibility=visibility)), tokens.shape[1]
         layer = functools.partial(_layer, config, group, execution, attend, cos, sin)
         # Without a mesh there are no gathered weights to drop, and nothing to compute again.
         if execution.remat == "none" and sharding.mesh_in_force() is None:
@@ -147,7 +148,9 @@ def run_layers(
 
 
 def attention_of(config, execution, visibility, num_keys):
-    """(attention(query, key, value), its number of queries); what the mask decides is made here, for all layers."""
+    """(attention(query, key, value, turns=Turns()), its number of queries); what the mask decides is made here, for all
+    layers. turns: layers.Turns, still to be done.
+    """
     queries = visibility.clean_start.shape[1]
     crosses = context.blocks_cross(visibility)
     if execution.attention == "kernel":
@@ -156,12 +159,16 @@ def attention_of(config, execution, visibility, num_keys):
         plan = kernel_plan(visibility, num_keys, group, config.head_dim, execution.interpret)
         attend = functools.partial(kernel_attention, plan=plan, interpret=execution.interpret, crosses=crosses)
     elif execution.attention == "blockwise":
-        attend = functools.partial(blockwise_attention, visibility=visibility, crosses=crosses)
+        attend = _of_turned(functools.partial(blockwise_attention, visibility=visibility, crosses=crosses))
     elif crosses is not None:
         raise InputError(f"attention='dense' with mesh.context={context.ranks()}, expected 'blockwise' or 'kernel'")
     else:
-        attend = functools.partial(dense_attention, visibility=visibility)
+        attend = _of_turned(functools.partial(dense_attention, visibility=visibility))
     return attend, queries
+
+
+def _of_turned(attention):
+    return lambda query, key, *others, turns=Turns(): attention(*turns.turned(query, key), *others)
 
 
 def _layer(config, group, execution, attend, cos, sin, x, weights_and_cache):
@@ -197,18 +204,17 @@ def _attention(config, attend, weights, x, cos, sin, cache):
 
     def heads(name, x):
         y = project(x, weights, name)
-        return y + weights[name + "_bias"][None, None] if config.qkv_bias else y
+        y, shape = y.reshape(*y.shape[:2], -1), y.shape
+        y = y + weights[name + "_bias"].reshape(1, 1, -1) if config.qkv_bias else y
+        return checkpoint_name(y, name).reshape(shape)
 
     query, key, value = heads("query", context.first(x, queries)), heads("key", x), heads("value", x)
-    if config.qk_norm:
-        query = rms_norm(query, weights["query_norm"], config.rms_norm_eps)
-        key = rms_norm(key, weights["key_norm"], config.rms_norm_eps)
-    query, key = rotate(query, *(context.first(angle, queries) for angle in (cos, sin))), rotate(key, cos, sin)
-    named = zip((query, key, value), _PROJECTIONS, strict=True)
-    query, key, value = (checkpoint_name(part, name) for part, name in named)
-    own = {"key": key, "value": value}
+    norms = (weights["query_norm"], weights["key_norm"]) if config.qk_norm else (None, None)
+    angles = tuple(context.first(angle, queries) for angle in (cos, sin)), (cos, sin)
+    turns = Turns(*(Turn(norm, *angle, config.rms_norm_eps) for norm, angle in zip(norms, angles, strict=True)))
+    own = {"key": turns.key(key), "value": value}
     cached = () if cache is None else (cache["key"], cache["value"])
-    return project(attend(query, key, value, *cached), weights, "output", contracted=2), own
+    return project(attend(query, key, value, *cached, turns=turns), weights, "output", contracted=2), own
 
 
 def _prepare(tokens, segment_ids, positions, block_size, block_origin):

@@ -1,6 +1,7 @@
 """The cost of the attention kernels of a training step: their schedules, times the tiles of a named packing."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,19 +10,24 @@ import numpy as np
 from llada_jax.attention import context
 from llada_jax.attention.kernel import kernel_attention
 from llada_jax.attention.kernel_backward import key_parts
+from llada_jax.attention.kernel_operands import steps
 from llada_jax.attention.plan import Plan, make_plan
 from llada_jax.attention.tiles import Tiles, device_kind, tiles_for
 from llada_jax.attention.visibility import block_causal, block_diffusion, layout
 from llada_jax.bench import kernel, rows
 from llada_jax.bench.attention import kernel_classes, total_cycles
 from llada_jax.bench.rows import Walk
-from llada_jax.pod.aot import compile_program
+from llada_jax.model.layers import Turn, Turns
+from llada_jax.pod.aot import Program, compile_program
 from llada_jax.pod.chips import Chip, Topology
 from llada_jax.pod.operations import Cost
 from llada_jax.pod.schedule_reader import Kernel
+from llada_jax.pod.step_cost import KernelCost
+from llada_jax.pod.stream_cost import compiled_costs
 from llada_jax.pod.topology import one_device
 
 PASSES = ("forward", "backward")
+NAME = "block_diffusion_attention_"
 _MATMULS = {"forward": 2, "backward": 5}  # of a tile; the backward pass computes the scores again
 
 
@@ -36,6 +42,8 @@ class Shape:
     heads: int
     kv_heads: int
     head_dim: int
+    rotary_dim: int
+    qk_norm: bool
     ranks: int = 1
 
     @property
@@ -81,35 +89,57 @@ def program(shape: dict):
         jax.ShapeDtypeStruct((shape.length,), jnp.int32),
     )
 
-    def both(query, key, value, plan, cotangent):
-        out, vjp = jax.vjp(lambda q, k, v: kernel_attention(q, k, v, plan), query, key, value)
+    def both(query, key, value, turns, plan, cotangent):
+        def attend(query, key, value, turns):
+            return kernel_attention(query, key, value, plan, turns=turns)
+
+        out, vjp = jax.vjp(attend, query, key, value, turns)
         return out, vjp(cotangent)
 
-    return both, (q, k, k, plan, q)
+    norm = jax.ShapeDtypeStruct((shape.head_dim,), jnp.bfloat16) if shape.qk_norm else None
+    q_angle, k_angle = (jax.ShapeDtypeStruct((1, x.shape[1], shape.rotary_dim // 2), jnp.float32) for x in (q, k))
+    turns = Turns(*(Turn(norm, angle, angle, eps=1e-6) for angle in (q_angle, k_angle)))
+    return both, (q, k, k, turns if shape.ranks == 1 else turns._replace(key=None), plan, q)
 
 
-def kernel_costs(shape: Shape, block_size: int, mean: int, num_rows: float, topology: Topology) -> dict[str, Cost]:
-    """{"forward", "backward": Cost of one call for num_rows rows}: num_rows times the mean over the bench's rows of
-    mean document length `mean`, of the busiest rank. Where keys go in parts, the backward pass is a call for each.
-    """
+def kernel_costs(
+    shape: Shape, block_size: int, mean: int, num_rows: float, topology: Topology
+) -> dict[str, KernelCost]:
+    """{beginning of a kernel's name: its cost for num_rows rows}."""
     compiled = compile_program(
         "llada_jax.pod.attention_cost:program", {"shape": dataclasses.asdict(shape)}, topology.name
     )
-    chip = topology.chip
     with jax.set_mesh(one_device(topology)):
         tiles, parts = shape.tiles(), shape.key_parts()
+    costs = {}
+    for name, cost in _walk_costs(shape, block_size, mean, compiled, tiles, parts, topology.chip).items():
+        costs[NAME + name] = lambda result, operands, cost=cost * num_rows: ("attention", cost)
+    q, k = (1, shape.positions // shape.ranks, shape.heads), (1, shape.positions, shape.kv_heads)
+    queries = functools.partial(steps, (*q, shape.head_dim), shape.kv_heads, tiles.queries)
+    keys = functools.partial(steps, (*k, shape.head_dim), shape.kv_heads, tiles.chunk)
+    counts = dict.fromkeys(("attention_query_tiles", "attention_query_rows", "attention_output_rows"), queries(2))
+    counts["attention_cotangent_tiles"] = queries(4)
+    counts |= {f"attention_{name}_{form}": keys(2) for name in ("key", "value") for form in ("tiles", "rows")}
+    return costs | compiled_costs(compiled, counts, "attention", topology.chip)
+
+
+def _walk_costs(shape: Shape, block_size: int, mean: int, compiled: Program, tiles: Tiles, parts: int, chip: Chip):
+    """{"forward", "backward": Cost of one call for one row}: the mean over the bench's rows of mean document length
+    `mean`, of the busiest rank. Where keys go in parts, the backward pass is a call for each.
+    """
     make = jax.jit(lambda row, queries: shape.plan(row, block_size, queries, tiles, parts))
     # [row][rank]
     plans = [[make(row, queries) for queries in shape.rank_queries()] for row in rows.segment_ids(shape.length, mean)]
     costs = {}
-    for name, schedule in zip(PASSES, compiled.kernels.values(), strict=True):
+    for name in PASSES:
+        (schedule,) = (schedule for kernel, schedule in compiled.kernels.items() if NAME + name in kernel)
         # [row, rank, call]
         walks = [[_walks(plan, name, shape) for plan in of_ranks] for of_ranks in plans]
         seconds = _each(walks, lambda walk: _seconds(schedule, walk, kernel.REGIONS[name], chip)).mean(axis=2)  # noqa: B023
         computed = _each(walks, lambda walk: walk.regions["full"] + walk.regions["partial"]).mean()
         pairs = tiles.queries * shape.heads // shape.kv_heads * getattr(tiles, name) * tiles.chunk
         flops = 2 * _MATMULS[name] * computed * pairs * shape.head_dim
-        costs[name] = Cost(float(seconds.max(axis=1).mean()) * num_rows, float(flops) * num_rows)
+        costs[name] = Cost(float(seconds.max(axis=1).mean()), float(flops))
     return costs
 
 

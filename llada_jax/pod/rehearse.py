@@ -284,7 +284,10 @@ def _attention_shape(config: ConfigDict, step: Step) -> attention_cost.Shape:
     heads = step.model.num_heads // tensor
     kv_heads = max(step.model.num_kv_heads // tensor, 1)
     ranks = step.mesh.shape["context"]
-    return attention_cost.Shape(config.data.length, step.halves, heads, kv_heads, step.model.head_dim, ranks)
+    model = step.model
+    return attention_cost.Shape(
+        config.data.length, step.halves, heads, kv_heads, model.head_dim, model.rotary_dim, model.qk_norm, ranks
+    )
 
 
 def _rows(config: ConfigDict, mesh) -> float:
@@ -300,13 +303,9 @@ def _kernels(config: ConfigDict, step: Step, slices: Slices, packing: Packing):
     """{beginning of a Pallas kernel's name: its cost}."""
     rows = _rows(config, step.mesh)
     shape = _attention_shape(config, step)
-    attention = attention_cost.kernel_costs(
+    kernels = attention_cost.kernel_costs(
         shape, packing.block_size, packing.mean_document, rows * shape.ranks, slices.topology
     )
-    kernels = {
-        f"block_diffusion_attention_{name}": lambda result, operands, cost=cost: ("attention", cost)
-        for name, cost in attention.items()
-    }
     if step.model.is_moe:
         grouped = _expert_costs(config, step, slices.topology, rows * shape.positions, packing)
 

@@ -4,9 +4,11 @@ Such a kernel takes, for every byte that it moves, the longer of the copy at HBM
 schedule. Compiler-estimated, not measured.
 """
 
+from collections.abc import Iterable, Mapping
+
 from llada_jax.pod import hlo
-from llada_jax.pod.aot import compile_program
-from llada_jax.pod.chips import Topology
+from llada_jax.pod.aot import Program, compile_program
+from llada_jax.pod.chips import Chip, Topology
 from llada_jax.pod.hlo import Array
 from llada_jax.pod.operations import Cost
 from llada_jax.pod.schedule_reader import main_loop
@@ -19,22 +21,28 @@ def stream_costs(target: str, arguments: dict, steps: int, part: str, topology: 
     target: as in aot.compile_program, a program in which each kernel takes so many steps; part: of step_cost.PARTS.
     """
     compiled = compile_program(target, arguments, topology.name)
-    module, chip = hlo.parse(compiled.hlo), topology.chip
-    per_byte = {}
+    names = {name.split(".")[0] for name in compiled.kernels}
+    return compiled_costs(compiled, dict.fromkeys(names, steps), part, topology.chip)
+
+
+def compiled_costs(compiled: Program, steps: Mapping[str, int], part: str, chip: Chip) -> dict[str, KernelCost]:
+    """As stream_costs; steps of each kernel of the compiled program, by its name."""
+    module, costs = hlo.parse(compiled.hlo), {}
     for op in module.computations[module.entry]:
-        if op.target != "tpu_custom_call":
-            continue
-        kernel = compiled.kernels[op.name]
-        cores = chip.cores_per_device if kernel.split else 1
-        moved = _bytes(op.result) + sum(_bytes(module.operand(module.entry, name).result) for name in op.operands)
-        cycles = main_loop(kernel).total.cycles * steps / cores
-        per_byte[op.name.split(".")[0]] = max(cycles / chip.clock / moved, chip.devices / chip.hbm_bandwidth)
-    return {name: _kernel_cost(part, seconds) for name, seconds in per_byte.items()}
+        for name, count in steps.items():
+            if op.name in compiled.kernels and name in op.name:  # XLA adds what it was traced through
+                kernel = compiled.kernels[op.name]
+                arrays = [*op.result, *(x for y in op.operands for x in module.operand(module.entry, y).result)]
+                cores = chip.cores_per_device if kernel.split else 1
+                cycles = main_loop(kernel).total.cycles * count / cores
+                per_byte = max(cycles / chip.clock / _bytes(arrays), chip.devices / chip.hbm_bandwidth)
+                costs[name] = _kernel_cost(part, per_byte)
+    return costs
 
 
 def _kernel_cost(part: str, seconds: float) -> KernelCost:
     return lambda result, operands: (part, Cost(seconds * (_bytes(result) + _bytes(operands))))
 
 
-def _bytes(arrays: tuple[Array, ...]) -> int:
+def _bytes(arrays: Iterable[Array]) -> int:
     return sum(array.bytes for array in arrays)

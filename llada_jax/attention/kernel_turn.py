@@ -1,0 +1,98 @@
+"""RMSNorm and rotation of the heads of one tile, inside a kernel: layers.Turn and its transpose, in float32.
+
+    y = r (x w C + P(x) P(w) S)
+
+r = 1 / rms(x); w: the weight of RMSNorm; C, S: the cosines and the signed sines of the channels, times a scale; P: the
+halves of a rotation change places. Sums over channels and P cross lanes, which takes a TPU's vector units longer than
+all the rest: bfloat16 goes through the matrix unit instead. It takes bfloat16 only, so a float32 goes as the two that
+hold its first 16 bits, which are all of a bfloat16 squared. Where x is float32, vector units do everything.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
+
+from llada_jax.model.layers import Turn
+
+
+def tile_turn(turn: Turn | None, refs, positions: slice, group: int, scale: float, head_dim: int):
+    """.forward and .backward, as _TileTurn's; without a turn they scale only."""
+    return _Scale(scale) if turn is None else _TileTurn(turn, refs, positions, group, scale, head_dim)
+
+
+class _Scale(NamedTuple):
+    scale: float
+
+    def forward(self, x):
+        return x if self.scale == 1 else x.astype(jnp.float32) * self.scale
+
+    def backward(self, dy, x):
+        return self.forward(dy), 0.0
+
+
+class _TileTurn:
+    """Of `group` heads at some positions, one after the other: [group * positions, head_dim]."""
+
+    def __init__(self, turn: Turn, refs, positions: slice, group: int, scale: float, head_dim: int):
+        """refs: cos, sin [positions of a block, rotary_dim / 2] and the weight [1, head_dim], if any, all float32."""
+        cos, sin, *weight = (ref[positions] if i < 2 else ref[...] for i, ref in enumerate(refs))
+        self.half, self.eps = cos.shape[1], turn.eps
+        rest = jnp.zeros((len(cos), head_dim - 2 * self.half), jnp.float32)
+        tables = [_beside(cos, cos, rest + 1), _beside(-sin, sin, rest), _beside(sin, -sin, rest)]
+        if weight:
+            tables += [tables[0] * weight[0], tables[1] * _halves_exchanged(weight[0], self.half)]
+        tables = [jnp.concatenate([table * scale] * group, axis=0) for table in tables]
+        self.weight = weight[0] if weight else None
+        self.cos, self.sin, self.sin_back, *self.weighted = tables
+
+    def forward(self, x: jax.Array) -> jax.Array:
+        cos, sin = (self.cos, self.sin) if self.weight is None else self.weighted
+        y = x.astype(jnp.float32) * cos + self._exchanged(x) * sin
+        return y if self.weight is None else y * self._inverse_rms(x)
+
+    def backward(self, dy: jax.Array, x: jax.Array | None) -> tuple[jax.Array, jax.Array | float]:
+        """(the gradient of x, summands of the weight's gradient: 0 without one); dy in x's dtype."""
+        d_normal = dy.astype(jnp.float32) * self.cos + self._exchanged(dy) * self.sin_back
+        if self.weight is None:
+            return d_normal, 0.0
+        inverse, weighted = self._inverse_rms(x), d_normal * self.weight
+        x32 = x.astype(jnp.float32)
+        mean = _means(weighted * x32, x.dtype)
+        return inverse * (weighted - x32 * (jnp.square(inverse) * mean)), d_normal * x32 * inverse
+
+    def _inverse_rms(self, x):
+        return jax.lax.rsqrt(_means(jnp.square(x.astype(jnp.float32)), x.dtype) + self.eps)
+
+    def _exchanged(self, x):
+        """P(x), float32."""
+        x, half, channels = x.astype(jnp.float32), self.half, x.shape[1]
+        if channels % 128:
+            return _halves_exchanged(x, half)
+        # Whole registers are turned round more cheaply than pieces of them are put together.
+        after = pltpu.roll(x, half, 1)
+        if 2 * half == channels:
+            return after
+        channel = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
+        before = pltpu.roll(x, channels - half, 1)
+        return jnp.where(channel < half, before, jnp.where(channel < 2 * half, after, 0.0))
+
+
+def _means(x, dtype):
+    """Of each row of x, float32, in one channel or in every one; to 16 bits where dtype is bfloat16."""
+    if dtype == jnp.float32:
+        return jnp.mean(x, axis=-1, keepdims=True)
+    high = jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x, jnp.int32) & ~0xFFFF, jnp.float32)
+    mean = jnp.full((x.shape[1],) * 2, 1 / x.shape[1], jnp.float32)
+    one_pass = functools.partial(jnp.dot, precision=jax.lax.Precision.DEFAULT, preferred_element_type=jnp.float32)
+    return one_pass(high, mean) + one_pass(x - high, mean)
+
+
+def _halves_exchanged(x, half):
+    return _beside(x[:, half : 2 * half], x[:, :half], jnp.zeros_like(x[:, 2 * half :]))
+
+
+def _beside(*parts):
+    return jnp.concatenate([part for part in parts if part.shape[1]], axis=1)
