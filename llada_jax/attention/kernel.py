@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from llada_jax import sharding
 from llada_jax.attention import context, kernel_backward, kernel_forward, residuals
-from llada_jax.attention.kernel_operands import cotangent_tiles, rows_of_tiles, tiles_of_rows
+from llada_jax.attention.kernel_operands import cotangent_tiles, rows_of_tiles, steps, tiles_of_rows
 from llada_jax.attention.plan import Plan, make_plan
 from llada_jax.attention.tiles import Tiles, device_kind, tiles_for
 from llada_jax.attention.tiling import cut_keys, from_parts, pad_keys, pad_queries, to_parts
@@ -63,6 +63,19 @@ def kernel_attention(
     interpret = pltpu.InterpretParams() if interpret else False
     local = context.with_all_keys(lambda *operands: _attention(*operands, interpret))
     return sharding.over_heads(local, joined=True)(query, key, value, plan, crosses, turns)
+
+
+def operand_steps(queries: int, heads: int, keys: int, kv_heads: int, head_dim: int, tiles: Tiles) -> dict[str, int]:
+    """{name: steps of the grid} of the kernels around an attention of one bfloat16 row; queries and keys are tiles."""
+
+    def count(length, heads, tile, itemsize=2):
+        return steps((1, length, heads, head_dim), kv_heads, tile, itemsize)
+
+    names = "attention_query_tiles", "attention_query_rows", "attention_output_rows"
+    counts = dict.fromkeys(names, count(queries, heads, tiles.queries))
+    counts["attention_cotangent_tiles"] = count(queries, heads, tiles.queries, 4)
+    names = (f"attention_{name}_{form}" for name in ("key", "value") for form in ("tiles", "rows"))
+    return counts | dict.fromkeys(names, count(keys, kv_heads, tiles.chunk))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llada_jax.attention.dense import dense_attention
+from llada_jax.attention.kernel import operand_steps
 from llada_jax.attention.tiles import Tiles, tiles_for
 from llada_jax.attention.visibility import Visibility, block_diffusion, layout
 from llada_jax.bench import kernel, rows
@@ -31,6 +32,7 @@ from llada_jax.pod.hlo import parse
 from llada_jax.pod.operations import Cost as OperationCost
 from llada_jax.pod.schedule_reader import Kernel, region_costs
 from llada_jax.pod.step_cost import step_lines
+from llada_jax.pod.stream_cost import compiled_costs
 from llada_jax.pod.useful_flops import allowed_pairs
 
 IMPLEMENTATIONS = ("llada", "splash_static", "splash_tiles", "dense")
@@ -181,7 +183,8 @@ def _cost(implementation: str, direction: str, length: int, mean: int, compiled:
             tile_pairs[name] = walks[0].tile_pairs
             dma_bytes += sum(walk.dma_bytes for walk in walks)
     # A decoding batch is one program.
-    classes["xla"] = Class(xla_cycles(compiled, chip), 0.0, 1 if direction == "decode" else rows.ROWS)
+    steps = _operand_steps(direction, length, chip) if implementation == "llada" else {}
+    classes["xla"] = Class(xla_cycles(compiled, chip, steps), 0.0, 1 if direction == "decode" else rows.ROWS)
     cycles = total_cycles(classes)
     if direction == "decode":
         pairs = int((rows.cached(length) + BLOCK_SIZE).sum()) * BLOCK_SIZE
@@ -208,10 +211,20 @@ def total_cycles(classes: dict[str, Class]) -> float:
     return sum(part.tiles * max(part.bundles, part.mxu_cycles) for part in classes.values())
 
 
-def xla_cycles(compiled: Program, chip: Chip) -> float:
-    """Of all that is not a Pallas kernel."""
-    kernels_left_out = {"": lambda result, operands: ("attention", OperationCost())}
-    return sum(line.seconds for line in step_lines(parse(compiled.hlo), chip, kernels_left_out)) * chip.clock
+def _operand_steps(direction: str, length: int, chip: Chip) -> dict[str, int]:
+    batch, queries, keys = 1, 2 * length, 2 * length
+    if direction == "decode":
+        batch, queries, keys = rows.ROWS, BLOCK_SIZE, BLOCK_SIZE + length
+    tiles = tiles_for(chip.device_kind, HEAD_DIM, HEADS // KV_HEADS, queries)
+    return operand_steps(batch * queries, HEADS, batch * keys, KV_HEADS, HEAD_DIM, tiles)
+
+
+def xla_cycles(compiled: Program, chip: Chip, steps: dict[str, int]) -> float:
+    """Of what is not a Pallas kernel, and of our kernels that bring operands into form, which take so many steps."""
+    around = compiled_costs(compiled, steps, "attention", chip)
+    costs = {op: cost for op in compiled.kernels for name, cost in around.items() if name in op}
+    left_out = {"": lambda result, operands: ("attention", OperationCost())}
+    return sum(line.seconds for line in step_lines(parse(compiled.hlo), chip, costs | left_out)) * chip.clock
 
 
 def kernel_classes(schedule: Kernel, walks: list[rows.Walk], names, chip: Chip):

@@ -1,16 +1,14 @@
 """The cost of the attention kernels of a training step: their schedules, times the tiles of a named packing."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from llada_jax.attention import context
-from llada_jax.attention.kernel import kernel_attention
+from llada_jax.attention.kernel import kernel_attention, operand_steps
 from llada_jax.attention.kernel_backward import key_parts
-from llada_jax.attention.kernel_operands import steps
 from llada_jax.attention.plan import Plan, make_plan
 from llada_jax.attention.tiles import Tiles, device_kind, tiles_for
 from llada_jax.attention.visibility import block_causal, block_diffusion, layout
@@ -114,12 +112,9 @@ def kernel_costs(
     costs = {}
     for name, cost in _walk_costs(shape, block_size, mean, compiled, tiles, parts, topology.chip).items():
         costs[NAME + name] = lambda result, operands, cost=cost * num_rows: ("attention", cost)
-    q, k = (1, shape.positions // shape.ranks, shape.heads), (1, shape.positions, shape.kv_heads)
-    queries = functools.partial(steps, (*q, shape.head_dim), shape.kv_heads, tiles.queries)
-    keys = functools.partial(steps, (*k, shape.head_dim), shape.kv_heads, tiles.chunk)
-    counts = dict.fromkeys(("attention_query_tiles", "attention_query_rows", "attention_output_rows"), queries(2))
-    counts["attention_cotangent_tiles"] = queries(4)
-    counts |= {f"attention_{name}_{form}": keys(2) for name in ("key", "value") for form in ("tiles", "rows")}
+    counts = operand_steps(
+        shape.positions // shape.ranks, shape.heads, shape.positions, shape.kv_heads, shape.head_dim, tiles
+    )
     return costs | compiled_costs(compiled, counts, "attention", topology.chip)
 
 
