@@ -6,37 +6,52 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from llada_jax.model import router_kernel
 from llada_jax.model.config import ModelConfig
 
 
-def route(x: jax.Array, router: jax.Array, bias: jax.Array | None, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
-    """Returns experts [tokens, k] int32 and their weights [tokens, k] float32, k = num_experts_per_token.
+def route(
+    x: jax.Array, router: jax.Array, bias: jax.Array | None, config: ModelConfig, kernel: str = "xla",
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """Returns experts [k, tokens] int32 and their weights [k, tokens] float32, k = num_experts_per_token.
 
     x [tokens, embed]; router [embed, experts]; bias [experts] or None.
     "softmax" (Qwen3-MoE): the k largest probabilities. "sigmoid" (Ling 2.0, LLaDA2): the bias steers the selection and
     never the weight; only the num_selected_groups groups with the largest sums of two best scores are eligible. With
     routing_block (LLaDA2.2) tokens are whole blocks instead, and only the routing_block_experts experts with the
     largest score of any token of the block are. Ties go to the lowest index.
+    kernel, interpret: as in grouped_matmul; of configurations that do not fit router_kernel.py, "megablox" selects as
+    "xla" does.
     """
-    logits = checkpoint_name(_logits(x, router.astype(jnp.float32)), "routing")
+    logits = _logits(x, router.astype(jnp.float32))
+    bias = None if bias is None else bias.astype(jnp.float32)
+    if kernel == "megablox" and router_kernel.fits(config):
+        experts, weights = router_kernel.select(logits.T, bias, config, interpret)
+    else:
+        experts, weights = _select(checkpoint_name(logits, "routing"), bias, config)
+    if config.normalize_expert_weights and config.num_experts_per_token > 1:
+        weights /= weights.sum(0, keepdims=True) + 1e-20
+    return experts, weights * config.routed_scaling_factor
+
+
+def _select(logits: jax.Array, bias: jax.Array | None, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """Experts and their scores, [k, tokens], for logits [tokens, experts]."""
     if config.router == "softmax":
         scores = jax.nn.softmax(logits, axis=-1)
         ranking = scores
     else:
         scores = jax.nn.sigmoid(logits)
-        ranking = scores if bias is None else scores + bias.astype(jnp.float32)[None]
+        ranking = scores if bias is None else scores + bias[None]
         if config.routing_block:
             ranking = _limit_in_blocks(ranking, config.routing_block, config.routing_block_experts)
         else:
             ranking = _limit_to_groups(ranking, config.num_groups, config.num_selected_groups)
-    experts = jax.lax.top_k(jax.lax.stop_gradient(ranking), config.num_experts_per_token)[1]
+    experts = jax.lax.top_k(jax.lax.stop_gradient(ranking), config.num_experts_per_token)[1].T
     experts = checkpoint_name(experts, "routing")
     # A sum with one term: the gradient of take_along_axis would be a scatter.
     chosen = experts[..., None] == jnp.arange(config.num_experts)[None, None]
-    weights = jnp.where(chosen, scores[:, None], 0).sum(-1)
-    if config.normalize_expert_weights and config.num_experts_per_token > 1:
-        weights /= weights.sum(-1, keepdims=True) + 1e-20
-    return experts, weights * config.routed_scaling_factor
+    return experts, checkpoint_name(jnp.where(chosen, scores[None], 0).sum(-1), "routing")
 
 
 @jax.custom_vjp

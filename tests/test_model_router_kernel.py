@@ -1,0 +1,120 @@
+"""The router's Pallas kernels, interpreted, against the plain router; and compiled for a TPU that is not there."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llada_jax.model import experts, router_kernel, rows_kernel
+from llada_jax.model.config import preset
+from llada_jax.model.grouped_matmul import KERNELS
+from llada_jax.model.router import _select, route
+from llada_jax.pod import routing_cost
+from llada_jax.pod.chips import parse_topology
+from llada_jax.pod.hlo import Array
+
+MINI = preset("llada2_mini")
+QWEN = preset("qwen3_30b_a3b")
+SMALL = MINI.replace(num_experts=64, num_groups=4, num_selected_groups=2, num_experts_per_token=3)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    monkeypatch.setattr(router_kernel, "TILE", 128)
+    monkeypatch.setattr(rows_kernel, "TILE", 128)
+
+
+@pytest.mark.parametrize(
+    "config,tokens",
+    [(MINI, 40), (QWEN, 130), (SMALL, 300), (SMALL.replace(num_groups=1, num_selected_groups=1, num_experts=40), 1)],
+    ids=["groups", "softmax", "several tiles", "a token"],
+)
+def test_equals_the_plain_router(config, tokens, small_tiles):
+    rng = np.random.default_rng(0)
+    x, router, bias, cotangent = (
+        jnp.asarray(rng.normal(size=size), jnp.float32)
+        for size in ((tokens, 16), (16, config.num_experts), config.num_experts, (config.num_experts_per_token, tokens))
+    )
+    bias = bias if config.expert_bias else None
+
+    def run(kernel):
+        def weights(x, router):
+            experts, weights = route(x, router, bias, config, kernel, interpret=True)
+            return weights, experts
+
+        found, vjp, experts = jax.vjp(weights, x, router, has_aux=True)
+        return experts, found, vjp(cotangent)
+
+    (experts, *ours), (expected, *plain) = jax.jit(lambda: (run("megablox"), run("xla")))()
+    np.testing.assert_array_equal(experts, expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6), ours, plain)
+
+
+@pytest.mark.parametrize("config", [SMALL, SMALL.replace(router="softmax", num_groups=1, num_selected_groups=1)])
+def test_ties_and_extremes_go_as_in_the_plain_router(config):
+    """Few different logits, so that experts and groups tie; one token of equals, and some scores of exactly 0 and 1."""
+    logits = np.random.default_rng(0).integers(-1, 2, (50, 64)).astype(np.float32)
+    logits[0] = 0
+    logits[1, ::3], logits[2, 5:9] = -np.inf, 200
+    logits[3, 1:] = -200
+    logits = jnp.asarray(logits)
+    ours = router_kernel.select(logits.T, None, config, True)
+    expected = _select(logits, None, config)
+    np.testing.assert_array_equal(ours[0], expected[0])
+    np.testing.assert_allclose(ours[1], expected[1], rtol=1e-6)
+
+
+def test_experts_of_nan_exist():
+    """Rows are taken at the experts without a check of bounds."""
+    experts, _ = router_kernel.select(jnp.full((64, 4), jnp.nan), None, SMALL, True)
+    assert ((0 <= experts) & (experts < 64)).all()
+
+
+def test_other_routers_take_the_plain_path():
+    for config in (preset("tiny_moe"), MINI.replace(routing_block=8, routing_block_experts=16)):
+        assert not router_kernel.fits(config)
+    assert router_kernel.fits(MINI) and router_kernel.fits(QWEN)
+
+
+def test_costs_of_the_kernels():
+    """Compiler-estimated; a vector unit compares 1024 numbers a cycle and slot, of which there are four."""
+    costs = routing_cost.kernel_costs(MINI, 32768, 1, parse_topology("v5p:2x2x1"))
+    logits, chosen = Array("f32", (256, 32768), True), Array("f32", (8, 32768), True)
+    counts, first = Array("f32", (2, 8, 256), True), Array("f32", (2, 256, 128), True)
+
+    def microseconds(name, result, *operands):
+        part, cost = costs[name](result, operands)
+        assert part == "glue"
+        return cost.seconds * 1e6
+
+    # XLA's own operations take 140 for the groups, 340 for the sort, 530 for the scores, 550 for the gradient.
+    assert 20 < microseconds("router_selection_forward", (chosen, chosen), logits) < 80
+    assert 10 < microseconds("router_selection_backward", (logits,), chosen, chosen, chosen) < 16
+    assert 5 < microseconds("router_rows_count", (counts,), chosen) < 15
+    assert 10 < microseconds("router_rows_place", (chosen,), chosen, first) < 40
+
+
+@pytest.mark.parametrize("num_experts,tokens,somewhere", [(16, 40, 0), (64, 600, 5), (12, 300, 3)])
+def test_sorting_by_counting_equals_sorting(num_experts, tokens, somewhere, small_tiles):
+    """somewhere: so many experts below and above those that are here."""
+    rng = np.random.default_rng(0)
+    chosen = [rng.permutation(num_experts + 2 * somewhere)[:4] - somewhere for _ in range(tokens)]
+    chosen = jnp.asarray(np.stack(chosen, axis=1), jnp.int32)
+    ours, plain = (
+        experts.sort_by_expert(chosen, num_experts, somewhere > 0, kernel, interpret=True) for kernel in KERNELS
+    )
+    rows = int(ours.group_sizes.sum())
+    np.testing.assert_array_equal(ours.pair[:rows], plain.pair[:rows])
+    np.testing.assert_array_equal(ours.where_here(ours.row), plain.where_here(plain.row))
+    np.testing.assert_array_equal(ours.group_sizes, plain.group_sizes)
+    j, token = np.divmod(np.asarray(ours.pair[:rows]), tokens)
+    np.testing.assert_array_equal(np.asarray(ours.row)[j, token], np.arange(rows))
+    sorted_experts = np.asarray(chosen)[j, token]
+    order = np.stack([sorted_experts, token])
+    np.testing.assert_array_equal(np.lexsort(order[::-1]), np.arange(rows))
+    assert ours.row.max() < len(ours.pair)
+
+
+def test_more_pairs_than_32_bits_tell_apart_are_sorted_too():
+    chosen = jnp.asarray(np.random.default_rng(0).integers(0, 5, (3, 50)), jnp.int32)
+    np.testing.assert_array_equal(experts._sorted_pairs(chosen, 6), experts._sorted_pairs(chosen, 2**28))
