@@ -1,21 +1,30 @@
 """The router's Pallas kernels, interpreted, against the plain router; and compiled for a TPU that is not there."""
 
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.ad_checkpoint import print_saved_residuals
+from jax.sharding import NamedSharding, PartitionSpec
 
-from llada_jax.model import experts, router_kernel, rows_kernel
+from llada_jax.model import experts, parameters, router_kernel, rows_kernel
 from llada_jax.model.config import preset
+from llada_jax.model.forward import REMAT_POLICIES, Execution
 from llada_jax.model.grouped_matmul import KERNELS
 from llada_jax.model.router import _select, route
 from llada_jax.pod import routing_cost
 from llada_jax.pod.chips import parse_topology
 from llada_jax.pod.hlo import Array
+from llada_jax.pod.topology import one_device
+from llada_jax.sharding import Shards
 
 MINI = preset("llada2_mini")
 QWEN = preset("qwen3_30b_a3b")
 SMALL = MINI.replace(num_experts=64, num_groups=4, num_selected_groups=2, num_experts_per_token=3)
+SMALL_SOFTMAX = SMALL.replace(router="softmax", num_groups=1, num_selected_groups=1)
 
 
 @pytest.fixture
@@ -50,7 +59,7 @@ def test_equals_the_plain_router(config, tokens, small_tiles):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6), ours, plain)
 
 
-@pytest.mark.parametrize("config", [SMALL, SMALL.replace(router="softmax", num_groups=1, num_selected_groups=1)])
+@pytest.mark.parametrize("config", [SMALL, SMALL_SOFTMAX])
 def test_ties_and_extremes_go_as_in_the_plain_router(config):
     """Few different logits, so that experts and groups tie; one token of equals, and some scores of exactly 0 and 1."""
     logits = np.random.default_rng(0).integers(-1, 2, (50, 64)).astype(np.float32)
@@ -118,3 +127,40 @@ def test_sorting_by_counting_equals_sorting(num_experts, tokens, somewhere, smal
 def test_more_pairs_than_32_bits_tell_apart_are_sorted_too():
     chosen = jnp.asarray(np.random.default_rng(0).integers(0, 5, (3, 50)), jnp.int32)
     np.testing.assert_array_equal(experts._sorted_pairs(chosen, 6), experts._sorted_pairs(chosen, 2**28))
+
+
+def test_a_layer_of_experts_by_kernels_equals_the_plain_one(small_tiles):
+    changes = dict(num_layers=2, hidden_size=32, moe_intermediate_size=16)
+    config = SMALL.replace(num_experts=16, num_groups=2, num_selected_groups=1, **changes)
+    weights = jax.tree.map(lambda w: w[0], parameters.initialize(config, jax.random.key(0))["sparse"])
+    x = jax.random.normal(jax.random.key(1), (2, 5, 32))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def layer(kernel, x, weights):
+        return experts.moe(x, weights, Shards(), config, Execution(experts=kernel, interpret=True))
+
+    (ours, load), (plain, expected) = (layer(kernel, x, weights) for kernel in KERNELS)
+    np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(load, expected)
+    assert load.shape == (1, 16) and load.sum() == 2 * 5 * 3
+
+
+@pytest.mark.parametrize("config", [SMALL, SMALL_SOFTMAX], ids=["sigmoid", "softmax"])
+def test_the_backward_pass_selects_and_sorts_nothing(config, capsys):
+    """With a remat policy that keeps "routing"; of all scores, only a softmax keeps something."""
+
+    def weights(x, router):
+        chosen, weights = route(x, router, None, config, "megablox")
+        return experts.rows_of_pairs(weights, experts.sort_by_expert(chosen, 64, kernel="megablox")).sum()
+
+    layer = jax.checkpoint(weights, policy=REMAT_POLICIES["attention"])
+    mesh = one_device(parse_topology("v5p:2x2x1"))
+    replicated = NamedSharding(mesh, PartitionSpec())
+    x, router = (jax.ShapeDtypeStruct(shape, jnp.float32, sharding=replicated) for shape in ((700, 16), (16, 64)))
+    with jax.set_mesh(mesh):
+        program = jax.jit(jax.value_and_grad(layer, (0, 1))).lower(x, router).compile().as_text()
+        print_saved_residuals(layer, x, router)
+    for kernel in ("selection_forward", "rows_count", "rows_place", "selection_backward"):
+        assert len(re.findall(rf"%\w*router_{kernel}[\w.]* = ", program)) == 1
+    assert len(re.findall(r" sort\(", program)) == 1
+    assert ("f32[64,700]" in capsys.readouterr().out) == (config.router == "softmax")
