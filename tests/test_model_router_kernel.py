@@ -14,7 +14,7 @@ from llada_jax.model import experts, parameters, router_kernel, rows_kernel
 from llada_jax.model.config import preset
 from llada_jax.model.forward import REMAT_POLICIES, Execution
 from llada_jax.model.grouped_matmul import KERNELS
-from llada_jax.model.router import _select, route
+from llada_jax.model.router import _logits, _select, route
 from llada_jax.pod import routing_cost
 from llada_jax.pod.chips import parse_topology
 from llada_jax.pod.hlo import Array
@@ -71,6 +71,20 @@ def test_ties_and_extremes_go_as_in_the_plain_router(config):
     expected = _select(logits, None, config)
     np.testing.assert_array_equal(ours[0], expected[0])
     np.testing.assert_allclose(ours[1], expected[1], rtol=1e-6)
+
+
+def test_logits_of_bfloat16_are_float32():
+    rng = np.random.default_rng(0)
+    x, router, cotangent = (rng.normal(size=size).astype(np.float32) for size in ((30, 256), (256, 16), (30, 16)))
+    x = jnp.asarray(x, jnp.bfloat16)
+    logits, vjp = jax.vjp(jax.jit(_logits), x, router)
+    exact = np.asarray(x, np.float64)
+    scale = np.abs(exact) @ np.abs(router)
+    assert np.abs((logits - exact @ router) / scale).max() < 2e-7
+    assert np.abs(x.astype(jnp.float32) @ router.astype(jnp.bfloat16) - exact @ router).max() > 1e-3
+    d_x, d_router = vjp(cotangent)
+    assert d_x.dtype == jnp.bfloat16 and d_router.dtype == jnp.float32
+    np.testing.assert_allclose(d_router, exact.T @ cotangent, rtol=1e-5, atol=1e-5)
 
 
 def test_experts_of_nan_exist():

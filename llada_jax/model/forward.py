@@ -55,7 +55,7 @@ REMAT_POLICIES = {
 class Execution:
     """How a pass is computed, never what it computes.
 
-    attention: a name in ATTENTIONS. experts: of their matmul, a name in grouped_matmul.KERNELS. exchange: how experts
+    attention: a name in ATTENTIONS. experts: of their matmul and routing, a name in grouped_matmul.KERNELS. exchange: how experts
     and tokens meet over a mesh, a name in experts.EXCHANGES. remat: a name in REMAT_POLICIES. dtype: of activations
     and of gathered weights; None is the parameters'. reduce_dtype: in which gradients of gathered weights are summed
     over ranks; None is `dtype`, "float32" costs twice the bytes where `dtype` is "bfloat16". interpret: run the Pallas
