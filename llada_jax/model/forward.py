@@ -55,8 +55,8 @@ REMAT_POLICIES = {
 class Execution:
     """How a pass is computed, never what it computes.
 
-    attention: a name in ATTENTIONS. experts: of their matmul and routing, a name in grouped_matmul.KERNELS. exchange: how experts
-    and tokens meet over a mesh, a name in experts.EXCHANGES. remat: a name in REMAT_POLICIES. dtype: of activations
+    attention: a name in ATTENTIONS. experts: of their matmul and routing, in grouped_matmul.KERNELS. exchange: how
+    experts and tokens meet over a mesh, in experts.EXCHANGES. remat: a name in REMAT_POLICIES. dtype: of activations
     and of gathered weights; None is the parameters'. reduce_dtype: in which gradients of gathered weights are summed
     over ranks; None is `dtype`, "float32" costs twice the bytes where `dtype` is "bfloat16". interpret: run the Pallas
     kernels interpreted, on any device, slowly; for tests.
