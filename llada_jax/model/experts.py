@@ -20,6 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from llada_jax import sharding
 from llada_jax.errors import InputError
+from llada_jax.model.activation import swiglu_matmul
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.grouped_matmul import grouped_matmul
 from llada_jax.model.layers import swiglu
@@ -64,33 +65,33 @@ def _routed(x, experts, expert_weights, weights, shards, execution):
     # Side by side they are one matmul of twice the columns. Joined before they are gathered, this moves nothing.
     gate_up = shards.gather(jnp.concatenate([gate, up], axis=2), "gate", keep)
     down = shards.gather(down, "down", keep)
-    matmul = functools.partial(grouped_matmul, kernel=execution.experts, interpret=execution.interpret)
+    how = execution.experts, execution.interpret
     if not exchange_tokens:
-        return combine_experts(x, experts, expert_weights, gate_up, down, matmul)
+        return combine_experts(x, experts, expert_weights, gate_up, down, *how)
     x, experts, expert_weights = (
         jax.lax.all_gather(part, "expert", axis=0, tiled=True) for part in (x, experts, expert_weights)
     )
     first = jax.lax.axis_index("expert") * gate_up.shape[0]
-    y = combine_experts(x, experts - first, expert_weights, gate_up, down, matmul, some_elsewhere=True)
+    y = combine_experts(x, experts - first, expert_weights, gate_up, down, *how, some_elsewhere=True)
     return jax.lax.psum_scatter(y, "expert", scatter_dimension=0, tiled=True)
 
 
 def combine_experts(
-    x, experts, expert_weights, gate_up, down, matmul=grouped_matmul, some_elsewhere: bool = False
-) -> jax.Array:
+    x, experts, expert_weights, gate_up, down, kernel: str = "xla", interpret: bool = False,
+    some_elsewhere: bool = False,
+) -> jax.Array:  # fmt: skip
     """sum_k w_k down_k(silu(gate_k x) * up_k x), summed in float32, over the experts that are here.
 
     x [tokens, embed]; experts, expert_weights [tokens, k]; gate_up [experts, embed, 2 * mlp], the gate first; down
-    [experts, mlp, embed]. matmul: as grouped_matmul. some_elsewhere: experts not in 0 .. experts - 1 are not here.
+    [experts, mlp, embed]. kernel, interpret: as in grouped_matmul. some_elsewhere: experts not in 0 .. experts - 1 are
+    not here.
     """
     move = sort_by_expert(experts, gate_up.shape[0], some_elsewhere)
     move = jax.tree.map(lambda part: checkpoint_name(part, "routing"), move)
     sorted_x = checkpoint_name(rows_of_tokens(x, move), "expert_rows")
-    gate_up_x = checkpoint_name(matmul(sorted_x, gate_up, move.group_sizes), "expert_hidden")
-    gate, up = (half.astype(jnp.float32) for half in jnp.split(gate_up_x, 2, axis=1))
-    # Weighted before the last matmul, whose result the backward pass then does not need.
-    hidden = jax.nn.silu(gate) * up * rows_of_pairs(expert_weights, move)[:, None]
-    return sums_of_pairs(matmul(hidden.astype(x.dtype), down, move.group_sizes), move)
+    gate_up_x = grouped_matmul(sorted_x, gate_up, move.group_sizes, kernel, interpret)
+    weights = rows_of_pairs(expert_weights, move)
+    return sums_of_pairs(swiglu_matmul(gate_up_x, weights, down, move.group_sizes, kernel, interpret), move)
 
 
 class Move(NamedTuple):

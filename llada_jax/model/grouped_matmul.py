@@ -43,14 +43,25 @@ def _forward(x, w, group_sizes, kernel, interpret):
 
 def _backward(kernel, interpret, residuals, dy):
     x, w, group_sizes = residuals
-    if kernel == "xla":
-        dx = _rows_times_groups(dy, jnp.swapaxes(w, 1, 2), group_sizes)
-        return dx, _group_gradients(x, dy, group_sizes, w), None
-    dx = rows_times_groups(dy, w, group_sizes, interpret, transpose_rhs=True)
-    return dx, group_gradients(x, dy, group_sizes, interpret).astype(w.dtype), None
+    dx = gradient_of_rows(dy, w, group_sizes, kernel, interpret)
+    return dx, gradient_of_groups(x, dy, group_sizes, w, kernel, interpret), None
 
 
 grouped_matmul.defvjp(_forward, _backward)
+
+
+def gradient_of_rows(dy, w, group_sizes, kernel, interpret) -> jax.Array:
+    """dx [rows, in] of grouped_matmul."""
+    if kernel == "xla":
+        return _rows_times_groups(dy, jnp.swapaxes(w, 1, 2), group_sizes)
+    return rows_times_groups(dy, w, group_sizes, interpret, transpose_rhs=True)
+
+
+def gradient_of_groups(x, dy, group_sizes, w, kernel, interpret) -> jax.Array:
+    """dw, like w, of grouped_matmul."""
+    if kernel == "xla":
+        return _group_gradients(x, dy, group_sizes, w)
+    return group_gradients(x, dy, group_sizes, interpret).astype(w.dtype)
 
 
 def rows_times_groups(x, w, group_sizes, interpret=False, transpose_rhs=False) -> jax.Array:
