@@ -61,9 +61,9 @@ def weighted_swiglu(gate_up, weights, kernel="xla", interpret=False) -> jax.Arra
     """hidden [rows, mlp], computed in float32, in gate_up's dtype. Widths of whole registers, 128, are fastest."""
     if kernel == "xla":
         return _weighted_swiglu(gate_up, weights)
-    tile = _tile(*gate_up.shape, gate_up.dtype)
+    lines = _lines(weights, tile(*gate_up.shape, gate_up.dtype))
     hidden = jax.ShapeDtypeStruct((gate_up.shape[0], gate_up.shape[1] // 2), gate_up.dtype)
-    operands, results = (gate_up, _lines(weights, tile)), (hidden,)
+    operands, results = (gate_up, lines), (hidden,)
     return _stream(_forward_kernel, "expert_activation_forward", operands, results, interpret)[0]
 
 
@@ -72,7 +72,7 @@ def weighted_swiglu_gradients(gate_up, weights, d_hidden, kernel="xla", interpre
     if kernel == "xla":
         hidden, gradients = jax.vjp(_weighted_swiglu, gate_up, weights)
         return hidden, *gradients(d_hidden)
-    lines = _lines(weights, _tile(*gate_up.shape, gate_up.dtype))
+    lines = _lines(weights, tile(*gate_up.shape, gate_up.dtype))
     operands = gate_up, lines, d_hidden
     results = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (d_hidden, gate_up, lines))
     hidden, d_gate_up, d_lines = _stream(_backward_kernel, "expert_activation_backward", operands, results, interpret)
@@ -114,7 +114,7 @@ def _pieces(gate_up):
         yield rows, gate_up[rows, :mlp].astype(jnp.float32), gate_up[rows, mlp:].astype(jnp.float32)
 
 
-def _tile(rows: int, columns: int, dtype) -> int:
+def tile(rows: int, columns: int, dtype) -> int:
     """Rows of a block, in whole lines."""
     row_bytes = columns // 2 * dtype.itemsize
     return LANES * max(1, min(_ROWS // LANES, _BYTES // row_bytes // LANES, math.ceil(rows / LANES)))
