@@ -90,15 +90,16 @@ def test_experts_are_the_same_with_both_kernels(some_elsewhere):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), *results)
 
 
-def kernels_of(jaxpr) -> list[str]:
-    """Names of the kernels that a traced program runs, in order."""
+def operations(jaxpr) -> list[str]:
+    """Names of the kernels that a traced program runs, and of its other operations."""
     names = []
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "pallas_call":
             names.append(eqn.params["name"] or "matmul")  # megablox gives none
         else:
+            names.append(eqn.primitive.name)
             for inner in jax.core.jaxprs_in_params(eqn.params):
-                names += kernels_of(inner)
+                names += operations(inner)
     return names
 
 
@@ -114,8 +115,11 @@ def test_what_is_kept_is_not_computed_again(monkeypatch, remat, again):
         return experts.combine_experts(x, chosen, weights, gate_up, down, "megablox")
 
     gradient = jax.jit(jax.grad(lambda *operands: jnp.sin(layer(*operands)).sum(), range(4)))
-    expected = {"expert_activation_forward": 1, "expert_activation_backward": 1, "matmul": 6 + again}
-    assert Counter(kernels_of(gradient.trace(*operands).jaxpr)) == expected
+    counts = Counter(operations(gradient.trace(*operands).jaxpr.jaxpr))
+    assert counts["expert_activation_forward"] == counts["expert_activation_backward"] == 1
+    assert counts["matmul"] == 6 + again
+    # JAX rounds what is kept and is read by the forward pass too: here in copies between the kernels.
+    assert not counts["reduce_precision"]
 
 
 @pytest.mark.parametrize("name", ["v5p", "v6e"])

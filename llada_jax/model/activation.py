@@ -43,7 +43,7 @@ def swiglu_matmul(
 
 def _forward(gate_up, weights, down, group_sizes, kernel, interpret):
     y = swiglu_matmul(gate_up, weights, down, group_sizes, kernel, interpret)
-    # Named here, where nothing else reads it: of what the forward pass reads too, JAX would make a rounded copy.
+    # Named here as in grouped_matmul.
     return y, (checkpoint_name(gate_up, "expert_hidden"), weights, down, group_sizes)
 
 

@@ -29,13 +29,17 @@ from llada_jax.model.router import route
 EXCHANGES = ("weights", "tokens")
 
 
-def moe(x: jax.Array, weights: dict[str, jax.Array], shards: sharding.Shards, config: ModelConfig, execution):
-    """Routed experts plus the shared one: y = sum_k w_k E_k(x) + S(x).
+def moe(
+    inputs: tuple[jax.Array, jax.Array], weights: dict[str, jax.Array], shards: sharding.Shards, config: ModelConfig,
+    execution,
+):  # fmt: skip
+    """Routed experts plus the shared one, added to what they correct: y = residual + (sum_k w_k E_k(x) + S(x)).
 
-    x [batch, length, embed], this shard's rows; weights: this shard's part of them. execution: forward.Execution.
-    Returns y, as x, and how many of the tokens each expert got, int32 [1, experts]. Raises InputError where the tensor
-    axis does not divide the experts' width, or routing blocks the length.
+    inputs: x and residual [batch, length, embed], this shard's rows; weights: this shard's part of them. execution:
+    forward.Execution. Returns y, as x, and how many of the tokens each expert got, int32 [1, experts]. Raises
+    InputError where the tensor axis does not divide the experts' width, or routing blocks the length.
     """
+    x, residual = inputs
     if config.routing_block and x.shape[1] % config.routing_block:
         raise InputError(f"a pass over {x.shape[1]} positions: routing_block={config.routing_block} must divide them")
     tensor = shards.size("tensor")
@@ -54,6 +58,8 @@ def moe(x: jax.Array, weights: dict[str, jax.Array], shards: sharding.Shards, co
         y = y + swiglu(rows, shared, "shared_")
     if tensor > 1:
         y = sharding.sum_over(y, "tensor")
+    # In the shape of the other sums, with which XLA then makes it: y would be written and read once more.
+    y = residual.reshape(y.shape) + y
     return y.reshape(x.shape), count_by_group(experts.reshape(-1), config.num_experts)[None]
 
 
@@ -88,8 +94,7 @@ def combine_experts(
     """
     move = sort_by_expert(experts, gate_up.shape[0], some_elsewhere)
     move = jax.tree.map(lambda part: checkpoint_name(part, "routing"), move)
-    sorted_x = checkpoint_name(rows_of_tokens(x, move), "expert_rows")
-    gate_up_x = grouped_matmul(sorted_x, gate_up, move.group_sizes, kernel, interpret)
+    gate_up_x = grouped_matmul(rows_of_tokens(x, move), gate_up, move.group_sizes, kernel, interpret)
     weights = rows_of_pairs(expert_weights, move)
     return sums_of_pairs(swiglu_matmul(gate_up_x, weights, down, move.group_sizes, kernel, interpret), move)
 
