@@ -151,7 +151,7 @@ def test_a_layer_of_experts_by_kernels_equals_the_plain_one(small_tiles):
 
     @functools.partial(jax.jit, static_argnums=0)
     def layer(kernel, x, weights):
-        return experts.moe(x, weights, Shards(), config, Execution(experts=kernel, interpret=True))
+        return experts.moe((x, x), weights, Shards(), config, Execution(experts=kernel, interpret=True))
 
     (ours, load), (plain, expected) = (layer(kernel, x, weights) for kernel in KERNELS)
     np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-6)

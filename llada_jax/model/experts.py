@@ -20,6 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from llada_jax import sharding
 from llada_jax.errors import InputError
+from llada_jax.model.activation import swiglu_matmul
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.grouped_matmul import grouped_matmul
 from llada_jax.model.layers import swiglu
@@ -29,13 +30,17 @@ from llada_jax.model.rows_kernel import rows_by_expert
 EXCHANGES = ("weights", "tokens")
 
 
-def moe(x: jax.Array, weights: dict[str, jax.Array], shards: sharding.Shards, config: ModelConfig, execution):
-    """Routed experts plus the shared one: y = sum_k w_k E_k(x) + S(x).
+def moe(
+    inputs: tuple[jax.Array, jax.Array], weights: dict[str, jax.Array], shards: sharding.Shards, config: ModelConfig,
+    execution,
+):  # fmt: skip
+    """Routed experts plus the shared one, added to what they correct: y = residual + (sum_k w_k E_k(x) + S(x)).
 
-    x [batch, length, embed], this shard's rows; weights: this shard's part of them. execution: forward.Execution.
-    Returns y, as x, and how many of the tokens each expert got, int32 [1, experts]. Raises InputError where the tensor
-    axis does not divide the experts' width, or routing blocks the length.
+    inputs: x and residual [batch, length, embed], this shard's rows; weights: this shard's part of them. execution:
+    forward.Execution. Returns y, as x, and how many of the tokens each expert got, int32 [1, experts]. Raises
+    InputError where the tensor axis does not divide the experts' width, or routing blocks the length.
     """
+    x, residual = inputs
     if config.routing_block and x.shape[1] % config.routing_block:
         raise InputError(f"a pass over {x.shape[1]} positions: routing_block={config.routing_block} must divide them")
     tensor = shards.size("tensor")
@@ -54,6 +59,8 @@ def moe(x: jax.Array, weights: dict[str, jax.Array], shards: sharding.Shards, co
         y = y + swiglu(rows, shared, "shared_")
     if tensor > 1:
         y = sharding.sum_over(y, "tensor")
+    # In the shape of the other sums, with which XLA then makes it: y would be written and read once more.
+    y = residual.reshape(y.shape) + y
     return y.reshape(x.shape), load[None]
 
 
@@ -68,35 +75,33 @@ def _routed(x, experts, expert_weights, weights, shards, execution):
     # Side by side they are one matmul of twice the columns. Joined before they are gathered, this moves nothing.
     gate_up = shards.gather(jnp.concatenate([gate, up], axis=2), "gate", keep)
     down = shards.gather(down, "down", keep)
-    matmul = functools.partial(grouped_matmul, kernel=execution.experts, interpret=execution.interpret)
-    sort = functools.partial(sort_by_expert, kernel=execution.experts, interpret=execution.interpret)
+    how = execution.experts, execution.interpret
     if not exchange_tokens:
-        move = sort(experts, gate_up.shape[0])
-        return combine_experts(x, move, expert_weights, gate_up, down, matmul), move.group_sizes
+        move = sort_by_expert(experts, gate_up.shape[0], False, *how)
+        return combine_experts(x, move, expert_weights, gate_up, down, *how), move.group_sizes
     x, experts, expert_weights = (
         jax.lax.all_gather(part, "expert", axis=axis, tiled=True)
         for part, axis in ((x, 0), (experts, 1), (expert_weights, 1))
     )
     first = jax.lax.axis_index("expert") * gate_up.shape[0]
-    move = sort(experts - first, gate_up.shape[0], some_elsewhere=True)
-    y = combine_experts(x, move, expert_weights, gate_up, down, matmul)
+    move = sort_by_expert(experts - first, gate_up.shape[0], True, *how)
+    y = combine_experts(x, move, expert_weights, gate_up, down, *how)
     load = jnp.zeros(weights["router"].shape[1], jnp.int32)
     load = jax.lax.dynamic_update_slice_in_dim(load, move.group_sizes, first, 0)
     return jax.lax.psum_scatter(y, "expert", scatter_dimension=0, tiled=True), load
 
 
-def combine_experts(x, move: "Move", expert_weights, gate_up, down, matmul=grouped_matmul) -> jax.Array:
+def combine_experts(
+    x, move: "Move", expert_weights, gate_up, down, kernel: str = "xla", interpret: bool = False
+) -> jax.Array:
     """sum_k w_k down_k(silu(gate_k x) * up_k x), summed in float32, over the experts that are here.
 
     x [tokens, embed]; move: of sort_by_expert; expert_weights [k, tokens]; gate_up [experts, embed, 2 * mlp], the gate
-    first; down [experts, mlp, embed]. matmul: as grouped_matmul.
+    first; down [experts, mlp, embed]. kernel, interpret: as in grouped_matmul.
     """
-    sorted_x = checkpoint_name(rows_of_tokens(x, move), "expert_rows")
-    gate_up_x = checkpoint_name(matmul(sorted_x, gate_up, move.group_sizes), "expert_hidden")
-    gate, up = (half.astype(jnp.float32) for half in jnp.split(gate_up_x, 2, axis=1))
-    # Weighted before the last matmul, whose result the backward pass then does not need.
-    hidden = jax.nn.silu(gate) * up * rows_of_pairs(expert_weights, move)[:, None]
-    return sums_of_pairs(matmul(hidden.astype(x.dtype), down, move.group_sizes), move)
+    gate_up_x = grouped_matmul(rows_of_tokens(x, move), gate_up, move.group_sizes, kernel, interpret)
+    weights = rows_of_pairs(expert_weights, move)
+    return sums_of_pairs(swiglu_matmul(gate_up_x, weights, down, move.group_sizes, kernel, interpret), move)
 
 
 class Move(NamedTuple):

@@ -175,16 +175,16 @@ def _layer(config, group, execution, attend, cos, sin, x, weights_and_cache):
     h = rms_norm(x, weights["mlp_norm"], config.rms_norm_eps)
     if group == "sparse":
         moe = functools.partial(_moe, config=config, execution=execution)
-        y, load = sharding.over_batch(moe, axes, execution.reduce_dtype)(h, routed)
+        x, load = sharding.over_batch(moe, axes, execution.reduce_dtype)((h, x), routed)
         load = load.sum(axis=(0, 1))
     else:
-        y, load = swiglu(h, weights), None
-    return sharding.constrain(x + y, ("batch", "length", None)), (keys_values, load)
+        x, load = x + swiglu(h, weights), None
+    return sharding.constrain(x, ("batch", "length", None)), (keys_values, load)
 
 
-def _moe(x, weights, shards, config, execution):
+def _moe(inputs, weights, shards, config, execution):
     """As experts.moe; its load leads with batch and length, one of each a shard."""
-    y, load = experts.moe(x, weights, shards, config, execution)
+    y, load = experts.moe(inputs, weights, shards, config, execution)
     return y, load[None]
 
 

@@ -314,6 +314,8 @@ def _kernels(config: ConfigDict, step: Step, slices: Slices, packing: Packing):
             (product,) = [x for x in operands if x.dtype == "bf16" and x.shape[:-1] == result[0].shape[:-1]]
             return "experts", grouped["gmm", product.shape[-1], result[0].shape[-1]]
 
+        width = step.model.moe_intermediate_size // step.mesh.shape["tensor"]
+        kernels |= experts.activation_costs(width, slices.topology)
         kernels |= {"gmm": gmm, "tgmm": lambda result, operands: ("experts", grouped["tgmm", *result[0].shape[1:]])}
         ranks = step.mesh.shape["expert"] if config.execution.exchange == "tokens" else 1
         kernels |= routing_cost.kernel_costs(step.model, round(rows * shape.positions), ranks, slices.topology)

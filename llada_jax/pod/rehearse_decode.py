@@ -127,10 +127,11 @@ def _arguments(model: ModelConfig, program: Program, rows: int, canvas: int, mes
 
 
 def _expert_kernels(config: ConfigDict, model: ModelConfig, mesh, topology: Topology, tokens: int):
-    """Cost of the router's kernels, and of the experts': their weights read once, those that uniform routing reaches,
-    or its arithmetic.
+    """Costs of the router's kernels and of the experts'. The matmul's: their weights read once, those that uniform
+    routing reaches, or its arithmetic; the activation's: its bytes.
     """
     chip = topology.chip
+    bandwidth = chip.hbm_bandwidth / chip.devices
     ranks = mesh.shape["expert"] if config.execution.exchange == "tokens" else 1
 
     def gmm(result, operands):
@@ -143,11 +144,16 @@ def _expert_kernels(config: ConfigDict, model: ModelConfig, mesh, topology: Topo
         rows = pairs / ranks
         values = reached * weights.elements + rows * (product.shape[-1] + result[0].shape[-1])
         flops = 2 * rows * product.shape[-1] * result[0].shape[-1]
-        by_bytes = 2 * values / (chip.hbm_bandwidth / chip.devices)
+        by_bytes = 2 * values / bandwidth
         by_flops = flops / (chip.peak_bf16 / chip.devices)
         return "experts", operations.Cost(max(by_bytes, by_flops), flops, by_bytes if by_bytes > by_flops else 0.0)
 
-    return {"gmm": gmm} | routing_cost.kernel_costs(model, tokens, ranks, topology)
+    def activation(result, operands):
+        seconds = sum(x.bytes for x in (*result, *operands)) / bandwidth
+        return "experts", operations.Cost(seconds, from_bytes=seconds)
+
+    routing = routing_cost.kernel_costs(model, tokens, ranks, topology)
+    return {"gmm": gmm, "expert_activation": activation} | routing
 
 
 def _trips(positions: int, length: int, filled: int) -> dict[str, int]:
