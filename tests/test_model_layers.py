@@ -76,16 +76,17 @@ def test_experts_equal_the_dense_sum_over_all_experts():
     x, gate, up, down = (
         jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((tokens, 8), (count, 8, 5), (count, 8, 5), (count, 5, 8))
     )
-    chosen = jnp.asarray(np.stack([rng.permutation(count)[:k] for _ in range(tokens)]))
-    weights = jnp.asarray(rng.random((tokens, k)), jnp.float32)
+    chosen = jnp.asarray(np.stack([rng.permutation(count)[:k] for _ in range(tokens)], axis=1))
+    weights = jnp.asarray(rng.random((k, tokens)), jnp.float32)
 
     def dense(x, gate, up, down, weights):
         hidden = jax.nn.silu(jnp.einsum("td,edf->tef", x, gate)) * jnp.einsum("td,edf->tef", x, up)
         y = jnp.einsum("tef,efd->ted", hidden, down)
-        return jnp.einsum("ted,tke,tk->td", y, jax.nn.one_hot(chosen, count), weights)
+        return jnp.einsum("ted,kte,kt->td", y, jax.nn.one_hot(chosen, count), weights)
 
     def ours(x, gate, up, down, weights):
-        return experts.combine_experts(x, chosen, weights, jnp.concatenate([gate, up], 2), down)
+        move = experts.sort_by_expert(chosen, count)
+        return experts.combine_experts(x, move, weights, jnp.concatenate([gate, up], 2), down)
 
     arguments = x, gate, up, down, weights
     np.testing.assert_allclose(ours(*arguments), dense(*arguments), rtol=1e-4, atol=1e-4)
@@ -103,7 +104,7 @@ def test_experts_move_tokens_without_scatter():
     weights = jax.tree.map(lambda w: w[0], parameters.initialize(config, jax.random.key(0))["sparse"])
 
     def loss(x, weights):
-        y, _ = experts.moe(x, weights, Shards(), config, Execution())
+        y, _ = experts.moe((x, x), weights, Shards(), config, Execution())
         return jnp.sin(y).sum()
 
     assert float_scatters(jax.grad(lambda x: jnp.sin(x[jnp.array([1, 0])]).sum()), jnp.ones((2, 3))) == ["f32"]
@@ -142,8 +143,8 @@ def test_sigmoid_router_selects_with_bias_and_weighs_without():
     bias = rng.normal(size=16) * 0.3
     found, weights = route(*(jnp.asarray(a, jnp.float32) for a in (x, router, bias)), c)
     expected, expected_weights = route_by_loops(x, router, bias, c)
-    assert np.array_equal(found, expected)
-    np.testing.assert_allclose(weights, expected_weights, rtol=1e-4)
+    assert np.array_equal(found.T, expected)
+    np.testing.assert_allclose(weights.T, expected_weights, rtol=1e-4)
 
 
 def test_block_router_limits_the_experts_of_a_block():
@@ -156,12 +157,12 @@ def test_block_router_limits_the_experts_of_a_block():
     for block in range(3):
         rows = slice(8 * block, 8 * block + 8)
         allowed = np.argsort(-(scores[rows] + bias).max(axis=0))[:6]
-        for s, chosen, weight in zip(scores[rows], found[rows], weights[rows], strict=True):
+        for s, chosen, weight in zip(scores[rows], found.T[rows], weights.T[rows], strict=True):
             expected = sorted(allowed, key=lambda e: -(s + bias)[e])[:4]
             assert list(chosen) == expected
             np.testing.assert_allclose(weight, s[expected] / s[expected].sum() * 2.5, rtol=1e-4)
     with pytest.raises(InputError, match="routing_block=8 must divide"):
-        experts.moe(jnp.ones((2, 12, 128)), {}, Shards(), c, Execution())
+        experts.moe((jnp.ones((2, 12, 128)),) * 2, {}, Shards(), c, Execution())
 
 
 def test_bias_moves_towards_the_experts_with_little_load():

@@ -17,11 +17,13 @@ import numpy as np
 
 from llada_jax.attention.tiles import device_kind
 from llada_jax.errors import InputError
-from llada_jax.model import grouped_matmul, grouped_tiles
+from llada_jax.model import activation, grouped_matmul, grouped_tiles
 from llada_jax.model.config import ModelConfig, preset
 from llada_jax.pod.aot import compile_program
-from llada_jax.pod.chips import Chip, parse_topology
+from llada_jax.pod.chips import Chip, Topology, parse_topology
 from llada_jax.pod.schedule_reader import region_costs
+from llada_jax.pod.step_cost import KernelCost
+from llada_jax.pod.stream_cost import stream_costs
 
 IMPLEMENTATIONS = ("megablox", "tokamax")
 PASSES = ("forward", "dx", "dw")
@@ -107,6 +109,26 @@ def _tokamax():
         return kernel.tgmm(x.swapaxes(0, 1), y, sizes, tiling=tile, **common)
 
     return gmm, tgmm
+
+
+def activation_program(rows: int, mlp: int):
+    """Both kernels of the activation between the matmuls, and their abstract arguments."""
+    gate_up, d_hidden = (jax.ShapeDtypeStruct((rows, width), jnp.bfloat16) for width in (2 * mlp, mlp))
+    weights = jax.ShapeDtypeStruct((rows,), jnp.float32)
+
+    def both(gate_up, weights, d_hidden):
+        hidden = activation.weighted_swiglu(gate_up, weights, "megablox")
+        return hidden, *activation.weighted_swiglu_gradients(gate_up, weights, d_hidden, "megablox")
+
+    return both, (gate_up, weights, d_hidden)
+
+
+def activation_costs(mlp: int, topology: Topology) -> dict[str, KernelCost]:
+    """Of the activation's kernels, at this width of an expert, by their names. Compiles them."""
+    rows = 8 * TOKENS  # more than fits fast memory
+    steps = -(-rows // activation.tile(rows, 2 * mlp, jnp.dtype("bfloat16")))
+    arguments = {"rows": rows, "mlp": mlp}
+    return stream_costs("llada_jax.bench.experts:activation_program", arguments, steps, "experts", topology)
 
 
 def kernel_cost(

@@ -103,7 +103,7 @@ def _passes(model: ModelConfig, params, example: Example, execution: Execution):
         weights = {name: w[0] for name, w in params["sparse"].items() if name in forward.EXPERT_WEIGHTS}
         axes = parameters.layer_axes(model, "sparse", weights)
         moe = sharding.over_batch(functools.partial(experts.moe, config=model, execution=execution), axes, None)
-        found["experts"] = (lambda x, w: moe(x, w)[0], (jnp.concatenate([hidden, hidden], axis=1), weights))
+        found["experts"] = (lambda x, w: moe((x, x), w)[0], (jnp.concatenate([hidden, hidden], axis=1), weights))
     return {name: (jax.jit(_with_gradients(function)), operands) for name, (function, operands) in found.items()}
 
 

@@ -20,21 +20,27 @@ from jax.ad_checkpoint import checkpoint_name
 
 from llada_jax import sharding
 from llada_jax.errors import InputError
+from llada_jax.model.activation import swiglu_matmul
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.grouped_matmul import grouped_matmul
 from llada_jax.model.layers import swiglu
 from llada_jax.model.router import route
+from llada_jax.model.rows_kernel import rows_by_expert
 
 EXCHANGES = ("weights", "tokens")
 
 
-def moe(x: jax.Array, weights: dict[str, jax.Array], shards: sharding.Shards, config: ModelConfig, execution):
-    """Routed experts plus the shared one: y = sum_k w_k E_k(x) + S(x).
+def moe(
+    inputs: tuple[jax.Array, jax.Array], weights: dict[str, jax.Array], shards: sharding.Shards, config: ModelConfig,
+    execution,
+):  # fmt: skip
+    """Routed experts plus the shared one, added to what they correct: y = residual + (sum_k w_k E_k(x) + S(x)).
 
-    x [batch, length, embed], this shard's rows; weights: this shard's part of them. execution: forward.Execution.
-    Returns y, as x, and how many of the tokens each expert got, int32 [1, experts]. Raises InputError where the tensor
-    axis does not divide the experts' width, or routing blocks the length.
+    inputs: x and residual [batch, length, embed], this shard's rows; weights: this shard's part of them. execution:
+    forward.Execution. Returns y, as x, and how many of the tokens each expert got, int32 [1, experts]. Raises
+    InputError where the tensor axis does not divide the experts' width, or routing blocks the length.
     """
+    x, residual = inputs
     if config.routing_block and x.shape[1] % config.routing_block:
         raise InputError(f"a pass over {x.shape[1]} positions: routing_block={config.routing_block} must divide them")
     tensor = shards.size("tensor")
@@ -42,8 +48,8 @@ def moe(x: jax.Array, weights: dict[str, jax.Array], shards: sharding.Shards, co
         raise InputError(f"mesh.tensor={tensor} does not divide moe_intermediate_size={config.moe_intermediate_size}")
     rows = x.reshape(-1, x.shape[-1])
     router = shards.gather(weights["router"], "router")
-    experts, expert_weights = route(rows, router, weights.get("expert_bias"), config)
-    y = _routed(rows, experts, expert_weights, weights, shards, execution)
+    routed = route(rows, router, weights.get("expert_bias"), config, execution.experts, execution.interpret)
+    y, load = _routed(rows, *routed, weights, shards, execution)
     if config.num_shared_experts:
         shared = {
             name: shards.gather(w.astype(x.dtype), name, keep=("tensor",))
@@ -53,52 +59,57 @@ def moe(x: jax.Array, weights: dict[str, jax.Array], shards: sharding.Shards, co
         y = y + swiglu(rows, shared, "shared_")
     if tensor > 1:
         y = sharding.sum_over(y, "tensor")
-    return y.reshape(x.shape), count_by_group(experts.reshape(-1), config.num_experts)[None]
+    # In the shape of the other sums, with which XLA then makes it: y would be written and read once more.
+    y = residual.reshape(y.shape) + y
+    return y.reshape(x.shape), load[None]
 
 
 def _routed(x, experts, expert_weights, weights, shards, execution):
-    """sum_k w_k E_k(x) [tokens, embed]; with a tensor axis, this rank's part of it."""
+    """sum_k w_k E_k(x) [tokens, embed], with a tensor axis this rank's part of it; and the load, int32 [experts].
+
+    The load of this rank's tokens, or where they are exchanged that of this rank's experts, of all ranks' tokens.
+    """
     exchange_tokens = execution.exchange == "tokens" and shards.size("expert") > 1
     keep = ("expert", "tensor") if exchange_tokens else ("tensor",)
     gate, up, down = (weights[name].astype(x.dtype) for name in ("gate", "up", "down"))
     # Side by side they are one matmul of twice the columns. Joined before they are gathered, this moves nothing.
     gate_up = shards.gather(jnp.concatenate([gate, up], axis=2), "gate", keep)
     down = shards.gather(down, "down", keep)
-    matmul = functools.partial(grouped_matmul, kernel=execution.experts, interpret=execution.interpret)
+    how = execution.experts, execution.interpret
     if not exchange_tokens:
-        return combine_experts(x, experts, expert_weights, gate_up, down, matmul)
+        move = sort_by_expert(experts, gate_up.shape[0], False, *how)
+        return combine_experts(x, move, expert_weights, gate_up, down, *how), move.group_sizes
     x, experts, expert_weights = (
-        jax.lax.all_gather(part, "expert", axis=0, tiled=True) for part in (x, experts, expert_weights)
+        jax.lax.all_gather(part, "expert", axis=axis, tiled=True)
+        for part, axis in ((x, 0), (experts, 1), (expert_weights, 1))
     )
     first = jax.lax.axis_index("expert") * gate_up.shape[0]
-    y = combine_experts(x, experts - first, expert_weights, gate_up, down, matmul, some_elsewhere=True)
-    return jax.lax.psum_scatter(y, "expert", scatter_dimension=0, tiled=True)
+    move = sort_by_expert(experts - first, gate_up.shape[0], True, *how)
+    y = combine_experts(x, move, expert_weights, gate_up, down, *how)
+    load = jnp.zeros(weights["router"].shape[1], jnp.int32)
+    load = jax.lax.dynamic_update_slice_in_dim(load, move.group_sizes, first, 0)
+    return jax.lax.psum_scatter(y, "expert", scatter_dimension=0, tiled=True), load
 
 
 def combine_experts(
-    x, experts, expert_weights, gate_up, down, matmul=grouped_matmul, some_elsewhere: bool = False
+    x, move: "Move", expert_weights, gate_up, down, kernel: str = "xla", interpret: bool = False
 ) -> jax.Array:
     """sum_k w_k down_k(silu(gate_k x) * up_k x), summed in float32, over the experts that are here.
 
-    x [tokens, embed]; experts, expert_weights [tokens, k]; gate_up [experts, embed, 2 * mlp], the gate first; down
-    [experts, mlp, embed]. matmul: as grouped_matmul. some_elsewhere: experts not in 0 .. experts - 1 are not here.
+    x [tokens, embed]; move: of sort_by_expert; expert_weights [k, tokens]; gate_up [experts, embed, 2 * mlp], the gate
+    first; down [experts, mlp, embed]. kernel, interpret: as in grouped_matmul.
     """
-    move = sort_by_expert(experts, gate_up.shape[0], some_elsewhere)
-    move = jax.tree.map(lambda part: checkpoint_name(part, "routing"), move)
-    sorted_x = checkpoint_name(rows_of_tokens(x, move), "expert_rows")
-    gate_up_x = checkpoint_name(matmul(sorted_x, gate_up, move.group_sizes), "expert_hidden")
-    gate, up = (half.astype(jnp.float32) for half in jnp.split(gate_up_x, 2, axis=1))
-    # Weighted before the last matmul, whose result the backward pass then does not need.
-    hidden = jax.nn.silu(gate) * up * rows_of_pairs(expert_weights, move)[:, None]
-    return sums_of_pairs(matmul(hidden.astype(x.dtype), down, move.group_sizes), move)
+    gate_up_x = grouped_matmul(rows_of_tokens(x, move), gate_up, move.group_sizes, kernel, interpret)
+    weights = rows_of_pairs(expert_weights, move)
+    return sums_of_pairs(swiglu_matmul(gate_up_x, weights, down, move.group_sizes, kernel, interpret), move)
 
 
 class Move(NamedTuple):
     """Where rows go: a pair (token, one of its k experts) has a row of the sorted order.
 
-    pair [rows]: the pair token * k + j of each row. row [k, tokens]: the row of each pair. here [k, tokens] bool: its
-    expert is here; rows of pairs that are not come last, may be missing, and hold nothing of meaning. None: all are.
-    group_sizes [experts] int32: rows of each expert.
+    pair [rows]: the pair j * tokens + token of each row. row [k, tokens]: the row of each pair. here [k, tokens] bool:
+    its expert is here; rows of pairs that are not come last, may be missing, and hold nothing of meaning. None: all
+    are. group_sizes [experts] int32: rows of each expert.
     """
 
     pair: jax.Array
@@ -111,17 +122,41 @@ class Move(NamedTuple):
         return x if self.here is None else jnp.where(jnp.expand_dims(self.here, range(2, x.ndim)), x, 0)
 
 
-def sort_by_expert(experts: jax.Array, num_experts: int, some_elsewhere: bool = False) -> Move:
-    """experts [tokens, k] int, of a token all different; some_elsewhere: not all in 0 .. num_experts - 1."""
-    tokens, k = experts.shape
+def sort_by_expert(
+    experts: jax.Array, num_experts: int, some_elsewhere: bool = False, kernel: str = "xla", interpret: bool = False
+) -> Move:
+    """Rows by expert and then by token. experts [k, tokens] int32, of a token all different.
+
+    some_elsewhere: not all are in 0 .. num_experts - 1. kernel, interpret: as in grouped_matmul. What it returns is
+    saved by the remat name "routing".
+    """
+    k, tokens = experts.shape
     here = (experts >= 0) & (experts < num_experts) if some_elsewhere else None
-    keys = (jnp.where(here, experts, num_experts) if some_elsewhere else experts).reshape(-1)
-    order = jnp.argsort(keys, stable=True)
-    row = jnp.argsort(order).reshape(tokens, k).T
+    keys = jnp.where(here, experts, num_experts) if some_elsewhere else experts
+    pair = _sorted_pairs(keys, num_experts + 1)
+    if kernel == "megablox":
+        row, group_sizes = rows_by_expert(experts, num_experts, interpret)
+    else:
+        row = jnp.argsort(pair).reshape(k, tokens)
+        group_sizes = count_by_group(keys.reshape(-1), num_experts)
     if some_elsewhere:
         rows = tokens * min(k, num_experts)  # at most so many pairs are here
-        order, row, here = order[:rows], jnp.minimum(row, rows - 1), here.T
-    return Move(order, row, here, count_by_group(keys, num_experts))
+        pair, row = pair[:rows], jnp.minimum(row, rows - 1)
+    move = Move(pair, row, here, group_sizes)
+    return jax.tree.map(lambda part: checkpoint_name(part, "routing"), move)
+
+
+def _sorted_pairs(keys: jax.Array, groups: int) -> jax.Array:
+    """The pairs j * tokens + token, sorted by keys [k, tokens] of 0 .. groups - 1, and then by token."""
+    k, tokens = keys.shape
+    j, token = (jax.lax.broadcasted_iota(jnp.uint32, keys.shape, axis) for axis in (0, 1))
+    bits = (keys.size - 1).bit_length()
+    if groups << bits <= 1 << 32:  # one array to sort instead of two
+        packed = (keys.astype(jnp.uint32) << bits) | (token * k + j)
+        place = jax.lax.sort(packed.reshape(-1), is_stable=False) & ((1 << bits) - 1)
+    else:
+        place = jnp.argsort(keys.T.reshape(-1), stable=True).astype(jnp.uint32)
+    return (place % k * tokens + place // k).astype(jnp.int32)
 
 
 def count_by_group(keys: jax.Array, groups: int) -> jax.Array:
@@ -135,7 +170,7 @@ def count_by_group(keys: jax.Array, groups: int) -> jax.Array:
 @jax.custom_vjp
 def rows_of_tokens(x: jax.Array, move: Move) -> jax.Array:
     """x [tokens, embed] -> [rows, embed]: each token at the rows of its pairs."""
-    return _take(x, move.pair // len(move.row))
+    return _take(x, move.pair % move.row.shape[1])
 
 
 @jax.custom_vjp
@@ -148,7 +183,7 @@ def sums_of_pairs(y: jax.Array, move: Move) -> jax.Array:
 
 @jax.custom_vjp
 def rows_of_pairs(weights: jax.Array, move: Move) -> jax.Array:
-    """weights [tokens, k] -> [rows]"""
+    """weights [k, tokens] -> [rows]"""
     return _take(weights.reshape(-1), move.pair)
 
 
@@ -156,7 +191,7 @@ rows_of_tokens.defvjp(lambda x, move: (rows_of_tokens(x, move), move), lambda mo
 sums_of_pairs.defvjp(lambda y, move: (sums_of_pairs(y, move), move), lambda move, d: (rows_of_tokens(d, move), None))
 rows_of_pairs.defvjp(
     lambda weights, move: (rows_of_pairs(weights, move), move),
-    lambda move, d: (move.where_here(_take(d, move.row)).T, None),
+    lambda move, d: (move.where_here(_take(d, move.row)), None),
 )
 
 

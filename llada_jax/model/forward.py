@@ -55,8 +55,8 @@ REMAT_POLICIES = {
 class Execution:
     """How a pass is computed, never what it computes.
 
-    attention: a name in ATTENTIONS. experts: of their matmul, a name in grouped_matmul.KERNELS. exchange: how experts
-    and tokens meet over a mesh, a name in experts.EXCHANGES. remat: a name in REMAT_POLICIES. dtype: of activations
+    attention: a name in ATTENTIONS. experts: of their matmul and routing, in grouped_matmul.KERNELS. exchange: how
+    experts and tokens meet over a mesh, in experts.EXCHANGES. remat: a name in REMAT_POLICIES. dtype: of activations
     and of gathered weights; None is the parameters'. reduce_dtype: in which gradients of gathered weights are summed
     over ranks; None is `dtype`, "float32" costs twice the bytes where `dtype` is "bfloat16". interpret: run the Pallas
     kernels interpreted, on any device, slowly; for tests.
@@ -182,16 +182,16 @@ def _layer(config, group, execution, attend, cos, sin, x, weights_and_cache):
     h = rms_norm(x, weights["mlp_norm"], config.rms_norm_eps)
     if group == "sparse":
         moe = functools.partial(_moe, config=config, execution=execution)
-        y, load = sharding.over_batch(moe, axes, execution.reduce_dtype)(h, routed)
+        x, load = sharding.over_batch(moe, axes, execution.reduce_dtype)((h, x), routed)
         load = load.sum(axis=(0, 1))
     else:
-        y, load = swiglu(h, weights), None
-    return sharding.constrain(x + y, ("batch", "length", None)), (keys_values, load)
+        x, load = x + swiglu(h, weights), None
+    return sharding.constrain(x, ("batch", "length", None)), (keys_values, load)
 
 
-def _moe(x, weights, shards, config, execution):
+def _moe(inputs, weights, shards, config, execution):
     """As experts.moe; its load leads with batch and length, one of each a shard."""
-    y, load = experts.moe(x, weights, shards, config, execution)
+    y, load = experts.moe(inputs, weights, shards, config, execution)
     return y, load[None]
 
 

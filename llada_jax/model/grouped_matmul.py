@@ -11,6 +11,7 @@ import importlib
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas import tpu as pltpu
 
 from llada_jax.attention.tiles import device_kind
@@ -30,7 +31,8 @@ def grouped_matmul(
 
     x [rows, in], rows sorted by group; w [groups, in, out]; group_sizes [groups] int32. kernel: a name in KERNELS;
     interpret runs "megablox" on any device, slowly, for tests. Returns [rows, out] in x's dtype, accumulated in
-    float32. Rows past the sum of group_sizes hold anything, and so do those of dx; they take no part in dw.
+    float32. Rows past the sum of group_sizes hold anything, and so do those of dx; they take no part in dw. The
+    backward pass needs x, under the name "expert_rows" of remat policies.
     """
     if kernel == "xla":
         return _rows_times_groups(x, w, group_sizes)
@@ -38,19 +40,31 @@ def grouped_matmul(
 
 
 def _forward(x, w, group_sizes, kernel, interpret):
-    return grouped_matmul(x, w, group_sizes, kernel, interpret), (x, w, group_sizes)
+    # Named here, where nothing else reads it: what the forward pass reads too, JAX would round in a copy of its own.
+    return grouped_matmul(x, w, group_sizes, kernel, interpret), (checkpoint_name(x, "expert_rows"), w, group_sizes)
 
 
 def _backward(kernel, interpret, residuals, dy):
     x, w, group_sizes = residuals
-    if kernel == "xla":
-        dx = _rows_times_groups(dy, jnp.swapaxes(w, 1, 2), group_sizes)
-        return dx, _group_gradients(x, dy, group_sizes, w), None
-    dx = rows_times_groups(dy, w, group_sizes, interpret, transpose_rhs=True)
-    return dx, group_gradients(x, dy, group_sizes, interpret).astype(w.dtype), None
+    dx = gradient_of_rows(dy, w, group_sizes, kernel, interpret)
+    return dx, gradient_of_groups(x, dy, group_sizes, w, kernel, interpret), None
 
 
 grouped_matmul.defvjp(_forward, _backward)
+
+
+def gradient_of_rows(dy, w, group_sizes, kernel, interpret) -> jax.Array:
+    """dx [rows, in] of grouped_matmul."""
+    if kernel == "xla":
+        return _rows_times_groups(dy, jnp.swapaxes(w, 1, 2), group_sizes)
+    return rows_times_groups(dy, w, group_sizes, interpret, transpose_rhs=True)
+
+
+def gradient_of_groups(x, dy, group_sizes, w, kernel, interpret) -> jax.Array:
+    """dw, like w, of grouped_matmul."""
+    if kernel == "xla":
+        return _group_gradients(x, dy, group_sizes, w)
+    return group_gradients(x, dy, group_sizes, interpret).astype(w.dtype)
 
 
 def rows_times_groups(x, w, group_sizes, interpret=False, transpose_rhs=False) -> jax.Array:

@@ -25,7 +25,7 @@ from llada_jax.errors import InputError
 from llada_jax.model import head, parameters
 from llada_jax.model.config import ModelConfig, preset
 from llada_jax.model.lora import Lora
-from llada_jax.pod import attention_cost, hlo, useful_flops
+from llada_jax.pod import attention_cost, hlo, routing_cost, useful_flops
 from llada_jax.pod.chips import Topology
 from llada_jax.pod.collectives import Devices
 from llada_jax.pod.operations import Cost
@@ -313,7 +313,11 @@ def _kernels(config: ConfigDict, step: Step, slices: Slices, packing: Packing):
             (product,) = [x for x in operands if x.dtype == "bf16" and x.shape[:-1] == result[0].shape[:-1]]
             return "experts", grouped["gmm", product.shape[-1], result[0].shape[-1]]
 
+        width = step.model.moe_intermediate_size // step.mesh.shape["tensor"]
+        kernels |= experts.activation_costs(width, slices.topology)
         kernels |= {"gmm": gmm, "tgmm": lambda result, operands: ("experts", grouped["tgmm", *result[0].shape[1:]])}
+        ranks = step.mesh.shape["expert"] if config.execution.exchange == "tokens" else 1
+        kernels |= routing_cost.kernel_costs(step.model, round(rows * shape.positions), ranks, slices.topology)
     return kernels
 
 

@@ -18,8 +18,8 @@ from llada_jax.attention import cached
 from llada_jax.errors import InputError
 from llada_jax.model import parameters
 from llada_jax.model.config import ModelConfig
-from llada_jax.pod import hlo, operations
-from llada_jax.pod.chips import Chip
+from llada_jax.pod import hlo, operations, routing_cost
+from llada_jax.pod.chips import Topology
 from llada_jax.pod.rehearse import (
     Memory,
     Slices,
@@ -103,7 +103,7 @@ def rehearse_decode(config: ConfigDict, slices: Slices, rows: int, canvas: int, 
     module = hlo.parse(compiled.as_text())
     local = rows_of_device(rows, mesh)
     trips = _trips(round(local * block), canvas + block, filled)
-    kernels = _grouped_matmul(config, model, mesh, slices.topology.chip) if model.is_moe else {}
+    kernels = _expert_kernels(config, model, mesh, slices.topology, round(local * block)) if model.is_moe else {}
     lines = step_lines(module, slices.topology.chip, kernels, physical_devices(mesh, slices), trips)
     cost = pass_cost(model, 2 * rows * block, rows * block // 2, rows * filled, filled + block)
     memory = memory_of(compiled, module, params, slices.topology.chip.devices)
@@ -126,8 +126,12 @@ def _arguments(model: ModelConfig, program: Program, rows: int, canvas: int, mes
     return params, with_shardings(state, lambda tree: jax.tree_util.tree_map_with_path(where, tree))
 
 
-def _grouped_matmul(config: ConfigDict, model: ModelConfig, mesh, chip: Chip):
-    """Cost of the experts' kernel: their weights read once, those that uniform routing reaches, or its arithmetic."""
+def _expert_kernels(config: ConfigDict, model: ModelConfig, mesh, topology: Topology, tokens: int):
+    """Costs of the router's kernels and of the experts'. The matmul's: their weights read once, those that uniform
+    routing reaches, or its arithmetic; the activation's: its bytes.
+    """
+    chip = topology.chip
+    bandwidth = chip.hbm_bandwidth / chip.devices
     ranks = mesh.shape["expert"] if config.execution.exchange == "tokens" else 1
 
     def gmm(result, operands):
@@ -140,11 +144,16 @@ def _grouped_matmul(config: ConfigDict, model: ModelConfig, mesh, chip: Chip):
         rows = pairs / ranks
         values = reached * weights.elements + rows * (product.shape[-1] + result[0].shape[-1])
         flops = 2 * rows * product.shape[-1] * result[0].shape[-1]
-        by_bytes = 2 * values / (chip.hbm_bandwidth / chip.devices)
+        by_bytes = 2 * values / bandwidth
         by_flops = flops / (chip.peak_bf16 / chip.devices)
         return "experts", operations.Cost(max(by_bytes, by_flops), flops, by_bytes if by_bytes > by_flops else 0.0)
 
-    return {"gmm": gmm}
+    def activation(result, operands):
+        seconds = sum(x.bytes for x in (*result, *operands)) / bandwidth
+        return "experts", operations.Cost(seconds, from_bytes=seconds)
+
+    routing = routing_cost.kernel_costs(model, tokens, ranks, topology)
+    return {"gmm": gmm, "expert_activation": activation} | routing
 
 
 def _trips(positions: int, length: int, filled: int) -> dict[str, int]:
