@@ -60,7 +60,8 @@ swiglu_matmul.defvjp(_forward, _backward)
 def weighted_swiglu(gate_up, weights, kernel="xla", interpret=False) -> jax.Array:
     """hidden [rows, mlp], computed in float32, in gate_up's dtype.
 
-    "megablox" takes any number of rows, and any mlp up to 3072 (of bfloat16); multiples of 128, a register's lanes, are fastest.
+    "megablox" takes any number of rows, and any mlp up to 3072 (of bfloat16); multiples of 128, a register's lanes, are
+    fastest.
     """
     if kernel == "xla":
         return _weighted_swiglu(gate_up, weights)
