@@ -22,8 +22,8 @@ from jax.experimental.pallas import tpu as pltpu
 from llada_jax.model.grouped_matmul import gradient_of_groups, gradient_of_rows, grouped_matmul
 
 LANES = 128
-_ROWS = 1024  # of a block, at most, and its bytes of gate: backward, pairs of blocks then take 12 of a kernel's 16 MiB
-_BYTES = 2**20
+_ROWS = 1024  # of a block, at most
+_BYTES = 3 * 2**18  # of gate in a block, at most: backward, pairs of blocks then take 9 of the 16 MiB of a kernel
 _PIECE = 16  # rows of a register of bfloat16: of whole blocks the compiler would keep too much at once
 
 
@@ -58,7 +58,11 @@ swiglu_matmul.defvjp(_forward, _backward)
 
 
 def weighted_swiglu(gate_up, weights, kernel="xla", interpret=False) -> jax.Array:
-    """hidden [rows, mlp], computed in float32, in gate_up's dtype. Widths of whole registers, 128, are fastest."""
+    """hidden [rows, mlp], computed in float32, in gate_up's dtype.
+
+    "megablox" takes any number of rows, and any mlp up to 3072 (of bfloat16); multiples of 128, a register's lanes, are
+    fastest.
+    """
     if kernel == "xla":
         return _weighted_swiglu(gate_up, weights)
     lines = _lines(weights, tile(*gate_up.shape, gate_up.dtype))
