@@ -3,9 +3,9 @@
     y = r (x w C + P(x) P(w) S)
 
 r = 1 / rms(x); w: the weight of RMSNorm; C, S: the cosines and the signed sines of the channels, times a scale; P: the
-halves of a rotation change places. Sums over channels and P cross lanes, which takes a TPU's vector units longer than
-all the rest: bfloat16 goes through the matrix unit instead. It takes bfloat16 only, so a float32 goes as the two that
-hold its first 16 bits, which are all of a bfloat16 squared. Where x is float32, vector units do everything.
+halves of a rotation change places. Sums over channels cross lanes, which takes a TPU's vector units longer than all the
+rest: where x is bfloat16, the matrix unit makes them. It multiplies bfloat16, so that a float32 goes as two, which hold
+16 bits of it: all of a bfloat16 squared.
 """
 
 import functools
@@ -85,9 +85,9 @@ def _means(x, dtype):
     if dtype == jnp.float32:
         return jnp.mean(x, axis=-1, keepdims=True)
     high = jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x, jnp.int32) & ~0xFFFF, jnp.float32)
-    mean = jnp.full((x.shape[1],) * 2, 1 / x.shape[1], jnp.float32)
+    ones = jnp.ones((x.shape[1],) * 2, jnp.float32)
     one_pass = functools.partial(jnp.dot, precision=jax.lax.Precision.DEFAULT, preferred_element_type=jnp.float32)
-    return one_pass(high, mean) + one_pass(x - high, mean)
+    return (one_pass(high, ones) + one_pass(x - high, ones)) * (1 / x.shape[1])
 
 
 def _halves_exchanged(x, half):
