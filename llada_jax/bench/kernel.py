@@ -31,18 +31,23 @@ def decoding_plan(cached: jax.Array, length: int, block_size: int, tiles: Tiles)
 def program(length: int, heads: int, kv_heads: int, head_dim: int, block_size: int, tiles: Tiles | None, decode: bool):
     """(attend(query, key, value, plan), abstract query, key, value, abstract plan) of a row, or a decoding batch.
 
+    The heads of a position lie side by side, [rows, length, heads * head_dim], as projections make and take them.
     tiles: None takes the table's.
     """
     rows, queries, keys = (ROWS, block_size, block_size + length) if decode else (1, 2 * length, 2 * length)
-    shapes = (queries, heads), (keys, kv_heads), (keys, kv_heads)
-    arrays = tuple(jax.ShapeDtypeStruct((rows, *shape, head_dim), jnp.bfloat16) for shape in shapes)
+    shapes = [(rows, queries, heads, head_dim), *[(rows, keys, kv_heads, head_dim)] * 2]
     tiles = tiles or tiles_for(device_kind(), head_dim, heads // kv_heads, queries)
+
+    def attend(query, key, value, plan):
+        apart = (x.reshape(shape) for x, shape in zip((query, key, value), shapes, strict=True))
+        return kernel_attention(*apart, plan).reshape(query.shape)
 
     def planned(x):
         return decoding_plan(x, length, block_size, tiles) if decode else plan(x, block_size, tiles)
 
     mask = jax.ShapeDtypeStruct((rows if decode else length,), jnp.int32)
-    return kernel_attention, arrays, jax.eval_shape(planned, mask)
+    arrays = tuple(jax.ShapeDtypeStruct((*shape[:2], shape[2] * head_dim), jnp.bfloat16) for shape in shapes)
+    return attend, arrays, jax.eval_shape(planned, mask)
 
 
 def walk(row: Plan, direction: str, heads: int, kv_heads: int, head_dim: int) -> Walk:
