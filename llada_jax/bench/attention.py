@@ -174,7 +174,7 @@ def _cost(implementation: str, direction: str, length: int, mean: int, compiled:
     directions = ("forward", "backward") if direction == "both" else (direction,)
     if implementation != "dense":
         regions = (kernel if implementation == "llada" else _splash()).REGIONS
-        for name, schedule in zip(directions, _attention_kernels(compiled), strict=True):
+        for name, schedule in zip(directions, attention_kernels(compiled), strict=True):
             walks = _walks(implementation, name, length, mean, chip)
             executed, part = kernel_classes(schedule, walks, regions[name], chip)
             prefix = f"{name} " if direction == "both" else ""
@@ -202,7 +202,7 @@ def _cost(implementation: str, direction: str, length: int, mean: int, compiled:
     )
 
 
-def _attention_kernels(compiled: Program) -> list[Kernel]:
+def attention_kernels(compiled: Program) -> list[Kernel]:
     """Without those that bring operands into form."""
     return [kernel for name, kernel in compiled.kernels.items() if not re.search(r"attention_\w+_(tiles|rows)", name)]
 

@@ -17,7 +17,15 @@ from llada_jax.attention.plan import make_plan
 from llada_jax.attention.tiles import Entry, Tiles, cut
 from llada_jax.attention.visibility import block_diffusion, layout, window
 from llada_jax.bench import kernel, rows
-from llada_jax.bench.attention import BLOCK_SIZE, HEADS, KV_HEADS, kernel_classes, kernel_walks, total_cycles
+from llada_jax.bench.attention import (
+    BLOCK_SIZE,
+    HEADS,
+    KV_HEADS,
+    attention_kernels,
+    kernel_classes,
+    kernel_walks,
+    total_cycles,
+)
 from llada_jax.bench.timing import least_seconds
 from llada_jax.errors import InputError
 from llada_jax.pod.aot import compile_program
@@ -78,7 +86,7 @@ def estimated(topology: str, head_dim: int) -> Price:
         length = LENGTHS["decode" if name == "decode" else "row"]
         arguments = {"implementation": "llada", "direction": name, "length": length, "head_dim": head_dim}
         arguments["tiles"] = dataclasses.asdict(tiles)
-        (schedule,) = compile_program("llada_jax.bench.attention:program", arguments, topology).kernels.values()
+        (schedule,) = attention_kernels(compile_program("llada_jax.bench.attention:program", arguments, topology))
 
         def cycles(mean: int) -> float:
             walks = kernel_walks(name, length, mean, head_dim, tiles)
