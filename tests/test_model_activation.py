@@ -99,8 +99,9 @@ def operations(jaxpr) -> list[str]:
             names.append(eqn.params["name"] or "matmul")  # megablox gives none
         else:
             names.append(eqn.primitive.name)
-            for inner in jax.core.jaxprs_in_params(eqn.params):
-                names += operations(inner)
+            for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr")):
+                if hasattr(inner, "jaxpr") or hasattr(inner, "eqns"):
+                    names += operations(getattr(inner, "jaxpr", inner))
     return names
 
 
