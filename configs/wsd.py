@@ -15,11 +15,16 @@ The mixtures of experts are for pods, with the mesh of split_over_pod. Before a 
 
     python tools/rehearse.py --config=configs/wsd.py:llada2_mini --topology=v5p:4x4x4
 
-fits 64 chips with 4 rows a chip: 41 of 95 GiB, serial MFU 35%, 14.5 thousand clean tokens a second and chip;
+fits 64 chips with 4 rows a chip: 39 of 95 GiB, serial MFU 47%, 19.6 thousand clean tokens a second and chip;
+
+    python tools/rehearse.py --config=configs/wsd.py:llada2_mini --topology=v6e:8x8 --config.batch.rows=64
+
+with 1 row a chip: 20 of 32 GiB, 8%, 6.5 thousand, the links of a slice whose sides are lines being the bound;
 
     python tools/rehearse.py --config=configs/wsd.py:llada2_flash --topology=v5p:8x8x8
 
-fits 512 chips with 2 rows a chip: 69 of 95 GiB, serial MFU 37%, 2.7 thousand.
+fits 512 chips with 2 rows a chip: 81 of 95 GiB, 47%, 3.5 thousand. Not rehearsed yet: llada2_mini on tpu7x:2x4x4,
+llada2_flash on tpu7x:4x4x8 and on two slices of v6e:16x16.
 """
 
 from pathlib import Path

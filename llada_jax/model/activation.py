@@ -79,7 +79,10 @@ def weighted_swiglu_gradients(gate_up, weights, d_hidden, kernel="xla", interpre
     lines = _lines(weights, tile(*gate_up.shape, gate_up.dtype))
     operands = gate_up, lines, d_hidden
     results = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (d_hidden, gate_up, lines))
-    hidden, d_gate_up, d_lines = _stream(_backward_kernel, "expert_activation_backward", operands, results, interpret)
+    in_place = {0: 1, 2: 0}  # gate_up and d_hidden are read here last
+    hidden, d_gate_up, d_lines = _stream(
+        _backward_kernel, "expert_activation_backward", operands, results, interpret, in_place
+    )
     return hidden, d_gate_up, d_lines.reshape(-1)[: len(weights)]
 
 
@@ -145,10 +148,11 @@ def _diagonal(lines: int):
     return row == lane
 
 
-def _stream(kernel, name: str, operands, results, interpret: bool):
+def _stream(kernel, name: str, operands, results, interpret: bool, in_place=None):
     """Runs `kernel` on every block of rows. operands: gate_up, lines of weights, and others of rows.
 
-    The last block may reach past the rows: what is read there is anything, and what is written there is lost.
+    in_place: {operand: result} of those that share memory; interpreted, they cannot where rows are no whole blocks. The
+    last block may reach past the rows: what is read there is anything, and what is written there is lost.
     """
     tiles, lines, _ = operands[1].shape
 
@@ -164,6 +168,7 @@ def _stream(kernel, name: str, operands, results, interpret: bool):
         in_specs=[spec(x) for x in operands],
         out_specs=[spec(x) for x in results],
         out_shape=results,
+        input_output_aliases={} if interpret else in_place or {},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
         interpret=pltpu.InterpretParams() if interpret else False,
     )(*operands)
