@@ -15,7 +15,7 @@ The mixtures of experts are for pods, with the mesh of split_over_pod. Before a 
 
     python tools/rehearse.py --config=configs/wsd.py:llada2_mini --topology=v5p:4x4x4
 
-fits 64 chips with 4 rows a chip: 39 of 95 GiB, serial MFU 47%, 19.6 thousand clean tokens a second and chip;
+fits 64 chips with 4 rows a chip: 38 of 95 GiB, serial MFU 47%, 19.5 thousand clean tokens a second and chip;
 
     python tools/rehearse.py --config=configs/wsd.py:llada2_mini --topology=v6e:8x8 --config.batch.rows=64
 
