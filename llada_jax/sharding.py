@@ -209,8 +209,8 @@ def over_heads(attention, joined: bool = False):
     query [batch, queries, heads, head_dim], key and value [batch, keys, kv_heads, head_dim]: query heads split as
     key/value heads do, or their groups would be torn apart; a tensor axis beyond the key/value heads gets copies of
     them (kv_copies), one for each rank. mask: a tree of arrays that lead with batch and queries, or are `joined`, as in
-    tokens_joined. crosses: attention/context.blocks_cross of the mask. turns: trees of arrays [batch, length,
-    ...], and of vectors, which all shards have.
+    tokens_joined. crosses: attention/context.blocks_cross of the mask. turns: trees of arrays that lead with
+    batch and length, and of vectors, which all shards have.
     """
 
     def call(query, key, value, mask, crosses=None, *turns):

@@ -66,7 +66,10 @@ def kernel_attention(
 
 
 def operand_steps(queries: int, heads: int, keys: int, kv_heads: int, head_dim: int, tiles: Tiles) -> dict[str, int]:
-    """{name: steps of the grid} of the kernels around an attention of one bfloat16 row; queries and keys are tiles."""
+    """{name: steps of the grid} of the kernels around an attention of one bfloat16 row.
+
+    queries, keys: positions, in whole tiles and chunks.
+    """
 
     def count(length, heads, tile, itemsize=2):
         return steps((1, length, heads, head_dim), kv_heads, tile, itemsize)

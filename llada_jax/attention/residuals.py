@@ -1,7 +1,7 @@
 """What the backward pass of an attention needs beside its operands, by name, so that a remat policy can keep it.
 
 With `jax.checkpoint_policies.save_only_these_names(*NAMES)` a layer is computed again up to the operands of attention,
-but attention itself is not: its output [batch, queries, heads, head_dim] and a float32 per query and head are kept.
+but attention itself is not: its output and a float32 per query and head are kept.
 """
 
 import jax
