@@ -195,12 +195,15 @@ def kv_copies(heads: int, kv_heads: int) -> int:
     return tensor // kv_heads if tensor % kv_heads == 0 and heads % tensor == 0 and tensor > kv_heads else 1
 
 
+def split_over(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh) -> tuple[str, ...]:
+    """The mesh axes in the `spec` of these."""
+    entries = spec(axes, shape, mesh)
+    return tuple(name for entry in entries if entry for name in ([entry] if isinstance(entry, str) else entry))
+
+
 def tokens_joined(shape: tuple[int, ...], mesh) -> PartitionSpec:
     """Of arrays that are a concatenation over the shards of [batch, length, ...] of this shape."""
-    axes = []
-    for entry in spec(("batch", "length"), shape[:2], mesh):
-        axes += [entry] if isinstance(entry, str) else entry or ()
-    return PartitionSpec(tuple(axes) or None)
+    return PartitionSpec(split_over(("batch", "length"), shape[:2], mesh) or None)
 
 
 def over_heads(attention, joined: bool = False):

@@ -21,15 +21,16 @@ def test_equals_dense_attention(monkeypatch, chunk):
         shapes = (queries, 4), (queries, 2), (queries, 2), (length, 2), (length, 2)
         q, k, v, ck, cv = (jnp.asarray(rng.normal(size=(rows, n, h, 8)), jnp.float32) for n, h in shapes)
         expected = dense_attention(q, jnp.concatenate([k, ck], 1), jnp.concatenate([v, cv], 1), visibility)
-        found = jax.jit(cached.cached_attention)(q, k, v, ck, cv, visibility)
+        stacks = (jnp.stack([jnp.full_like(x, jnp.nan), x, jnp.full_like(x, jnp.nan)]) for x in (ck, cv))
+        found = jax.jit(cached.cached_attention)(q, k, v, *stacks, 1, visibility)
         assert np.allclose(found, expected, atol=1e-5)
 
 
 def test_reads_nothing_beyond_the_longest_prefix(monkeypatch):
     monkeypatch.setattr(cached, "LEAST_CHUNK", 4)
     ones = jnp.ones((1, 2, 2, 8))
-    poisoned = jnp.ones((1, 16, 2, 8)).at[:, 8:].set(jnp.nan)
-    found = cached.cached_attention(ones, ones, ones, poisoned, poisoned, vis.window(jnp.array([6]), 2))
+    poisoned = jnp.ones((1, 1, 16, 2, 8)).at[:, :, 8:].set(jnp.nan)
+    found = cached.cached_attention(ones, ones, ones, poisoned, poisoned, 0, vis.window(jnp.array([6]), 2))
     assert np.allclose(found, 1)
 
 

@@ -1,5 +1,6 @@
 """Experts, router, head and rotary embedding against plain formulas; presets against published sizes."""
 
+import math
 import re
 
 import jax
@@ -14,10 +15,10 @@ from llada_jax.errors import InputError
 from llada_jax.model import experts, head, parameters
 from llada_jax.model.config import PRESETS, ModelConfig, RopeScaling, preset
 from llada_jax.model.forward import Execution
-from llada_jax.model.grouped_matmul import _tiles, grouped_matmul
+from llada_jax.model.grouped_matmul import _tiles, grouped_matmul, stack_matmul
 from llada_jax.model.layers import rope_frequencies
 from llada_jax.model.router import balanced_bias, route
-from llada_jax.sharding import Shards
+from llada_jax.sharding import Shards, make_mesh
 
 
 def test_presets_have_the_published_number_of_parameters():
@@ -68,6 +69,30 @@ def check_grouped_matmul(rows, groups, seed, missing=0, **execution):
     (dx, dw), (plain_dx, plain_dw) = ours[1](cotangent[used]), plain[1](cotangent[used])
     np.testing.assert_allclose(dx[used], plain_dx[used], atol=2e-5)
     np.testing.assert_allclose(dw, plain_dw, atol=2e-5)
+
+
+@pytest.mark.parametrize("execution", [dict(kernel="xla"), dict(kernel="megablox", interpret=True)])
+@pytest.mark.parametrize("layer", [0, 2])
+def test_a_layer_of_a_stack_is_multiplied_where_it_lies(layer, execution):
+    rng = np.random.default_rng(0)
+    ids = np.sort(rng.integers(0, 5, 32))
+    x, w = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((32, 8), (5, 8, 12)))
+    stack = jnp.full((3, *w.shape), jnp.nan).at[layer].set(w)  # what is read of another layer shows
+    found = stack_matmul(x, stack, jnp.int32(layer), jnp.bincount(ids, length=5), **execution)
+    np.testing.assert_allclose(found, jnp.einsum("mk,mkn->mn", x, w[ids]), atol=1e-5)
+
+
+def test_experts_are_read_in_place_where_nothing_is_cast_or_gathered():
+    config = preset("tiny_moe")
+    stacks = {name: parameters.abstract(config)["sparse"][name] for name in experts.EXPERTS}
+    axes = parameters.logical_axes(config)["sparse"]
+
+    def in_place(exchange="weights", dtype="float32", **sizes):
+        with jax.set_mesh(make_mesh(**{"data": 1} | sizes, devices=jax.devices()[: math.prod(sizes.values())])):
+            return experts.read_in_place(stacks, axes, Execution(exchange=exchange), dtype)
+
+    assert in_place() and in_place(tensor=2) and in_place(data=4) and in_place(exchange="tokens", expert=2, tensor=2)
+    assert not in_place(dtype="bfloat16") and not in_place(fsdp=2) and not in_place(expert=2)
 
 
 def test_experts_equal_the_dense_sum_over_all_experts():

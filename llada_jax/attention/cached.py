@@ -16,12 +16,13 @@ _LOWEST = -1e30  # finite, so that a row that sees nothing yet keeps a finite ma
 
 def cached_attention(
     query: jax.Array, key: jax.Array, value: jax.Array, cached_key: jax.Array, cached_value: jax.Array,
-    visibility: Visibility,
+    layer: jax.Array | int, visibility: Visibility,
 ) -> jax.Array:  # fmt: skip
     """dense_attention over [own keys, cached keys]: the noisy intervals are in own keys, the clean ones in the cache.
 
     query [batch, queries, heads, head_dim]; key, value [batch, own, kv_heads, head_dim]; cached_key, cached_value
-    [batch, cached, kv_heads, head_dim]. A query that sees no key gives 0. Returns query's shape and dtype.
+    [layers, batch, cached, kv_heads, head_dim], of which `layer` is read where it lies. A query that sees no key gives
+    0. Returns query's shape and dtype.
     """
     batch, queries, heads, head_dim = query.shape
     kv_heads = key.shape[2]
@@ -46,11 +47,12 @@ def cached_attention(
         )
         return output * kept[..., None] + update, new_highest, total * kept + weights.sum(axis=-1)
 
-    length = cached_key.shape[1]
+    length = cached_key.shape[2]
     chunk = chunk_of(length)
 
     def part(start):
-        return [jax.lax.dynamic_slice_in_dim(x, start, chunk, axis=1) for x in (cached_key, cached_value)]
+        shape = (1, batch, chunk, kv_heads, head_dim)
+        return [jax.lax.dynamic_slice(x, (layer, 0, start, 0, 0), shape)[0] for x in (cached_key, cached_value)]
 
     def visit_cache(i, state):
         start = jnp.minimum(i * chunk, length - chunk)  # the last chunk may overlap the one before

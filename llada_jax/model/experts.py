@@ -20,14 +20,15 @@ from jax.ad_checkpoint import checkpoint_name
 
 from llada_jax import sharding
 from llada_jax.errors import InputError
-from llada_jax.model.activation import swiglu_matmul
+from llada_jax.model.activation import swiglu_matmul, weighted_swiglu
 from llada_jax.model.config import ModelConfig
-from llada_jax.model.grouped_matmul import grouped_matmul
+from llada_jax.model.grouped_matmul import grouped_matmul, stack_matmul
 from llada_jax.model.layers import swiglu
 from llada_jax.model.router import route
 from llada_jax.model.rows_kernel import rows_by_expert
 
 EXCHANGES = ("weights", "tokens")
+EXPERTS = ("gate", "up", "down")
 
 
 def moe(
@@ -36,9 +37,10 @@ def moe(
 ):  # fmt: skip
     """Routed experts plus the shared one, added to what they correct: y = residual + (sum_k w_k E_k(x) + S(x)).
 
-    inputs: x and residual [batch, length, embed], this shard's rows; weights: this shard's part of them. execution:
-    forward.Execution. Returns y, as x, and how many of the tokens each expert got, int32 [1, experts]. Raises
-    InputError where the tensor axis does not divide the experts' width, or routing blocks the length.
+    inputs: x and residual [batch, length, embed], this shard's rows; weights: this shard's part of them; with "layer",
+    an int32 [], the EXPERTS are those of all layers (read_in_place). execution: forward.Execution. Returns y, as x, and
+    how many of the tokens each expert got, int32 [1, experts]. Raises InputError where the tensor axis does not divide
+    the experts' width, or routing blocks the length.
     """
     x, residual = inputs
     if config.routing_block and x.shape[1] % config.routing_block:
@@ -70,25 +72,42 @@ def _routed(x, experts, expert_weights, weights, shards, execution):
     The load of this rank's tokens, or where they are exchanged that of this rank's experts, of all ranks' tokens.
     """
     exchange_tokens = execution.exchange == "tokens" and shards.size("expert") > 1
-    keep = ("expert", "tensor") if exchange_tokens else ("tensor",)
-    gate, up, down = (weights[name].astype(x.dtype) for name in ("gate", "up", "down"))
-    # Side by side they are one matmul of twice the columns. Joined before they are gathered, this moves nothing.
-    gate_up = shards.gather(jnp.concatenate([gate, up], axis=2), "gate", keep)
-    down = shards.gather(down, "down", keep)
     how = execution.experts, execution.interpret
+    if "layer" in weights:
+        experts_here = weights["gate"].shape[1]
+        combine = functools.partial(combine_in_stacks, weights=weights)
+    else:
+        keep = ("expert", "tensor") if exchange_tokens else ("tensor",)
+        gate, up, down = (weights[name].astype(x.dtype) for name in EXPERTS)
+        # Side by side they are one matmul of twice the columns. Joined before they are gathered, this moves nothing.
+        gate_up = shards.gather(jnp.concatenate([gate, up], axis=2), "gate", keep)
+        experts_here = gate_up.shape[0]
+        combine = functools.partial(combine_experts, gate_up=gate_up, down=shards.gather(down, "down", keep))
     if not exchange_tokens:
-        move = sort_by_expert(experts, gate_up.shape[0], False, *how)
-        return combine_experts(x, move, expert_weights, gate_up, down, *how), move.group_sizes
+        move = sort_by_expert(experts, experts_here, False, *how)
+        return combine(x, move, expert_weights, kernel=how[0], interpret=how[1]), move.group_sizes
     x, experts, expert_weights = (
         jax.lax.all_gather(part, "expert", axis=axis, tiled=True)
         for part, axis in ((x, 0), (experts, 1), (expert_weights, 1))
     )
-    first = jax.lax.axis_index("expert") * gate_up.shape[0]
-    move = sort_by_expert(experts - first, gate_up.shape[0], True, *how)
-    y = combine_experts(x, move, expert_weights, gate_up, down, *how)
+    first = jax.lax.axis_index("expert") * experts_here
+    move = sort_by_expert(experts - first, experts_here, True, *how)
+    y = combine(x, move, expert_weights, kernel=how[0], interpret=how[1])
     load = jnp.zeros(weights["router"].shape[1], jnp.int32)
     load = jax.lax.dynamic_update_slice_in_dim(load, move.group_sizes, first, 0)
     return jax.lax.psum_scatter(y, "expert", scatter_dimension=0, tiled=True), load
+
+
+def read_in_place(stacks: dict[str, jax.Array], axes: dict[str, tuple], execution, dtype) -> bool:
+    """Whether a pass that needs no gradients can read experts in the stacks of all layers: nothing is to be cast or
+    gathered. axes: logical axes of the stacks.
+    """
+    if any(w.dtype != dtype for w in stacks.values()):
+        return False
+    if (mesh := sharding.mesh_in_force()) is None:
+        return True
+    kept = {"tensor", "expert"} if execution.exchange == "tokens" else {"tensor"}
+    return all(kept.issuperset(sharding.split_over(axes[name], w.shape, mesh)) for name, w in stacks.items())
 
 
 def combine_experts(
@@ -102,6 +121,22 @@ def combine_experts(
     gate_up_x = grouped_matmul(rows_of_tokens(x, move), gate_up, move.group_sizes, kernel, interpret)
     weights = rows_of_pairs(expert_weights, move)
     return sums_of_pairs(swiglu_matmul(gate_up_x, weights, down, move.group_sizes, kernel, interpret), move)
+
+
+def combine_in_stacks(
+    x, move: "Move", expert_weights, weights, kernel: str = "xla", interpret: bool = False
+) -> jax.Array:
+    """combine_experts with layer weights["layer"] of the stacks "gate", "up" and "down" [layers, experts, in, out],
+    read where they lie. No gradient.
+    """
+
+    def times(rows, name):
+        return stack_matmul(rows, weights[name], weights["layer"], move.group_sizes, kernel, interpret)
+
+    rows = rows_of_tokens(x, move)
+    gate_up_x = jnp.concatenate([times(rows, "gate"), times(rows, "up")], axis=1)
+    hidden = weighted_swiglu(gate_up_x, rows_of_pairs(expert_weights, move), kernel, interpret)
+    return sums_of_pairs(times(hidden, "down"), move)
 
 
 class Move(NamedTuple):

@@ -6,6 +6,7 @@ share; `forward` and `denoise` are its public forms.
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -120,12 +121,12 @@ def run_layers(
     # Computed once: XLA would do it again in every layer.
     cos, sin = jax.lax.optimization_barrier(rope_angles(config, positions))
 
-    def layer_of(group, visibility):
+    def layer_of(group, visibility, shared):
         if cache is None:
             attend = attention_of(config, execution, visibility, tokens.shape[1])
         else:
             attend = _of_turned(functools.partial(cached_attention, visibility=visibility)), tokens.shape[1]
-        layer = functools.partial(_layer, config, group, execution, attend, cos, sin)
+        layer = functools.partial(_layer, config, group, execution, attend, cos, sin, shared)
         # Without a mesh there are no gathered weights to drop, and nothing to compute again.
         if execution.remat == "none" and sharding.mesh_in_force() is None:
             return layer
@@ -134,12 +135,17 @@ def run_layers(
     *_, last = config.layer_groups
     computed, load = {}, None
     for group in config.layer_groups:
-        stacked = params[group], None if cache is None else cache[group]
+        weights, shared, layers = params[group], Shared(), None
+        if cache is not None:
+            shared = Shared(_experts_in_place(group, weights, config, execution, x.dtype), cache[group])
+            weights = {name: w for name, w in weights.items() if name not in shared.experts}
+            layers = jnp.arange(len(config.layer_groups[group]))
+        stacked = weights, layers
         some = wanted is not None and group == last
         all_but_last = jax.tree.map(lambda w: w[:-1], stacked) if some else stacked  # noqa: B023
-        x, (computed[group], load) = jax.lax.scan(layer_of(group, visibility), x, all_but_last)
+        x, (computed[group], load) = jax.lax.scan(layer_of(group, visibility, shared), x, all_but_last)
         if some:
-            layer = layer_of(group, jax.tree.map(lambda bound: context.first(bound, wanted), visibility))
+            layer = layer_of(group, jax.tree.map(lambda bound: context.first(bound, wanted), visibility), shared)
             x, part = layer(x, jax.tree.map(lambda w: w[-1], stacked))
             computed[group], load = jax.tree.map(
                 lambda before, own: jnp.concatenate([before, own[None]]), (computed[group], load), part
@@ -171,17 +177,38 @@ def _of_turned(attention):
     return lambda query, key, *others, turns=Turns(): attention(*turns.turned(query, key), *others)
 
 
-def _layer(config, group, execution, attend, cos, sin, x, weights_and_cache):
-    weights, cache = weights_and_cache
+class Shared(NamedTuple):
+    """Stacks of all layers of a group, of which each reads its own where it lies: in decoding, of which nothing is
+    differentiated. Handed to a layer by lax.scan, they would be copied.
+    """
+
+    experts: dict = {}
+    cache: dict | None = None
+
+
+def _experts_in_place(group, weights, config, execution, dtype):
+    if group == "dense":
+        return {}
+    stacks = {name: weights[name] for name in experts.EXPERTS}
+    axes = parameters.logical_axes(config)[group]
+    return stacks if experts.read_in_place(stacks, axes, execution, dtype) else {}
+
+
+def _layer(config, group, execution, attend, cos, sin, shared, x, of_layer):
+    weights, layer = of_layer
     axes = parameters.layer_axes(config, group, weights)
     routed = {k: w for k, w in weights.items() if group == "sparse" and weight_of(k) in EXPERT_WEIGHTS}
     weights = {k: sharding.gathered(w.astype(x.dtype), axes[k]) for k, w in weights.items() if k not in routed}
     h = rms_norm(x, weights["attention_norm"], config.rms_norm_eps)
-    attended, keys_values = _attention(config, attend, weights, h, cos, sin, cache)
+    attended, keys_values = _attention(config, attend, weights, h, cos, sin, shared.cache, layer)
     x = context.first(x, attended.shape[1]) + attended
     h = rms_norm(x, weights["mlp_norm"], config.rms_norm_eps)
     if group == "sparse":
         moe = functools.partial(_moe, config=config, execution=execution)
+        if shared.experts:
+            stacked_axes = parameters.logical_axes(config)[group]
+            axes |= {name: stacked_axes[name] for name in shared.experts} | {"layer": ()}
+            routed |= shared.experts | {"layer": layer}
         x, load = sharding.over_batch(moe, axes, execution.reduce_dtype)((h, x), routed)
         load = load.sum(axis=(0, 1))
     else:
@@ -198,7 +225,7 @@ def _moe(inputs, weights, shards, config, execution):
 EXPERT_WEIGHTS = {"router", "expert_bias", "gate", "up", "down", "shared_gate", "shared_up", "shared_down"}
 
 
-def _attention(config, attend, weights, x, cos, sin, cache):
+def _attention(config, attend, weights, x, cos, sin, cache, layer):
     """The attention of a layer, of the first positions of x only where `attend` has fewer queries; keys and values."""
     attend, queries = attend
 
@@ -213,7 +240,7 @@ def _attention(config, attend, weights, x, cos, sin, cache):
     angles = tuple(context.first(angle, queries) for angle in (cos, sin)), (cos, sin)
     turns = Turns(*(Turn(norm, *angle, config.rms_norm_eps) for norm, angle in zip(norms, angles, strict=True)))
     own = {"key": turns.key(key), "value": value}
-    cached = () if cache is None else (cache["key"], cache["value"])
+    cached = () if cache is None else (cache["key"], cache["value"], layer)
     return project(attend(query, key, value, *cached, turns=turns), weights, "output", contracted=2), own
 
 

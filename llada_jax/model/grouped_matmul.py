@@ -53,6 +53,19 @@ def _backward(kernel, interpret, residuals, dy):
 grouped_matmul.defvjp(_forward, _backward)
 
 
+def stack_matmul(
+    x: jax.Array, stack: jax.Array, layer: jax.Array, group_sizes: jax.Array, kernel: str = "xla",
+    interpret: bool = False,
+) -> jax.Array:  # fmt: skip
+    """grouped_matmul with the matrices of one layer of a stack [layers, groups, in, out], which are read where they
+    lie: handed to a kernel by lax.scan, they would be copied. No gradient.
+    """
+    flat, first = stack.reshape(-1, *stack.shape[2:]), layer * stack.shape[1]
+    if kernel == "xla":
+        return _rows_times_groups(x, flat, group_sizes, first)
+    return rows_times_groups(x, flat, group_sizes, interpret, first=first)
+
+
 def gradient_of_rows(dy, w, group_sizes, kernel, interpret) -> jax.Array:
     """dx [rows, in] of grouped_matmul."""
     if kernel == "xla":
@@ -67,12 +80,16 @@ def gradient_of_groups(x, dy, group_sizes, w, kernel, interpret) -> jax.Array:
     return group_gradients(x, dy, group_sizes, interpret).astype(w.dtype)
 
 
-def rows_times_groups(x, w, group_sizes, interpret=False, transpose_rhs=False) -> jax.Array:
-    """x [rows, in] times its group's w[g], or w[g]^T, by the Pallas kernel; otherwise as grouped_matmul."""
+def rows_times_groups(x, w, group_sizes, interpret=False, transpose_rhs=False, first=None) -> jax.Array:
+    """x [rows, in] times its group's w[g], or w[g]^T, by the Pallas kernel; otherwise as grouped_matmul.
+
+    first: the matrix of group 0, in a w of more matrices than groups.
+    """
     columns = w.shape[1 if transpose_rhs else 2]
     tiles = _interpreted(x, columns) if interpret else table.rows_times_groups(*x.shape, columns, device_kind())
     y = megablox.gmm(
         _whole_tiles(x, tiles[0]), w, group_sizes.astype(jnp.int32), preferred_element_type=x.dtype, tiling=tiles,
+        group_offset=None if first is None else -first,  # it counts from the groups that w's first matrix is of
         transpose_rhs=transpose_rhs, interpret=pltpu.InterpretParams() if interpret else False,
     )  # fmt: skip
     return y[: x.shape[0]]
@@ -119,14 +136,14 @@ def _pad_rows(x: jax.Array, tile: int) -> jax.Array:
 
 
 @functools.partial(jax.jit, inline=True)
-def _rows_times_groups(x, w, group_sizes):
+def _rows_times_groups(x, w, group_sizes, first=0):
     rows = x.shape[0]
     tile, used, group, start, _ = _tiles(rows, group_sizes)
     padded = _pad_rows(x, tile)
 
     def one_tile(t, y):
         part = jax.lax.dynamic_slice_in_dim(padded, start[t], tile)
-        product = jnp.dot(part, w[group[t]], preferred_element_type=jnp.float32).astype(y.dtype)
+        product = jnp.dot(part, w[first + group[t]], preferred_element_type=jnp.float32).astype(y.dtype)
         # Rows past the group's end are wrong here; the next tile, or the cut below, overwrites them.
         return jax.lax.dynamic_update_slice_in_dim(y, product, start[t], 0)
 

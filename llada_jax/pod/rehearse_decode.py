@@ -34,7 +34,7 @@ from llada_jax.pod.step_cost import PARTS, Line, step_lines
 from llada_jax.pod.topology import slice_devices
 from llada_jax.sampling import decode, predict
 from llada_jax.sampling.cost import Cost, pass_cost, uniform_hits
-from llada_jax.sampling.state import Program, empty_state
+from llada_jax.sampling.state import CACHE_AXES, Program, empty_state
 from llada_jax.training import config as settings
 
 
@@ -102,7 +102,7 @@ def rehearse_decode(config: ConfigDict, slices: Slices, rows: int, canvas: int, 
     compiled, seconds = compile_step(lowered, mesh, slices)
     module = hlo.parse(compiled.as_text())
     local = rows_of_device(rows, mesh)
-    trips = _trips(round(local * block), canvas + block, filled)
+    trips = _trips(round(local), block, canvas + block, filled)
     kernels = _expert_kernels(config, model, mesh, slices.topology, round(local * block)) if model.is_moe else {}
     lines = step_lines(module, slices.topology.chip, kernels, physical_devices(mesh, slices), trips)
     cost = pass_cost(model, 2 * rows * block, rows * block // 2, rows * filled, filled + block)
@@ -115,11 +115,10 @@ def _arguments(model: ModelConfig, program: Program, rows: int, canvas: int, mes
     axes = parameters.logical_axes(model)
     params = with_shardings(parameters.abstract(model, jnp.bfloat16), lambda x: sharding.shardings(x, axes, mesh))
     state = jax.eval_shape(functools.partial(empty_state, model, program, rows, canvas, "bfloat16"))
-    cache_axes = ("layers", "batch", None, "kv_heads", None)
 
     def where(path, leaf):
         if path[0].name == "cache":
-            return NamedSharding(mesh, sharding.spec(cache_axes, leaf.shape, mesh))
+            return NamedSharding(mesh, sharding.spec(CACHE_AXES, leaf.shape, mesh))
         rowwise = leaf.ndim and leaf.shape[0] == rows
         return NamedSharding(mesh, sharding.spec(("batch",), (rows,), mesh) if rowwise else PartitionSpec())
 
@@ -142,7 +141,9 @@ def _expert_kernels(config: ConfigDict, model: ModelConfig, mesh, topology: Topo
         pairs = result[0].shape[0]
         reached = uniform_hits(model, pairs // model.num_experts_per_token) / model.num_experts
         rows = pairs / ranks
-        values = reached * weights.elements + rows * (product.shape[-1] + result[0].shape[-1])
+        # `weights` may be those of all layers, of which one is used.
+        one_layer = math.prod(weights.shape[1:]) * model.num_experts // ranks
+        values = reached * one_layer + rows * (product.shape[-1] + result[0].shape[-1])
         flops = 2 * rows * product.shape[-1] * result[0].shape[-1]
         by_bytes = 2 * values / bandwidth
         by_flops = flops / (chip.peak_bf16 / chip.devices)
@@ -156,12 +157,15 @@ def _expert_kernels(config: ConfigDict, model: ModelConfig, mesh, topology: Topo
     return {"gmm": gmm, "expert_activation": activation} | routing
 
 
-def _trips(positions: int, length: int, filled: int) -> dict[str, int]:
-    """Of the loops whose length the data decide, by their scopes: half of the positions are masked."""
-    chunk = cached.chunk_of(length)
+def _trips(rows: int, block: int, length: int, filled: int) -> dict[str, int]:
+    """Of the loops whose length the data decide, by their scopes: half of the positions are masked, and all rows have a
+    block to commit.
+    """
+    chunk, positions = cached.chunk_of(length), rows * block
     tile = min(predict.TILE, positions)
     return {
         cached.WHOLE_CHUNKS: filled // chunk,
         cached.OTHER_CHUNKS: math.ceil(filled % chunk / chunk),
         predict.TILES: math.ceil(positions / 2 / tile),
+        decode.WRITTEN_ROWS: rows,
     }

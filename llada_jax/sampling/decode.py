@@ -14,6 +14,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from llada_jax import sharding
 from llada_jax.attention import visibility as vis
@@ -22,7 +23,9 @@ from llada_jax.model.forward import hidden_states
 from llada_jax.model.head import head_matrix
 from llada_jax.sampling import accept
 from llada_jax.sampling.predict import Kind, predict
-from llada_jax.sampling.state import Program, Requests, State, empty_state
+from llada_jax.sampling.state import CACHE_AXES, Program, Requests, State, empty_state
+
+WRITTEN_ROWS = "written_rows"  # scope of the loop over the rows whose blocks are committed
 
 
 @functools.partial(jax.jit, static_argnames=("config", "program", "prefill_length"))
@@ -107,10 +110,8 @@ def iterate(params, config: ModelConfig, program: Program, state: State) -> Stat
     passes = [functools.partial(window_pass, params, config, program, state, blocks) for blocks in (1, 2)]
     hidden, computed, last_hidden = jax.lax.cond(fused, passes[1], passes[0])
 
-    # Out of the way of what is visible, when there is nothing to commit.
-    at = jnp.where(committing, state.start - block, state.tokens.shape[1])
-    write = jax.vmap(lambda whole, part, at: jax.lax.dynamic_update_slice_in_dim(whole, part, at, 1), (1, 1, 0), 1)
-    cache = jax.tree.map(lambda whole, part: write(whole, part.astype(whole.dtype), at), state.cache, computed)
+    write = functools.partial(_write, at=state.start - block, where=committing)
+    cache = jax.tree.map(write, state.cache, computed)
     last_hidden = jnp.where(committing[:, None], last_hidden, state.last_hidden)
 
     denoising = running & (fused | ~state.pending)
@@ -131,8 +132,32 @@ def iterate(params, config: ModelConfig, program: Program, state: State) -> Stat
 
 
 def constrain_cache(cache):
-    axes = ("layers", "batch", None, "kv_heads", None)
-    return jax.tree.map(lambda x: sharding.constrain(x, axes), cache)
+    return jax.tree.map(lambda x: sharding.constrain(x, CACHE_AXES), cache)
+
+
+def _write(cache, block, at, where):
+    """cache [layers, rows, positions, ...] with block, of fewer positions, written at `at` [rows], in the rows `where`.
+
+    Row by row, in place: an update under vmap is a scatter, for which XLA on TPUs turns the cache around and back.
+    """
+
+    def write(cache, block, at, where):
+        rows = jnp.nonzero(where, size=where.shape[0], fill_value=0)[0]
+
+        def write_row(i, cache):
+            row = rows[i]
+            part = jax.lax.dynamic_slice_in_dim(block, row, 1, axis=1).astype(cache.dtype)
+            return jax.lax.dynamic_update_slice(cache, part, (0, row, at[row], 0, 0))
+
+        with jax.named_scope(WRITTEN_ROWS):
+            return jax.lax.fori_loop(0, where.sum(), write_row, cache)
+
+    if (mesh := sharding.mesh_in_force()) is None:
+        return write(cache, block, at, where)
+    split = sharding.spec(CACHE_AXES, cache.shape, mesh)
+    rows = PartitionSpec(split[1])
+    run = jax.shard_map(write, in_specs=(split, split, rows, rows), out_specs=split, check_vma=False)
+    return run(cache, block, at, where)
 
 
 def window_pass(params, config: ModelConfig, program: Program, state: State, blocks: int):

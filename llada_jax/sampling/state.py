@@ -13,6 +13,7 @@ from llada_jax.model.forward import Execution
 from llada_jax.sampling.predict import Sampling
 
 RULES = ("llada2", "llada2.1", "sglang", "dinfer", "entropy", "fixed")
+CACHE_AXES = ("layers", "batch", None, "kv_heads", None)
 KEYS = "threefry2x32"  # whatever the default is: a draw is the same everywhere
 
 
@@ -107,9 +108,8 @@ def empty_state(config: ModelConfig, program: Program, rows: int, canvas: int, d
     )  # fmt: skip
 
     def keys_or_values(layers):
-        axes = ("layers", "batch", None, "kv_heads", None)
         shape = len(layers), rows, canvas + b, config.num_kv_heads, config.head_dim
-        return sharding.constrain(zeros(*shape, dtype=dtype), axes)
+        return sharding.constrain(zeros(*shape, dtype=dtype), CACHE_AXES)
 
     return State(
         requests=requests, tokens=zeros(rows, canvas), steps=zeros(rows, canvas),
