@@ -12,6 +12,9 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_force_host_platform_device_count=8",
         # Eight devices on two busy cores are slow to meet, not stuck.
         "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+        # What runs for a moment is not worth optimising: most of the suite's time is compiling.
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
     ]
 )
 
