@@ -102,7 +102,7 @@ def rehearse_decode(config: ConfigDict, slices: Slices, rows: int, canvas: int, 
     compiled, seconds = compile_step(lowered, mesh, slices)
     module = hlo.parse(compiled.as_text())
     local = rows_of_device(rows, mesh)
-    trips = _trips(round(local), block, canvas + block, filled)
+    trips = _trips(round(local), block, canvas, filled)
     kernels = _expert_kernels(config, model, mesh, slices.topology, round(local * block)) if model.is_moe else {}
     lines = step_lines(module, slices.topology.chip, kernels, physical_devices(mesh, slices), trips)
     cost = pass_cost(model, 2 * rows * block, rows * block // 2, rows * filled, filled + block)

@@ -61,7 +61,7 @@ class State:
       pending: the block before `start` is final but not in the cache; finished: nothing is left to do
       denoising_passes, commit_passes (of their own), positions (evaluated for it in decoding)
       last_hidden [rows, embed]: hidden state of the last token in the cache; predicts the next one (shifted alignment)
-    cache: {group: {"key", "value": [layers, rows, canvas + block, kv_heads, head_dim]}}; the last block is scratch.
+    cache: {group: {"key", "value": [layers, rows, canvas, kv_heads, head_dim]}}.
     fuse_share [] float32: finished blocks are committed in two-block windows when at least this share of the running
     rows has one to commit, else in a pass of their own; 0 always fuses, above 1 never does.
     iterations, busy, positions_evaluated [] int32: passes since the host last looked, and the running rows and the
@@ -108,7 +108,7 @@ def empty_state(config: ModelConfig, program: Program, rows: int, canvas: int, d
     )  # fmt: skip
 
     def keys_or_values(layers):
-        shape = len(layers), rows, canvas + b, config.num_kv_heads, config.head_dim
+        shape = len(layers), rows, canvas, config.num_kv_heads, config.head_dim
         return sharding.constrain(zeros(*shape, dtype=dtype), CACHE_AXES)
 
     return State(
