@@ -198,6 +198,18 @@ class Rehearsal:
         return self.useful_flops / (self.peak * max(compute, communication))
 
     @property
+    def weight_traffic_mfu(self) -> float:
+        """The most that it could be if only the useful FLOPs, at peak, and the collectives took time."""
+        collectives = sum(line.seconds + line.hidden for line in self.lines if line.part == "collectives")
+        least = self.useful_flops / self.peak
+        return least / (least + collectives)
+
+    @property
+    def hidden(self) -> float:
+        """Seconds of collectives behind arithmetic."""
+        return sum(line.hidden for line in self.lines if line.part == "collectives")
+
+    @property
     def collective_bytes(self) -> dict[str, float]:
         """That a device sends, by mesh axis."""
         axes = sorted({line.axes for line in self.lines if line.axes})
@@ -225,9 +237,11 @@ class Rehearsal:
             "rows_per_chip": self.rows / self.slices.chips,
             "global_clean_tokens": self.rows * self.length,
             "seconds": self.seconds,
+            "hidden_seconds": self.hidden,
             "collective_bytes": self.collective_bytes,
             "serial_mfu": self.serial_mfu,
             "overlapped_mfu": self.overlapped_mfu,
+            "weight_traffic_mfu": self.weight_traffic_mfu,
             "bytes_model_share": self.bytes_model_share,
             "compile_seconds": self.compile_seconds,
             "per_op": [dataclasses.asdict(line) for line in sorted(self.lines, key=lambda line: -line.seconds)],

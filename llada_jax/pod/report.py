@@ -14,7 +14,6 @@ def describe(result: Rehearsal) -> str:
     chip, memory, seconds = result.slices.topology.chip, result.memory, result.seconds
     total = sum(seconds.values())
     rows = result.rows / result.slices.chips
-    hidden = sum(line.hidden for line in result.lines if line.part == "collectives")
     lines = [
         f"compiled in {result.compile_seconds:.0f} s for {_name(result.slices)}, {result.slices.chips} chips; "
         "all that follows is compiler-estimated",
@@ -27,12 +26,12 @@ def describe(result: Rehearsal) -> str:
         + (", ".join(f"{axis} {n / 1e9:.1f}" for axis, n in result.collective_bytes.items()) or "none"),
         "seconds of a step: "
         + ", ".join(f"{part} {seconds[part]:.4f}" for part in PARTS)
-        + f" (and {hidden:.4f} hidden behind arithmetic)",
+        + f" (and {result.hidden:.4f} hidden behind arithmetic)",
         f"  {total:.4f} in all, {result.bytes_model_share:.0%} of it by the bytes model",
         f"{result.rows * result.length / total:,.0f} clean tokens a second, "
         f"{result.rows * result.length / total / result.slices.chips:,.0f} a chip",
         f"MFU: serial {result.serial_mfu:.1%}, overlapped {result.overlapped_mfu:.1%}"
-        + (f"; weight traffic alone bounds it at {bound:.1%}" if (bound := _bound(result)) < 1 else ""),
+        + (f"; weight traffic alone bounds it at {bound:.1%}" if (bound := result.weight_traffic_mfu) < 1 else ""),
     ]
     return "\n".join(lines)
 
@@ -76,10 +75,3 @@ def _most_rows(result: Rehearsal) -> str:
     left = result.slices.topology.chip.hbm_bytes - memory.parameters - memory.optimizer
     grows = memory.activations + memory.temporaries
     return f"{math.floor(result.rows / result.slices.chips * left / grows)}"
-
-
-def _bound(result: Rehearsal) -> float:
-    """MFU if only the collectives took time."""
-    lines = [line for line in result.lines if line.part == "collectives"]
-    seconds = result.useful_flops / result.peak + sum(line.seconds + line.hidden for line in lines)
-    return result.useful_flops / result.peak / seconds
