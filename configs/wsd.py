@@ -11,20 +11,16 @@ Options: length (tokens a row). A real conversion starts from an imported checkp
     python -m llada_jax.train --config=configs/wsd.py:smollm2_135m --workdir=DIR --config.init_from=CHECKPOINT \
         --config.data.path=PACKED_ROWS
 
-The mixtures of experts are for pods, with the mesh of split_over_pod. Before a pod is rented (compiler-estimated):
+The mixtures of experts are for pods, with the mesh of split_over_pod; experiments/pods/ has a config for each slice,
+with what was rehearsed. Before a pod is rented (compiler-estimated):
 
     python tools/rehearse.py --config=configs/wsd.py:llada2_mini --topology=v5p:4x4x4
 
 fits 64 chips with 4 rows a chip: 38 of 95 GiB, serial MFU 47%, 19.5 thousand clean tokens a second and chip;
 
-    python tools/rehearse.py --config=configs/wsd.py:llada2_mini --topology=v6e:8x8 --config.batch.rows=64
-
-with 1 row a chip: 20 of 32 GiB, 8%, 6.5 thousand, the links of a slice whose sides are lines being the bound;
-
     python tools/rehearse.py --config=configs/wsd.py:llada2_flash --topology=v5p:8x8x8
 
-fits 512 chips with 2 rows a chip: 81 of 95 GiB, 47%, 3.5 thousand. Not rehearsed yet: llada2_mini on tpu7x:2x4x4,
-llada2_flash on tpu7x:4x4x8 and on two slices of v6e:16x16.
+fits 512 chips with 2 rows a chip: 81 of 95 GiB, 47%, 3.5 thousand.
 """
 
 from pathlib import Path

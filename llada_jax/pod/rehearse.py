@@ -199,7 +199,7 @@ class Rehearsal:
 
     @property
     def weight_traffic_mfu(self) -> float:
-        """The most that it could be if only the useful FLOPs, at peak, and the collectives took time."""
+        """Serial MFU if the useful FLOPs, at peak, and all collectives, one after the other, took all the time."""
         collectives = sum(line.seconds + line.hidden for line in self.lines if line.part == "collectives")
         least = self.useful_flops / self.peak
         return least / (least + collectives)

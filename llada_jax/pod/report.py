@@ -13,7 +13,7 @@ def describe(result: Rehearsal) -> str:
     """The table that tools/rehearse.py prints."""
     chip, memory, seconds = result.slices.topology.chip, result.memory, result.seconds
     total = sum(seconds.values())
-    rows = result.rows / result.slices.chips
+    rows, bound = result.rows / result.slices.chips, result.weight_traffic_mfu
     lines = [
         f"compiled in {result.compile_seconds:.0f} s for {_name(result.slices)}, {result.slices.chips} chips; "
         "all that follows is compiler-estimated",
@@ -31,7 +31,7 @@ def describe(result: Rehearsal) -> str:
         f"{result.rows * result.length / total:,.0f} clean tokens a second, "
         f"{result.rows * result.length / total / result.slices.chips:,.0f} a chip",
         f"MFU: serial {result.serial_mfu:.1%}, overlapped {result.overlapped_mfu:.1%}"
-        + (f"; weight traffic alone bounds it at {bound:.1%}" if (bound := result.weight_traffic_mfu) < 1 else ""),
+        + (f"; collectives, if none were hidden, bound it at {bound:.1%}" if bound < 1 else ""),
     ]
     return "\n".join(lines)
 

@@ -1,0 +1,126 @@
+"""Rehearses the configs of this folder for the slices that they name, and tables what came of it.
+
+python experiments/pods/rehearse.py [NAME ...]       # e.g. mini_v5p; without names, all that have no result yet
+python experiments/pods/rehearse.py --table          # of what is recorded in results/
+
+A rehearsal takes minutes (tools/rehearse.py); its numbers, but for single operations, go to results/NAME.json.
+Everything is compiler-estimated.
+"""
+
+import importlib.metadata
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from absl import flags
+
+from llada_jax import errors
+from llada_jax.errors import InputError
+
+_TABLE = flags.DEFINE_bool("table", False, "Print the table of what is recorded, rehearse nothing.")
+
+FOLDER = Path(__file__).resolve().parent
+ROOT = FOLDER.parent.parent
+NAMES = ("mini_v5p", "mini_v6e", "mini_tpu7x", "flash_v5p", "flash_v6e", "flash_tpu7x")
+_GIB = 2**30
+
+
+def load(name: str):
+    """The module of a config: TOPOLOGY, SLICES and get_config."""
+    spec = importlib.util.spec_from_file_location(f"pods_{name}", FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def command(name: str) -> list[str]:
+    """The rehearsal of a config, as its docstring has it."""
+    module = load(name)
+    several = [f"--slices={module.SLICES}"] if module.SLICES > 1 else []
+    return ["tools/rehearse.py", f"--config=experiments/pods/{name}.py", f"--topology={module.TOPOLOGY}", *several]
+
+
+def rehearse(name: str) -> None:
+    """Writes results/NAME.json. Raises InputError when the step does not fit, or the rehearsal fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "out.json")
+        print(f"python {' '.join(command(name))}", flush=True)
+        if subprocess.run([sys.executable, *command(name), f"--json={out}"], cwd=ROOT).returncode:
+            raise InputError(f"{name}: the rehearsal failed")
+        values = json.loads(out.read_text())
+    del values["per_op"]
+    packages = {package: importlib.metadata.version(package) for package in ("jax", "libtpu")}
+    text = json.dumps({"topology": load(name).TOPOLOGY, "slices": load(name).SLICES, **packages, **values}, indent=1)
+    FOLDER.joinpath("results", f"{name}.json").write_text(text + "\n")
+
+
+def recorded() -> dict[str, dict]:
+    files = {name: FOLDER / "results" / f"{name}.json" for name in NAMES}
+    return {name: json.loads(path.read_text()) for name, path in files.items() if path.exists()}
+
+
+def summary(values: dict) -> str:
+    """What the docstring of a config says of it."""
+    seconds = sum(values["seconds"].values())
+    memory, capacity = values["hbm_bytes"] / _GIB, values["hbm_capacity_bytes"] / _GIB
+    return (
+        f"{memory:.1f} of {capacity:.0f} GiB a chip, {seconds:.3f} s a step, serial MFU {values['serial_mfu']:.1%}, "
+        f"{values['global_clean_tokens'] / seconds / values['chips']:,.0f} clean tokens a second and chip"
+    )
+
+
+def unhidden(values: dict) -> float:
+    """Serial MFU with the seconds of collectives that run behind arithmetic added."""
+    seconds = sum(values["seconds"].values())
+    return values["serial_mfu"] * seconds / (seconds + values["hidden_seconds"])
+
+
+def table(results: dict[str, dict]) -> str:
+    """Markdown, a column for each config."""
+
+    def row(label, cell):
+        return f"| {label} | " + " | ".join(cell(values) for values in results.values()) + " |"
+
+    def seconds(values, *parts):
+        return ", ".join(f"{values['seconds'][part]:.3f}" for part in parts)
+
+    def where(values):
+        return f"{values['slices']} x {values['topology']}" if values["slices"] > 1 else values["topology"]
+
+    def per_chip(values):
+        return f"{values['global_clean_tokens'] / sum(values['seconds'].values()) / values['chips']:,.0f}"
+
+    return "\n".join([
+        "| | " + " | ".join(name.replace("_", ", ") for name in results) + " |",
+        "|" + "---|" * (len(results) + 1),
+        row("slices", where),
+        row("chips, rows a chip", lambda v: f"{v['chips']}, {v['rows_per_chip']:g}"),
+        row("clean tokens a step", lambda v: f"{v['global_clean_tokens'] / 1e6:.2f} M"),
+        row("memory of a chip, GiB", lambda v: f"{v['hbm_bytes'] / _GIB:.1f} of {v['hbm_capacity_bytes'] / _GIB:.0f}"),
+        row("seconds: attention, experts", lambda v: seconds(v, "attention", "experts")),
+        row("head, other matmuls", lambda v: seconds(v, "head", "dense")),
+        row("glue", lambda v: seconds(v, "glue")),
+        row("collectives (and hidden)", lambda v: f"{seconds(v, 'collectives')} ({v['hidden_seconds']:.3f})"),
+        row("seconds in all", lambda v: f"{sum(v['seconds'].values()):.3f}"),
+        row("serial MFU, overlapped MFU", lambda v: f"{v['serial_mfu']:.1%}, {v['overlapped_mfu']:.1%}"),
+        row("serial MFU if nothing were hidden", lambda v: f"{unhidden(v):.1%}"),
+        row("bound of that by weight traffic alone", lambda v: f"{v['weight_traffic_mfu']:.1%}"),
+        row("share of the seconds by the bytes model", lambda v: f"{v['bytes_model_share']:.0%}"),
+        row("clean tokens a second and chip", per_chip),
+    ])  # fmt: skip
+
+
+def main(argv) -> None:
+    if unknown := [name for name in argv[1:] if name not in NAMES]:
+        raise InputError(f"{unknown[0]}: no such config here; there are {', '.join(NAMES)}")
+    wanted = argv[1:] or [name for name in NAMES if name not in recorded()]
+    for name in [] if _TABLE.value else wanted:
+        rehearse(name)
+    print(table(recorded()))
+
+
+if __name__ == "__main__":
+    errors.run(main, more=True)
