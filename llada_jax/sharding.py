@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import SymbolicZero
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -167,6 +168,32 @@ def _sum_over_backward(axis, _, cotangent):
 
 
 sum_over.defvjp(_sum_over_forward, _sum_over_backward)
+
+
+@jax.custom_vjp
+def gradients_together(tree):
+    """The tree, of whose gradients none is used before all are there.
+
+    For weights that are met once, with the input of what meets them: XLA would sum their gradients over ranks behind
+    the loop over the layers that comes next in the backward pass, and hold them whole as long as it runs.
+    """
+    return tree
+
+
+def _gradients_together_forward(tree):
+    # What is frozen has no gradient: waited for, one would be computed. None of a tuple is static.
+    wanted = tuple(() if leaf.perturbed else None for leaf in jax.tree.leaves(tree))
+    return jax.tree.map(lambda leaf: leaf.value, tree), wanted
+
+
+def _gradients_together_backward(wanted, cotangents):
+    leaves, structure = jax.tree.flatten(cotangents)
+    leaves = [jnp.zeros(d.shape, d.dtype) if isinstance(d, SymbolicZero) else d for d in leaves]
+    waited = iter(jax.lax.optimization_barrier([d for d, w in zip(leaves, wanted, strict=True) if w is not None]))
+    return (structure.unflatten(d if w is None else next(waited) for d, w in zip(leaves, wanted, strict=True)),)
+
+
+gradients_together.defvjp(_gradients_together_forward, _gradients_together_backward, symbolic_zeros=True)
 
 
 def over_batch(function, axes: Mapping[str, tuple], reduce_dtype: str | None = None):

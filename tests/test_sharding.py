@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -97,6 +98,20 @@ def summary(gradient: jax.Array) -> jax.Array:
     flat = gradient.reshape(-1)
     index = jnp.arange(flat.size, dtype=jnp.float32)
     return jnp.stack([jnp.linalg.norm(flat), (flat * jnp.cos(index / 97)).sum(), (flat * jnp.cos(2.9 * index)).sum()])
+
+
+def test_gradients_that_wait_for_each_other_are_the_same_and_frozen_ones_are_not_waited_for():
+    x, w, frozen = jnp.arange(3.0), jnp.ones((3, 3)), jnp.full((3, 3), 2.0)
+
+    def loss(together, x, w):
+        (x, ws) = together((x, {"w": w, "frozen": frozen}))
+        return jnp.sin(x @ ws["w"] @ ws["frozen"]).sum()
+
+    gradients = [jax.grad(loss, (1, 2))(f, x, w) for f in (sharding.gradients_together, lambda tree: tree)]
+    jax.tree.map(np.testing.assert_array_equal, *gradients)
+    text = str(jax.make_jaxpr(lambda x, w: jax.grad(loss, (1, 2))(sharding.gradients_together, x, w))(x, w))
+    (barrier,) = re.findall(r"= optimization_barrier (.*)", text)
+    assert len(barrier.split()) == 2, "of x and w alone"
 
 
 PROCESS = """

@@ -146,7 +146,7 @@ def run_layers(
         x, (computed[group], load) = jax.lax.scan(layer_of(group, visibility, shared), x, all_but_last)
         if some:
             layer = layer_of(group, jax.tree.map(lambda bound: context.first(bound, wanted), visibility), shared)
-            x, part = layer(x, jax.tree.map(lambda w: w[-1], stacked))
+            x, part = layer(*sharding.gradients_together((x, jax.tree.map(lambda w: w[-1], stacked))))
             computed[group], load = jax.tree.map(
                 lambda before, own: jnp.concatenate([before, own[None]]), (computed[group], load), part
             )

@@ -77,6 +77,7 @@ def token_scores(
     local = jax.named_scope("head")(
         functools.partial(_local_scores, temperature=entropy_temperature, vocab=head.shape[1])
     )
+    hidden, head = sharding.gradients_together((hidden, head))
     scores = sharding.over_batch(local, {"head": ("embed", "vocab")}, reduce_dtype)
     return TokenScores(*scores((hidden, targets, supervised), {"head": head}))
 
