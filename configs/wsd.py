@@ -16,7 +16,7 @@ with what was rehearsed. Before a pod is rented (compiler-estimated):
 
     python tools/rehearse.py --config=configs/wsd.py:llada2_mini --topology=v5p:4x4x4
 
-fits 64 chips with 4 rows a chip: 38 of 95 GiB, serial MFU 47%, 19.5 thousand clean tokens a second and chip;
+fits 64 chips with 4 rows a chip: 33 of 95 GiB, serial MFU 47%, 19.5 thousand clean tokens a second and chip;
 
     python tools/rehearse.py --config=configs/wsd.py:llada2_flash --topology=v5p:8x8x8
 

@@ -11,11 +11,12 @@ from llada_jax.model.config import preset
 from llada_jax.pod.useful_flops import layer_weights, useful_flops
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.timeout(1500)  # minutes on idle cores, but not every machine's are
 
 
 def run(*arguments, config="wsd.py:llada2_mini"):
     command = [sys.executable, str(ROOT / "tools/rehearse.py"), f"--config={ROOT}/configs/{config}", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=1200)
+    return subprocess.run(command, capture_output=True, text=True, timeout=1400)
 
 
 @pytest.fixture(scope="module")
