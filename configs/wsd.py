@@ -20,7 +20,7 @@ fits 64 chips with 4 rows a chip: 33 of 95 GiB, serial MFU 47%, 19.5 thousand cl
 
     python tools/rehearse.py --config=configs/wsd.py:llada2_flash --topology=v5p:8x8x8
 
-fits 512 chips with 2 rows a chip: 81 of 95 GiB, 47%, 3.5 thousand.
+fits 512 chips with 2 rows a chip: 65 of 95 GiB, 47%, 3.5 thousand.
 """
 
 from pathlib import Path
