@@ -181,7 +181,7 @@ def gradients_together(tree):
 
 
 def _gradients_together_forward(tree):
-    # What is frozen has no gradient: waited for, one would be computed. None of a tuple is static.
+    # What is frozen has no gradient: waited for, one would be computed. () and None hold no array: tracing knows them.
     wanted = tuple(() if leaf.perturbed else None for leaf in jax.tree.leaves(tree))
     return jax.tree.map(lambda leaf: leaf.value, tree), wanted
 

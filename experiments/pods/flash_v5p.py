@@ -19,5 +19,4 @@ TOPOLOGY, SLICES = "v5p:8x8x8", 1
 
 
 def get_config(argument=None):
-    config = load_sibling(str(CONFIGS / "wsd.py"), "wsd").get_config("llada2_flash")
-    return config
+    return load_sibling(str(CONFIGS / "wsd.py"), "wsd").get_config("llada2_flash")

@@ -19,5 +19,4 @@ TOPOLOGY, SLICES = "v5p:4x4x4", 1
 
 
 def get_config(argument=None):
-    config = load_sibling(str(CONFIGS / "wsd.py"), "wsd").get_config("llada2_mini")
-    return config
+    return load_sibling(str(CONFIGS / "wsd.py"), "wsd").get_config("llada2_mini")

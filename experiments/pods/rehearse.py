@@ -8,7 +8,6 @@ Everything is compiler-estimated.
 """
 
 import importlib.metadata
-import importlib.util
 import json
 import subprocess
 import sys
@@ -30,10 +29,9 @@ _GIB = 2**30
 
 def load(name: str):
     """The module of a config: TOPOLOGY, SLICES and get_config."""
-    spec = importlib.util.spec_from_file_location(f"pods_{name}", FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    from llada_jax.training.config import load_sibling  # importing jax takes seconds: not before the names are right
+
+    return load_sibling(__file__, name)
 
 
 def command(name: str) -> list[str]:
@@ -62,13 +60,18 @@ def recorded() -> dict[str, dict]:
     return {name: json.loads(path.read_text()) for name, path in files.items() if path.exists()}
 
 
+def tokens_per_chip(values: dict) -> str:
+    """Clean ones, a second."""
+    return f"{values['global_clean_tokens'] / sum(values['seconds'].values()) / values['chips']:,.0f}"
+
+
 def summary(values: dict) -> str:
     """What the docstring of a config says of it."""
     seconds = sum(values["seconds"].values())
     memory, capacity = values["hbm_bytes"] / _GIB, values["hbm_capacity_bytes"] / _GIB
     return (
         f"{memory:.1f} of {capacity:.0f} GiB a chip, {seconds:.3f} s a step, serial MFU {values['serial_mfu']:.1%}, "
-        f"{values['global_clean_tokens'] / seconds / values['chips']:,.0f} clean tokens a second and chip"
+        f"{tokens_per_chip(values)} clean tokens a second and chip"
     )
 
 
@@ -90,9 +93,6 @@ def table(results: dict[str, dict]) -> str:
     def where(values):
         return f"{values['slices']} x {values['topology']}" if values["slices"] > 1 else values["topology"]
 
-    def per_chip(values):
-        return f"{values['global_clean_tokens'] / sum(values['seconds'].values()) / values['chips']:,.0f}"
-
     return "\n".join([
         "| | " + " | ".join(name.replace("_", ", ") for name in results) + " |",
         "|" + "---|" * (len(results) + 1),
@@ -109,7 +109,7 @@ def table(results: dict[str, dict]) -> str:
         row("serial MFU if nothing were hidden", lambda v: f"{unhidden(v):.1%}"),
         row("bound of that by weight traffic alone", lambda v: f"{v['weight_traffic_mfu']:.1%}"),
         row("share of the seconds by the bytes model", lambda v: f"{v['bytes_model_share']:.0%}"),
-        row("clean tokens a second and chip", per_chip),
+        row("clean tokens a second and chip", tokens_per_chip),
     ])  # fmt: skip
 
 

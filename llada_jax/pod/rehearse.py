@@ -194,20 +194,23 @@ class Rehearsal:
     @property
     def overlapped_mfu(self) -> float:
         compute = sum(seconds for part, seconds in self.seconds.items() if part != "collectives")
-        communication = sum(line.seconds + line.hidden for line in self.lines if line.part == "collectives")
-        return self.useful_flops / (self.peak * max(compute, communication))
+        return self.useful_flops / (self.peak * max(compute, self.communication))
 
     @property
     def weight_traffic_mfu(self) -> float:
         """Serial MFU if the useful FLOPs, at peak, and all collectives, one after the other, took all the time."""
-        collectives = sum(line.seconds + line.hidden for line in self.lines if line.part == "collectives")
         least = self.useful_flops / self.peak
-        return least / (least + collectives)
+        return least / (least + self.communication)
 
     @property
     def hidden(self) -> float:
         """Seconds of collectives behind arithmetic."""
         return sum(line.hidden for line in self.lines if line.part == "collectives")
+
+    @property
+    def communication(self) -> float:
+        """Seconds of all collectives, hidden or not."""
+        return self.seconds["collectives"] + self.hidden
 
     @property
     def collective_bytes(self) -> dict[str, float]:
