@@ -1,5 +1,6 @@
 """The pieces of the gallery: configs of the conversion, and the tables and pictures of what was measured."""
 
+import importlib
 import json
 import re
 import sys
@@ -30,8 +31,44 @@ def test_the_conversion_keeps_checkpoints_at_even_distances_to_its_end(form):
     assert re.search(rf"\b{tokens} (thousand|million) tokens", (EXPERIMENTS / "conversion" / "run.sh").read_text())
 
 
+def test_the_recorded_conversion_on_an_accelerator_is_of_its_form():
+    recorded = json.loads((EXPERIMENTS / "conversion" / "h200.json").read_text())
+    config = load("conversion", "config").get_config("h200")
+    settings.check(config)
+    phases = settings.phases(config)
+    assert recorded["step_tokens"] == config.batch.rows * config.data.length
+    assert recorded["measured"][-1]["step"] == sum(phase.steps for phase in phases)
+    assert {row["block_size"] for row in recorded["phases"]} == {phase.block_size for phase in phases}
+    table = load("conversion", "report").table(recorded).splitlines()[2:7]
+    assert all(row in (EXPERIMENTS / "README.md").read_text() for row in table), "the gallery shows what was recorded"
+
+
+def test_checkpoints_without_samples_are_in_the_table(tmp_path, capsys):
+    folder = measured(tmp_path)
+    (folder / "measured" / "10.block32.jsonl").unlink()
+    load("conversion", "report").main(str(folder), str(tmp_path / "out"))
+    printed = capsys.readouterr().out
+    assert "| 8.000 ± 0.250 | n/a | n/a | n/a | n/a |" in printed and "10 at 0.3" not in printed
+
+
+def test_modules_of_packages_are_written_once_each(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    stdlib_text = importlib.import_module("stdlib_text")
+    site = tmp_path / "site"
+    long = "x = 1\n" * 100
+    files = {"a/b.py": long, "a/copy.py": long, "a/short.py": "y = 1\n", "a/tests/t.py": "t" + long, "c.py": "c" + long}
+    for name, text in files.items():
+        (site / name).parent.mkdir(parents=True, exist_ok=True)
+        (site / name).write_text(text)
+    (site / "bad.py").write_bytes(b"# coding: nosuch\n" + long.encode())
+    monkeypatch.setattr(stdlib_text.sysconfig, "get_paths", lambda: {"stdlib": str(site), "purelib": str(site)})
+    stdlib_text.main(tmp_path / "out", packages=True)
+    rows = [json.loads(line) for line in (tmp_path / "out" / "packages.jsonl").read_text().splitlines()]
+    assert [row["path"] for row in rows] == ["a/b.py", "c.py"] and rows[0]["text"] == long
+
+
 def test_an_unknown_form_is_named():
-    with pytest.raises(InputError, match="'tpu', expected cpu or gpu"):
+    with pytest.raises(InputError, match="'tpu', expected cpu, h200 or gpu"):
         load("conversion", "config").get_config("tpu")
 
 

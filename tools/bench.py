@@ -74,7 +74,7 @@ def main(argv) -> None:
 def _on(platform: str) -> None:
     import jax  # after the flags are parsed: it takes seconds, as the modules below do
 
-    jax.config.update("jax_platforms", platform)
+    jax.config.update("jax_platforms", {"gpu": "cuda"}.get(platform, platform))  # "gpu" asks for ROCm as well
 
 
 def _attention() -> Iterator[dict]:

@@ -24,7 +24,8 @@ def collect(folder: Path) -> dict:
         found = json.loads(path.read_text())
         likelihood = {name: entry for name, entry in found.items() if isinstance(entry, dict) and "nats" in entry}
         entry = {"step": int(path.stem), "tokens": int(path.stem) * step_tokens, "likelihood": likelihood}
-        measured.append(entry | {"decoding": [_decoded(path, block) for block in BLOCKS]})
+        decoded = [_decoded(path, block) for block in BLOCKS if _answers(path, block).exists()]
+        measured.append(entry | ({"decoding": decoded} if len(decoded) == len(BLOCKS) else {}))
     return {
         "code": header["code"],
         "minutes": round(sum(map(int, (folder / "seconds").read_text().split())) / 60, 1),
@@ -34,10 +35,13 @@ def collect(folder: Path) -> dict:
     }
 
 
+def _answers(path: Path, block: int) -> Path:
+    return path.with_suffix(f".block{block}.jsonl")
+
+
 def _decoded(path: Path, block: int) -> dict:
     """Tokens per denoising pass at each threshold, and the answers."""
-    lines = path.with_suffix(f".block{block}.jsonl").read_text().splitlines()
-    answers = [json.loads(line) for line in lines]
+    answers = [json.loads(line) for line in _answers(path, block).read_text().splitlines()]
     speeds = {}
     for threshold in THRESHOLDS:
         chosen = [row for row in answers if row["threshold"] == threshold]
@@ -56,7 +60,8 @@ def table(found: dict) -> str:
     lines = [heading, ["---"] * len(heading)]
     for entry in found["measured"]:
         cells = [f"{e['nats']:.3f} ± {e['stderr']:.3f}" for e in (entry["likelihood"][name] for name in names)]
-        cells += [f"{entry['decoding'][block]['tokens_per_forward'][str(t)]:.2f}" for block, t in speeds]
+        decoded = entry.get("decoding")
+        cells += [f"{decoded[b]['tokens_per_forward'][str(t)]:.2f}" if decoded else "n/a" for b, t in speeds]
         lines.append([f"{entry['tokens']:,}", *cells])
     first, last = (found["measured"][place]["likelihood"] for place in (0, -1))
     before, after = first["ar"]["nats"], last["block 1"]["nats"]
@@ -70,7 +75,7 @@ def table(found: dict) -> str:
 def samples(found: dict) -> str:
     """The answer to the first prompt at each checkpoint, in blocks of BLOCKS[0] at the least threshold."""
     lines = []
-    for entry in found["measured"]:
+    for entry in (entry for entry in found["measured"] if "decoding" in entry):
         row = next(s for s in entry["decoding"][0]["samples"] if s["threshold"] == min(THRESHOLDS))
         lines.append(f"{entry['tokens']:>9,}  {row['answer']!r}")
     return "\n".join(lines)

@@ -120,6 +120,8 @@ def _with_gradients(function):
 def table(model_name: str | None, rows: int, length: int, execution: Execution) -> Iterator[dict]:
     """Prints the parts of a step and yields its values."""
     model = preset(model_name) if model_name else SMALL
+    if model.mask_token_id is None:  # an AR parent: any token costs the same
+        model = model.replace(mask_token_id=model.vocab_size - 1)
     name = model_name or "small"
     print(
         f"{jax.devices()[0].device_kind}: {name}, {parameters.count(model):,} parameters, {rows} x {length} tokens, "
