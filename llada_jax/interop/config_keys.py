@@ -43,7 +43,7 @@ _HARMLESS = """
 _TRAINING = re.compile("dropout|pdrop|loss|grad_|z_loss|_coef$")
 _FORWARD = re.compile(
     "attn|attention|rope|rotary|alibi|position|scal|multiplier|softcap|logit|clip|norm|bias|window|sliding|chunk|expert|moe|"
-    "rout|gate|gating|topk|group|dense|sparse|shared|layer|head|activation|temperature|residual|quant|prun|embed|lora|tie_"
+    "rout|gate|gating|topk|group|dense|sparse|shared|layer|head|activation|temperature|residual|quant|compress|prun|embed|lora|tie_"
 )
 _SILU = ("silu", "swish")
 # Field -> the values that our forward pass computes, beside null, which is the class's default. In no other table: a
