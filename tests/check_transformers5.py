@@ -3,8 +3,8 @@
     pip install -e '.[hf]' && python tests/check_transformers5.py
 
 Tiny Llama, Qwen2, Qwen3 and Qwen3-MoE models with each rotary embedding, tied and not, sharded and not, fused experts,
-stored heads, .bin files old, new and nested, nulls in config.json, and YaRN added here. Prints a line each: the size of the
-logits, the largest difference of ours (at most 2e-4) from transformers' own, and that of what transformers computes
+stored heads, .bin files old, new and nested, nulls in config.json, and YaRN added here. Prints a line each: the size of
+the logits, the largest difference of ours (at most 2e-4) from transformers' own, and that of what transformers computes
 from the exported folder, which it must load strictly. Exits with 1 where one fails.
 """
 
