@@ -107,6 +107,13 @@ def source_config(lineage: dict) -> dict:
     return lineage.get("hf_config", {})
 
 
+def check_exportable(config: ModelConfig, lineage: dict) -> None:
+    """Raises InputError naming what the config.json of an export could not say of a model that descends from `lineage`:
+    better before it is trained than after.
+    """
+    hf_config.exported(config, source_config(lineage), np.dtype(np.float32))
+
+
 def _groups(config: ModelConfig, reader, to: np.dtype | None) -> list[Group]:
     """Every tensor of the folder, in the order of the layers."""
     groups: dict[str, Group] = {}
