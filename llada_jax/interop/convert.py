@@ -24,7 +24,7 @@ _LLADA2_VOCAB, _LLADA2_MASK = 157_184, 156_895
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What is to be imported, read from headers and metadata only."""
+    """What is to be imported, read from headers and metadata only (and from a tied model's stored head)."""
 
     config: ModelConfig
     hf: dict  # config.json as it was found
@@ -115,6 +115,8 @@ def read_source(source: str) -> Source:
     if not path.is_dir():
         raise InputError(f"{source}: no such folder or file (of the hub: --source=hf://OWNER/NAME)")
     if not (path / "config.json").is_file():
+        if (path / "adapter_config.json").is_file():
+            raise InputError(f"{source}: adapter_config.json: an adapter, not a model; merge it into its base first")
         ggufs = sorted(path.glob("*.gguf"))
         raise InputError(f"{source}: no config.json" + (f"; pass the file {ggufs[0].name} instead" if ggufs else ""))
     return _read_folder(path)
