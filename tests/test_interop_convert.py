@@ -186,8 +186,20 @@ def test_refusals(llama, tmp_path):
     (tmp_path / "ggufs" / "a.gguf").touch()
     refused(r"no config\.json; pass the file a\.gguf", source=tmp_path / "ggufs")
     refused("a.gguf: not a complete GGUF file", source=tmp_path / "ggufs" / "a.gguf")
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text("{}")
+    refused("adapter_config.json: an adapter, not a model", source=tmp_path / "lora")
     (llama / "config.json").write_text("{")
     refused(r"config\.json: malformed JSON")
+
+
+def test_keys_that_are_not_understood_are_named(llama, tmp_path, capsys):
+    config = json.loads((llama / "config.json").read_text())
+    (llama / "config.json").write_text(json.dumps(config | {"unsloth_version": "2026.1", "notes": "x" * 99}))
+    convert.import_checkpoint(str(llama), str(tmp_path / "out"))
+    printed = capsys.readouterr().out
+    assert "notice: config.json: not understood, and ignored: unsloth_version='2026.1', notes='xxxx" in printed
+    assert max(map(len, printed.splitlines())) < 200
 
 
 def test_existing_out_is_kept(llama, tmp_path):

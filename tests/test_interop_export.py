@@ -10,8 +10,9 @@ from safetensors.numpy import load_file
 
 from llada_jax.data.byte_tokenizer import byte_tokenizer
 from llada_jax.errors import InputError
+from llada_jax.interop import hf_config
 from llada_jax.interop.convert import import_checkpoint
-from llada_jax.interop.export import export_checkpoint
+from llada_jax.interop.export import check_exportable, export_checkpoint
 from llada_jax.model import parameters
 from llada_jax.model.config import RopeScaling, preset
 from llada_jax.training.checkpoint import read_config, write_weights
@@ -56,6 +57,7 @@ SOFTMAX = dict(num_shared_experts=0, num_dense_layers=0, router="softmax", exper
 CONFIGS = {
     "llama": DENSE.replace(alignment="shifted", rope_scaling=RopeScaling("llama3", 8.0, 512)),
     "llama, same": DENSE,
+    "llama, linear": DENSE.replace(rope_scaling=RopeScaling("linear", 4.0)),
     "tied": DENSE.replace(tie_word_embeddings=True, mask_token_id=None),
     "tied, stored": DENSE.replace(tie_word_embeddings=True, stores_tied_head=True),
     "qwen2": DENSE.replace(architecture="qwen2", qkv_bias=True),
@@ -131,6 +133,15 @@ def test_what_config_json_cannot_say_is_refused(tmp_path):
     with pytest.raises(InputError, match="qk_norm=True: llama has no config.json that says so"):
         export_checkpoint(str(tmp_path / "a"), str(tmp_path / "hf"))
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_what_an_export_could_not_say_is_known_before_training():
+    """Imported when the key was still dropped in silence."""
+    hf = hf_config.to_hf(DENSE)
+    check_exportable(DENSE.extended(2), {"source": {"hf_config": hf}})
+    check_exportable(DENSE.extended(2), {})
+    with pytest.raises(InputError, match="logits_scaling=8.0 is not supported"):
+        check_exportable(DENSE.extended(2), {"source": {"hf_config": hf | {"logits_scaling": 8.0}}})
 
 
 def test_an_added_mask_token_is_exported_and_comes_in_again(tmp_path):

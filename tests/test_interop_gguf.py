@@ -6,6 +6,7 @@ import pytest
 
 from llada_jax.errors import InputError
 from llada_jax.interop import convert, gguf, huggingface, tokenizer
+from llada_jax.model.config import RopeScaling
 
 D, HEADS, KV, HD = 32, 4, 2, 8
 
@@ -22,17 +23,7 @@ def interleave(rows: np.ndarray, heads: int) -> np.ndarray:
     return rows[order]
 
 
-def write_gguf(path: Path, change=lambda writer: None, architecture="llama", tensors=None, pre="smollm") -> dict:
-    """A one-layer llama; returns its tensors under their Hugging Face names."""
-    rng = np.random.default_rng(0)
-    names = {
-        "token_embd": (40, D), "output_norm": (D,), "blk.0.attn_norm": (D,), "blk.0.ffn_norm": (D,),
-        "blk.0.attn_q": (HEADS * HD, D), "blk.0.attn_k": (KV * HD, D), "blk.0.attn_v": (KV * HD, D),
-        "blk.0.attn_output": (D, HEADS * HD), "blk.0.ffn_gate": (48, D), "blk.0.ffn_up": (48, D),
-        "blk.0.ffn_down": (D, 48),
-    }  # fmt: skip
-    values = {f"{name}.weight": rng.standard_normal(shape, np.float32) for name, shape in names.items()}
-    writer = gguf_format.GGUFWriter(path, architecture)
+def write_metadata(writer: gguf_format.GGUFWriter, pre="smollm") -> None:
     writer.add_block_count(1)
     writer.add_context_length(64)
     writer.add_embedding_length(D)
@@ -47,16 +38,35 @@ def write_gguf(path: Path, change=lambda writer: None, architecture="llama", ten
     writer.add_token_types([1, 1, 1, 3, 4, 5])
     writer.add_token_merges(["a b"])
     writer.add_eos_token_id(3)
+
+
+def close(writer: gguf_format.GGUFWriter) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def write_gguf(path: Path, change=lambda w: None, architecture="llama", tensors=None, pre="smollm", without="") -> dict:
+    """A one-layer llama; returns its tensors under their Hugging Face names."""
+    rng = np.random.default_rng(0)
+    names = {
+        "token_embd": (40, D), "output_norm": (D,), "blk.0.attn_norm": (D,), "blk.0.ffn_norm": (D,),
+        "blk.0.attn_q": (HEADS * HD, D), "blk.0.attn_k": (KV * HD, D), "blk.0.attn_v": (KV * HD, D),
+        "blk.0.attn_output": (D, HEADS * HD), "blk.0.ffn_gate": (48, D), "blk.0.ffn_up": (48, D),
+        "blk.0.ffn_down": (D, 48),
+    }  # fmt: skip
+    values = {f"{name}.weight": rng.standard_normal(shape, np.float32) for name, shape in names.items()}
+    writer = gguf_format.GGUFWriter(path, architecture)
+    write_metadata(writer, pre)
     change(writer)
     stored = dict(values)
     for name, heads in (("attn_q", HEADS), ("attn_k", KV)):
         stored[f"blk.0.{name}.weight"] = interleave(values[f"blk.0.{name}.weight"], heads)
     for name, value in (stored | (tensors or {})).items():
-        writer.add_tensor(name, value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+        if name != without:
+            writer.add_tensor(name, value)
+    close(writer)
     return values
 
 
@@ -121,6 +131,16 @@ def test_bad_files(tmp_path):
     refused("tokenizer.ggml.pre='llama-bpe' is not supported", pre="llama-bpe")
     refused("llama.rope.dimension_count=4 is not", change=lambda w: w.add_rope_dimension_count(4))
     refused("llama.expert_count=8 is not supported", change=lambda w: w.add_expert_count(8))
+    refused("llama.attention.sliding_window=64 is not", change=lambda w: w.add_sliding_window(64))
+    refused("llama.attention.causal=False is not", change=lambda w: w.add_causal_attention(False))
+    refused("llama.logit_scale=0.0625 is not", change=lambda w: w.add_logit_scale(0.0625))
+    refused("llama.attention.scale=0.5 is not", change=lambda w: w.add_attention_scale(0.5))
+    refused("llama.final_logit_softcapping=30.0 is not", change=lambda w: w.add_final_logit_softcapping(30.0))
+    refused("llama.rope.scaling.attn_factor=2.0 is not", change=lambda w: w.add_rope_scaling_attn_factors(2.0))
+    refused("llama.something.new='x' is not", change=lambda w: w.add_string("llama.something.new", "x"))
+    refused("llama.rope.scaling.type='yarn' is not", change=lambda w: w.add_string("llama.rope.scaling.type", "yarn"))
+    refused("llama.context_length=.* is not supported", change=lambda w: w.add_array("llama.context_length", [1, 2]))
+    refused("general.type='adapter' is not supported", change=lambda w: w.add_type("adapter"))
     refused("unexpected tensor blk.0.attn_q.bias", tensors={"blk.0.attn_q.bias": np.ones(32, np.float32)})
     refused(r"shape \[8, 32\], expected \[16, 32\]", tensors={"blk.0.attn_v.weight": np.ones((8, 32), np.float32)})
     refused("rope_freqs.weight", tensors={"rope_freqs.weight": np.ones(4, np.float32)})
@@ -129,3 +149,113 @@ def test_bad_files(tmp_path):
         path.write_bytes(path.read_bytes()[:size])
         with pytest.raises(InputError, match="bad.gguf: not a complete GGUF file"):
             convert.read_source(str(path))
+
+
+@pytest.mark.parametrize(
+    ("fields", "scaling"),
+    [
+        ({"llama.rope.scale_linear": 4.0}, RopeScaling("linear", 4.0)),
+        ({"llama.rope.scaling.factor": 4.0}, RopeScaling("linear", 4.0)),  # linear, to llama.cpp
+        ({"llama.rope.scaling.factor": 2.5, "llama.rope.scaling.type": "linear"}, RopeScaling("linear", 2.5)),
+        ({"llama.rope.scaling.factor": 2.0, "llama.rope.scale_linear": 4.0}, RopeScaling("linear", 2.0)),
+        ({"llama.rope.scaling.factor": 4.0, "llama.rope.scaling.type": "none"}, None),
+        ({"llama.rope.scaling.type": "linear"}, None),
+        ({"llama.rope.scaling.factor": 0.0}, None),
+        ({"llama.rope.scale_linear": 1.0}, None),
+    ],
+)
+def test_linear_scale_as_llama_cpp_reads_it(tmp_path, fields, scaling):
+    def add(writer):
+        for key, value in fields.items():
+            (writer.add_string if isinstance(value, str) else writer.add_float32)(key, value)
+
+    write_gguf(tmp_path / "tiny.gguf", change=add)
+    assert gguf.model_config(gguf.open_gguf(tmp_path / "tiny.gguf")).rope_scaling == scaling
+
+
+def test_what_changes_nothing_is_no_obstacle(tmp_path):
+    def add(writer):
+        writer.add_vocab_size(40)
+        writer.add_rope_dimension_count(HD)
+        writer.add_rope_scaling_orig_ctx_len(64)
+        writer.add_expert_count(0)
+        writer.add_logit_scale(0.0)  # off
+        writer.add_causal_attention(True)
+        writer.add_type("model")
+        writer.add_file_type(1)
+
+    write_gguf(tmp_path / "plain.gguf")
+    write_gguf(tmp_path / "tiny.gguf", change=add)
+    plain, tiny = (gguf.model_config(gguf.open_gguf(tmp_path / f"{name}.gguf")) for name in ("plain", "tiny"))
+    assert plain == tiny
+
+
+@pytest.mark.parametrize("kind", ["F64", "I8"])
+def test_a_type_that_cannot_be_dequantised_is_named_before_anything_is_written(tmp_path, kind):
+    dtype = {"F64": np.float64, "I8": np.int8}[kind]
+    write_gguf(tmp_path / "tiny.gguf", tensors={"blk.0.ffn_down.weight": np.ones((D, 48), dtype)})
+    message = f"tiny.gguf: blk.0.ffn_down.weight is of type {kind}, which the package gguf cannot dequantise"
+    with pytest.raises(InputError, match=message):
+        convert.import_checkpoint(str(tmp_path / "tiny.gguf"), str(tmp_path / "out"))
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.gguf"]
+
+
+def test_every_type_that_gguf_dequantises_is_taken(tmp_path):
+    for kind in (gguf_format.GGMLQuantizationType.Q8_0, gguf_format.GGMLQuantizationType.Q5_1):
+        path = tmp_path / f"{kind.name}.gguf"
+
+        def add(writer, kind=kind):
+            data = gguf_format.quants.quantize(np.ones((48, D), np.float32), kind)
+            writer.add_tensor("blk.0.ffn_up.weight", data, raw_dtype=kind)
+
+        write_gguf(path, change=add, without="blk.0.ffn_up.weight")
+        file = gguf.open_gguf(path)
+        value = gguf.open_weights(file, gguf.model_config(file))["model.layers.0.mlp.up_proj.weight"].read(0, 48)
+        np.testing.assert_allclose(value, 1, atol=0.01)
+
+
+def split(folder: Path, count: int) -> list[Path]:
+    """A model in `count` parts, as llama-gguf-split makes them: the first has the metadata."""
+    whole = gguf.open_gguf(folder / "whole.gguf")
+    paths = [folder / f"tiny-{n + 1:05d}-of-{count:05d}.gguf" for n in range(count)]
+    for n, path in enumerate(paths):
+        writer = gguf_format.GGUFWriter(path, "llama")
+        if n == 0:
+            write_metadata(writer)
+        writer.add_uint16("split.no", n)
+        writer.add_uint16("split.count", count)
+        writer.add_int32("split.tensors.count", len(whole.tensors))
+        for tensor in whole.tensors[n::count]:
+            writer.add_tensor(tensor.name, np.array(tensor.data))
+        close(writer)
+    return paths
+
+
+def test_all_parts_of_a_split_model_are_read(tmp_path):
+    values = write_gguf(tmp_path / "whole.gguf")
+    whole = convert.read_source(str(tmp_path / "whole.gguf"))
+    paths = split(tmp_path, 3)
+    for named in paths:  # whichever is named
+        source = convert.read_source(str(named))
+        assert (source.config, source.tokenizer_files) == (whole.config, whole.tokenizer_files)
+        assert [path.name for path in source.paths] == [path.name for path in paths]
+        huggingface.plan_leaves(source.tensors, source.config)
+        found = source.tensors["model.layers.0.self_attn.q_proj.weight"].read(0, HEADS * HD)
+        assert np.array_equal(found, values["blk.0.attn_q.weight"])
+
+
+def test_a_split_model_that_is_not_whole_is_refused(tmp_path):
+    write_gguf(tmp_path / "whole.gguf")
+    paths = split(tmp_path, 3)
+
+    def refused(message, path=paths[0]):
+        with pytest.raises(InputError, match=message):
+            convert.import_checkpoint(str(path), str(tmp_path / "out"))
+        assert not (tmp_path / "out").exists()
+
+    paths[1].rename(tmp_path / "away")
+    refused(r"tiny-00002-of-00003.gguf: missing; split.count=3 in tiny-00001-of-00003.gguf")
+    paths[1].write_bytes(paths[2].read_bytes())
+    refused("tiny-00002-of-00003.gguf: split.no=2, expected 1")
+    paths[0].rename(tmp_path / "model.gguf")
+    refused("model.gguf: one of 3 parts, expected the name NAME-00001-of-00003.gguf", tmp_path / "model.gguf")

@@ -106,7 +106,7 @@ def test_partial_rotary():
         (LLAMA, {"quantization_config": {"bits": 4}}, "quantization_config"),
         (LLAMA, {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
         (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
-        (LLAMA, {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling.rope_type='linear'"),
+        (LLAMA, {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_scaling.rope_type='dynamic'"),
         (LLAMA, {"rope_scaling": YARN | {"beta_fast": 16}}, "rope_scaling.beta_fast=16"),
         (LLAMA, {"rope_scaling": YARN | {"attention_factor": 1.0}}, "rope_scaling.attention_factor=1.0"),
         (LLAMA, {"rope_scaling": YARN | {"truncate": False}}, "rope_scaling.truncate=False"),

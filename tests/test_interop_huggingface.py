@@ -182,14 +182,50 @@ def test_dtype_keeps_a_float32_expert_bias(tmp_path):
         assert np.array_equal(leaves[name], exact[name].astype(bfloat16)), name
 
 
-@pytest.mark.parametrize("stored", [True, False])
-def test_tied_head(tmp_path, stored):
+def fused(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Experts as transformers 5 holds them: [experts, 2 width, embed] and [experts, embed, width]."""
+    found = {name: value for name, value in tensors.items() if ".mlp.experts." not in name}
+    for n in range(2):
+        gate, up, down = (
+            np.stack([tensors[f"model.layers.{n}.mlp.experts.{e}.{name}_proj.weight"] for e in range(4)])
+            for name in ("gate", "up", "down")
+        )
+        found[f"model.layers.{n}.mlp.experts.gate_up_proj"] = np.concatenate([gate, up], axis=1)
+        found[f"model.layers.{n}.mlp.experts.down_proj"] = down
+    return found
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_fused_experts(tmp_path, dtype):
+    """2 width = embed: gate_up_proj has the same shape in either layout."""
+    tensors = tiny_tensors("qwen3_moe", dtype)
+    assert fused(tensors)["model.layers.0.mlp.experts.gate_up_proj"].shape == (4, D, D)
+    source, leaves = stream(write_folder(tmp_path / "hf", TINY | CLASSES["qwen3_moe"], fused(tensors)))
+    assert_same_bits(invert(leaves, source.config), tensors)
+
+
+def test_fused_experts_of_another_layout_are_refused(tmp_path):
+    def refused(message, change):
+        tensors = fused(tiny_tensors("qwen3_moe"))
+        change(tensors)
+        folder = write_folder(tmp_path / "hf", TINY | CLASSES["qwen3_moe"], tensors)
+        with pytest.raises(InputError, match=message):
+            convert.import_checkpoint(str(folder), str(tmp_path / "out"))
+        assert not (tmp_path / "out").exists()
+
+    gate_up, down = (f"model.layers.1.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj"))
+    transposed = r"down_proj has shape \[4, 16, 32\], expected \[4, 32, 16\]"
+    refused(transposed, lambda t: t.update({name: t[name].swapaxes(1, 2).copy() for name in (gate_up, down)}))
+    refused(r"gate_up_proj has shape \[4, 31, 32\], expected", lambda t: t.update({gate_up: t[gate_up][:, 1:].copy()}))
+    one = "model.layers.1.mlp.experts.3.up_proj.weight"
+    refused(f"gate_up_proj holds {one}, which is also in", lambda t: t.update({one: np.ones((16, D), np.float32)}))
+    refused("missing tensor model.layers.1.mlp.experts.0.down_proj", lambda t: t.pop(down))
+
+
+def test_names_of_a_wrapped_module(tmp_path):
     tensors = tiny_tensors("llama")
-    if not stored:
-        del tensors["lm_head.weight"]
-    config = TINY | CLASSES["llama"] | {"tie_word_embeddings": True}
-    source, leaves = stream(write_folder(tmp_path / "hf", config, tensors))
-    assert source.config.stores_tied_head is stored
+    wrapped = {f"module.{name}": value for name, value in tensors.items()}
+    source, leaves = stream(write_folder(tmp_path / "hf", TINY | CLASSES["llama"], wrapped))
     assert_same_bits(invert(leaves, source.config), tensors)
 
 

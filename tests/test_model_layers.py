@@ -16,7 +16,7 @@ from llada_jax.model import experts, head, parameters
 from llada_jax.model.config import PRESETS, ModelConfig, RopeScaling, preset
 from llada_jax.model.forward import Execution
 from llada_jax.model.grouped_matmul import _tiles, grouped_matmul, stack_matmul
-from llada_jax.model.layers import rope_frequencies
+from llada_jax.model.layers import rope_angles, rope_frequencies
 from llada_jax.model.router import balanced_bias, route
 from llada_jax.sharding import Shards, make_mesh
 
@@ -230,6 +230,13 @@ def test_llama3_scaling_keeps_fast_and_slows_slow_channels():
     np.testing.assert_allclose(slowed[wavelength > 8192], plain[wavelength > 8192] / 8, rtol=1e-6)
     between = (wavelength > 8192 / 4) & (wavelength < 8192)
     assert ((slowed < plain) & (slowed > plain / 8))[between].all() and between.any()
+
+
+def test_linear_scaling_divides_the_positions():
+    c = preset("tiny")
+    positions = jnp.asarray([[0, 1, 7, 400]])
+    scaled = rope_angles(c.replace(rope_scaling=RopeScaling("linear", 4.0)), positions)
+    np.testing.assert_allclose(scaled, rope_angles(c, positions / 4), atol=1e-6)
 
 
 def test_packed_rows_and_positions():

@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 
 from llada_jax.errors import InputError
-from llada_jax.interop import gguf, hf_config, huggingface, tokenizer
+from llada_jax.interop import config_keys, gguf, hf_config, huggingface, tied_head, tokenizer
 from llada_jax.interop.folder import file_in, open_source
 from llada_jax.model import parameters
 from llada_jax.model.config import ModelConfig
@@ -24,7 +24,7 @@ _LLADA2_VOCAB, _LLADA2_MASK = 157_184, 156_895
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What is to be imported, read from headers and metadata only."""
+    """What is to be imported, read from headers and metadata only (and from a tied model's stored head)."""
 
     config: ModelConfig
     hf: dict  # config.json as it was found
@@ -115,6 +115,8 @@ def read_source(source: str) -> Source:
     if not path.is_dir():
         raise InputError(f"{source}: no such folder or file (of the hub: --source=hf://OWNER/NAME)")
     if not (path / "config.json").is_file():
+        if (path / "adapter_config.json").is_file():
+            raise InputError(f"{source}: adapter_config.json: an adapter, not a model; merge it into its base first")
         ggufs = sorted(path.glob("*.gguf"))
         raise InputError(f"{source}: no config.json" + (f"; pass the file {ggufs[0].name} instead" if ggufs else ""))
     return _read_folder(path)
@@ -128,8 +130,11 @@ def _read_folder(folder: epath.Path) -> Source:
     tensors = huggingface.open_weights(folder)
     predictors = hf.get("num_nextn_predict_layers") or 0
     tensors, notices = huggingface.drop_unused(tensors, config, predictors)
-    if config.tie_word_embeddings and "lm_head.weight" in tensors:
-        config = config.replace(stores_tied_head=True)
+    tensors, config, said = tied_head.settle(tensors, config)
+    notices += said
+    if unknown := config_keys.check(hf, config.architecture):
+        values = ", ".join(f"{key}={_short(hf[key])}" for key in unknown)
+        notices.append(f"config.json: not understood, and ignored: {values}")
     if "delete_token_id" in hf:
         notices.append("delete_token_id, split_token_id: the editing of LLaDA2.2 is not here, other decoding is")
     files = tokenizer.read_files(folder)
@@ -139,11 +144,16 @@ def _read_folder(folder: epath.Path) -> Source:
     return Source(config, hf, tensors, files, paths, notices)
 
 
+def _short(value) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
 def _read_gguf(path: epath.Path) -> Source:
     file = gguf.open_gguf(path)
     config = gguf.model_config(file)
     files = gguf.tokenizer_files(file)
-    return Source(config, hf_config.to_hf(config), gguf.open_weights(file, config), files, [path], [])
+    return Source(config, hf_config.to_hf(config), gguf.open_weights(file, config), files, file.parts, [])
 
 
 def _read_json(folder: epath.Path, name: str) -> dict:

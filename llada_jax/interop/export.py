@@ -16,6 +16,7 @@ from etils import epath
 from llada_jax.errors import InputError
 from llada_jax.interop import direct, hf_config
 from llada_jax.interop.huggingface import parse_dtype, source_name, stored_shape, transposed
+from llada_jax.interop.tied_head import HEAD
 from llada_jax.model import parameters
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.parameters import Parameter
@@ -106,6 +107,13 @@ def source_config(lineage: dict) -> dict:
     return lineage.get("hf_config", {})
 
 
+def check_exportable(config: ModelConfig, lineage: dict) -> None:
+    """Raises InputError naming what the config.json of an export could not say of a model that descends from `lineage`:
+    better before it is trained than after.
+    """
+    hf_config.exported(config, source_config(lineage), np.dtype(np.float32))
+
+
 def _groups(config: ModelConfig, reader, to: np.dtype | None) -> list[Group]:
     """Every tensor of the folder, in the order of the layers."""
     groups: dict[str, Group] = {}
@@ -122,6 +130,9 @@ def _groups(config: ModelConfig, reader, to: np.dtype | None) -> list[Group]:
             groups[one.name] = Group([*fused.leaves, (leaf, parameter)], targets)
         else:
             groups[targets[0].name] = Group([(leaf, parameter)], targets)
+    if config.tie_word_embeddings and config.stores_tied_head:
+        embedding = groups[parameters.declare(config)["embedding"].hf_name]
+        groups[HEAD] = Group(embedding.leaves, [embedding.targets[0]._replace(name=HEAD)])
     return list(groups.values())
 
 

@@ -1,16 +1,21 @@
-"""GGUF files (llama.cpp) -> ModelConfig, tensors under their Hugging Face names, and the tokenizer's files."""
+"""GGUF files (llama.cpp) -> ModelConfig, tensors under their Hugging Face names, and the tokenizer's files.
+
+A key of the architecture is read, harmless, or refused: what changes llama.cpp's forward pass is never dropped.
+"""
 
 import dataclasses
 import functools
 import json
+import math
+import re
 from pathlib import Path
 
 import gguf
 import numpy as np
 
 from llada_jax.errors import InputError
-from llada_jax.interop.huggingface import StoredTensor
-from llada_jax.model.config import ModelConfig
+from llada_jax.interop.stored_tensor import StoredTensor
+from llada_jax.model.config import ModelConfig, RopeScaling
 
 _NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -36,43 +41,85 @@ _PRE_TOKENIZERS = {
     "smollm": {"type": "Sequence", "pretokenizers": [_DIGITS, _BYTE_LEVEL]},
 }
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
+_READ = """
+    context_length embedding_length block_count feed_forward_length attention.head_count attention.head_count_kv
+    attention.key_length attention.layer_norm_rms_epsilon rope.freq_base rope.scaling.type rope.scaling.factor
+    rope.scale_linear
+""".split()
+# Those of YaRN only count with that type, which is refused; vocab_size is that of the embedding.
+_HARMLESS = """
+    vocab_size tensor_data_layout expert_used_count rope.scaling.original_context_length rope.scaling.finetuned
+    rope.scaling.yarn_ext_factor rope.scaling.yarn_attn_factor rope.scaling.yarn_beta_fast rope.scaling.yarn_beta_slow
+    rope.scaling.yarn_log_multiplier
+""".split()
+_PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 
 @dataclasses.dataclass(frozen=True)
 class GgufFile:
-    """An open file; `fields` are its metadata, {key: value}."""
+    """A model's file, or all the parts of one that was split; `fields` are its metadata, {key: value}."""
 
     path: Path
     fields: dict
     tensors: list[gguf.ReaderTensor]
+    parts: list[Path]
 
 
 def open_gguf(path: Path) -> GgufFile:
-    """Raises InputError if the file is truncated, malformed, or not of the llama architecture."""
+    """`path`: any part of a model that was split (NAME-00001-of-00003.gguf), all of which are then opened.
+
+    Raises InputError if a part is missing, truncated or malformed, or it is not a model of the llama architecture.
+    """
+    fields, tensors = _open_part(path)
+    count, parts = fields.get("split.count", 1), [path]
+    if isinstance(count, int) and count > 1:
+        parts = _parts(path, count)
+        found = [_open_part(part) for part in parts]
+        for number, (each, _) in enumerate(found):
+            if each.get("split.no", number) != number:
+                raise InputError(f"{parts[number]}: split.no={each['split.no']}, expected {number}")
+        fields = found[0][0]
+        tensors = [tensor for _, each in found for tensor in each]
+        expected = fields.get("split.tensors.count", len(tensors))
+        if len(tensors) != expected:
+            raise InputError(f"{path}: its {count} parts have {len(tensors)} tensors, expected {expected}")
+    names = [tensor.name for tensor in tensors]
+    if len(set(names)) < len(names):
+        raise InputError(f"{path}: tensor {next(name for name in names if names.count(name) > 1)} is there twice")
+    for key, expected in {"general.architecture": "llama", "general.type": "model"}.items():
+        if fields.get(key, "model" if key == "general.type" else None) != expected:
+            raise InputError(f"{path}: {key}={fields.get(key)!r} is not supported; supported: {expected}")
+    return GgufFile(path, fields, tensors, parts)
+
+
+def _open_part(path: Path) -> tuple[dict, list[gguf.ReaderTensor]]:
     try:
         reader = gguf.GGUFReader(path)
-        fields = {name: field.contents() for name, field in reader.fields.items()}
+        return {name: field.contents() for name, field in reader.fields.items()}, reader.tensors
     except Exception as error:  # a truncated file fails wherever the reader has got to
+        if "GGMLQuantizationType" in str(error):
+            raise InputError(f"{path}: a tensor's type is unknown to the package gguf ({error})") from error
         raise InputError(f"{path}: not a complete GGUF file ({type(error).__name__}: {error})") from error
-    architecture = fields.get("general.architecture")
-    if architecture != "llama":
-        raise InputError(f"{path}: general.architecture={architecture!r} is not supported; supported: llama")
-    return GgufFile(path, fields, reader.tensors)
+
+
+def _parts(path: Path, count: int) -> list[Path]:
+    match = _PART.search(path.name)
+    if not match or int(match[2]) != count:
+        raise InputError(f"{path}: one of {count} parts, expected the name NAME-00001-of-{count:05d}.gguf")
+    stem = path.name[: match.start()]
+    parts = [path.parent / f"{stem}-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1)]
+    for part in parts:
+        if not part.is_file():
+            raise InputError(f"{part}: missing; split.count={count} in {path.name}")
+    return parts
 
 
 def model_config(file: GgufFile) -> ModelConfig:
     """Raises InputError naming the metadata key that is missing or that the forward pass cannot honour."""
     names = {tensor.name for tensor in file.tensors}
-    heads = _get(file, "llama.attention.head_count")
-    head_dim = _get(file, "llama.attention.key_length", _get(file, "llama.embedding_length") // heads)
-    for key, honoured in {
-        "llama.rope.dimension_count": head_dim,
-        "llama.attention.value_length": head_dim,
-        "llama.rope.scaling.type": "none",
-        "llama.expert_count": 0,
-    }.items():
-        if _get(file, key, honoured) != honoured:
-            raise InputError(f"{file.path}: {key}={file.fields[key]!r} is not supported")
+    heads = _size(file, "llama.attention.head_count")
+    head_dim = _size(file, "llama.attention.key_length", _size(file, "llama.embedding_length") // heads)
+    _refuse_unsupported(file, head_dim)
     if "rope_freqs.weight" in names:
         raise InputError(f"{file.path}: rope_freqs.weight (rescaled rotary frequencies) is not supported")
     embedding = next((tensor for tensor in file.tensors if tensor.name == "token_embd.weight"), None)
@@ -80,17 +127,17 @@ def model_config(file: GgufFile) -> ModelConfig:
         raise InputError(f"{file.path}: missing tensor token_embd.weight")
     return ModelConfig(
         architecture="llama",
-        vocab_size=int(embedding.shape[1]),  # GGUF lists the fastest dimension first
-        hidden_size=_get(file, "llama.embedding_length"),
-        num_layers=_get(file, "llama.block_count"),
+        vocab_size=int(embedding.shape[-1]),  # GGUF lists the fastest dimension first
+        hidden_size=_size(file, "llama.embedding_length"),
+        num_layers=_size(file, "llama.block_count"),
         num_heads=heads,
-        num_kv_heads=_get(file, "llama.attention.head_count_kv", heads),
+        num_kv_heads=_size(file, "llama.attention.head_count_kv", heads),
         head_dim=head_dim,
-        intermediate_size=_get(file, "llama.feed_forward_length"),
-        # Stored as float32: the shortest decimal that rounds to it is what the author wrote.
-        rms_norm_eps=float(str(np.float32(_get(file, "llama.attention.layer_norm_rms_epsilon")))),
-        rope_theta=float(str(np.float32(_get(file, "llama.rope.freq_base", 10_000.0)))),
-        max_position_embeddings=_get(file, "llama.context_length"),
+        intermediate_size=_size(file, "llama.feed_forward_length"),
+        rms_norm_eps=_number(file, "llama.attention.layer_norm_rms_epsilon"),
+        rope_theta=_number(file, "llama.rope.freq_base", 10_000.0),
+        rope_scaling=_rope_scaling(file),
+        max_position_embeddings=_size(file, "llama.context_length"),
         tie_word_embeddings="output.weight" not in names,
         alignment="shifted",
         eos_token_id=file.fields.get("tokenizer.ggml.eos_token_id"),
@@ -98,24 +145,70 @@ def model_config(file: GgufFile) -> ModelConfig:
     )
 
 
+def _refuse_unsupported(file: GgufFile, head_dim: int) -> None:
+    expected = {
+        "rope.dimension_count": (head_dim,),
+        "attention.value_length": (head_dim,),
+        "attention.causal": (True,),
+        "rope.scaling.attn_factor": (1.0,),
+        "logit_scale": (0.0, 1.0),
+        "residual_scale": (0.0, 1.0),
+        "embedding_scale": (0.0, 1.0),
+    }
+    for key, value in file.fields.items():
+        name = key.removeprefix("llama.")
+        if name == key or name in _READ or name in _HARMLESS:
+            continue
+        if value not in expected.get(name, (0, "", [])):
+            raise InputError(f"{file.path}: {key}={value!r} is not supported")
+
+
+def _rope_scaling(file: GgufFile) -> RopeScaling | None:
+    """As llama.cpp reads it: the old key where there is no new one, and linear where there is no type."""
+    kind = file.fields.get("llama.rope.scaling.type", "linear")
+    if kind not in ("none", "linear"):
+        raise InputError(f"{file.path}: llama.rope.scaling.type={kind!r} is not supported; supported: none, linear")
+    key = "llama.rope.scaling.factor"
+    factor = _number(file, key if key in file.fields else "llama.rope.scale_linear", 0.0)
+    return None if kind == "none" or factor in (0.0, 1.0) else RopeScaling("linear", factor)
+
+
 def _get(file: GgufFile, key: str, default=None):
     value = file.fields.get(key, default)
     if value is None:
         raise InputError(f"{file.path}: metadata {key} is missing")
-    if isinstance(value, list) and key.startswith("llama."):  # one value per layer
-        raise InputError(f"{file.path}: {key}={value!r} is not supported")
     return value
+
+
+def _size(file: GgufFile, key: str, default: int | None = None) -> int:
+    value = _get(file, key, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:  # a list has one value for each layer
+        raise InputError(f"{file.path}: {key}={value!r} is not supported, expected a positive integer")
+    return value
+
+
+def _number(file: GgufFile, key: str, default: float | None = None) -> float:
+    """Stored as float32: the shortest decimal that rounds to it is what the author wrote."""
+    value = _get(file, key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise InputError(f"{file.path}: {key}={value!r} is not supported, expected a number")
+    return float(str(np.float32(value)))
 
 
 def open_weights(file: GgufFile, config: ModelConfig) -> dict[str, StoredTensor]:
     """Tensors under their Hugging Face names and shapes, dequantised to float32 when they are read.
 
-    Raises InputError naming a tensor that a llama model does not have.
+    Raises InputError naming a tensor that a llama model does not have, or of a type that cannot be dequantised.
     """
     tensors = {}
     heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}
     for tensor in file.tensors:
         name, kind = _hf_name(file, tensor.name)
+        try:
+            gguf.quants.dequantize(tensor.data[:1] if tensor.data.ndim > 1 else tensor.data, tensor.tensor_type)
+        except NotImplementedError as error:
+            quantised = f"{tensor.name} is of type {tensor.tensor_type.name}"
+            raise InputError(f"{file.path}: {quantised}, which the package gguf cannot dequantise") from error
         shape = tuple(int(n) for n in reversed(tensor.shape))
         read = functools.partial(_read, tensor, shape, heads.get(kind))
         tensors[name] = StoredTensor(shape, np.dtype(np.float32), str(file.path), read)

@@ -1,11 +1,14 @@
 """Hugging Face config.json <-> ModelConfig. What our forward pass cannot honour is refused, never dropped."""
 
-import math
-
 import numpy as np
 
 from llada_jax.errors import InputError
-from llada_jax.model.config import ModelConfig, RopeScaling
+from llada_jax.interop import config_keys, rope_config
+from llada_jax.interop.config_values import boolean as _boolean
+from llada_jax.interop.config_values import integer as _integer
+from llada_jax.interop.config_values import number as _number
+from llada_jax.interop.config_values import unsupported as _unsupported
+from llada_jax.model.config import ModelConfig
 
 # Class name in `architectures` -> our architecture. Ling 1 shares Ling 2's model_type, so the class name decides.
 _CLASSES = {
@@ -48,25 +51,6 @@ _LLADA2_AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_llada2_moe.LLaDA2MoeModelLM",
 }
 
-# Field -> the values that our forward pass computes; None (or no such key) is always one of them.
-_HONOURED = {
-    "hidden_act": ("silu", "swish"),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "use_sliding_window": (False,),
-    "quantization_config": (),
-    "final_logit_softcapping": (),
-    "attn_logit_softcapping": (),
-}
-_HONOURED_MOE = {"decoder_sparse_step": (1,), "mlp_only_layers": ([],)}
-_HONOURED_LING = {
-    "use_bias": (False,),
-    "use_qkv_bias": (False,),
-    "norm_head": (False,),
-    "norm_softmax": (False,),
-    "score_function": ("sigmoid",),
-}
-
 
 def architecture_of(hf: dict) -> str:
     """Our name of the architecture. Raises InputError listing the supported ones."""
@@ -89,12 +73,17 @@ def from_hf(hf: dict) -> ModelConfig:
     """
     architecture = architecture_of(hf)
     ling = architecture in ("bailing_moe", "llada2_moe")
-    _refuse_unsupported(hf, architecture)
-    hf = _DEFAULTS[architecture] | {key: value for key, value in hf.items() if value is not None}
+    config_keys.check(hf, architecture)
+    defaults = _DEFAULTS[architecture]
+    if hf.get("num_key_value_heads", 0) is None and not ling:  # null is not the class's default but num_attention_heads
+        hf = hf | {"num_key_value_heads": hf.get("num_attention_heads")}
+    given = {key: value for key, value in hf.items() if value is not None}
+    hf = defaults | given
+    length = {"max_position_embeddings": defaults["max_position_embeddings"]}
+    rope = rope_config.read(length | given, defaults.get("rope_theta", 10_000.0))
     heads = _integer(hf, "num_attention_heads")
     hidden = _integer(hf, "hidden_size")
     head_dim = _integer(hf, "head_dim", hidden // max(heads, 1))
-    theta, scaling, partial = _rope(hf)
     pad = _token(hf, "pad_token_id")
     eos = _token(hf, "eos_token_id")
     return ModelConfig(
@@ -108,9 +97,9 @@ def from_hf(hf: dict) -> ModelConfig:
         head_dim=head_dim,
         intermediate_size=_integer(hf, "intermediate_size"),
         rms_norm_eps=_number(hf, "rms_norm_eps", 1e-6),
-        rope_theta=theta,
-        rotary_dim=_rotary_dim(hf, architecture, head_dim, partial),
-        rope_scaling=scaling,
+        rope_theta=rope.theta,
+        rotary_dim=_rotary_dim(hf, architecture, head_dim, rope.partial),
+        rope_scaling=rope.scaling,
         max_position_embeddings=_integer(hf, "max_position_embeddings"),
         qkv_bias=architecture == "qwen2",
         # LLaDA2 always normalises, whatever `use_qk_norm` says (its class default is false).
@@ -122,7 +111,7 @@ def from_hf(hf: dict) -> ModelConfig:
         # The Ling family's config.json often holds no eos: it is the pad token.
         eos_token_id=pad if ling and eos is None else eos,
         pad_token_id=pad,
-        **_experts(hf, architecture),
+        **_experts(hf, given, architecture),
     )
 
 
@@ -130,12 +119,17 @@ def _own_alignment(architecture: str) -> str:
     return "same" if architecture == "llada2_moe" else "shifted"
 
 
-def _experts(hf: dict, architecture: str) -> dict:
+def _experts(hf: dict, given: dict, architecture: str) -> dict:
+    """`given`: hf without the class's defaults."""
     if architecture in ("llama", "qwen2", "qwen3"):
         return {}
     per_token = _integer(hf, "num_experts_per_tok")
     # transformers 5 may write the count under its other name.
-    name = "num_local_experts" if "num_local_experts" in hf else "num_experts"
+    name = "num_local_experts" if "num_local_experts" in given else "num_experts"
+    if name in given and given.get("num_experts", given[name]) != given[name]:
+        raise InputError(
+            f"config.json: num_experts={given['num_experts']!r} contradicts num_local_experts={given[name]!r}"
+        )
     fields = {
         "num_experts": _integer(hf, name),
         "num_experts_per_token": per_token,
@@ -163,111 +157,17 @@ def _block_routing(hf: dict) -> dict:
     return {"routing_block": _integer(hf, "block_size", 32), "routing_block_experts": experts} if experts else {}
 
 
-def _refuse_unsupported(hf: dict, architecture: str) -> None:
-    honoured = dict(_HONOURED)
-    if architecture == "qwen3_moe":
-        honoured |= _HONOURED_MOE
-    if architecture in ("bailing_moe", "llada2_moe"):
-        honoured |= _HONOURED_LING
-    for field, values in honoured.items():
-        value = hf.get(field)
-        if value is not None and value not in values:
-            raise _unsupported(field, value)
-    if architecture == "bailing_moe" and hf.get("use_qk_norm") is False:
-        raise _unsupported("use_qk_norm", False)
-    for kind in hf.get("layer_types") or []:
-        if kind != "full_attention":
-            raise _unsupported("layer_types", kind)
-
-
-def _unsupported(field: str, value) -> InputError:
-    return InputError(f"config.json: {field}={value!r} is not supported")
-
-
-def _rope(hf: dict) -> tuple[float, RopeScaling | None, float | None]:
-    """(theta, scaling, partial rotary factor); transformers 5 keeps all three in `rope_parameters`."""
-    field = "rope_parameters" if hf.get("rope_parameters") else "rope_scaling"
-    values = hf.get(field) or {}
-    if not isinstance(values, dict) or any(isinstance(value, dict) for value in values.values()):
-        raise _unsupported(field, values)
-    values = {key: value for key, value in values.items() if value is not None}
-    partial = _number(hf | values, "partial_rotary_factor", 0) or None
-    return _number(hf | values, "rope_theta", 10_000.0), _rope_scaling(field, values, hf), partial
-
-
-def _rope_scaling(field: str, values: dict, hf: dict) -> RopeScaling | None:
-    kind = values.get("rope_type", values.get("type", "default"))
-    if kind == "default":
-        return None
-    if kind not in ("yarn", "llama3"):
-        raise _unsupported(f"{field}.rope_type", kind)
-    factor = _number(values, "factor")
-    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", "original_max_position_embeddings"}
-    if kind == "llama3":
-        frequencies = {name: _number(values, name) for name in ("low_freq_factor", "high_freq_factor")}
-        known |= set(frequencies)
-    else:
-        frequencies = {}
-        known |= _check_yarn_defaults(field, values, factor)
-    for name in sorted(set(values) - known):
-        raise _unsupported(f"{field}.{name}", values[name])
-    length = _integer(values, "original_max_position_embeddings", hf.get("max_position_embeddings"))
-    return RopeScaling(kind, factor, length, **frequencies)
-
-
-def _check_yarn_defaults(field: str, values: dict, factor: float) -> set[str]:
-    """Returns YaRN's optional fields. Raises InputError if one differs from its default."""
-    scale = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
-    defaults = {"attention_factor": scale, "beta_fast": 32, "beta_slow": 1, "truncate": True}
-    for name, default in defaults.items():
-        if name in values and not math.isclose(_number(values, name), default, rel_tol=1e-6):
-            raise _unsupported(f"{field}.{name}", values[name])
-    if values.get("mscale") and values.get("mscale_all_dim"):  # only the two together change the scale
-        raise _unsupported(f"{field}.mscale_all_dim", values["mscale_all_dim"])
-    return {*defaults, "mscale", "mscale_all_dim"}
-
-
 def _rotary_dim(hf: dict, architecture: str, head_dim: int, partial: float | None) -> int:
     """Ling-1T gives only rotary_dim, others only partial_rotary_factor, LLaDA2 both."""
     given = _integer(hf, "rotary_dim", 0)
-    if partial is None:
-        return given or (head_dim // 2 if architecture == "llada2_moe" else head_dim)
-    rotary_dim = int(head_dim * partial)
+    whole = head_dim // 2 if architecture == "llada2_moe" else head_dim
+    rotary_dim = given or whole if partial is None else int(head_dim * partial)
     if given and given != rotary_dim:
         raise InputError(f"config.json: rotary_dim={given} contradicts partial_rotary_factor={partial}")
     if rotary_dim != head_dim and architecture not in ("bailing_moe", "llada2_moe"):
-        raise _unsupported("partial_rotary_factor", partial)
+        name, value = ("rotary_dim", given) if partial is None else ("partial_rotary_factor", partial)
+        raise _unsupported(name, value)
     return rotary_dim
-
-
-def _field(hf: dict, name: str, default):
-    value = hf.get(name, default)
-    if value is None:
-        raise InputError(f"config.json: {name} is missing")
-    return value
-
-
-def _integer(hf: dict, name: str, default=None) -> int:
-    value = _field(hf, name, default)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise InputError(f"config.json: {name}={value!r}, expected an integer")
-    if abs(value) >= 2**31:
-        raise InputError(f"config.json: {name} has {len(str(abs(value)))} digits, expected an integer below 2^31")
-    return value
-
-
-def _number(hf: dict, name: str, default=None) -> float:
-    value = _field(hf, name, default)
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        raise InputError(f"config.json: {name}={value!r}, expected a number")
-    return float(value)
-
-
-def _boolean(hf: dict, name: str, default=None) -> bool:
-    value = _field(hf, name, default)
-    if not isinstance(value, bool):
-        raise InputError(f"config.json: {name}={value!r}, expected true or false")
-    return value
 
 
 def _token(hf: dict, name: str) -> int | None:
@@ -300,6 +200,10 @@ def exported(config: ModelConfig, source: dict, dtype: np.dtype) -> dict:
         changed["auto_map"] = _LLADA2_AUTO_MAP
     if source.get("num_nextn_predict_layers"):
         changed["num_nextn_predict_layers"] = 0
+    if source.get("rope_parameters") and changed.keys() & {"rope_theta", "rope_scaling"}:
+        source = {key: value for key, value in source.items() if key not in ("rope_theta", "rope_scaling")}
+        changed = {key: value for key, value in changed.items() if key not in ("rope_theta", "rope_scaling")}
+        changed |= rope_config.restated(config, source)
     hf = source | changed
     hf |= {"dtype" if "dtype" in source else "torch_dtype": dtype.name}
     back = from_hf(hf).replace(stores_tied_head=config.stores_tied_head).to_dict()
@@ -333,7 +237,7 @@ def to_hf(config: ModelConfig) -> dict:
         "hidden_act": "silu",
         "rms_norm_eps": c.rms_norm_eps,
         "rope_theta": c.rope_theta,
-        "rope_scaling": _rope_scaling_to_hf(c.rope_scaling),
+        "rope_scaling": rope_config.to_hf(c.rope_scaling),
         "max_position_embeddings": c.max_position_embeddings,
         "initializer_range": c.initializer_range,
         "tie_word_embeddings": c.tie_word_embeddings,
@@ -345,16 +249,6 @@ def to_hf(config: ModelConfig) -> dict:
     if c.alignment != _own_alignment(c.architecture):
         hf[_ALIGNMENT] = c.alignment
     return hf | _experts_to_hf(c)
-
-
-def _rope_scaling_to_hf(scaling: RopeScaling | None) -> dict | None:
-    if scaling is None:
-        return None
-    hf = {"rope_type": scaling.kind, "factor": scaling.factor}
-    hf["original_max_position_embeddings"] = scaling.original_length
-    if scaling.kind == "llama3":
-        hf |= {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
-    return hf
 
 
 def _experts_to_hf(c: ModelConfig) -> dict:

@@ -12,16 +12,17 @@ import math
 import os
 import re
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import jax
-import ml_dtypes
 import numpy as np
 from etils import epath
 
 from llada_jax.errors import InputError
 from llada_jax.interop import direct
 from llada_jax.interop.folder import file_in
+from llada_jax.interop.stored_tensor import DTYPES, StoredTensor
+from llada_jax.interop.torch_files import open_torch
 from llada_jax.model import parameters
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.parameters import Parameter
@@ -29,26 +30,15 @@ from llada_jax.training import checkpoint_files as files
 from llada_jax.training import digest
 from llada_jax.training.checkpoint_stream import Leaf, split_axis, target_dtype
 
-_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _NAMES_SHOWN = 3
 
 
 def parse_dtype(name: str) -> np.dtype:
     """Raises InputError when it is none of those that weights can be converted to."""
-    known = {dtype.name: dtype for dtype in (_DTYPES["F32"], _DTYPES["BF16"])}
+    known = {dtype.name: dtype for dtype in (DTYPES["F32"], DTYPES["BF16"])}
     if name not in known:
         raise InputError(f"--dtype={name}, expected one of {', '.join(known)}")
     return known[name]
-
-
-@dataclasses.dataclass(frozen=True)
-class StoredTensor:
-    """A tensor in a file: read(a, b) gives indices a to b of its first axis, in `out` or in an array of its own."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    file: str
-    read: Callable[..., np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,12 +80,20 @@ def open_weights(folder: epath.Path) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     paths, shards = find_weights(folder)
     for path in paths:
-        found = _open_torch(path) if path.suffix == ".bin" else open_safetensors(path)
+        found = open_torch(path) if path.suffix == ".bin" else open_safetensors(path)
         if twice := sorted(set(found) & set(tensors)):
             raise InputError(f"{path}: tensor {twice[0]} is also in {tensors[twice[0]].file}")
         if absent := sorted(name for name, shard in shards.items() if shard == path and name not in found):
             raise InputError(f"{path}: tensor {absent[0]} is missing, which the index says is here")
         tensors |= found
+    return _without_wrappers(tensors)
+
+
+def _without_wrappers(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Without the prefix that wrapping a module (DDP, torch.compile) puts before each of its names."""
+    for prefix in ("module.", "_orig_mod."):
+        if tensors and all(name.startswith(prefix) for name in tensors):
+            return _without_wrappers({name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
     return tensors
 
 
@@ -136,13 +134,13 @@ def open_safetensors(path: epath.Path) -> dict[str, StoredTensor]:
             first, last = (int(n) for n in entry["data_offsets"])
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}: malformed header entry of {name}") from error
-        if dtype not in _DTYPES:
-            raise InputError(f"{path}: {name} has dtype {dtype}; supported: {', '.join(_DTYPES)}")
-        if min(shape, default=0) < 0 or last - first != math.prod(shape) * _DTYPES[dtype].itemsize or first < 0:
+        if dtype not in DTYPES:
+            raise InputError(f"{path}: {name} has dtype {dtype}; supported: {', '.join(DTYPES)}")
+        if min(shape, default=0) < 0 or last - first != math.prod(shape) * DTYPES[dtype].itemsize or first < 0:
             raise InputError(f"{path}: {name} has {last - first} bytes, not those of shape {list(shape)}")
         if start + last > size:
             raise InputError(f"{path}: truncated, {size} bytes where its header needs at least {start + last}")
-        tensors[name] = _stored(path, _DTYPES[dtype], shape, start + first)
+        tensors[name] = _stored(path, DTYPES[dtype], shape, start + first)
         spans.append((first, last, name))
     end = 0
     for first, last, name in sorted(spans):
@@ -186,7 +184,10 @@ def _stored(path: epath.Path, dtype: np.dtype, shape: tuple[int, ...], offset: i
             raise InputError(f"{path}: truncated while it was read")
         return value
 
-    return StoredTensor(shape, dtype, str(path), read)
+    def reshape(other):
+        return _stored(path, dtype, other, offset)
+
+    return StoredTensor(shape, dtype, str(path), read, reshape)
 
 
 def _read_into(path: epath.Path, offset: int, data: memoryview) -> int:
@@ -195,40 +196,6 @@ def _read_into(path: epath.Path, offset: int, data: memoryview) -> int:
     with path.open("rb") as file:
         file.seek(offset)
         return file.readinto(data)
-
-
-def _into(out: np.ndarray | None, value: np.ndarray) -> np.ndarray:
-    if out is None:
-        return value
-    out[...] = value
-    return out
-
-
-def _open_torch(path: epath.Path) -> dict[str, StoredTensor]:
-    try:
-        import torch
-    except ImportError as error:
-        raise InputError(f"{path}: reading .bin files needs torch; install it or convert to safetensors") from error
-    dtypes = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # pickle, zip and torch errors
-        raise InputError(f"{path}: {error}") from error
-
-    def reader(tensor, dtype):
-        def read(first, last, out=None):
-            rows = tensor[first:last].contiguous() if tensor.ndim else tensor
-            return _into(out, rows.view(torch.uint8).numpy().view(dtype).reshape(tuple(rows.shape)))
-
-        return read
-
-    tensors = {}
-    for name, tensor in state.items():
-        if tensor.dtype not in dtypes:
-            raise InputError(f"{path}: {name} has dtype {tensor.dtype}; supported: {', '.join(_DTYPES)}")
-        dtype = _DTYPES[dtypes[tensor.dtype]]
-        tensors[name] = StoredTensor(tuple(tensor.shape), dtype, str(path), reader(tensor, dtype))
-    return tensors
 
 
 # --- leaves --------------------------------------------------------------------------------------------------------
@@ -274,6 +241,7 @@ def plan_leaves(tensors: dict[str, StoredTensor], config: ModelConfig) -> list[L
     Raises InputError naming a tensor that is missing, unexpected or of the wrong shape, and its file.
     """
     _check_counts(tensors, config)
+    tensors = _without_fused_experts(tensors, config)
     unclaimed = set(tensors)
     rows = _rows_claimed(config)
     plans = []
@@ -296,6 +264,27 @@ def plan_leaves(tensors: dict[str, StoredTensor], config: ModelConfig) -> list[L
     if unclaimed:
         raise InputError(f"unexpected tensor {_some(unclaimed)}: the config declares no such parameter")
     return plans
+
+
+def _without_fused_experts(tensors: dict[str, StoredTensor], config: ModelConfig) -> dict[str, StoredTensor]:
+    """Each expert's rows under its own name, of transformers 5's gate_up_proj [experts, 2 width, embed]: the gate's
+    rows, then those of `up`. Other models have [experts, embed, 2 width]; where that is the same shape, the shape of
+    down_proj, which is checked as any other, tells them apart.
+    """
+    each, width = config.num_experts, config.moe_intermediate_size
+    found = dict(tensors)
+    for name in [name for name in tensors if name.endswith(".mlp.experts.gate_up_proj")]:
+        _check_source(tensors, name, (each, 2 * width, config.hidden_size))
+        fused = found.pop(name)
+        if fused.reshape is None:
+            raise InputError(f"{fused.file}: {name} cannot be read in parts")
+        rows = fused.reshape((2 * each * width, config.hidden_size))
+        for part in range(2 * each):
+            one = name.replace("gate_up_proj", f"{part // 2}.{('gate', 'up')[part % 2]}_proj.weight")
+            if one in found:
+                raise InputError(f"{fused.file}: {name} holds {one}, which is also in {found[one].file}")
+            found[one] = rows.rows(part * width, (part + 1) * width)
+    return found
 
 
 def _check_counts(tensors: dict[str, StoredTensor], config: ModelConfig) -> None:

@@ -12,19 +12,24 @@ ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3_moe", "bailing_moe", "llada2_
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Context extension of the rotary embedding: YaRN (arXiv 2309.00071) or Llama 3's smooth rescaling."""
+    """Context extension of the rotary embedding: positions divided by `factor` (linear), YaRN (arXiv 2309.00071) or
+    Llama 3's smooth rescaling.
+    """
 
-    kind: str  # "yarn" | "llama3"
+    kind: str  # "linear" | "yarn" | "llama3"
     factor: float
-    original_length: int
+    original_length: int = 0  # 0 with linear, which needs none
     # llama3 only: wavelengths above original_length / low_freq_factor are divided by `factor`, and so on.
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
 
     def __post_init__(self):
-        _check("rope_scaling.kind", self.kind, self.kind in ("yarn", "llama3"), '"yarn" or "llama3"')
+        linear, kinds = self.kind == "linear", ("linear", "yarn", "llama3")
+        _check("rope_scaling.kind", self.kind, self.kind in kinds, f"one of {', '.join(kinds)}")
         _check("rope_scaling.factor", self.factor, self.factor >= 1, "at least 1")
-        _check("rope_scaling.original_length", self.original_length, self.original_length > 0, "positive")
+        length, high = self.original_length, self.high_freq_factor
+        _check("rope_scaling.original_length", length, length > 0 or linear and length == 0, "positive")
+        _check("rope_scaling.high_freq_factor", high, high > self.low_freq_factor > 0, "above low_freq_factor, above 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +55,7 @@ class ModelConfig:
     qkv_bias: bool = False
     qk_norm: bool = False  # RMSNorm of each query and key head, before the rotation
     tie_word_embeddings: bool = False
-    stores_tied_head: bool = False  # the source holds an lm_head although it is tied: kept, never used
+    stores_tied_head: bool = False  # the source holds the embedding as lm_head too: export writes it again
     initializer_range: float = 0.02
 
     # Mixture of experts; num_experts = 0 is a dense model.

@@ -1,4 +1,4 @@
-"""RMSNorm, rotary embedding (with YaRN and Llama 3 scaling) and SwiGLU."""
+"""RMSNorm, rotary embedding (with linear, YaRN and Llama 3 scaling) and SwiGLU."""
 
 import math
 from typing import NamedTuple
@@ -77,8 +77,10 @@ def rope_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
     scaling, scale = config.rope_scaling, 1.0
     if scaling is not None and scaling.kind == "yarn":
         inverse, scale = _yarn(inverse, config.rope_theta, scaling), 0.1 * math.log(scaling.factor) + 1.0
-    elif scaling is not None:
+    elif scaling is not None and scaling.kind == "llama3":
         inverse = _llama3(inverse, scaling)
+    elif scaling is not None:  # of the positions, at first: arXiv 2306.15595
+        inverse = inverse / scaling.factor
     return inverse.astype(np.float32), scale
 
 

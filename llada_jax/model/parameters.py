@@ -75,11 +75,10 @@ def declare(config: ModelConfig | Lora) -> Declarations:
         "embedding": Parameter((c.vocab_size, c.hidden_size), ("vocab", "embed"), embedding_name),
         "final_norm": Parameter((c.hidden_size,), (None,), "model.norm.weight", "ones"),
     }
-    if not c.tie_word_embeddings or c.stores_tied_head:
+    if not c.tie_word_embeddings:
         declarations["head"] = Parameter(
-            (c.hidden_size, c.vocab_size), ("embed", "vocab"), "lm_head.weight", matrix=True,
-            trainable=not c.tie_word_embeddings,
-        )  # fmt: skip
+            (c.hidden_size, c.vocab_size), ("embed", "vocab"), "lm_head.weight", matrix=True
+        )
     for group in c.layer_groups:
         attention = _fused_attention(c) if fused else _attention(c)
         mlp = _experts(c) if group == "sparse" else _mlp(c)

@@ -16,6 +16,7 @@ from llada_jax.data.byte_tokenizer import byte_tokenizer
 from llada_jax.data.mixture import parse_mixture
 from llada_jax.data.order import Batch, Order
 from llada_jax.errors import InputError
+from llada_jax.interop.export import check_exportable
 from llada_jax.interop.tokenizer import Tokenizer, load_tokenizer
 from llada_jax.model import parameters
 from llada_jax.model.config import ModelConfig, preset
@@ -107,6 +108,8 @@ def _model(config: ConfigDict, source: Source | None) -> tuple[ModelConfig, Toke
     if config.alignment:
         model = model.replace(alignment=config.alignment)
     model = settings.extended(config, model)
+    if source is not None and model.rope_scaling != source.model.rope_scaling:
+        check_exportable(model, source.lineage)
     if config.schedule.kind == "ar" and model.alignment != "shifted":
         raise InputError(f'config.alignment={model.alignment!r}: an AR model predicts the next token, set "shifted"')
     if config.schedule.kind != "ar" and model.mask_token_id is None:
