@@ -79,11 +79,9 @@ def prepare(row: dict, tokenizer: Tokenizer, turns: str = "all") -> list[Rendere
             + shapes.found(row)
         )
     if asked is not None:
-        prompt, answer = (
-            as_messages(asked, "user", "instruction"),
-            as_messages(row.get(name or "output"), "assistant", name),
-        )
-        return render(shapes.with_system(row, prompt + answer), 0, context_of(row), tokenizer, turns)
+        name = name or "output"
+        turn = as_messages(asked, "user", "instruction") + as_messages(row.get(name), "assistant", name)
+        return render(shapes.with_system(row, turn), 0, context_of(row), tokenizer, turns)
     name = name or "completion"
     prompt, completion = row.get("prompt"), row.get(name, "")
     if isinstance(prompt, list) or isinstance(completion, list | dict) or shapes.has_context(row):
