@@ -39,6 +39,9 @@ _OUTPUT = flags.DEFINE_string("output", None, "JSONL file of answers, for --inpu
 decoding.define(gen_length=128)
 _BATCH = flags.DEFINE_integer("batch", 8, "Prompts decoded together.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the draws at temperature > 0.", lower_bound=0)
+_TEMPLATE_DATE = flags.DEFINE_string(
+    "template_date", None, "The day, YYYY-MM-DD, that a chat template takes for today (default: 2024-07-26)."
+)
 _TRAJECTORY = flags.DEFINE_bool("trajectory", False, "Show how the answer filled.")
 _SAVE = flags.DEFINE_string("save", None, "Picture of the trajectory, .svg or .png.")
 
@@ -78,6 +81,8 @@ def main(argv) -> None:
     model = load_checkpoint(_CHECKPOINT.value)
     if model.tokenizer is None:
         raise InputError(f"{_CHECKPOINT.value}: no tokenizer")
+    if _TEMPLATE_DATE.value:
+        model = dataclasses.replace(model, tokenizer=model.tokenizer.with_template_date(_TEMPLATE_DATE.value))
     if rows is not None:
         _answer_file(model, rows, configs)
     elif conversation:

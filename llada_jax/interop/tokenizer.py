@@ -121,6 +121,19 @@ class Tokenizer:
         variables |= {"messages": messages, "tools": tools or None, "add_generation_prompt": add_generation_prompt}
         return chat_template.render(_template(source), variables, self.template_date)
 
+    def with_template_date(self, day: str) -> "Tokenizer":
+        """This tokenizer with another template_date, YYYY-MM-DD.
+
+        Raises InputError if it is none, or no template asks for it.
+        """
+        try:
+            date = datetime.date.fromisoformat(day)
+        except ValueError as error:
+            raise InputError(f"template_date {day!r} is not a date, YYYY-MM-DD") from error
+        if not self.asks_for_the_date:
+            raise InputError(f"template_date {day}: the chat template writes no date")
+        return dataclasses.replace(self, template_date=date)
+
     def _special_id(self, name: str) -> int | None:
         token = self.special_tokens.get(name)
         return None if token is None else self.token_to_id(token)
