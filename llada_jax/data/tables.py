@@ -60,7 +60,8 @@ def _present(path: str, schema: pa.Schema, columns: Sequence[str]) -> list[str]:
     present = [name for name in columns if name in schema.names]
     if not present:
         wanted = " or ".join(columns[:6]) + (" or ..." if len(columns) > 6 else "")
-        raise InputError(f"{path}: no column {wanted}; it has {', '.join(schema.names[:20])}")
+        found = f"; it has {', '.join(schema.names[:20])}" if columns[1:] else ""
+        raise InputError(f"{path}: no column {wanted}{found}")
     return present
 
 
