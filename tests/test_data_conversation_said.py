@@ -137,7 +137,7 @@ def test_reasoning_of_turns_that_are_not_supervised_may_be_left_out():
         f"<think>\n{thought}\n</think>\n\n{said}<|im_end|>"
         for thought, said in (("a b", "four"), ("c d", "so"), ("e f", "yes"))
     ]
-    prompt = chat.prompt({"messages": turns[:-1]}, with_template(QWEN3))
+    prompt = chat.prompt({"messages": turns[:-1]}, with_template(QWEN3)).text
     assert "c d" not in prompt and "four" in prompt
     turns[1] |= {"weight": 0}
     turns[3] |= {"weight": 0}
@@ -185,8 +185,8 @@ def test_prompts_are_checked_alike():
     tokenizer = with_template(NAMES_ONLY)
     with pytest.raises(InputError, match="leaves out what tools say"):
         chat.prompt({"messages": [ASK], "tools": [TOOL]}, tokenizer)
-    assert "Of a place." in chat.prompt({"messages": [ASK], "tools": [TOOL]}, with_template(CHATML))
+    assert "Of a place." in chat.prompt({"messages": [ASK], "tools": [TOOL]}, with_template(CHATML)).text
     row = {"messages": [ASK, message("assistant", None, tool_calls=[CALL]), message("tool", "sunny")]}
     with pytest.raises(InputError, match=r"leaves out what messages\[1\]\.tool_calls\[0\]\.name"):
         chat.prompt(row, tokenizer)
-    assert chat.prompt(row, with_template(CHATML)).endswith("sunny<|im_end|>\n<|im_start|>assistant\n")
+    assert chat.prompt(row, with_template(CHATML)).text.endswith("sunny<|im_end|>\n<|im_start|>assistant\n")

@@ -77,7 +77,7 @@ def test_variables_of_the_template():
     for variables in ({"thinking": True}, '{"thinking": true}'):
         row = {"messages": TURNS, "chat_template_kwargs": variables}
         assert texts(row, tokenizer) == texts({"messages": TURNS})
-        assert chat.prompt(row | {"messages": [U]}, tokenizer) == chat.prompt({"messages": [U]}, TEMPLATED)
+        assert chat.prompt(row | {"messages": [U]}, tokenizer).text == chat.prompt({"messages": [U]}, TEMPLATED).text
 
 
 @pytest.mark.parametrize("weight", [0, 0.0, False])
@@ -158,11 +158,11 @@ def test_what_a_template_leaves_out_is_counted_when_asked_for(tmp_path):
     ],
 )
 def test_prompts(row, text):
-    assert chat.prompt(row, TEMPLATED) == text
+    assert chat.prompt(row, TEMPLATED).text == text
 
 
 def test_every_way_to_ask_gives_one_prompt():
-    wanted = chat.prompt({"messages": [message("system", "s"), U], "tools": TOOLS}, TEMPLATED)
+    wanted = chat.prompt({"messages": [message("system", "s"), U], "tools": TOOLS}, TEMPLATED).text
     for row in (
         {"messages": [U], "system": "s"},
         {"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "u"}]},
@@ -170,8 +170,8 @@ def test_every_way_to_ask_gives_one_prompt():
         {"messages": [message("system", "s"), message("user", [{"type": "text", "text": "u"}])]},
         {"messages": json.dumps([message("system", "s"), U])},
     ):
-        assert chat.prompt(row | {"tools": TOOLS, "id": 3}, TEMPLATED) == wanted
-    assert chat.prompt({"prompt": "u"}, TEMPLATED, chat=True) == chat.prompt({"messages": [U]}, TEMPLATED)
+        assert chat.prompt(row | {"tools": TOOLS, "id": 3}, TEMPLATED).text == wanted
+    assert chat.prompt({"prompt": "u"}, TEMPLATED, chat=True).text == chat.prompt({"messages": [U]}, TEMPLATED).text
 
 
 @pytest.mark.parametrize(

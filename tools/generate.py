@@ -99,8 +99,8 @@ def _answer_file(model, placed: list[tuple[str, dict]], configs) -> None:
     from llada_jax.sampling.batching import Request, Usage, serve
     from llada_jax.sampling.generate import prefill_execution
 
-    texts = [_prompt(place, row, model.tokenizer) for place, row in placed]
-    prompts = [np.array(model.tokenizer.encode(text), np.int32) for text in texts]
+    asked = [_prompt(place, row, model.tokenizer) for place, row in placed]
+    prompts = [np.array(model.tokenizer.encode(prompt.text), np.int32) for prompt in asked]
     rows, count = [row for _, row in placed], len(placed)
     seeds = [row.get("seed", _SEED.value * count + index) for index, row in enumerate(rows)]
     requests = [Request(*request) for request in zip(prompts, configs, seeds, strict=True)]
@@ -135,14 +135,14 @@ def _record(answer) -> dict:
     }
 
 
-def _answer_one(model, prompt: str, config):
+def _answer_one(model, prompt: chat.Prompt, config):
     """Prints the answer as its blocks are finished, and what was asked for about it; returns it."""
     import numpy as np
 
     from llada_jax.sampling.batching import Request, serve
     from llada_jax.sampling.generate import prefill_execution
 
-    ids = np.array(model.tokenizer.encode(prompt), np.int32)
+    ids = np.array(model.tokenizer.encode(prompt.text), np.int32)
     known, printed = [], ""
 
     def print_new(_, tokens):
@@ -231,7 +231,7 @@ def _config_of(config, place: str, row: dict):
         raise InputError(f"{place}: {error}") from error
 
 
-def _prompt(place: str, row: dict, tokenizer) -> str:
+def _prompt(place: str, row: dict, tokenizer) -> chat.Prompt:
     """What the model continues. Raises InputError naming the place if that is nothing, or not all that the row says."""
     try:
         return chat.prompt({name: value for name, value in row.items() if value is not None}, tokenizer, _CHAT.value)

@@ -47,6 +47,13 @@ class Rendered(NamedTuple):
     spans: list[tuple[int, int]]
 
 
+class Prompt(NamedTuple):
+    """What a model continues; rendered: in the chat template, which writes the beginning too."""
+
+    text: str
+    rendered: bool
+
+
 def prepare(row: dict, tokenizer: Tokenizer, turns: str = "all") -> list[Rendered | Conversation]:
     """Says what of a parsed row is supervised, for `tokenise`; an empty list if nothing is.
 
@@ -93,7 +100,7 @@ def prepare(row: dict, tokenizer: Tokenizer, turns: str = "all") -> list[Rendere
     return plain(prompt, completion, tokenizer)
 
 
-def prompt(row: dict, tokenizer: Tokenizer, chat: bool = False) -> str:
+def prompt(row: dict, tokenizer: Tokenizer, chat: bool = False) -> Prompt:
     """What a model is asked by a row with `messages` or `prompt`: all of it, and what begins the assistant's turn.
 
     A prompt that is a text is taken as it is, unless with `chat` or beside a system turn, tools or history it is the
@@ -108,7 +115,7 @@ def prompt(row: dict, tokenizer: Tokenizer, chat: bool = False) -> str:
             _check_text(row["prompt"])
             if not row["prompt"]:
                 raise InputError("prompt is empty: there is nothing to continue")
-            return row["prompt"]
+            return Prompt(row["prompt"], False)
         messages = shapes.with_system(row, as_messages(row["prompt"], "user", "prompt"))
     if not messages or messages[-1]["role"] == "assistant":
         raise InputError("prompt is empty or ends with the assistant's turn, so that there is nothing to answer")
@@ -118,7 +125,7 @@ def prompt(row: dict, tokenizer: Tokenizer, chat: bool = False) -> str:
     text = template.apply(messages, context, tokenizer, True)
     _check_text(text)
     said.check(messages, context, tokenizer, text, prompt=True)
-    return text
+    return Prompt(text, True)
 
 
 def tokenise(prepared: Sequence[Rendered | Conversation], tokenizer: Tokenizer) -> list[Conversation | None]:

@@ -31,6 +31,10 @@ class Question:
     place: str = ""
 
     def prompt(self, tokenizer: Tokenizer) -> str:
+        """The text of what is asked."""
+        return self.asked(tokenizer).text
+
+    def asked(self, tokenizer: Tokenizer) -> chat.Prompt:
         """What the model continues: the conversation in the tokenizer's chat template, or the bare prompt.
 
         Raises InputError if there is nothing to answer or the template leaves out something that is said.
