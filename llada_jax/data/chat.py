@@ -189,7 +189,8 @@ def _render_document(messages: list[dict], answers: list[int], context: Context,
         if not (after.startswith(before) and whole.startswith(after)):
             check(after, i)
             if not after.startswith(before):
-                raise TemplateError(f"the chat template's generation prompt is not how it begins messages[{i}]")
+                wrong = f"the chat template's generation prompt is not how it begins messages[{i}]"
+                raise TemplateError(f"{wrong}; it ends in {before[-20:]!r}")
             hint = '; supervise one turn of a document (turns "each" or "last")'
             raise TemplateError(f"the chat template rewrites earlier turns, seen at messages[{i}]{hint}")
         spans.append((len(before), len(before) + _turn_length(after[len(before) :], messages[i]["content"])))

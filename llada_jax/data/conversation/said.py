@@ -46,12 +46,14 @@ def check(
     skeleton, pieces = _skeleton(messages)
     furniture = _furniture(tokenizer, json.dumps(skeleton, default=str), json.dumps(context, default=str), prompt)
     text, pieces = _squeeze(text), _needed(pieces, messages, supervised)
-    plain = "\0".join(_squeeze(_plain(piece.value)) for piece in pieces)
-    for piece in pieces:
-        forms = _forms(piece.value)
-        found = sum(text.count(form) for form in forms) >= plain.count(_squeeze(_plain(piece.value)))
-        if found and furniture is not None and any(form in furniture for form in forms):
-            found = any(form in furniture for form in _forms(piece.mark))
+    plain = [_squeeze(_plain(piece.value)) for piece in pieces]
+    whole = "\0".join(plain)
+    for piece, bare in zip(pieces, plain, strict=True):
+        times = whole.count(bare)  # other pieces may hold this one
+        found = text.count(bare) >= times or sum(map(text.count, _forms(piece.value))) >= times
+        if found and furniture is not None and len(bare) <= len(furniture):
+            if any(form in furniture for form in _forms(piece.value)):
+                found = any(form in furniture for form in _forms(piece.mark))
         if not found:
             raise InputError(f"the chat template leaves out what {piece.place} says: {_shorten(piece.value)}")
     for tool in context.tools or ():
