@@ -123,7 +123,7 @@ def test_real_spans_of_smollm2(smollm2_gguf):
     assert tokenizer.decode(conversation.ids).startswith("<|im_start|>system\nYou are")
 
 
-@pytest.mark.parametrize("name", ["completion", "response"])
+@pytest.mark.parametrize("name", ["completion", "response", "output", "answer"])
 @pytest.mark.parametrize("template", [None, CHATML])
 def test_texts_are_taken_as_they_are(name, template):
     found = converse({"prompt": "ab ", name: "ü", "messages": None}, with_template(template))

@@ -49,6 +49,7 @@ def conversation(*turns):
         ({"system": "s", "messages": TURNS}, [("system", "s"), ("user", "u")]),
         ({"prompt": "u", "completion": {"role": "assistant", "content": "a"}}, [("user", "u")]),
         ({"messages": TURNS, "prompt": "x", "completion": "y"}, [("user", "u")]),
+        ({"instruction": "u", "input": "1 2", "output": "a", "prompt": "Below: u 1 2"}, [("user", "u\n1 2")]),
     ],
 )
 def test_rows_of_a_question_and_an_answer(row, turns):
@@ -62,6 +63,12 @@ def test_history_is_said_before_the_instruction(history):
     wanted = conversation(("system", "s"), ("user", "b"), ("assistant", "c"), ("user", "u"), ("assistant", "a"))
     assert texts({"instruction": "u", "output": "a", "history": history, "system": "s"}) == wanted
     assert texts({"prompt": "u", "completion": "a", "history": history, "system": "s"})[0][1] == ["a<|im_end|>"]
+
+
+def test_what_a_prompt_repeats_is_a_remark():
+    row = {"prompt": "Read: 1  2\n", "context": "1 2", "completion": "a", "input": " "}
+    assert texts(row) == texts({"prompt": row["prompt"], "completion": "a"})
+    assert texts({"messages": TURNS, "label": False, "context": "x", "input": "y"}) == texts({"messages": TURNS})
 
 
 def test_texts_with_tools_are_a_conversation():
@@ -103,6 +110,8 @@ def test_a_row_of_no_weight_is_not_learnt(weight):
         ({"messages": TURNS, "loss_mask": [0, 1]}, "loss_mask says something of tokens, but there are no input_ids"),
         ({"prompt": "u", "completion": "a", "completion_mask": [0, 1]}, "completion_mask says something of tokens"),
         ({"prompt": "u", "completion": "a", "label": False}, "label is false: an answer to avoid"),
+        ({"prompt": "u", "input": "1 2", "completion": "a"}, "input is not in the prompt beside it"),
+        ({"prompt": "u", "context": "1 2", "response": "a"}, "context is not in the prompt beside it"),
         ({"messages": TURNS, "weight": 2}, "weight 2 is neither 0 nor 1"),
         ({"messages": TURNS, "sample_weight": "high"}, "sample_weight 'high' is neither 0 nor 1"),
         ({"messages": [message("system", "s"), *TURNS], "system": "t"}, "system is not what the system says"),
@@ -184,6 +193,8 @@ def test_every_way_to_ask_gives_one_prompt():
         ({"messages": [message("user", " ")]}, "prompt is empty: the user says nothing"),
         ({"prompt": "u", "messages": [U]}, 'expected "prompt" (text) or "messages" (list); the row has prompt, mess'),
         ({"question": "u"}, 'expected "prompt" (text) or "messages" (list); the row has question'),
+        ({"prompt": "u", "input": "1 2"}, "input is not in the prompt beside it"),
+        ({"messages": [U], "images": ["x.png"]}, "images cannot be honoured"),
         ({"prompt": 3}, "prompt is neither a string nor messages"),
         ({"prompt": "\ud800"}, "lone surrogate"),
         ({"messages": [{"role": "user"}]}, "messages[0]: content is not a string"),

@@ -180,6 +180,7 @@ def test_texts_that_cannot_be_used():
     ("row", "reason"),
     [
         ('{"prompt": "a", "chosen": "b"}', "rejected is missing; the row has prompt, chosen"),
+        ({"prompt": "a", "input": "x", "chosen": "b", "rejected": "c"}, "input is not in the prompt beside it"),
         ('{"prompt": "a", "chosen": "b", "rejected": "c", "weight": 0.5}', "weight 0.5 is neither 0 nor 1"),
         ('{"prompt": "a", "chosen": "b", "rejected": "c", "images": ["x.png"]}', "images cannot be honoured"),
         ({"system": "a", "prompt": [message("system", "b"), USER]} | ANSWERS, "system is not what the system says"),

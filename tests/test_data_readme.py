@@ -35,6 +35,6 @@ def test_every_key_is_on_the_page():
     named = set(re.findall(r"`([^`\n]+)`", PAGE))
     for names in (
         chat.COLUMNS, pairs.COLUMNS, messages.ROLES, messages.SAID, messages._FLAGS, messages._REFUSED,
-        shapes._REFUSED, token_rows._REFUSED, token_rows.MASKS,
+        shapes._REFUSED, shapes.MEDIA, token_rows._REFUSED, token_rows.MASKS,
     ):  # fmt: skip
         assert set(names) <= named, set(names) - named

@@ -78,18 +78,23 @@ def prepare(row: dict, tokenizer: Tokenizer, turns: str = "all") -> list[Rendere
     if "input_ids" in row:
         runs = token_rows.runs(row, tokenizer)
         return [Conversation(ids, spans) for ids, spans in token_rows.documents(*runs, turns)]
-    asked = shapes.asked(row) if "prompt" not in row else None
-    name = shapes.first_of(("response", "completion") if asked is None else shapes.ANSWER, row)
-    if "prompt" not in row and asked is None and name is None:
-        raise InputError(
-            "neither messages, nor prompt and completion, nor input_ids, nor instruction and output; "
-            + shapes.found(row)
-        )
-    if asked is not None:
-        name = name or "output"
-        turn = as_messages(asked, "user", "instruction") + as_messages(row.get(name), "assistant", name)
-        return render(shapes.with_system(row, turn), 0, context_of(row), tokenizer, turns)
-    name = name or "completion"
+    answer = shapes.first_of(("response", "completion"), row)
+    complete = "prompt" in row and answer is not None  # or the prompt may be an instruction, written out
+    answer = answer or shapes.first_of(shapes.ANSWER, row)
+    asked = None if complete else shapes.asked(row)
+    if asked is not None and (answer is not None or "prompt" not in row):
+        answer = answer or "output"
+        messages = as_messages(asked, "user", "instruction") + as_messages(row.get(answer), "assistant", answer)
+        return render(shapes.with_system(row, messages), 0, context_of(row), tokenizer, turns)
+    if "prompt" not in row and answer not in ("response", "completion"):
+        known = "messages, nor prompt and completion, nor input_ids, nor instruction and output"
+        raise InputError(f"neither {known}; {shapes.found(row)}")
+    return _prompt_and_completion(row, answer or "completion", tokenizer, turns)
+
+
+def _prompt_and_completion(row: dict, name: str, tokenizer: Tokenizer, turns: str) -> list[Rendered | Conversation]:
+    """The documents of a row with a prompt and, as `name`, its completion."""
+    shapes.check_prompt(row)
     prompt, completion = row.get("prompt"), row.get(name, "")
     if isinstance(prompt, list) or isinstance(completion, list | dict) or shapes.has_context(row):
         messages = shapes.with_system(row, as_messages(prompt, "user", "prompt"))
@@ -107,6 +112,7 @@ def prompt(row: dict, tokenizer: Tokenizer, chat: bool = False) -> Prompt:
     user's turn. Raises InputError, without the place, if the row has neither or both, it leaves nothing to answer, or
     the template rejects it or leaves something out.
     """
+    shapes.check_prompt(row)
     messages = shapes.conversation(row)
     if (messages is None) == ("prompt" not in row):
         raise InputError(f'expected "prompt" (text) or "messages" (list); {shapes.found(row)}')

@@ -43,6 +43,7 @@ def prepare(row: dict, tokenizer: Tokenizer) -> list[Rendered | Conversation] | 
     for name, answer in zip(NAMES, answers, strict=True):
         if answer is None:
             raise InputError(f"{name} is missing; {shapes.found(row)}")
+    shapes.check_prompt(row)
     prompt = _prompt(row)
     texts = all(isinstance(answer, str) for answer in answers)
     if (

@@ -111,7 +111,7 @@ def file_questions(path: str, limit: int | None = None, extract: str | None = No
         else:
             right = _compiled(row["pattern"], f"{place}: pattern").search
         score = lambda answer, right=right: float(bool(right(_extracted(answer, find).strip())))  # noqa: E731
-        more = {name: row[name] for name in shapes.CONTEXT if row.get(name) is not None}
+        more = {name: row[name] for name in (*shapes.CONTEXT, *shapes.MORE, *shapes.MEDIA) if row.get(name)}
         questions.append(Question(row.get("messages"), row.get("prompt"), score, more=more, place=place))
     if not questions:
         raise InputError(f"{path}: no questions")

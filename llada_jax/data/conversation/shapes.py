@@ -17,11 +17,10 @@ _OF_TOKENS = (
     "attention_mask", "supervised", "completion_mask", "assistant_masks", "assistant_mask", "loss_mask", "weights",
 )  # fmt: skip
 # What changes the meaning of a row, and nothing here can honour.
-_REFUSED = (
-    "images", "image", "videos", "video", "audios", "audio", "mask", "loss_weights", "loss_scale", "train_on_inputs",
-    "train_on_prompt",
-)  # fmt: skip
-COLUMNS = (*CONVERSATION, *CONTEXT, *MORE, *WEIGHT, "label", *_OF_TOKENS, *_REFUSED)  # that every shape is read for
+MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+_REFUSED = ("mask", "loss_weights", "loss_scale", "train_on_inputs", "train_on_prompt")
+# Columns that every shape is read for.
+COLUMNS = (*CONVERSATION, *CONTEXT, *MORE, *WEIGHT, "label", *_OF_TOKENS, *MEDIA, *_REFUSED)
 
 
 def check_row(row: dict) -> bool:
@@ -29,19 +28,37 @@ def check_row(row: dict) -> bool:
 
     Raises InputError naming a key that changes what the row means and cannot be honoured.
     """
-    for name in _REFUSED:
-        if row.get(name):
-            raise InputError(f"{name} cannot be honoured")
+    _refuse((*MEDIA, *_REFUSED), row)
     for name in _OF_TOKENS if "input_ids" not in row else ():
         if name in row:
             raise InputError(f"{name} says something of tokens, but there are no input_ids")
-    if row.get("label") is False:  # of unpaired preferences, where it marks answers that are not to be learnt
+    # Of unpaired preferences, where it marks answers that are not to be learnt.
+    if row.get("label") is False and ("completion" in row or "response" in row):
         raise InputError("label is false: an answer to avoid, which cannot be honoured")
     weights = {name: row[name] for name in WEIGHT if name in row}
     for name, value in weights.items():
         if type(value) not in (bool, int, float) or value not in (0, 1):
             raise InputError(f"{name} {value!r} is neither 0 nor 1")
     return all(weights.values())
+
+
+def check_prompt(row: dict) -> None:
+    """Raises InputError naming a key that says more than the prompt of a row, of which nothing here could be shown.
+
+    `input` or `context` beside a prompt are remarks if they are in it.
+    """
+    _refuse(MEDIA, row)
+    prompt = row.get("prompt")
+    for name in MORE:
+        more = row.get(name)
+        if isinstance(prompt, str) and isinstance(more, str) and " ".join(more.split()) not in " ".join(prompt.split()):
+            raise InputError(f"{name} is not in the prompt beside it, so what is asked is not clear")
+
+
+def _refuse(names: Sequence[str], row: dict) -> None:
+    for name in names:
+        if row.get(name):
+            raise InputError(f"{name} cannot be honoured")
 
 
 def first_of(names: Sequence[str], row: dict) -> str | None:
