@@ -6,6 +6,7 @@ from data_helpers import CHATML, EOS, LING, message, with_template
 
 from llada_jax.data import chat
 from llada_jax.data.byte_tokenizer import byte_tokenizer
+from llada_jax.data.conversation.messages import check_messages
 from llada_jax.data.records import parse_row
 from llada_jax.errors import InputError
 from llada_jax.interop.gguf import open_gguf, tokenizer_files
@@ -42,7 +43,7 @@ ANSWERS = {
     CHATML: [
         " Hallo,\nÄrger 🙂<|im_end|>",
         '<tool_call>{"name": "add", "arguments": {"a": 1, "b": null}}</tool_call>'
-        '<tool_call>{"name": "noop", "arguments": "{}"}</tool_call><|im_end|>',
+        '<tool_call>{"name": "noop", "arguments": {}}</tool_call><|im_end|>',
         "It is 1. <|im_end|>",
     ],
     LING: [
@@ -75,7 +76,7 @@ def test_the_assistants_turns_and_their_end_markers_are_supervised(template, tur
     tokenizer = with_template(template)
     conversation = converse({"messages": TURNS, "tools": TOOLS}, tokenizer, turns)
     assert spoken(conversation, tokenizer) == (ANSWERS[template] if turns == "all" else ANSWERS[template][-1:])
-    whole = tokenizer.apply_chat_template([m | {"content": m["content"] or ""} for m in TURNS], False, tools=TOOLS)
+    whole = tokenizer.apply_chat_template(check_messages(TURNS, "messages"), False, tools=TOOLS)
     text = tokenizer.decode(conversation.ids)
     assert whole.startswith(text) and text.endswith(ANSWERS[template][-1])
     assert conversation.ids.dtype == np.int32
@@ -122,7 +123,7 @@ def test_real_spans_of_smollm2(smollm2_gguf):
     assert tokenizer.decode(conversation.ids).startswith("<|im_start|>system\nYou are")
 
 
-@pytest.mark.parametrize("name", ["completion", "response"])
+@pytest.mark.parametrize("name", ["completion", "response", "output", "answer"])
 @pytest.mark.parametrize("template", [None, CHATML])
 def test_texts_are_taken_as_they_are(name, template):
     found = converse({"prompt": "ab ", name: "ü", "messages": None}, with_template(template))

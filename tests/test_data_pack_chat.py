@@ -199,6 +199,41 @@ def test_only_with_turns_all_an_answer_sees_the_next_turn(tmp_path, turns):
     assert (leaks > 0) == (turns == "all")
 
 
+DATED = "{{ strftime_now('%d %b %Y') }}" + CHATML
+
+
+def test_a_templates_date_is_no_day_of_packing_but_a_setting(tmp_path):
+    file = write_rows(tmp_path / "a.jsonl", [{"messages": [message("user", "a"), message("assistant", "b")]}])
+    first = pack_chat(file, with_template(DATED), str(tmp_path / "first"), 128)
+    assert first["template_date"] == "2024-07-26" and "26 Jul 2024" in text_of(tmp_path / "first")
+    later = with_template(DATED).with_template_date("2031-01-02")
+    assert pack_chat(file, later, str(tmp_path / "later"), 128)["template_date"] == "2031-01-02"
+    assert "02 Jan 2031" in text_of(tmp_path / "later")
+    with pytest.raises(InputError, match="template_date is '2024-07-26' there but '2031-01-02' now"):
+        pack_chat(file, later, str(tmp_path / "first"), 128)
+    assert "template_date" not in pack_chat(file, with_template(CHATML), str(tmp_path / "none"), 128)
+
+
+def test_the_tool_takes_a_date(tmp_path):
+    file = write_rows(tmp_path / "a.jsonl", [{"prompt": [message("user", "a")], "chosen": "b", "rejected": "c"}])
+    flag_values = {"source": file, "out": tmp_path / "out", "length": 256, "kind": "preference"}
+    flag_values |= {"tokenizer": write_tokenizer(tmp_path / "tokenizer", with_template(DATED))}
+    result = run_tool(**flag_values, template_date="2031-01-02")
+    assert result.returncode == 0 and "02 Jan 2031" in text_of(tmp_path / "out"), result.stderr
+    for changes, reason in (
+        ({"template_date": "today"}, "template_date 'today' is not a date, YYYY-MM-DD"),
+        ({"kind": "text", "template_date": "2031-01-02"}, "--template_date is for --kind=chat or --kind=preference"),
+    ):
+        result = run_tool(**(flag_values | changes))
+        assert result.returncode == 2 and reason in result.stderr
+    with pytest.raises(InputError, match="template_date 2031-01-02: the chat template writes no date"):
+        with_template(CHATML).with_template_date("2031-01-02")
+
+
+def text_of(folder):
+    return "".join(byte_tokenizer(EOS).decode(row.ids) for row in read_back(folder))
+
+
 def test_the_tool_packs_conversations_and_reports_the_unusable(tmp_path, source):
     flag_values = {"source": source, "out": tmp_path / "out", "length": LENGTH, "kind": "chat"}
     flag_values |= {"tokenizer": write_tokenizer(tmp_path / "tokenizer", with_template(CHATML))}

@@ -69,20 +69,89 @@ END = BARE.id_to_token(EOS)
     ("row", "tokenizer", "prompt", "answers"),
     [
         ({"prompt": "2+2=", "chosen": "4", "rejected": "five"}, BARE, "2+2=", ["4", "five"]),
-        ({"prompt": "", "chosen": "4", "rejected": "five"}, BARE, "", ["4", "five"]),
-        ({"chosen": "the sky is blue", "rejected": "the sky is black"}, BARE, "the sky is", [" blue", " black"]),
         (
             {"chosen": "H: hi\n\nA: no", "rejected": "H: hi\n\nA: nothing"},
             TEMPLATED,
             "H: hi\n\nA:",
             [" no", " nothing"],
         ),
-        ({"chosen": "a \n b", "rejected": "a \n c"}, BARE, "a", [" \n b", " \n c"]),
-        ({"chosen": "yes", "rejected": "yesterday"}, BARE, "", ["yes", "yesterday"]),
+        (
+            {"chosen": "\n\nHuman: hi\n\nAssistant: I can", "rejected": "\n\nHuman: hi\n\nAssistant: I will not"},
+            TEMPLATED,
+            "\n\nHuman: hi\n\nAssistant:",
+            [" I can", " I will not"],
+        ),
+        (
+            {
+                "chosen": "### Instruction:\nadd\n### Response:\n4",
+                "rejected": "### Instruction:\nadd\n### Response:\n5",
+            },
+            BARE,
+            "### Instruction:\nadd\n### Response:",
+            ["\n4", "\n5"],
+        ),
+        ({"chosen": "[INST] a [/INST] b", "rejected": "[INST] a [/INST] c"}, BARE, "[INST] a [/INST]", [" b", " c"]),
     ],
 )
 def test_texts_without_a_template(row, tokenizer, prompt, answers):
     assert said(row, tokenizer) == [(prompt, answer + END) for answer in answers]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected"),
+    [
+        ("Four.", "It might be five."),
+        ("The capital is Paris.", "The capital is Rome."),
+        ("the sky is blue", "the sky is black"),
+        ("a \n b", "a \n c"),
+        ("yes", "yesterday"),
+        ("Note: it is 4", "Note: it is 5"),
+        ("Answer: 4", "Answer: 5"),
+        ("Let me think.\nAnswer: 4", "Let me think.\nAnswer: 5"),
+        ("\n\nHuman: hi\n\nAssistant: a\n\nHuman: b", "\n\nHuman: hi\n\nAssistant: a\n\nHuman: c"),
+    ],
+)
+@pytest.mark.parametrize("more", [{}, {"prompt": ""}, {"question": " "}, {"messages": ""}, {"id": "q7"}])
+def test_what_two_answers_happen_to_begin_with_is_no_prompt(chosen, rejected, more):
+    for tokenizer in (TEMPLATED, BARE):
+        with pytest.raises(InputError, match="prompt is (missing|empty)|messages is not a list"):
+            said({"chosen": chosen, "rejected": rejected} | more, tokenizer)
+
+
+ANSWERS = {"chosen": "4", "rejected": "five"}
+
+
+@pytest.mark.parametrize(
+    ("row", "system"),
+    [
+        ({"question": "2+2="}, ""),
+        ({"input": "2+2="}, ""),
+        ({"instruction": "2+2=", "input": ""}, ""),
+        ({"query": "2+2=", "system": " "}, ""),
+        ({"system": "Be brief.", "question": "2+2="}, "Be brief."),
+        ({"system": "Be brief.", "input": "2+2="}, "Be brief."),
+        ({"system_prompt": "Be brief.", "prompt": "2+2="}, "Be brief."),
+        ({"system": "Be brief.", "prompt": [USER]}, "Be brief."),
+        ({"system": "Be brief.", "prompt": [message("system", "Be brief."), USER]}, "Be brief."),
+        ({"messages": [USER]}, ""),
+        (
+            {"conversations": [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "2+2="}]},
+            "Be brief.",
+        ),
+    ],
+)
+def test_a_prompt_of_any_name_and_the_system_turn(row, system):
+    system = f"<|im_start|>system\n{system}<|im_end|>\n" if system else ""
+    wanted = [(system + prompt, answer) for prompt, answer in RENDERED]
+    assert said(row | ANSWERS, TEMPLATED) == wanted
+    turns = {"chosen": {"from": "gpt", "value": "4"}, "rejected": {"role": "assistant", "content": "five"}}
+    assert said(row | turns, TEMPLATED) == wanted
+
+
+def test_an_instruction_and_its_input_and_history_are_prompt():
+    (prompt, _), _ = said({"instruction": "Add.", "input": "2 2", "history": [["hi", "yo"]]} | ANSWERS, TEMPLATED)
+    turns = [message("user", "hi"), message("assistant", "yo"), message("user", "Add.\n2 2")]
+    assert prompt == TEMPLATED.apply_chat_template(turns)
 
 
 @pytest.mark.parametrize(
@@ -92,6 +161,7 @@ def test_texts_without_a_template(row, tokenizer, prompt, answers):
         ({"chosen": [USER, ASSISTANT], "rejected": [USER, ASSISTANT]}, "identical answers"),
         ({"chosen": [USER, ASSISTANT], "rejected": [USER, ASSISTANT, USER]}, "identical answers"),
         ({"prompt": "a", "chosen": "b", "rejected": " "}, "no response"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "weight": 0}, "no response"),
         ({"prompt": "a", "chosen": [], "rejected": [ASSISTANT]}, "no response"),
         ({"chosen": [USER], "rejected": [USER, ASSISTANT]}, "no response"),
     ],
@@ -109,7 +179,11 @@ def test_texts_that_cannot_be_used():
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ('{"prompt": "a", "chosen": "b"}', "rejected is missing"),
+        ('{"prompt": "a", "chosen": "b"}', "rejected is missing; the row has prompt, chosen"),
+        ({"prompt": "a", "input": "x", "chosen": "b", "rejected": "c"}, "input is not in the prompt beside it"),
+        ('{"prompt": "a", "chosen": "b", "rejected": "c", "weight": 0.5}', "weight 0.5 is neither 0 nor 1"),
+        ('{"prompt": "a", "chosen": "b", "rejected": "c", "images": ["x.png"]}', "images cannot be honoured"),
+        ({"system": "a", "prompt": [message("system", "b"), USER]} | ANSWERS, "system is not what the system says"),
         ('{"prompt": "a", "rejected": "b"}', "chosen is missing"),
         ('{"prompt": "a", "chosen": "b", "rejected": 1}', "rejected is neither a string nor messages"),
         ('{"prompt": {}, "chosen": "b", "rejected": "c"}', "prompt is neither a string nor messages"),

@@ -45,6 +45,33 @@ def test_a_folder_is_searched_in_sorted_order(corpus):
     assert names(str(corpus), sources.ROW_SUFFIXES) == [files[1], files[3]]
 
 
+@pytest.mark.parametrize("name", ["b.jsonl.bz2", "b.csv", "c/b.tsv", "b.jsonl.xz", "b.zip", "b.arrow", "b.parquet.gz"])
+def test_data_that_cannot_be_read_is_an_error(corpus, name):
+    (corpus / "c").mkdir()
+    (corpus / name).write_bytes(b"")
+    with pytest.raises(InputError, match=f"{corpus}: {name} cannot be read; convert it"):
+        sources.list_files(str(corpus))
+    assert names(str(corpus), patterns=["*.py"]), "who says what to read may have other files beside it"
+
+
+def test_what_is_not_read_is_said(corpus, capsys):
+    for name in ("README.md", "dataset_infos.json", "LICENSE"):
+        (corpus / name).write_text("{}")
+    sources.list_files(str(corpus))
+    assert capsys.readouterr().err == f"{corpus}: not read: ignored.bin\n"
+    sources.list_files(str(corpus), sources.ROW_SUFFIXES)
+    assert capsys.readouterr().err == f"{corpus}: not read: a.txt, ignored.bin\n"
+    (corpus / "e.json").write_text("[]")
+    assert ("e.json", "json") in names(str(corpus)) and ("e.json", "json") not in names(str(corpus), patterns=["*.py"])
+    assert "e.json" in capsys.readouterr().err
+
+
+def test_the_same_data_twice_is_an_error(corpus):
+    (corpus / "b" / "c.jsonl.gz").write_bytes(b"")
+    with pytest.raises(InputError, match=f"{corpus}: b/c.jsonl is there compressed too"):
+        sources.list_files(str(corpus))
+
+
 def test_one_file_is_a_source_too(corpus):
     path = corpus / "b" / "c.jsonl"
     assert sources.list_files(str(path)) == [sources.SourceFile(str(path), "c.jsonl", path.stat().st_size, "jsonl")]

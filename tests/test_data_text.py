@@ -40,6 +40,22 @@ def test_reading_resumes_at_any_document(corpus):
     assert list(text.iter_documents(files, start=(len(files), 0))) == []
 
 
+def test_compressed_texts_and_arrays_are_documents(tmp_path):
+    for name, codec, content in (
+        ("a.txt.gz", "gzip", "plain ä"),
+        ("b.txt.zst", "zstd", "ü"),
+        ("c.json.zst", "zstd", '[{"text": "1"},\n {"text": "2"}]'),
+        ("d.ndjson", None, '{"text": "3"}\n{"text": "4"}'),
+    ):
+        with pa.output_stream(str(tmp_path / name), compression=codec) as stream:
+            stream.write(content.encode())
+    files = list_files(str(tmp_path))
+    documents = list(text.iter_documents(files))
+    assert [document[2] for document in documents] == ["plain ä", "ü", "1", "2", "3", "4"]
+    for i, document in enumerate(documents):
+        assert list(text.iter_documents(files, start=document[:2])) == documents[i:]
+
+
 def test_a_saved_dataset_is_read_in_the_order_of_its_state(tmp_path):
     folder = write_saved_dataset(tmp_path / "saved", *([{"text": f"{i} {j}"} for j in range(7)] for i in range(2)))
     files = list_files(folder)

@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from data_helpers import CHATML, message, with_template, write_rows
 
 from llada_jax.data.byte_tokenizer import byte_tokenizer
 from llada_jax.errors import InputError
@@ -97,6 +98,22 @@ def test_a_bad_question_is_named_by_file_and_line(tmp_path, line, message):
         tasks.file_questions(str(path))
     with pytest.raises(InputError, match="no such file"):
         tasks.file_questions(str(tmp_path / "none.jsonl"))
+
+
+def test_tools_and_the_system_turn_of_a_question_are_in_its_prompt(tmp_path):
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    row = {"messages": [message("user", "Paris?")], "tools": tools, "system": "s", "answer": "sunny", "id": 3}
+    path = write_rows(tmp_path / "q.jsonl", [row, row | {"messages": [{"role": "user"}]}])
+    good, bad = tasks.file_questions(path)
+    whole = [message("system", "s"), message("user", "Paris?")]
+    assert good.prompt(with_template(CHATML)) == with_template(CHATML).apply_chat_template(whole, tools=tools)
+    plain = with_template("{% for m in messages %}{{ m.content }}{% endfor %}")
+    with pytest.raises(InputError, match=r"q\.jsonl:1: the chat template leaves out what tools say: 'weather'"):
+        good.prompt(plain)
+    with pytest.raises(InputError, match=r"q\.jsonl:2: messages\[0\]: content is not a string"):
+        bad.prompt(plain)
+    with pytest.raises(InputError, match="prompt is empty"):
+        tasks.Question(None, "", float).prompt(plain)
 
 
 def test_answers_by_pattern_and_the_part_that_counts(tmp_path):

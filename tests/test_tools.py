@@ -65,6 +65,31 @@ def test_generate_from_jsonl_with_settings_of_each_line(checkpoint, tmp_path):
         assert row["tokens_per_forward"] == pytest.approx(row["tokens"] / passes, abs=1e-3)
 
 
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ('{"prompt": "a", "temprature": 0.5}', "temprature is no setting of a request; did you mean temperature?"),
+        (
+            '{"prompt": "a", "max_tokens": 3}',
+            "max_tokens is no setting of a request; the settings are seed, gen_length",
+        ),
+        ('["a"]', "not a JSON object"),
+        ('{"question": "a"}', 'expected "prompt" (text) or "messages" (list); the row has question'),
+        ('{"messages": [{"role": "user", "content": [{"type": "image"}]}]}', "content[0] is of type 'image'"),
+        (
+            '{"messages": [{"role": "user", "content": "a"}], "tools": [{"name": "f"}]}',
+            "leaves out what tools say: 'f'",
+        ),
+    ],
+)
+def test_generate_names_the_line_that_it_cannot_answer(checkpoint, tmp_path, row, message):
+    (tmp_path / "in.jsonl").write_text(f'{{"prompt": "a", "id": 1, "source": "s", "messages": null}}\n\n{row}\n')
+    output = tmp_path / "out.jsonl"
+    done = run("generate", f"--checkpoint={checkpoint}", f"--input={tmp_path / 'in.jsonl'}", f"--output={output}")
+    assert done.returncode == 2 and f"error: {tmp_path / 'in.jsonl'}:3: " in done.stderr and message in done.stderr
+    assert done.stderr.count("\n") == 1 and not output.exists()
+
+
 def test_generate_holds_a_conversation(checkpoint):
     arguments = f"--checkpoint={checkpoint}", "--chat", "--gen_length=4", "--block_length=4"
     done = run("generate", *arguments, stdin="hello\nagain\n")

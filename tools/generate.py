@@ -8,16 +8,18 @@ Text is printed as its blocks are finished. --chat alone holds a conversation; w
 checkpoint's chat template. --trajectory shows how the answer filled: a line for each block, every token coloured by the
 step that wrote it; --save draws that as a picture (pip install -e '.[plot]').
 
-An input line is {"prompt": TEXT} or {"messages": [{"role": ..., "content": ...}, ...]}, and may set "seed" and any of
-"gen_length", "steps", "threshold", "temperature", "top_k", "top_p", "eos_early_stop", "editing_threshold",
-"max_post_steps", "entropy_bound" for itself. Its answer line adds "answer", "tokens", "forward_passes",
-"commit_passes", "prefill_passes", "tokens_per_forward", "positions_evaluated" and, for each token, its "token_ids",
-and the "steps" of its block and "confidences" at which it was written. Requests are batched continuously: --batch of
-them are decoded together, and the next one takes the place of the first that ends. DIR: a converted checkpoint, a
-training step, or a workdir (its newest good step).
+An input line is {"prompt": TEXT} or {"messages": [{"role": ..., "content": ...}, ...]} with "tools" if there are any
+(llada_jax/data/README.md), and may set "seed" and any of "gen_length", "steps", "threshold", "temperature", "top_k",
+"top_p", "eos_early_stop", "editing_threshold", "max_post_steps", "entropy_bound" for itself. Other keys, such as an
+"id", come back with the answer; those that look like a setting are refused. Its answer line adds "answer", "tokens",
+"forward_passes", "commit_passes", "prefill_passes", "tokens_per_forward", "positions_evaluated" and, for each token,
+its "token_ids", and the "steps" of its block and "confidences" at which it was written. Requests are batched
+continuously: --batch of them are decoded together, and the next one takes the place of the first that ends. DIR: a
+converted checkpoint, a training step, or a workdir (its newest good step).
 """
 
 import dataclasses
+import difflib
 import importlib.util
 import sys
 from pathlib import Path
@@ -25,7 +27,7 @@ from pathlib import Path
 from absl import flags
 
 from llada_jax import errors
-from llada_jax.data import jsonl
+from llada_jax.data import chat, jsonl
 from llada_jax.errors import InputError
 from llada_jax.sampling import flags as decoding
 
@@ -37,8 +39,18 @@ _OUTPUT = flags.DEFINE_string("output", None, "JSONL file of answers, for --inpu
 decoding.define(gen_length=128)
 _BATCH = flags.DEFINE_integer("batch", 8, "Prompts decoded together.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the draws at temperature > 0.", lower_bound=0)
+_TEMPLATE_DATE = flags.DEFINE_string(
+    "template_date", None, "The day, YYYY-MM-DD, that a chat template takes for today (default: 2024-07-26)."
+)
 _TRAJECTORY = flags.DEFINE_bool("trajectory", False, "Show how the answer filled.")
 _SAVE = flags.DEFINE_string("save", None, "Picture of the trajectory, .svg or .png.")
+
+# Settings of other programs, which would otherwise be taken for remarks.
+_ELSEWHERE = (
+    "max_tokens", "max_new_tokens", "max_length", "max_completion_tokens", "max_gen_toks", "min_tokens", "n", "stop",
+    "stop_sequences", "until", "do_sample", "num_beams", "min_p", "repetition_penalty", "presence_penalty",
+    "frequency_penalty", "logit_bias", "logprobs", "response_format", "tool_choice", "block_length", "rule", "stream",
+)  # fmt: skip
 
 PER_REQUEST = (
     "gen_length", "steps", "threshold", "temperature", "top_k", "top_p", "eos_early_stop", "editing_threshold",
@@ -69,24 +81,27 @@ def main(argv) -> None:
     model = load_checkpoint(_CHECKPOINT.value)
     if model.tokenizer is None:
         raise InputError(f"{_CHECKPOINT.value}: no tokenizer")
+    if _TEMPLATE_DATE.value:
+        model = dataclasses.replace(model, tokenizer=model.tokenizer.with_template_date(_TEMPLATE_DATE.value))
     if rows is not None:
-        _answer_file(model, [row for _, row in rows], configs)
+        _answer_file(model, rows, configs)
     elif conversation:
         _converse(model, config)
     else:
-        row = {"prompt": _PROMPT.value}
+        prompt = _prompt("--prompt", {"prompt": _PROMPT.value}, model.tokenizer)
         print(_PROMPT.value, end="", flush=True)
-        _answer_one(model, _text(row, model.tokenizer), config)
+        _answer_one(model, prompt, config)
 
 
-def _answer_file(model, rows: list[dict], configs) -> None:
+def _answer_file(model, placed: list[tuple[str, dict]], configs) -> None:
     import numpy as np
 
     from llada_jax.sampling.batching import Request, Usage, serve
     from llada_jax.sampling.generate import prefill_execution
 
-    prompts = [np.array(model.tokenizer.encode(_text(row, model.tokenizer)), np.int32) for row in rows]
-    count = len(rows)
+    asked = [_prompt(place, row, model.tokenizer) for place, row in placed]
+    prompts = [np.array(model.tokenizer.encode(prompt.text), np.int32) for prompt in asked]
+    rows, count = [row for _, row in placed], len(placed)
     seeds = [row.get("seed", _SEED.value * count + index) for index, row in enumerate(rows)]
     requests = [Request(*request) for request in zip(prompts, configs, seeds, strict=True)]
     longest = max(len(prompt) + config.gen_length for prompt, config in zip(prompts, configs, strict=True))
@@ -120,14 +135,14 @@ def _record(answer) -> dict:
     }
 
 
-def _answer_one(model, prompt: str, config):
+def _answer_one(model, prompt: chat.Prompt, config):
     """Prints the answer as its blocks are finished, and what was asked for about it; returns it."""
     import numpy as np
 
     from llada_jax.sampling.batching import Request, serve
     from llada_jax.sampling.generate import prefill_execution
 
-    ids = np.array(model.tokenizer.encode(prompt), np.int32)
+    ids = np.array(model.tokenizer.encode(prompt.text), np.int32)
     known, printed = [], ""
 
     def print_new(_, tokens):
@@ -179,23 +194,33 @@ def _converse(model, config) -> None:
         if not (line := sys.stdin.readline()).strip():
             return
         messages.append({"role": "user", "content": line.strip()})
-        answer = _answer_one(model, model.tokenizer.apply_chat_template(messages), config)
+        answer = _answer_one(model, chat.prompt({"messages": messages}, model.tokenizer), config)
         messages.append({"role": "assistant", "content": answer.text})
 
 
 def _read_rows(path: str) -> list[tuple[str, dict]]:
-    rows = []
-    for place, row in jsonl.read_values(path):
-        known = isinstance(row, dict) and (isinstance(row.get("prompt"), str) or isinstance(row.get("messages"), list))
-        if not known:
-            raise InputError(f'{place}: expected "prompt" (text) or "messages" (list)')
+    rows = list(jsonl.read_values(path))
+    for place, row in rows:
+        if not isinstance(row, dict):
+            raise InputError(f"{place}: not a JSON object")
+        for name in row:
+            if near := _setting_like(name):
+                raise InputError(f"{place}: {name} is no setting of a request; {near}")
         seed = row.get("seed", 0)
         if not isinstance(seed, int) or not 0 <= seed < 2**32:
             raise InputError(f"{place}: seed={seed!r}, expected an integer in [0, 2^32)")
-        rows.append((place, row))
     if not rows:
         raise InputError(f"{path}: no prompts")
     return rows
+
+
+def _setting_like(name: str) -> str:
+    """What is meant by a key that is no setting but looks like one; "" if it looks like none."""
+    known = ("prompt", "messages", "tools", "seed", *PER_REQUEST)
+    near = difflib.get_close_matches(name.lower(), known, 1, 0.8)
+    if name in known or not (near or name in _ELSEWHERE):
+        return ""
+    return f"did you mean {near[0]}?" if near else f"the settings are {', '.join(known[3:])}"
 
 
 def _config_of(config, place: str, row: dict):
@@ -206,12 +231,12 @@ def _config_of(config, place: str, row: dict):
         raise InputError(f"{place}: {error}") from error
 
 
-def _text(row: dict, tokenizer) -> str:
-    if "messages" in row:
-        return tokenizer.apply_chat_template(row["messages"])
-    if _CHAT.value:
-        return tokenizer.apply_chat_template([{"role": "user", "content": row["prompt"]}])
-    return row["prompt"]
+def _prompt(place: str, row: dict, tokenizer) -> chat.Prompt:
+    """What the model continues. Raises InputError naming the place if that is nothing, or not all that the row says."""
+    try:
+        return chat.prompt({name: value for name, value in row.items() if value is not None}, tokenizer, _CHAT.value)
+    except InputError as error:
+        raise InputError(f"{place}: {error}") from error
 
 
 if __name__ == "__main__":

@@ -6,11 +6,11 @@ Examples:
   python tools/pack_data.py --kind=preference --source=saved --split=train --tokenizer=checkpoint --out=packed \\
       --length=4096
 
-A source is .jsonl or .parquet files (.txt too for documents), or a folder that save_to_disk of Hugging Face's datasets
-wrote. A conversation is a row with `messages` (and `tools`), with `prompt` and `completion`, or with `input_ids` and
-`labels`, `supervised` or `prompt_length`; a pair one with `prompt`, `chosen` and `rejected`, or with `chosen` and
-`rejected` that begin alike (llada_jax/data/chat.py and pairs.py). A run that was interrupted goes on where it stopped
-when it is started again with the same flags; --processes may differ.
+A source is .jsonl, .json or .parquet files (.txt too for documents; .gz and .zst of all but .parquet), or a folder that
+save_to_disk of Hugging Face's datasets wrote. A conversation is a row with `messages` (and `tools`), ShareGPT's
+`conversations`, `prompt` and `completion`, `instruction` and `output`, or `input_ids` and `labels`, `supervised` or
+`prompt_length`; a pair one with a prompt, `chosen` and `rejected`. llada_jax/data/README.md shows them all. A run that
+was interrupted goes on where it stopped when it is started again with the same flags; --processes may differ.
 """
 
 import sys
@@ -57,6 +57,12 @@ flags.DEFINE_string(
     "Chat, preference: end-of-sequence tokens fill a document up to --block_align; all of them, the first N (a "
     "number) or none are supervised. With none they are padding.",
 )
+flags.DEFINE_string(
+    "template_date",
+    None,
+    "Chat, preference: the day, YYYY-MM-DD, that a chat template takes for today (default: 2024-07-26, whatever the "
+    "day is, so that the same rows give the same bytes). For templates that write it.",
+)
 flags.DEFINE_bool("skip_malformed", False, "Chat, preference: count malformed rows instead of stopping.")
 flags.DEFINE_integer(
     "block_align", None, "Start documents at multiples of this in a row (default: 1 for text, else 32).", 1
@@ -68,8 +74,8 @@ flags.DEFINE_integer(
 _COMMON = ("split", "block_align", "rows_per_shard", "processes")
 _KINDS = {  # the packer, what dataset.json calls its examples, and its own flags
     "text": (pack, None, ("field", "patterns")),
-    "chat": (pack_chat, "conversations", ("turns", "tail", "skip_malformed")),
-    "preference": (pack_preference, "pairs", ("max_pairs", "tail", "skip_malformed")),
+    "chat": (pack_chat, "conversations", ("turns", "tail", "skip_malformed", "template_date")),
+    "preference": (pack_preference, "pairs", ("max_pairs", "tail", "skip_malformed", "template_date")),
 }
 
 
@@ -86,6 +92,8 @@ def main(argv):
         options["tail"] = int(options["tail"])
     begun = time.monotonic()
     source, vocabulary = _SOURCE.value, tokenizer.load_tokenizer(_TOKENIZER.value)
+    if day := options.pop("template_date", None):
+        vocabulary = vocabulary.with_template_date(day)
     dataset = packer(source, vocabulary, _OUT.value, _LENGTH.value, log=sys.stderr, **options)
     summary = (
         f"{dataset['rows']} rows, {dataset['tokens']} tokens, {dataset['documents']} documents, "

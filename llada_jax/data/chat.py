@@ -1,30 +1,27 @@
-"""Conversations: the forms of their rows, the checkpoint's chat template, and the tokens that are supervised.
+"""Conversations: the checkpoint's chat template, and the tokens that are supervised.
 
-A row is one of
-  {"messages": [{"role", "content", "tool_calls"?}, ...], "tools"?: [...]}   rendered by the chat template
-  {"input_ids": [...], S}       S is "labels" (-100 where not supervised), "supervised" (true or false for each token)
-                                or "prompt_length" (or "prompt_lengths"): the number of tokens before the supervised
-  {"prompt": text, "completion": text}          as they are, no template ("response" is another name of "completion")
-  {"prompt": text or messages, "completion": text or messages}   with messages on one side at least: rendered
-and is read as the first of these whose keys it has; a null is an absent key, and other keys are ignored.
+A row is a conversation, token ids with what of them is supervised, a prompt and its completion, or an instruction and
+its output; it is read as the first of these whose keys it has. data/README.md shows every shape, with its text. A null
+is an absent key. What a row says is in the text or the row is refused; keys that say nothing about it are ignored.
 """
 
 import functools
-import json
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import tokenizers
 
+from llada_jax.data.conversation import said, shapes, template, token_rows
+from llada_jax.data.conversation.messages import SUPERVISED, as_messages
+from llada_jax.data.conversation.template import Context, context_of
 from llada_jax.errors import InputError
 from llada_jax.interop.tokenizer import Tokenizer
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
 TURNS = ("all", "last", "each")
-IGNORED = -100  # the label of a token that is not supervised
-_MASKS = ("labels", "supervised", "prompt_length", "prompt_lengths")
-COLUMNS = ("messages", "tools", "prompt", "completion", "response", "input_ids", *_MASKS)
+COLUMNS = tuple(
+    dict.fromkeys(("messages", "tools", "prompt", *shapes.ANSWER, *token_rows.COLUMNS, *shapes.ASK, *shapes.COLUMNS))
+)
 
 
 class TemplateError(InputError):
@@ -50,6 +47,13 @@ class Rendered(NamedTuple):
     spans: list[tuple[int, int]]
 
 
+class Prompt(NamedTuple):
+    """What a model continues; rendered: in the chat template, which writes the beginning too."""
+
+    text: str
+    rendered: bool
+
+
 def prepare(row: dict, tokenizer: Tokenizer, turns: str = "all") -> list[Rendered | Conversation]:
     """Says what of a parsed row is supervised, for `tokenise`; an empty list if nothing is.
 
@@ -62,26 +66,72 @@ def prepare(row: dict, tokenizer: Tokenizer, turns: str = "all") -> list[Rendere
     is a run of supervised tokens. A completion without template ends with the end-of-sequence token; prompt and
     completion are tokenised apart, as when a model is prompted.
 
-    Raises InputError, without the place, if the row is malformed or the template rejects it, and TemplateError if
-    there is no template or it does not keep the text of earlier turns.
+    Raises InputError, without the place, if the row is malformed, the template rejects it or leaves out something that
+    it says, and TemplateError if there is no template or it does not keep the text of earlier turns.
     """
     if turns not in TURNS:
         raise InputError(f"turns {turns!r} is none of {', '.join(TURNS)}")
-    if "messages" in row:
-        return render(check_messages(row["messages"], "messages"), 0, row.get("tools"), tokenizer, turns)
+    if not shapes.check_row(row):
+        return []
+    if (messages := shapes.conversation(row)) is not None:
+        return render(messages, 0, context_of(row), tokenizer, turns)
     if "input_ids" in row:
-        return _pretokenised(row, tokenizer, turns)
-    name = "response" if "response" in row else "completion"
-    if "prompt" not in row and name not in row:
-        raise InputError("neither messages, nor prompt and completion, nor input_ids")
+        runs = token_rows.runs(row, tokenizer)
+        return [Conversation(ids, spans) for ids, spans in token_rows.documents(*runs, turns)]
+    answer = shapes.first_of(("response", "completion"), row)
+    complete = "prompt" in row and answer is not None  # or the prompt may be an instruction, written out
+    answer = answer or shapes.first_of(shapes.ANSWER, row)
+    asked = None if complete else shapes.asked(row)
+    if asked is not None and (answer is not None or "prompt" not in row):
+        answer = answer or "output"
+        messages = as_messages(asked, "user", "instruction") + as_messages(row.get(answer), "assistant", answer)
+        return render(shapes.with_system(row, messages), 0, context_of(row), tokenizer, turns)
+    if "prompt" not in row and answer not in ("response", "completion"):
+        known = "messages, nor prompt and completion, nor input_ids, nor instruction and output"
+        raise InputError(f"neither {known}; {shapes.found(row)}")
+    return _prompt_and_completion(row, answer or "completion", tokenizer, turns)
+
+
+def _prompt_and_completion(row: dict, name: str, tokenizer: Tokenizer, turns: str) -> list[Rendered | Conversation]:
+    """The documents of a row with a prompt and, as `name`, its completion."""
+    shapes.check_prompt(row)
     prompt, completion = row.get("prompt"), row.get(name, "")
-    if isinstance(prompt, list) or isinstance(completion, list):
-        messages = as_messages(prompt, "user", "prompt")
+    if isinstance(prompt, list) or isinstance(completion, list | dict) or shapes.has_context(row):
+        messages = shapes.with_system(row, as_messages(prompt, "user", "prompt"))
         return render_answer(messages, as_messages(completion, "assistant", name), name, row, tokenizer, turns)
     for field, value in (("prompt", prompt), (name, completion)):
         if not isinstance(value, str):
             raise InputError(f"{field} is {'missing' if value is None else 'neither a string nor messages'}")
     return plain(prompt, completion, tokenizer)
+
+
+def prompt(row: dict, tokenizer: Tokenizer, chat: bool = False) -> Prompt:
+    """What a model is asked by a row with `messages` or `prompt`: all of it, and what begins the assistant's turn.
+
+    A prompt that is a text is taken as it is, unless with `chat` or beside a system turn, tools or history it is the
+    user's turn. Raises InputError, without the place, if the row has neither or both, it leaves nothing to answer, or
+    the template rejects it or leaves something out.
+    """
+    shapes.check_prompt(row)
+    messages = shapes.conversation(row)
+    if (messages is None) == ("prompt" not in row):
+        raise InputError(f'expected "prompt" (text) or "messages" (list); {shapes.found(row)}')
+    if messages is None:
+        if isinstance(row["prompt"], str) and not (chat or shapes.has_context(row)):
+            _check_text(row["prompt"])
+            if not row["prompt"]:
+                raise InputError("prompt is empty: there is nothing to continue")
+            return Prompt(row["prompt"], False)
+        messages = shapes.with_system(row, as_messages(row["prompt"], "user", "prompt"))
+    if not messages or messages[-1]["role"] == "assistant":
+        raise InputError("prompt is empty or ends with the assistant's turn, so that there is nothing to answer")
+    if messages[-1]["role"] == "user" and not messages[-1]["content"].strip():
+        raise InputError("prompt is empty: the user says nothing")
+    context = context_of(row)
+    text = template.apply(messages, context, tokenizer, True)
+    _check_text(text)
+    said.check(messages, context, tokenizer, text, prompt=True)
+    return Prompt(text, True)
 
 
 def tokenise(prepared: Sequence[Rendered | Conversation], tokenizer: Tokenizer) -> list[Conversation | None]:
@@ -109,30 +159,33 @@ def _exact_offsets(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     return copy
 
 
-def render(messages: list[dict], first: int, tools, tokenizer: Tokenizer, turns: str = "all") -> list[Rendered]:
+def render(messages: list[dict], first: int, context: Context, tokenizer: Tokenizer, turns="all") -> list[Rendered]:
     """The documents of checked messages; those before messages[first] are prompt. Raises as `prepare`."""
-    tools = _tools(tools)
     if messages and messages[0]["role"] == "assistant":
         raise InputError("messages[0] is the assistant's, with nothing to answer")
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= first]
-    answers = [
-        i
-        for i in (answers[-1:] if turns == "last" else answers)
-        if messages[i]["content"].strip() or messages[i].get("tool_calls")
-    ]
+    answers = [i for i in (answers[-1:] if turns == "last" else answers) if _is_supervised(messages[i])]
     if not answers:
         return []
-    if tokenizer.chat_template is None:
+    if not tokenizer.chat_templates:
         raise TemplateError("the tokenizer has no chat template (chat_template in tokenizer_config.json)")
     documents = [[i] for i in answers] if turns == "each" else [answers]
-    return [_render_document(messages, answers, tools, tokenizer) for answers in documents]
+    return [_render_document(messages, answers, context, tokenizer) for answers in documents]
 
 
-def _render_document(messages: list[dict], answers: list[int], tools: list | None, tokenizer: Tokenizer) -> Rendered:
+def _is_supervised(message: dict) -> bool:
+    says = any(message.get(name, "").strip() for name in ("content", *said.SAID)) or "tool_calls" in message
+    return says and message.get(SUPERVISED, True)
+
+
+def _render_document(messages: list[dict], answers: list[int], context: Context, tokenizer: Tokenizer) -> Rendered:
     """The conversation up to the last of the turns messages[answers], which are supervised."""
 
     def text(stop: int, prompt: bool) -> str:
-        return tokenizer.apply_chat_template(messages[:stop], add_generation_prompt=prompt, tools=tools)
+        return template.apply(messages[:stop], context, tokenizer, prompt)
+
+    def check(text: str, last: int) -> None:
+        said.check(messages[: last + 1], context, tokenizer, text, [i for i in answers if i <= last])
 
     whole = text(answers[-1] + 1, False)
     _check_text(whole)
@@ -140,9 +193,14 @@ def _render_document(messages: list[dict], answers: list[int], tools: list | Non
     for i in answers:
         before, after = text(i, True), whole if i == answers[-1] else text(i + 1, False)
         if not (after.startswith(before) and whole.startswith(after)):
-            hint = "" if len(answers) == 1 else '; supervise one turn of a document (turns "each" or "last")'
+            check(after, i)
+            if not after.startswith(before):
+                wrong = f"the chat template's generation prompt is not how it begins messages[{i}]"
+                raise TemplateError(f"{wrong}; it ends in {before[-20:]!r}")
+            hint = '; supervise one turn of a document (turns "each" or "last")'
             raise TemplateError(f"the chat template rewrites earlier turns, seen at messages[{i}]{hint}")
         spans.append((len(before), len(before) + _turn_length(after[len(before) :], messages[i]["content"])))
+    check(whole, answers[-1])
     return Rendered(whole[: spans[-1][1]], spans)
 
 
@@ -157,54 +215,12 @@ def render_answer(
         raise InputError("prompt is empty or ends with the assistant's turn, so that there is nothing to answer")
     if answer and answer[0]["role"] != "assistant":
         raise InputError(f"{name} answers the prompt with the {answer[0]['role']}'s turn, expected the assistant's")
-    return render(prompt + answer, len(prompt), row.get("tools"), tokenizer, turns)
+    return render(prompt + answer, len(prompt), context_of(row), tokenizer, turns)
 
 
 def _turn_length(turn: str, content: str) -> int:
     """Characters of a rendered turn without the white space that separates it from the next."""
     return len(turn if content and turn.endswith(content) else turn.rstrip())
-
-
-def as_messages(value, role: str, name: str) -> list[dict]:
-    """A text as a message of this role, or messages, checked. Raises InputError naming the field."""
-    if isinstance(value, str):
-        return [{"role": role, "content": value}]
-    if not isinstance(value, list):
-        raise InputError(f"{name} is {'missing' if value is None else 'neither a string nor messages'}")
-    return check_messages(value, name)
-
-
-def check_messages(messages, name: str) -> list[dict]:
-    """The messages with a string as content. Raises InputError naming the message of the field `name`."""
-    if not isinstance(messages, list):
-        raise InputError(f"{name} is not a list")
-    checked = []
-    for i, message in enumerate(messages):
-        if not isinstance(message, dict):
-            raise InputError(f"{name}[{i}] is not an object")
-        message = {field: value for field, value in message.items() if value is not None}
-        role, calls = message.get("role"), message.get("tool_calls", [])
-        if role not in ROLES:
-            raise InputError(f"{name}[{i}]: role {role!r} is none of {', '.join(ROLES)}")
-        if role == "assistant":
-            message.setdefault("content", "")  # a turn of tool calls has none, and templates print None as "None"
-        if not isinstance(message.get("content"), str):
-            raise InputError(f"{name}[{i}]: content is not a string")
-        if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-            raise InputError(f"{name}[{i}]: tool_calls is not a list of objects")
-        checked.append(message)
-    return checked
-
-
-def _tools(tools) -> list | None:
-    if isinstance(tools, str):  # parquet cannot hold objects of any shape, so they are often kept as JSON
-        try:
-            tools = json.loads(tools)
-        except (ValueError, RecursionError) as error:
-            raise InputError("tools is not JSON") from error
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise InputError("tools is not a list of objects")
-    return tools
 
 
 def plain(prompt: str, completion: str, tokenizer: Tokenizer) -> list[Conversation]:
@@ -216,42 +232,6 @@ def plain(prompt: str, completion: str, tokenizer: Tokenizer) -> list[Conversati
     prompt_ids, end = tokenizer.encode(prompt), [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     ids = np.asarray(prompt_ids + tokenizer.encode(completion) + end, np.int32)
     return [Conversation(ids, [(len(prompt_ids), len(ids))])]
-
-
-def _pretokenised(row: dict, tokenizer: Tokenizer, turns: str) -> list[Conversation]:
-    ids = row["input_ids"]
-    if not isinstance(ids, list) or not all(type(token) is int and 0 <= token < 2**31 for token in ids):
-        raise InputError("input_ids is not a list of token ids")
-    if ids and tokenizer.id_to_token(max(ids)) is None:
-        raise InputError(f"input_ids: the tokenizer has no token {max(ids)}")
-    edges = np.flatnonzero(np.diff(_mask(row, ids), prepend=False, append=False)).tolist()
-    spans = list(zip(edges[::2], edges[1::2], strict=True))
-    spans = spans[-1:] if turns == "last" else spans
-    documents = [[span] for span in spans] if turns == "each" else [spans] if spans else []
-    return [Conversation(np.asarray(ids[: spans[-1][1]], np.int32), spans) for spans in documents]
-
-
-def _mask(row: dict, ids: list[int]) -> np.ndarray:
-    """Which of the ids are supervised, [n] bool."""
-    given = [name for name in _MASKS if name in row]
-    if len(given) != 1:
-        raise InputError(
-            f"input_ids comes with {' and '.join(given) or 'nothing'}, expected one of {', '.join(_MASKS)}"
-        )
-    (name,), value = given, row[given[0]]
-    if name.startswith("prompt_length"):
-        if type(value) is not int or value < 0:
-            raise InputError(f"{name} {value!r} is not a number of tokens")
-        return np.arange(len(ids)) >= value
-    if not isinstance(value, list) or len(value) != len(ids):
-        raise InputError(f"{name} is not a list of {len(ids)} entries, as input_ids is")
-    if name == "labels":
-        if any(label not in (token, IGNORED) for label, token in zip(value, ids, strict=True)):
-            raise InputError(f"labels holds something else than {IGNORED} and the token of input_ids at its place")
-        return np.asarray([label != IGNORED for label in value], bool)
-    if not all(type(entry) is bool or entry in (0, 1) for entry in value):
-        raise InputError("supervised holds something else than true and false")
-    return np.asarray(value, bool)
 
 
 def _check_text(value: str) -> None:

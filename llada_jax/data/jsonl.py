@@ -1,11 +1,20 @@
-"""JSON lines: one line parsed, a file read with the place of each line, a file written whole or not at all."""
+"""JSON lines: one line parsed, a file read with the place of each line, a file written whole or not at all.
+
+And .json files that hold no lines, but an array of values, or one value over several lines.
+"""
 
 import json
+import math
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from llada_jax.errors import InputError
+
+_BLANK = re.compile(r"[ \t\n\r]*")
+_DECODER = json.JSONDecoder()
 
 
 def parse_line(line: bytes):
@@ -31,6 +40,55 @@ def read_values(path: str | os.PathLike) -> Iterator[tuple[str, object]]:
                 except InputError as error:
                     raise InputError(f"{place}: {error}") from error
                 yield place, value
+
+
+def has_lines(stream: BinaryIO) -> bool:
+    """Whether the first line of a file that is not blank is a value by itself, and none that holds the others."""
+    line = next((line for line in stream if line.strip()), b"")
+    if line.lstrip(b"\xef\xbb\xbf \t\r").startswith(b"["):
+        return False
+    try:
+        parse_line(line)
+    except InputError:
+        return False
+    return True
+
+
+def read_elements(text: str, offset: int = 0, stop: float = math.inf) -> Iterator[tuple[int, str]]:
+    """Yields (offset, its text) for the elements of an array, or the one value, that begin in [offset, stop).
+
+    Raises InputError, beginning with the number of the line, when the text is malformed.
+    """
+    begin = _BLANK.match(text).end()
+    array = text[begin : begin + 1] == "["
+    at = _BLANK.match(text, max(offset, begin + array)).end()
+    if array and text[at : at + 1] == "]" and not offset:  # an empty one
+        _expect_end(text, at + 1)
+        return
+    while at < stop and (array or at < len(text)):
+        try:
+            _, end = _DECODER.raw_decode(text, at)
+        except (ValueError, RecursionError) as error:
+            raise _malformed(text, getattr(error, "pos", at), getattr(error, "msg", error)) from error
+        yield at, text[at:end]
+        end = _BLANK.match(text, end).end()
+        if not array:
+            return _expect_end(text, end)
+        if text[end : end + 1] == "]":
+            return _expect_end(text, end + 1)
+        if text[end : end + 1] != ",":
+            raise _malformed(text, end, "Expecting ',' delimiter")
+        at = _BLANK.match(text, end + 1).end()
+
+
+def _expect_end(text: str, at: int) -> None:
+    if (end := _BLANK.match(text, at).end()) < len(text):
+        raise _malformed(text, end, "Extra data")
+
+
+def _malformed(text: str, at: int, why) -> InputError:
+    line = text.count("\n", 0, at) + 1
+    return InputError(f"{line}: malformed JSON ({why})")
 
 
 def write_values(path: str | os.PathLike, values: Iterable) -> None:

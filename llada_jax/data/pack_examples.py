@@ -77,6 +77,7 @@ def pack_examples(
     if tokenizer.eos_id is None:
         raise InputError("the tokenizer has no end-of-sequence token (eos_token in tokenizer_config.json)")
     files = list_files(source, ROW_SUFFIXES, split=split)
+    dated = {"template_date": tokenizer.template_date.isoformat()} if tokenizer.asks_for_the_date else {}
     settings = {
         "format": FORMAT,
         "kind": kind.name,
@@ -84,6 +85,7 @@ def pack_examples(
         "block_align": block_align,
         "rows_per_shard": rows_per_shard,
         **kind.settings,
+        **dated,
         "tail": tail,
         "skip_malformed": skip_malformed,
         "tokenizer_digest": tokenizer.digest,

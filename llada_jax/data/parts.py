@@ -25,8 +25,8 @@ _PARTS_AHEAD = 2  # of each process
 def split(files: Sequence[SourceFile], start: Position) -> Iterator[tuple[Position, Position]]:
     """Yields the (start, stop) of the parts from `start` to the end of the files.
 
-    A part has about 8 MiB of input: many small files, or some lines or row groups of a large one. A text file, a line
-    and a row group are never divided.
+    A part has about 8 MiB of input: many small files, or some lines or row groups of a large one. A text file, a
+    compressed or .json file, a line and a row group are never divided.
     """
     begin, held = start, 0
     for index in range(start[0], len(files)):
@@ -122,7 +122,7 @@ def _serve(read: Read, channel: Connection) -> None:
 
 def _pieces(file: SourceFile, offset: int) -> Iterator[tuple[int, int]]:
     """Yields the offsets of `file`, from `offset` on, at which a part may begin, each with the bytes up to the next."""
-    if file.format == "text":
+    if file.format in ("text", "json") or file.compression:
         yield offset, file.bytes
     elif file.format == "jsonl":
         yield from _line_starts(file, offset)

@@ -1,10 +1,11 @@
-"""Readers of rows with several fields: .jsonl lines and table rows as one stream that can be taken up anywhere."""
+"""Readers of rows with several fields: JSON values and table rows as one stream that can be taken up anywhere."""
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import BinaryIO
 
 from llada_jax.data import jsonl, tables
-from llada_jax.data.sources import Position, SourceFile, ranges
+from llada_jax.data.sources import Position, SourceFile, ranges, read_text
 from llada_jax.errors import InputError
 
 
@@ -13,17 +14,23 @@ def read_rows(
 ) -> Iterator[tuple[int, int, bytes | dict]]:
     """Yields (file index, offset, row for `parse_row`) for the rows from `start` to `stop`, exclusive, in order.
 
-    The offset is a byte offset in a .jsonl file and a row number in a table, of which only `columns` are read. Raises
-    InputError naming the file if it cannot be read.
+    The offset is that of sources.Position; of a table only `columns` are read. Raises InputError naming the file if it
+    cannot be read.
     """
     for index, offset, end in ranges(files, start, stop):
-        file = files[index]
-        if file.format == "jsonl":
-            rows = read_lines(file.path, offset, end)
-        else:
-            rows = tables.iter_rows(file.path, file.format, columns, offset, end)
-        for position, row in rows:
+        for position, row in file_rows(files[index], columns, offset, end):
             yield index, position, row
+
+
+def file_rows(
+    file: SourceFile, columns: Sequence[str], offset: int, stop: float = math.inf
+) -> Iterator[tuple[int, bytes | dict]]:
+    """Yields (offset, row) for the rows of one file that begin in [offset, stop); as read_rows."""
+    if file.format == "jsonl":
+        return read_lines(file, offset, stop)
+    if file.format == "json":
+        return _elements(file, offset, stop)
+    return tables.iter_rows(file.path, file.format, columns, offset, stop)
 
 
 def parse_row(row: bytes | dict) -> dict:
@@ -45,20 +52,32 @@ def parse_object(line: bytes) -> dict:
     return record
 
 
-def read_lines(path: str, offset: int, stop: float = math.inf) -> Iterator[tuple[int, bytes]]:
+def read_lines(file: SourceFile, offset: int, stop: float = math.inf) -> Iterator[tuple[int, bytes]]:
     """Yields (byte offset, line) for the lines that begin in [offset, stop), in bytes, and are not blank.
 
     Raises InputError naming the file.
     """
+    with file.open() as stream:
+        _skip(stream, offset, bool(file.compression))
+        while offset < stop and (line := stream.readline()):
+            if line.strip():
+                yield offset, line
+            offset += len(line)
+
+
+def _skip(stream: BinaryIO, offset: int, compressed: bool) -> None:
+    if not compressed:
+        stream.seek(offset)
+    while compressed and offset > 0 and (chunk := stream.read(min(offset, 1 << 20))):
+        offset -= len(chunk)
+
+
+def _elements(file: SourceFile, offset: int, stop: float) -> Iterator[tuple[int, bytes]]:
     try:
-        with open(path, "rb") as stream:
-            stream.seek(offset)
-            while offset < stop and (line := stream.readline()):
-                if line.strip():
-                    yield offset, line
-                offset += len(line)
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}") from error
+        for position, text in jsonl.read_elements(read_text(file), offset, stop):
+            yield position, text.encode()
+    except InputError as error:
+        raise error if str(error).startswith(file.path) else InputError(f"{file.path}:{error}") from error
 
 
 def _without_nulls(value):

@@ -1,31 +1,66 @@
 """Which files a source is: a file, a folder, or what `save_to_disk` of Hugging Face's `datasets` wrote."""
 
+import contextlib
 import fnmatch
+import io
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import BinaryIO
 
-from llada_jax.data import tables
+import pyarrow as pa
+
+from llada_jax.data import jsonl, tables
 from llada_jax.errors import InputError
 
-_FORMATS = {".txt": "text", ".jsonl": "jsonl", ".parquet": "parquet"}
-TEXT_SUFFIXES = tuple(_FORMATS)
-ROW_SUFFIXES = (".jsonl", ".parquet")
+# A .json file is "jsonl" if its lines are values, else "json": an array of them, or one value.
+_FORMATS = {".txt": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet"}
+_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+TEXT_SUFFIXES = (".txt", ".jsonl", ".ndjson", ".parquet", ".json")
+ROW_SUFFIXES = (".jsonl", ".ndjson", ".parquet", ".json")
+# Files beside data that are none.
+_DESCRIPTIONS = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "_SUCCESS")
+_DESCRIPTION_PATTERNS = ("readme*", "license*", "notice*", "*.md", "*.rst", "*.crc", "*.py")
+# Files that hold data in formats that are not read here: without them a folder would silently be a part of its data.
+_UNREAD = (
+    ".bz2", ".xz", ".lz4", ".lzma", ".br", ".gz", ".zst", ".zip", ".7z", ".tar", ".tgz", ".csv", ".tsv", ".arrow",
+    ".feather", ".orc", ".avro", ".xlsx", ".npy", ".npz", ".pkl", ".h5", ".tfrecord", ".array_record",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One input file: `name` is its path relative to the source, `format` is text, jsonl, parquet or arrow."""
+    """One input file: `name` is its path relative to the source, `format` is text, jsonl, json, parquet or arrow.
+
+    `compression` is gzip, zstd or "".
+    """
 
     path: str
     name: str
     bytes: int
     format: str
+    compression: str = ""
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[BinaryIO]:
+        """What the file holds, decompressed. Raises InputError naming it if it cannot be read."""
+        try:
+            with open(self.path, "rb") as stream:
+                if not self.compression:
+                    yield stream
+                    return
+                with pa.input_stream(stream, compression=self.compression) as inner:
+                    yield io.BufferedReader(inner)
+        except OSError as error:
+            reason = (str(error.strerror or error).splitlines() or ["unknown error"])[0]
+            raise InputError(f"{self.path}: {reason}") from error
 
 
-Position = tuple[int, int]  # (file index, offset): bytes in a .jsonl file, rows in a table, 0 in a text file
+# (file index, offset): bytes of lines, decompressed; characters of a json file; rows of a table; 0 in a text file
+Position = tuple[int, int]
 
 
 def list_files(
@@ -34,7 +69,9 @@ def list_files(
     """Lists the readable files of `source`: one file, a folder, or a saved dataset.
 
     A folder is searched recursively for names that end in one of `suffixes`, or match one of `patterns` (e.g. "*.py")
-    and are then plain text; names that begin with a dot are skipped, and the files are sorted by relative path. A saved
+    and are then plain text; names that begin with a dot are skipped, and the files are sorted by relative path. Files
+    of lines and text may be compressed, with .gz or .zst behind their name. What else is there is named on stderr; an
+    error if it holds data and no `patterns` say what is wanted. With them .json is read only if it matches. A saved
     dataset (`datasets.save_to_disk`) is the Arrow files that its state.json names, in that order; of a DatasetDict,
     those of `split`, which may be left out if there is only one. Raises InputError if nothing readable is found.
     """
@@ -49,12 +86,38 @@ def list_files(
         raise InputError(f"{source}: no such file or folder")
     if split:
         raise InputError(f"{source}: split {split!r} asked for, but there is no dataset_dict.json")
-    formats = [(name, _format(name, suffixes, patterns)) for name in names]
-    files = [_file(root, name, file_format) for name, file_format in formats if file_format is not None]
+    suffixes = [suffix for suffix in suffixes if not (patterns and suffix == ".json")]
+    found = {name: _format(name, suffixes, patterns) for name in names}
+    _say_what_is_not_read(source, [name for name, reading in found.items() if reading is None], bool(patterns))
+    files = [_file(root, name, *reading) for name, reading in found.items() if reading is not None]
     if not files:
-        readable = ", ".join([f"*{suffix}" for suffix in suffixes] + list(patterns))
+        readable = ", ".join([f"*{suffix}" for suffix in suffixes if suffix != ".ndjson"] + list(patterns))
         raise InputError(f"{source}: empty dataset, no file matches {readable}, nor is it a saved dataset")
+    for name in names:
+        if name + ".gz" in found or name + ".zst" in found:
+            raise InputError(f"{source}: {name} is there compressed too, so it would be read twice")
     return files
+
+
+def _say_what_is_not_read(source: str, names: Sequence[str], chosen: bool) -> None:
+    """Names files on stderr. Raises InputError naming one that holds data, unless the others were `chosen`."""
+    if not os.path.isdir(source):
+        return
+    names = [name for name in names if not _describes(os.path.basename(name))]
+    data = [name for name in names if os.path.splitext(name)[1].lower() in _UNREAD]
+    if data and not chosen:
+        raise InputError(
+            f"{source}: {data[0]}{f' and {len(data) - 1} others' if data[1:] else ''} cannot be read; convert it to "
+            ".jsonl or .parquet, or take it out of the folder"
+        )
+    if names:
+        more = f" and {len(names) - 5} others" if len(names) > 5 else ""
+        print(f"{source}: not read: {', '.join(names[:5])}{more}", file=sys.stderr)
+
+
+def _describes(base: str) -> bool:
+    patterns = _DESCRIPTION_PATTERNS
+    return base in _DESCRIPTIONS or any(fnmatch.fnmatchcase(base.lower(), pattern) for pattern in patterns)
 
 
 def ranges(files: Sequence[SourceFile], start: Position, stop: Position | None) -> Iterator[tuple[int, int, float]]:
@@ -73,7 +136,7 @@ def bytes_before(files: Sequence[SourceFile], position: Position) -> int:
     whole = sum(file.bytes for file in files[:index])
     if index < len(files) and files[index].format in tables.FORMATS:
         offset = files[index].bytes * offset // max(1, tables.count_rows(files[index].path, files[index].format))
-    return whole + offset
+    return whole + (min(offset, files[index].bytes) if offset else 0)  # decompressed, there may be more of them
 
 
 def place(file: SourceFile, offset: int) -> str:
@@ -81,19 +144,36 @@ def place(file: SourceFile, offset: int) -> str:
     if file.format in tables.FORMATS:
         return f"{file.path}:row {offset}"
     lines = 1  # counted only now, so that a restart need not read the file's beginning
-    with open(file.path, "rb") as stream:
+    if file.format == "json":
+        return f"{file.path}:{read_text(file).count(chr(10), 0, offset) + 1}"
+    with file.open() as stream:
         while offset > 0 and (chunk := stream.read(min(offset, 1 << 20))):
             lines += chunk.count(b"\n")
             offset -= len(chunk)
     return f"{file.path}:{lines}"
 
 
-def _file(root: str, name: str, file_format: str) -> SourceFile:
+def read_text(file: SourceFile) -> str:
+    """All that a file holds. Raises InputError naming it, and the line that is not UTF-8."""
+    with file.open() as stream:
+        data = stream.read()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{file.path}:{line}: not UTF-8") from error
+
+
+def _file(root: str, name: str, file_format: str, compression: str = "") -> SourceFile:
     path = os.path.join(root, name)
     try:
-        return SourceFile(path, name, os.path.getsize(path), file_format)
+        file = SourceFile(path, name, os.path.getsize(path), file_format, compression)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from error
+    if file_format != "json":
+        return file
+    with file.open() as stream:
+        return replace(file, format="jsonl") if jsonl.has_lines(stream) else file
 
 
 def _saved_dataset(folder: str, split: str) -> list[str] | None:
@@ -143,9 +223,15 @@ def _walk(folder: str) -> Iterator[str]:
                 yield os.path.normpath(os.path.join(relative, name))
 
 
-def _format(name: str, suffixes: Sequence[str], patterns: Sequence[str]) -> str | None:
+def _format(name: str, suffixes: Sequence[str], patterns: Sequence[str]) -> tuple[str, str] | None:
+    """(format, compression) of a file that is to be read, else None."""
     base = os.path.basename(name)
     if any(fnmatch.fnmatchcase(base, pattern) for pattern in patterns):
-        return "text"
-    suffix = os.path.splitext(base)[1]
-    return _FORMATS[suffix] if suffix in suffixes else None
+        return "text", ""
+    if base in _DESCRIPTIONS:
+        return None
+    stem, suffix = os.path.splitext(base)
+    compression = _COMPRESSIONS.get(suffix, "")
+    suffix = os.path.splitext(stem)[1] if compression else suffix
+    wanted = suffix in suffixes and not (compression and _FORMATS[suffix] in tables.FORMATS)
+    return (_FORMATS[suffix], compression) if wanted else None

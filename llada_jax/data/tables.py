@@ -59,7 +59,9 @@ def _errors_of(path: str, file_format: str) -> Iterator[None]:
 def _present(path: str, schema: pa.Schema, columns: Sequence[str]) -> list[str]:
     present = [name for name in columns if name in schema.names]
     if not present:
-        raise InputError(f"{path}: no column {' or '.join(columns)}")
+        wanted = " or ".join(columns[:6]) + (" or ..." if len(columns) > 6 else "")
+        found = f"; it has {', '.join(schema.names[:20])}" if columns[1:] else ""
+        raise InputError(f"{path}: no column {wanted}{found}")
     return present
 
 

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from llada_jax.data import jsonl
+from llada_jax.data import chat, jsonl
+from llada_jax.data.conversation import shapes
 from llada_jax.errors import InputError
 from llada_jax.interop.tokenizer import Tokenizer
 from llada_jax.sampling.batching import Request, serve
@@ -18,17 +19,31 @@ from llada_jax.sampling.generate import GenerateConfig, eos_id_of, prefill_execu
 @dataclasses.dataclass(frozen=True)
 class Question:
     """messages: a conversation, or text: a bare prompt. score(answer) is in [0, 1]. group: of questions whose scores
-    are also given apart, if any.
+    are also given apart, if any. more: what a row says besides its messages, such as the tools, as in data/chat.py.
+    place: its file and line, named in errors.
     """
 
     messages: list[dict] | None
     text: str | None
     score: Callable[[str], float]
     group: str = ""
+    more: dict = dataclasses.field(default_factory=dict)
+    place: str = ""
 
     def prompt(self, tokenizer: Tokenizer) -> str:
-        """What the model continues: the conversation in the tokenizer's chat template, or the bare prompt."""
-        return self.text if self.messages is None else tokenizer.apply_chat_template(self.messages)
+        """The text of what is asked."""
+        return self.asked(tokenizer).text
+
+    def asked(self, tokenizer: Tokenizer) -> chat.Prompt:
+        """What the model continues: the conversation in the tokenizer's chat template, or the bare prompt.
+
+        Raises InputError if there is nothing to answer or the template leaves out something that is said.
+        """
+        asked = {"prompt": self.text} if self.messages is None else {"messages": self.messages}
+        try:
+            return chat.prompt(self.more | asked, tokenizer)
+        except InputError as error:
+            raise InputError(f"{self.place}: {error}" if self.place else str(error)) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +92,8 @@ def reasoning_gym_questions(name: str, size: int, seed: int = 0, settings: dict 
 
 
 def file_questions(path: str, limit: int | None = None, extract: str | None = None) -> list[Question]:
-    """Questions of a JSONL file: "prompt" (text) or "messages", and "answer", which must be met exactly, or "pattern",
-    a regular expression that must be found.
+    """Questions of a JSONL file: "prompt" (text) or "messages" (and "tools"), and "answer", which must be met exactly,
+    or "pattern", a regular expression that must be found.
 
     extract: a regular expression; its last match in what the model says, or the first group of it, is what is scored.
     Blanks at either end do not count. Raises InputError with file and line.
@@ -96,7 +111,8 @@ def file_questions(path: str, limit: int | None = None, extract: str | None = No
         else:
             right = _compiled(row["pattern"], f"{place}: pattern").search
         score = lambda answer, right=right: float(bool(right(_extracted(answer, find).strip())))  # noqa: E731
-        questions.append(Question(row.get("messages"), row.get("prompt"), score))
+        more = {name: row[name] for name in (*shapes.CONTEXT, *shapes.MORE, *shapes.MEDIA) if row.get(name)}
+        questions.append(Question(row.get("messages"), row.get("prompt"), score, more=more, place=place))
     if not questions:
         raise InputError(f"{path}: no questions")
     return questions

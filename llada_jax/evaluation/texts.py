@@ -60,7 +60,7 @@ def _documents(files: Sequence[SourceFile], tokenizer: Tokenizer, length: int) -
             for *_, text in iter_documents(files, start=(index, 0), stop=(index + 1, 0)):
                 yield from _windows(text, tokenizer, length)
             continue
-        columns = ("text", "answer", *chat.COLUMNS)
+        columns = ("text", *chat.COLUMNS)
         for _, offset, row in read_rows(files, columns, (index, 0), (index + 1, 0)):
             try:
                 yield from _row_documents(parse_row(row), tokenizer, length)

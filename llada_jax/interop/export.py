@@ -93,6 +93,7 @@ def export_checkpoint(
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
         for name, content in reversed(small.items()):  # config.json last: without it there is no model here
+            (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(content)
 
 

@@ -259,8 +259,11 @@ def tokenizer_files(file: GgufFile) -> dict[str, bytes]:
         token_id = get(f"tokenizer.ggml.{key}_token_id")
         if token_id is not None and token_id < len(tokens):
             config[f"{name}_token"] = tokens[token_id]
-    if template := get("tokenizer.chat_template"):
-        config["chat_template"] = template
+    named = {name: get(f"tokenizer.chat_template.{name}") for name in get("tokenizer.chat_templates", [])}
+    templates = {"default": get("tokenizer.chat_template")} | named
+    templates = [{"name": name, "template": template} for name, template in templates.items() if template]
+    if templates:
+        config["chat_template"] = templates if named else templates[0]["template"]
     contents = {"tokenizer.json": _tokenizer_json(tokens, types, merges, pre), "tokenizer_config.json": config}
     return {name: json.dumps(value, ensure_ascii=False, indent=1).encode() for name, value in contents.items()}
 

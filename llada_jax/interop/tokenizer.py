@@ -7,13 +7,12 @@ import hashlib
 import json
 from collections.abc import Sequence
 
-import jinja2
-import jinja2.ext
-import jinja2.sandbox
 import tokenizers
 from etils import epath
 
 from llada_jax.errors import InputError
+from llada_jax.interop import chat_template
+from llada_jax.interop.chat_template import compile_template as _template
 from llada_jax.interop.folder import file_in
 
 MASK_NAMES = ("<|mask|>", "<|mask_token|>", "[MASK]")
@@ -39,7 +38,8 @@ class Tokenizer:
     files: dict[str, bytes]
     backend: tokenizers.Tokenizer
     special_tokens: dict[str, str]  # {"eos_token": "<|im_end|>", ...}
-    chat_template: str | None
+    chat_templates: dict[str, str]  # {"default": ..., "tool_use": ...}, as they are named
+    template_date: datetime.date = chat_template.DATE  # what templates take for today
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text. Nothing is added; special tokens written out in the text become their ids."""
@@ -92,19 +92,47 @@ class Tokenizer:
             digest.update(f"{name}\0{len(content)}\0".encode() + content)
         return digest.hexdigest()
 
-    def apply_chat_template(self, messages: Sequence[dict], add_generation_prompt: bool = True, **kwargs) -> str:
+    @property
+    def chat_template(self) -> str | None:
+        """The template of conversations without tools."""
+        return self.chat_templates.get(chat_template.DEFAULT)
+
+    @functools.cached_property
+    def asks_for_the_date(self) -> bool:
+        """Whether a chat template may write `template_date`."""
+        return any(map(chat_template.asks_for_the_date, self.chat_templates.values()))
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[dict],
+        add_generation_prompt: bool = True,
+        tools: Sequence[dict] | None = None,
+        **kwargs,
+    ) -> str:
         """Text of a conversation, [{"role": ..., "content": ...}, ...]; kwargs are variables of the template.
 
-        Raises InputError if there is no template or it rejects the messages.
+        Whether all of it is in the text is for data/chat.py to see. Raises InputError if there is no template or it
+        rejects the messages.
         """
-        if self.chat_template is None:
+        source = chat_template.choose(self.chat_templates, bool(tools))
+        if source is None:
             raise InputError("the tokenizer has no chat template (chat_template in tokenizer_config.json)")
-        variables = {"tools": None, "documents": None} | self.special_tokens | kwargs
+        variables = {"documents": None} | self.special_tokens | kwargs
+        variables |= {"messages": messages, "tools": tools or None, "add_generation_prompt": add_generation_prompt}
+        return chat_template.render(_template(source), variables, self.template_date)
+
+    def with_template_date(self, day: str) -> "Tokenizer":
+        """This tokenizer with another template_date, YYYY-MM-DD.
+
+        Raises InputError if it is none, or no template asks for it.
+        """
         try:
-            template = _template(self.chat_template)
-            return template.render(messages=messages, add_generation_prompt=add_generation_prompt, **variables)
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise InputError(f"chat template: {error}") from error
+            date = datetime.date.fromisoformat(day)
+        except ValueError as error:
+            raise InputError(f"template_date {day!r} is not a date, YYYY-MM-DD") from error
+        if not self.asks_for_the_date:
+            raise InputError(f"template_date {day}: the chat template writes no date")
+        return dataclasses.replace(self, template_date=date)
 
     def _special_id(self, name: str) -> int | None:
         token = self.special_tokens.get(name)
@@ -128,8 +156,11 @@ def read_files(folder: epath.Path) -> dict[str, bytes]:
     """The tokenizer's files in a folder; {} without tokenizer.json."""
     if not file_in(folder, "tokenizer.json").is_file():
         return {}
-    paths = {name: file_in(folder, name) for name in FILE_NAMES}
+    more = file_in(folder, chat_template.MORE.rstrip("/"))
     try:
+        templates = sorted(path.name for path in more.iterdir() if path.suffix == ".jinja") if more.is_dir() else []
+        names = [*FILE_NAMES, *(chat_template.MORE + name for name in templates)]
+        paths = {name: file_in(folder, name) for name in names}
         return {name: path.read_bytes() for name, path in paths.items() if path.is_file()}
     except OSError as error:
         raise InputError(f"{error.filename}: {error.strerror}") from error
@@ -148,7 +179,8 @@ def from_files(files: dict[str, bytes], where: str = "tokenizer") -> Tokenizer:
     named = read_json(files, "special_tokens_map.json", where) | config
     special = {name: _content(value) for name, value in named.items() if name.endswith("_token")}
     special = {name: token for name, token in special.items() if isinstance(token, str)}
-    return Tokenizer(files, backend, special, _find_chat_template(files, config, where))
+    templates = chat_template.find(files, config, read_json(files, "chat_template.json", where), where)
+    return Tokenizer(files, backend, special, templates)
 
 
 def read_json(files: dict[str, bytes], name: str, where: str = "tokenizer") -> dict:
@@ -164,15 +196,6 @@ def read_json(files: dict[str, bytes], name: str, where: str = "tokenizer") -> d
 
 def _content(token):
     return token.get("content") if isinstance(token, dict) else token
-
-
-def _find_chat_template(files: dict[str, bytes], config: dict, where: str) -> str | None:
-    if "chat_template.jinja" in files:
-        return files["chat_template.jinja"].decode()
-    template = read_json(files, "chat_template.json", where).get("chat_template") or config.get("chat_template")
-    if isinstance(template, list):  # several named templates
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    return template
 
 
 def with_mask(files: dict[str, bytes], token_id: int) -> dict[str, bytes]:
@@ -217,34 +240,3 @@ def _insert(tokenizer: dict, entry: dict, token_id: int) -> dict:
 
 def _dump(value: dict) -> bytes:
     return (json.dumps(value, ensure_ascii=False, indent=2) + "\n").encode()
-
-
-class _Generation(jinja2.ext.Extension):
-    """{% generation %} marks what the assistant says; it prints its body."""
-
-    tags = frozenset({"generation"})
-
-    def parse(self, parser):
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body, lineno=line)
-
-
-@functools.lru_cache(maxsize=16)
-def _template(source: str) -> jinja2.Template:
-    """Compiled with the settings and helpers of transformers, which templates are written for."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-
-    def raise_exception(message):
-        raise jinja2.TemplateError(message)
-
-    def to_json(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        # Jinja's own filter escapes HTML.
-        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment.from_string(source)

@@ -90,8 +90,9 @@ def write_header(
     held = {"model": config.model.to_dict(), "lora": config.to_dict()} if lora else {"model": config.to_dict()}
     files.write_json(directory / "config.json", {"format": files.FORMAT, **held, "lineage": lineage, "code": code()})
     for name, data in tokenizer_files.items():
-        (directory / "tokenizer").mkdir(exist_ok=True)
-        (directory / "tokenizer" / name).write_bytes(data)
+        path = directory / "tokenizer" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
 
 
 @functools.cache
