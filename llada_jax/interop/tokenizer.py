@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 
@@ -16,6 +17,7 @@ from etils import epath
 from llada_jax.errors import InputError
 from llada_jax.interop.folder import file_in
 
+ADD_BOS = ("auto", True, False)
 MASK_NAMES = ("<|mask|>", "<|mask_token|>", "[MASK]")
 NEW_MASK = "<|mask|>"
 # What a checkpoint keeps, so that it can be exported with the tokenizer that it came with.
@@ -48,6 +50,34 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
+    def document_prefix(self, add_bos: str | bool = "auto") -> list[int]:
+        """The ids that a document or a bare prompt begins with: [bos id] or none.
+
+        "auto" is what the tokenizer's own post-processor puts in front of a text, as transformers encodes it; True the
+        beginning of sequence in any case; False nothing. Raises InputError if there is no such token, or on another
+        value.
+        """
+        if not any(add_bos is each for each in ADD_BOS[1:]) and add_bos != "auto":
+            raise InputError(f"add_bos={add_bos!r}, expected auto, true or false")
+        if add_bos is True and not self._own_prefix and self.bos_id is None:
+            raise InputError("add_bos=true: the tokenizer has no bos_token (tokenizer_config.json)")
+        return [] if add_bos is False else list(self._own_prefix) or ([self.bos_id] if add_bos is True else [])
+
+    def adds_bos(self, add_bos: str | bool = "auto") -> bool:
+        """Whether documents and bare prompts begin with a beginning of sequence. Raises as document_prefix."""
+        return bool(self.document_prefix(add_bos))
+
+    def encode_document(self, text: str, add_bos: str | bool = "auto") -> list[int]:
+        """Ids of a text from its beginning: a document, or a bare prompt. A text that begins with a written-out
+        beginning of sequence does not get a second one; what a chat template renders is for `encode`.
+        """
+        return self.begun(self.encode(text), add_bos)
+
+    def begun(self, ids: list[int], add_bos: str | bool = "auto") -> list[int]:
+        """The ids of a text with `document_prefix` in front, unless they begin so already."""
+        prefix = self.document_prefix(add_bos)
+        return ids if ids[: len(prefix)] == prefix else prefix + ids
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """Text of ids; ids that the tokenizer does not know (a padded vocabulary has some) give nothing."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
@@ -74,6 +104,13 @@ class Tokenizer:
     @property
     def pad_id(self) -> int | None:
         return self._special_id("pad_token")
+
+    @functools.cached_property
+    def _own_prefix(self) -> list[int]:
+        """What the post-processor puts in front of a text."""
+        encoding = self.backend.encode("a", add_special_tokens=True)
+        marked = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
+        return [token_id for token_id, _ in itertools.takewhile(lambda entry: entry[1], marked)]
 
     @functools.cached_property
     def mask_id(self) -> int | None:
@@ -109,6 +146,14 @@ class Tokenizer:
     def _special_id(self, name: str) -> int | None:
         token = self.special_tokens.get(name)
         return None if token is None else self.token_to_id(token)
+
+
+def parse_add_bos(value: str | bool) -> str | bool:
+    """A flag's or config's add_bos ("auto", "true", "false", or a bool) as one of ADD_BOS. Raises InputError."""
+    known = {"auto": "auto", "true": True, "false": False}
+    if isinstance(value, bool | str) and (name := str(value).lower()) in known:
+        return known[name]
+    raise InputError(f"add_bos={value!r}, expected auto, true or false")
 
 
 def load_tokenizer(directory: str) -> Tokenizer:
