@@ -59,8 +59,7 @@ def prepare(row: dict, tokenizer: Tokenizer, turns: str = "all") -> list[Rendere
     user's next turn, which its noisy tokens then see although it comes later; "each" and "last" are free of that.
 
     A turn goes from where the generation prompt ends to the end-of-turn marker, which belongs to it; of `input_ids` it
-    is a run of supervised tokens. A completion without template ends with the end-of-sequence token; prompt and
-    completion are tokenised apart, as when a model is prompted.
+    is a run of supervised tokens. A completion without template is as in `plain`.
 
     Raises InputError, without the place, if the row is malformed or the template rejects it, and TemplateError if
     there is no template or it does not keep the text of earlier turns.
@@ -208,14 +207,25 @@ def _tools(tools) -> list | None:
 
 
 def plain(prompt: str, completion: str, tokenizer: Tokenizer) -> list[Conversation]:
-    """The document of a prompt and its completion without a template; none if the completion is blank."""
+    """The document of a prompt and its completion without a template; none if the completion is blank.
+
+    They are tokenised as one text, so that a completion is spelled as it is inside a text, and begin as the tokenizer
+    begins documents. Supervised is what begins with the token that holds the completion's first character, all of it:
+    a token over the border, which a prompt alone does not end with, is learned, as nothing before it says it. (A prompt
+    that ends in a space makes such tokens of most tokenizers.) The end is an end of sequence.
+    """
     for value in (prompt, completion):
         _check_text(value)
     if not completion.strip():
         return []
-    prompt_ids, end = tokenizer.encode(prompt), [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-    ids = np.asarray(prompt_ids + tokenizer.encode(completion) + end, np.int32)
-    return [Conversation(ids, [(len(prompt_ids), len(ids))])]
+    encoding = _exact_offsets(tokenizer).encode(prompt + completion, add_special_tokens=False)
+    ids = tokenizer.begun(encoding.ids)
+    before = sum(end <= len(prompt) for _, end in encoding.offsets) if prompt else 0
+    end = [] if tokenizer.eos_id is None or ids[-1:] == [tokenizer.eos_id] else [tokenizer.eos_id]
+    first = len(ids) - len(encoding.ids) + before
+    if first == len(ids):  # the tokenizer leaves out what the completion says
+        return []
+    return [Conversation(np.asarray(ids + end, np.int32), [(first, len(ids) + len(end))])]
 
 
 def _pretokenised(row: dict, tokenizer: Tokenizer, turns: str) -> list[Conversation]:
