@@ -66,7 +66,7 @@ def main(argv) -> None:
 
     from llada_jax.training.checkpoint import load_checkpoint  # after the flags are right: jax takes seconds
 
-    model = load_checkpoint(_CHECKPOINT.value)
+    model = decoding.with_bos(load_checkpoint(_CHECKPOINT.value))
     if model.tokenizer is None:
         raise InputError(f"{_CHECKPOINT.value}: no tokenizer")
     if rows is not None:

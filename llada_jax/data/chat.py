@@ -32,10 +32,14 @@ class TemplateError(InputError):
 
 
 class Conversation(NamedTuple):
-    """ids [n] int32 and the half-open token spans that are supervised: disjoint, not empty, in order, at least one."""
+    """ids [n] int32 and the half-open token spans that are supervised: disjoint, not empty, in order, at least one.
+
+    given: the ids are the row's own, which may have been cut at some length.
+    """
 
     ids: np.ndarray
     spans: list[tuple[int, int]]
+    given: bool = False
 
     @property
     def prompt_length(self) -> int:
@@ -238,7 +242,7 @@ def _pretokenised(row: dict, tokenizer: Tokenizer, turns: str) -> list[Conversat
     spans = list(zip(edges[::2], edges[1::2], strict=True))
     spans = spans[-1:] if turns == "last" else spans
     documents = [[span] for span in spans] if turns == "each" else [spans] if spans else []
-    return [Conversation(np.asarray(ids[: spans[-1][1]], np.int32), spans) for spans in documents]
+    return [Conversation(np.asarray(ids[: spans[-1][1]], np.int32), spans, given=True) for spans in documents]
 
 
 def _mask(row: dict, ids: list[int]) -> np.ndarray:

@@ -58,8 +58,9 @@ def pack(
     """Tokenises the documents of `source` (sources.list_files) and packs them greedily into rows of `length` tokens.
 
     Every document begins as the tokenizer begins documents (Tokenizer.add_bos; a beginning of sequence is not
-    supervised) and is followed by its end-of-sequence token, if it has one; a document of no tokens is left out. A document that crosses the end of a row is split, and its continuation is a document of its own in
-    the next row. No token is dropped: the last row is padded. `block_align` makes every document start at a
+    supervised) and is followed by its end-of-sequence token, if it has one; a document of no tokens is left out. A
+    document that crosses the end of a row is split, and its continuation is a document of its own in the next row,
+    without a beginning. No token is dropped: the last row is padded. `block_align` makes every document start at a
     multiple of it inside its row, with padding in between. With `processes` > 1 that many read and tokenise, and this
     one packs: the same bytes, whatever their number, interrupted or not. Progress lines go to `log`.
 

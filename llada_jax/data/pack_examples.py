@@ -59,7 +59,8 @@ def pack_examples(
     """Tokenises the examples under `source` (sources.list_files) and packs them into rows of `length` tokens.
 
     An example is never split. Each of its documents ends in an end of sequence (Tokenizer.eos_ids), supervised: where
-    its last turn does not, the tokenizer's is added, into a block of its own if need be. It begins at a multiple of
+    its last turn does not, the tokenizer's is added, into a block of its own if need be (but not to `input_ids` that
+    fill a whole row, as those cut at its length do). It begins at a multiple of
     `block_align` and is filled up to one with more of them; `tail` says what these are: "all" supervised; the first
     `tail` of them supervised, the rest part of the document and masked with it, but not scored
     (diffusion/objectives.py); or "none", padding.
@@ -176,14 +177,14 @@ def _fit(example: list[chat.Conversation] | str, length: int, align: int, tail: 
     """The example's documents with their tails (a list of _Piece), or why it cannot be used."""
     if isinstance(example, str):
         return example
-    pieces = [_fill(_ended(conversation, eos_ids), align, tail, eos_ids[0]) for conversation in example]
+    pieces = [_fill(_ended(conversation, length, eos_ids), align, tail, eos_ids[0]) for conversation in example]
     return "too long" if _size(pieces) > length else pieces
 
 
-def _ended(conversation: chat.Conversation, eos_ids: Sequence[int]) -> chat.Conversation:
+def _ended(conversation: chat.Conversation, length: int, eos_ids: Sequence[int]) -> chat.Conversation:
     """The conversation with an end of sequence at its end: what stops decoding has to be learned."""
-    ids, (*spans, (first, last)) = conversation
-    if ids[-1] in eos_ids:
+    ids, (*spans, (first, last)), given = conversation
+    if ids[-1] in eos_ids or (given and len(ids) == length):
         return conversation
     return chat.Conversation(np.append(ids, np.int32(eos_ids[0])), [*spans, (first, last + 1)])
 

@@ -34,6 +34,9 @@ class TokenText:
         spell = _spelling(decoder)
         self._spell = None if spell is None else functools.cache(lambda i: self._own(i, spell))
 
+    def __reduce__(self):  # for processes that tokenise: what is remembered stays here
+        return TokenText, (self._backend,)
+
     def _own(self, token_id: int, spell: Callable[[str], bytes]) -> bytes:
         token = None if token_id in self._special else self._backend.id_to_token(token_id)
         return b"" if token is None else spell(token)
