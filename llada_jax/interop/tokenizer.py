@@ -93,9 +93,15 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """Text of ids, from the beginning of a text; ids that the tokenizer does not know (a padded vocabulary has
-        some) give nothing. What follows a prompt is for `text.text_after`.
+        some) give nothing. What follows a prompt is for `decode_after`.
         """
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+
+    def decode_after(self, prompt: Sequence[int], ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """What the ids of an answer add to the text of their prompt: the text of both less the prompt's, so that
+        SentencePiece-like tokenizers keep the space that the answer begins with.
+        """
+        return self.text.text_after(prompt, ids, skip_special_tokens)
 
     @functools.cached_property
     def text(self) -> TokenText:
