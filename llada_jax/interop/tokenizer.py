@@ -106,7 +106,8 @@ class Tokenizer:
     @functools.cached_property
     def text(self) -> TokenText:
         """Text and bytes of tokens that are not the beginning of a text: of answers behind their prompts."""
-        return TokenText(self.backend)
+        named = (self._special_id(name) for name in self.special_tokens)
+        return TokenText(self.backend, [i for i in named if i is not None])
 
     def id_to_token(self, token_id: int) -> str | None:
         return self.backend.id_to_token(token_id)
