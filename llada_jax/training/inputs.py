@@ -106,6 +106,7 @@ def _model(config: ConfigDict, source: Source | None) -> tuple[ModelConfig, Toke
         tokenizer = load_tokenizer(config.data.tokenizer)
         mask_id = expected.mask_token_id if tokenizer.mask_id is None else tokenizer.mask_id
         model = model.replace(mask_token_id=mask_id, eos_token_id=tokenizer.eos_id)
+        model = model.with_ends(i for i in tokenizer.eos_ids if i < model.vocab_size)
     if tokenizer is not None:
         tokenizer = _checked(config, model, tokenizer)
     if config.alignment:
