@@ -108,10 +108,10 @@ def prepare(
     """Draws the noise of a batch.
 
     tokens, segment_ids [batch, length] int; supervised [batch, length] bool: tokens that may be masked and scored (a
-    document's tail behind them is masked with them, not scored: see `tails`);
-    keys [batch]; block_size a traced or concrete int; halves as in schedule.Phase; noise_source: a function of
-    (layout, segment_ids) that gives `source` of noise.draw_masking, or None; part: of noise.draw_masking. A
-    complementary objective returns 2 * batch rows, the inverses after the originals.
+    document's tail behind them is masked with them, not scored: see `tails`); keys [batch]; block_size a traced or
+    concrete int; halves as in schedule.Phase; noise_source: a function of (layout, segment_ids) that gives `source` of
+    noise.draw_masking, or None; part: of noise.draw_masking. A complementary objective returns 2 * batch rows, the
+    inverses after the originals.
     """
     tail = tails(segment_ids, supervised)
     if not objective.document_mask:
