@@ -259,3 +259,19 @@ def test_a_split_model_that_is_not_whole_is_refused(tmp_path):
     refused("tiny-00002-of-00003.gguf: split.no=2, expected 1")
     paths[0].rename(tmp_path / "model.gguf")
     refused("model.gguf: one of 3 parts, expected the name NAME-00001-of-00003.gguf", tmp_path / "model.gguf")
+
+
+def test_every_end_and_the_beginning_that_llama_cpp_adds(tmp_path):
+    def change(writer):
+        writer.add_eot_token_id(4)
+        writer.add_bos_token_id(3)
+        writer.add_add_bos_token(True)
+
+    write_gguf(tmp_path / "a.gguf", change)
+    file = gguf.open_gguf(tmp_path / "a.gguf")
+    assert gguf.model_config(file).eos_token_ids == (3, 4)
+    found = tokenizer.from_files(gguf.tokenizer_files(file))
+    assert found.eos_ids == (3, 4) and found.encode_document("ab") == [3, 2]
+    write_gguf(tmp_path / "b.gguf", lambda writer: writer.add_bos_token_id(3))
+    plain = tokenizer.from_files(gguf.tokenizer_files(gguf.open_gguf(tmp_path / "b.gguf")))
+    assert plain.encode_document("ab") == [2]

@@ -78,7 +78,7 @@ def main(argv) -> None:
 
     from llada_jax.training.checkpoint import load_checkpoint  # after the flags are right: jax takes seconds
 
-    model = load_checkpoint(_CHECKPOINT.value)
+    model = decoding.with_bos(load_checkpoint(_CHECKPOINT.value))
     if model.tokenizer is None:
         raise InputError(f"{_CHECKPOINT.value}: no tokenizer")
     if _TEMPLATE_DATE.value:
@@ -99,8 +99,7 @@ def _answer_file(model, placed: list[tuple[str, dict]], configs) -> None:
     from llada_jax.sampling.batching import Request, Usage, serve
     from llada_jax.sampling.generate import prefill_execution
 
-    asked = [_prompt(place, row, model.tokenizer) for place, row in placed]
-    prompts = [np.array(model.tokenizer.encode(prompt.text), np.int32) for prompt in asked]
+    prompts = [np.array(_prompt(place, row, model.tokenizer).ids(model.tokenizer), np.int32) for place, row in placed]
     rows, count = [row for _, row in placed], len(placed)
     seeds = [row.get("seed", _SEED.value * count + index) for index, row in enumerate(rows)]
     requests = [Request(*request) for request in zip(prompts, configs, seeds, strict=True)]
@@ -142,13 +141,13 @@ def _answer_one(model, prompt: chat.Prompt, config):
     from llada_jax.sampling.batching import Request, serve
     from llada_jax.sampling.generate import prefill_execution
 
-    ids = np.array(model.tokenizer.encode(prompt.text), np.int32)
+    ids = np.array(prompt.ids(model.tokenizer), np.int32)
     known, printed = [], ""
 
     def print_new(_, tokens):
         nonlocal printed
         known.extend(tokens.tolist())
-        text = model.tokenizer.decode(known, skip_special_tokens=True)
+        text = model.tokenizer.decode_after(prompt, known)
         if not text.endswith("\ufffd"):  # a character whose bytes have not all come yet
             print(text[len(printed) :], end="", flush=True)
             printed = text
@@ -168,17 +167,18 @@ def _answer_one(model, prompt: chat.Prompt, config):
         f"{answer.tokens_per_forward:.2f} tokens per forward, {answer.positions_evaluated} positions evaluated]"
     )
     if (_TRAJECTORY.value or _SAVE.value) and len(answer.tokens):
-        _show(model, len(ids), answer, config)
+        _show(model, prompt, answer, config)
     return answer
 
 
-def _show(model, prompt_length: int, answer, config) -> None:
+def _show(model, prompt: list[int], answer, config) -> None:
     import rich
 
     from llada_jax.sampling import trajectory
 
-    pieces = [model.tokenizer.decode([token]) for token in answer.tokens]
-    spans = trajectory.blocks(prompt_length, answer.tokens, config.block_length)
+    ids = [*prompt, *answer.tokens.tolist()]
+    pieces = [model.tokenizer.text.piece(ids[:end], ids[end]) for end in range(len(prompt), len(ids))]
+    spans = trajectory.blocks(len(prompt), answer.tokens, config.block_length)
     if _TRAJECTORY.value:
         rich.print(trajectory.terminal(pieces, answer.steps, spans))
     if _SAVE.value:

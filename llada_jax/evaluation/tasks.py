@@ -13,7 +13,7 @@ from llada_jax.data.conversation import shapes
 from llada_jax.errors import InputError
 from llada_jax.interop.tokenizer import Tokenizer
 from llada_jax.sampling.batching import Request, serve
-from llada_jax.sampling.generate import GenerateConfig, eos_id_of, prefill_execution
+from llada_jax.sampling.generate import GenerateConfig, eos_ids_of, prefill_execution
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +44,10 @@ class Question:
             return chat.prompt(self.more | asked, tokenizer)
         except InputError as error:
             raise InputError(f"{self.place}: {error}" if self.place else str(error)) from error
+
+    def encode(self, tokenizer: Tokenizer) -> list[int]:
+        """Ids of the prompt."""
+        return self.asked(tokenizer).ids(tokenizer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,10 +148,10 @@ def answer_questions(
     if model.tokenizer is None:
         raise InputError("the checkpoint has no tokenizer")
     prompts = [question.prompt(model.tokenizer) for question in questions]
-    ids = [np.asarray(model.tokenizer.encode(prompt), np.int32) for prompt in prompts]
+    ids = [np.asarray(question.encode(model.tokenizer), np.int32) for question in questions]
     requests = [Request(prompt, config, seed * len(ids) + index) for index, prompt in enumerate(ids)]
     max_length = max(map(len, ids)) + config.gen_length
-    eos_id = eos_id_of(model.config, config)
+    ends = eos_ids_of(model.config, config)
     records, begin = [], time.perf_counter()
     answers = serve(
         model.params, model.config, requests, min(batch, len(ids)), max_length, model.tokenizer,
@@ -164,7 +168,7 @@ def answer_questions(
                 "forward_passes": answer.forward_passes,
                 "positions_evaluated": answer.positions_evaluated,
                 "group": questions[answer.index].group,
-                "ended": bool(len(answer.tokens) and answer.tokens[-1] == eos_id),
+                "ended": bool(len(answer.tokens) and answer.tokens[-1] in ends),
             }
         )
         if log is not None and (len(records) % batch == 0 or len(records) == len(ids)):
