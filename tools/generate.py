@@ -10,11 +10,12 @@ step that wrote it; --save draws that as a picture (pip install -e '.[plot]').
 
 An input line is {"prompt": TEXT} or {"messages": [{"role": ..., "content": ...}, ...]}, and may set "seed" and any of
 "gen_length", "steps", "threshold", "temperature", "top_k", "top_p", "eos_early_stop", "editing_threshold",
-"max_post_steps", "entropy_bound" for itself. Its answer line adds "answer", "tokens", "forward_passes",
+"max_post_steps", "entropy_bound" for itself. Its answer line is the line with "answer", "tokens", "forward_passes",
 "commit_passes", "prefill_passes", "tokens_per_forward", "positions_evaluated" and, for each token, its "token_ids",
-and the "steps" of its block and "confidences" at which it was written. Requests are batched continuously: --batch of
-them are decoded together, and the next one takes the place of the first that ends. DIR: a converted checkpoint, a
-training step, or a workdir (its newest good step).
+and the "steps" of its block and "confidences" at which it was written. A key that lines of the file have themselves
+stays theirs, and the new one is "generated_answer", "generated_steps" and so on. Requests are batched continuously:
+--batch of them are decoded together, and the next one takes the place of the first that ends. DIR: a converted
+checkpoint, a training step, or a workdir (its newest good step).
 """
 
 import dataclasses
@@ -36,7 +37,7 @@ _INPUT = flags.DEFINE_string("input", None, "JSONL file of prompts.")
 _OUTPUT = flags.DEFINE_string("output", None, "JSONL file of answers, for --input.")
 decoding.define(gen_length=128)
 _BATCH = flags.DEFINE_integer("batch", 8, "Prompts decoded together.", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "Of the draws at temperature > 0.", lower_bound=0)
+_SEED = flags.DEFINE_integer("seed", 0, "Of the draws at temperature > 0.", 0, 2**32 - 1)
 _TRAJECTORY = flags.DEFINE_bool("trajectory", False, "Show how the answer filled.")
 _SAVE = flags.DEFINE_string("save", None, "Picture of the trajectory, .svg or .png.")
 
@@ -60,6 +61,7 @@ def main(argv) -> None:
     if _SAVE.value and importlib.util.find_spec("matplotlib") is None:
         raise InputError("--save: matplotlib is not installed; pip install 'llada_jax[plot]'")
     rows = _read_rows(_INPUT.value) if _INPUT.value else None
+    jsonl.prepare(_OUTPUT.value)
 
     config = decoding.generate_config()
     configs = None if rows is None else [_config_of(config, place, row) for place, row in rows]
@@ -87,7 +89,7 @@ def _answer_file(model, rows: list[dict], configs) -> None:
 
     prompts = [np.array(model.tokenizer.encode(_text(row, model.tokenizer)), np.int32) for row in rows]
     count = len(rows)
-    seeds = [row.get("seed", _SEED.value * count + index) for index, row in enumerate(rows)]
+    seeds = [row.get("seed", (_SEED.value, index)) for index, row in enumerate(rows)]
     requests = [Request(*request) for request in zip(prompts, configs, seeds, strict=True)]
     longest = max(len(prompt) + config.gen_length for prompt, config in zip(prompts, configs, strict=True))
     usage, done = Usage(), 0
@@ -96,12 +98,19 @@ def _answer_file(model, rows: list[dict], configs) -> None:
     answers = serve(
         model.params, model.config, requests, batch, longest, model.tokenizer, execution=execution, usage=usage
     )
+    taken = {key for row in rows for key in row}  # by any of them, so that a name is the same in all
     for answer in answers:
-        rows[answer.index] |= _record(answer)
+        rows[answer.index] |= {_free(key, taken): value for key, value in _record(answer).items()}
         done += 1
         if done % batch == 0 or done == count:
             print(f"{done}/{count} prompts, {usage.busy:.0%} of {batch} rows busy", flush=True)
     jsonl.write_values(_OUTPUT.value, rows)
+
+
+def _free(key: str, taken: set[str]) -> str:
+    while key in taken:
+        key = f"generated_{key}"
+    return key
 
 
 def _record(answer) -> dict:

@@ -33,6 +33,22 @@ def read_values(path: str | os.PathLike) -> Iterator[tuple[str, object]]:
                 yield place, value
 
 
+def prepare(path: str | os.PathLike | None) -> None:
+    """Makes the folder that a file (None: of no file) is going to be written in, before what it will hold is computed.
+
+    Raises InputError naming the path where that cannot be.
+    """
+    if path is None:
+        return
+    folder = Path(path).absolute().parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
+    if Path(path).is_dir() or not os.access(folder, os.W_OK):
+        raise InputError(f"{path}: {'a folder' if Path(path).is_dir() else 'its folder cannot be written'}")
+
+
 def write_values(path: str | os.PathLike, values: Iterable) -> None:
     """Writes one value a line."""
     partial = Path(f"{path}.partial")
