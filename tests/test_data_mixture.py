@@ -19,7 +19,14 @@ SHARES = [share for _, share in parse_mixture("a:0.5,b:0.3,c:0.2")]
 
 
 def tokenizer_of(ids):
-    return types.SimpleNamespace(digest="0", eos_id=None, encode_batch=lambda batch: [ids for _ in batch])
+    return types.SimpleNamespace(
+        digest="0",
+        eos_id=None,
+        adds_bos=False,
+        document_prefix=[],
+        begun=list,
+        encode_batch=lambda batch: [ids for _ in batch],
+    )
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,12 @@ def packed(tmp_path_factory):
     (folder / "source").mkdir()
     (folder / "source" / "a.txt").write_text("numbers")
     tokenizer = types.SimpleNamespace(
-        digest="0", eos_id=None, encode_batch=lambda batch: [list(range(COUNT * LENGTH)) for _ in batch]
+        digest="0",
+        eos_id=None,
+        adds_bos=False,
+        document_prefix=[],
+        begun=list,
+        encode_batch=lambda batch: [list(range(COUNT * LENGTH)) for _ in batch],
     )
     pack.pack(str(folder / "source"), tokenizer, str(folder / "out"), LENGTH, rows_per_shard=20)
     return folder / "out"

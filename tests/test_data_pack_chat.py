@@ -22,6 +22,7 @@ from llada_jax.data import chat, pack, records, sources
 from llada_jax.data.byte_tokenizer import byte_tokenizer
 from llada_jax.data.pack_chat import pack_chat
 from llada_jax.errors import InputError
+from llada_jax.interop.tokenizer import from_files
 
 REJECTS = "{{ raise_exception('no') }}"
 
@@ -69,13 +70,22 @@ def source(tmp_path):
     return folder
 
 
+def with_end(conversation):
+    *spans, (first, last) = conversation.spans
+    return chat.Conversation(np.append(conversation.ids, EOS).astype(np.int32), [*spans, (first, last + 1)])
+
+
 def expected(source, tokenizer):
-    """{source: conversation} of those that are usable, and the counts of the others."""
+    """{source: conversation} of those that are usable, each with its end, and the counts of the others."""
     used, unusable = {}, {"no response": 0, "too long": 0, "malformed": 0}
     files = sources.list_files(str(source), sources.ROW_SUFFIXES)
     for file, offset, row in records.read_rows(files, chat.COLUMNS):
         found = chat.tokenise(chat.prepare(records.parse_row(row), tokenizer), tokenizer)
         conversation = found[0] if found else None
+        if conversation is not None and conversation.ids[-1] != EOS and "input_ids" not in records.parse_row(row):
+            conversation = with_end(conversation)
+        elif conversation is not None and conversation.ids[-1] != EOS and len(conversation.ids) != LENGTH:
+            conversation = with_end(conversation)  # ids that fill a row may have been cut there
         if conversation is None or len(conversation.ids) > LENGTH:
             unusable["no response" if conversation is None else "too long"] += 1
         else:
@@ -120,10 +130,47 @@ def test_conversations_are_packed_whole_with_their_tails(tmp_path, source, tail)
         assert dataset["rows"] <= 1.25 * dataset["tokens"] / LENGTH
 
 
+@pytest.mark.parametrize("tail", ["all", "none", 0, 2])
+@pytest.mark.parametrize("shape", ["messages", "completion", "input_ids"])
+def test_every_answer_ends_in_a_supervised_end_of_sequence(tmp_path, shape, tail):
+    """Of every length around that of a block, whatever the form, the marker of the template, and the tail."""
+    tokenizer = with_template(CHATML)
+    made = {
+        "messages": lambda n: {"messages": [message("user", "a"), message("assistant", "x" * n)]},
+        "completion": lambda n: {"prompt": "a", "completion": "x" * n},
+        "input_ids": lambda n: {"input_ids": [1] * (n + 1), "labels": [-100] + [1] * n},
+    }
+    lines = [made[shape](n) for n in range(1, 2 * ALIGN + 2)]
+    out = tmp_path / "out"
+    pack_chat(write_rows(tmp_path / "a.jsonl", lines), tokenizer, str(out), 2 * LENGTH, tail=tail, block_align=ALIGN)
+    lengths = set()
+    for row in read_back(out):
+        for segment in range(1, len(row.sources) + 1):
+            at = row.segment_ids == segment
+            ids, supervised = row.ids[at], row.supervised[at]
+            end = int(np.argmax(ids == EOS))
+            lengths.add(end % ALIGN)
+            assert ids[end] == EOS and supervised[end] and supervised[end - 1] and (ids[end:] == EOS).all()
+            after = {"all": len(ids), "none": 0}.get(tail, tail)
+            assert supervised[end + 1 :].sum() == min(len(ids) - end - 1, after)
+    assert lengths == set(range(ALIGN))
+
+
+def test_a_marker_that_is_an_end_of_sequence_gets_no_other(tmp_path):
+    """As Llama 3's: one of the ids that generation_config.json names."""
+    tokenizer = with_template("{% for m in messages %}{{ m.content + '\x01' }}{% endfor %}")
+    files = tokenizer.files | {"generation_config.json": json.dumps({"eos_token_id": [1, EOS]}).encode()}
+    row = {"messages": [message("user", "a"), message("assistant", "x" * 5)]}
+    file = write_rows(tmp_path / "a.jsonl", [row])
+    for given, tokens in ((files, ALIGN), (tokenizer.files, 2 * ALIGN)):
+        dataset = pack_chat(file, from_files(given), str(tmp_path / str(tokens)), LENGTH, block_align=ALIGN)
+        assert dataset["tokens"] == tokens
+
+
 def test_at_most_sixteen_rows_are_open(tmp_path):
     """Conversations of 5 blocks of 8 go to rows of their own; those of 3 fill the rows that are still open."""
     tokenizer, file = byte_tokenizer(EOS), tmp_path / "a.jsonl"
-    lines = [{"input_ids": [i] * (40 if i < 18 else 24), "prompt_length": 1} for i in range(36)]
+    lines = [{"input_ids": [i] * (39 if i < 18 else 23), "prompt_length": 1} for i in range(36)]  # and their ends
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     pack_chat(str(file), tokenizer, str(tmp_path / "out"), LENGTH, block_align=ALIGN)
     first_tokens = [row.ids[[0, 40]].tolist() for row in read_back(tmp_path / "out")]

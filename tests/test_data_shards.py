@@ -23,7 +23,14 @@ def packed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards")
     (folder / "a.txt").write_text("numbers")
     ids = np.random.default_rng(0).integers(0, 50_000, 48 * LENGTH).tolist()
-    tokenizer = types.SimpleNamespace(digest="0", eos_id=None, encode_batch=lambda batch: [ids for _ in batch])
+    tokenizer = types.SimpleNamespace(
+        digest="0",
+        eos_id=None,
+        adds_bos=False,
+        document_prefix=[],
+        begun=list,
+        encode_batch=lambda batch: [ids for _ in batch],
+    )
     pack.pack(str(folder / "a.txt"), tokenizer, str(folder / "out"), LENGTH, rows_per_shard=16)
     return folder / "out"
 

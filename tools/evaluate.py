@@ -190,7 +190,7 @@ def _answers(task: str, name: str) -> dict:
 def _load(path: str, tokenizer_digest: str | None = None):
     from llada_jax.training.checkpoint import load_checkpoint
 
-    model = load_checkpoint(path)
+    model = decoding.with_bos(load_checkpoint(path))
     if tokenizer_digest and model.tokenizer is not None and model.tokenizer.digest != tokenizer_digest:
         raise InputError(f"{_DATA.value}: packed with another tokenizer than that of {path}")
     return model._replace(config=model.config.extended(_YARN.value)) if _YARN.value > 1 else model

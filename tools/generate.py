@@ -68,7 +68,7 @@ def main(argv) -> None:
 
     from llada_jax.training.checkpoint import load_checkpoint  # after the flags are right: jax takes seconds
 
-    model = load_checkpoint(_CHECKPOINT.value)
+    model = decoding.with_bos(load_checkpoint(_CHECKPOINT.value))
     if model.tokenizer is None:
         raise InputError(f"{_CHECKPOINT.value}: no tokenizer")
     if rows is not None:
@@ -78,7 +78,7 @@ def main(argv) -> None:
     else:
         row = {"prompt": _PROMPT.value}
         print(_PROMPT.value, end="", flush=True)
-        _answer_one(model, _text(row, model.tokenizer), config)
+        _answer_one(model, _encode(row, model.tokenizer), config)
 
 
 def _answer_file(model, rows: list[dict], configs) -> None:
@@ -87,7 +87,7 @@ def _answer_file(model, rows: list[dict], configs) -> None:
     from llada_jax.sampling.batching import Request, Usage, serve
     from llada_jax.sampling.generate import prefill_execution
 
-    prompts = [np.array(model.tokenizer.encode(_text(row, model.tokenizer)), np.int32) for row in rows]
+    prompts = [np.array(_encode(row, model.tokenizer), np.int32) for row in rows]
     count = len(rows)
     seeds = [row.get("seed", (_SEED.value, index)) for index, row in enumerate(rows)]
     requests = [Request(*request) for request in zip(prompts, configs, seeds, strict=True)]
@@ -129,20 +129,20 @@ def _record(answer) -> dict:
     }
 
 
-def _answer_one(model, prompt: str, config):
+def _answer_one(model, prompt: list[int], config):
     """Prints the answer as its blocks are finished, and what was asked for about it; returns it."""
     import numpy as np
 
     from llada_jax.sampling.batching import Request, serve
     from llada_jax.sampling.generate import prefill_execution
 
-    ids = np.array(model.tokenizer.encode(prompt), np.int32)
+    ids = np.array(prompt, np.int32)
     known, printed = [], ""
 
     def print_new(_, tokens):
         nonlocal printed
         known.extend(tokens.tolist())
-        text = model.tokenizer.decode(known, skip_special_tokens=True)
+        text = model.tokenizer.text.text_after(prompt, known)
         if not text.endswith("\ufffd"):  # a character whose bytes have not all come yet
             print(text[len(printed) :], end="", flush=True)
             printed = text
@@ -162,17 +162,18 @@ def _answer_one(model, prompt: str, config):
         f"{answer.tokens_per_forward:.2f} tokens per forward, {answer.positions_evaluated} positions evaluated]"
     )
     if (_TRAJECTORY.value or _SAVE.value) and len(answer.tokens):
-        _show(model, len(ids), answer, config)
+        _show(model, prompt, answer, config)
     return answer
 
 
-def _show(model, prompt_length: int, answer, config) -> None:
+def _show(model, prompt: list[int], answer, config) -> None:
     import rich
 
     from llada_jax.sampling import trajectory
 
-    pieces = [model.tokenizer.decode([token]) for token in answer.tokens]
-    spans = trajectory.blocks(prompt_length, answer.tokens, config.block_length)
+    ids = [*prompt, *answer.tokens.tolist()]
+    pieces = [model.tokenizer.text.piece(ids[:end], ids[end]) for end in range(len(prompt), len(ids))]
+    spans = trajectory.blocks(len(prompt), answer.tokens, config.block_length)
     if _TRAJECTORY.value:
         rich.print(trajectory.terminal(pieces, answer.steps, spans))
     if _SAVE.value:
@@ -188,7 +189,7 @@ def _converse(model, config) -> None:
         if not (line := sys.stdin.readline()).strip():
             return
         messages.append({"role": "user", "content": line.strip()})
-        answer = _answer_one(model, model.tokenizer.apply_chat_template(messages), config)
+        answer = _answer_one(model, _encode({"messages": messages}, model.tokenizer), config)
         messages.append({"role": "assistant", "content": answer.text})
 
 
@@ -221,6 +222,12 @@ def _text(row: dict, tokenizer) -> str:
     if _CHAT.value:
         return tokenizer.apply_chat_template([{"role": "user", "content": row["prompt"]}])
     return row["prompt"]
+
+
+def _encode(row: dict, tokenizer) -> list[int]:
+    """Ids of a row's prompt. A bare one begins as the tokenizer begins documents; a chat template writes its own."""
+    text, bare = _text(row, tokenizer), "messages" not in row and not _CHAT.value
+    return tokenizer.encode_document(text) if bare else tokenizer.encode(text)
 
 
 if __name__ == "__main__":

@@ -54,12 +54,19 @@ flags.DEFINE_integer(
 flags.DEFINE_string(
     "tail",
     "all",
-    "Chat, preference: end-of-sequence tokens fill a document up to --block_align; all of them, the first N (a "
-    "number) or none are supervised. With none they are padding.",
+    "Chat, preference: a document ends in an end of sequence, and more of them fill it up to --block_align; all of "
+    "these, the first N (a number) or none are supervised. Others are masked and not scored; with none, padding.",
 )
 flags.DEFINE_bool("skip_malformed", False, "Chat, preference: count malformed rows instead of stopping.")
 flags.DEFINE_integer(
     "block_align", None, "Start documents at multiples of this in a row (default: 1 for text, else 32).", 1
+)
+_ADD_BOS = flags.DEFINE_enum(
+    "add_bos",
+    None,
+    ["auto", "true", "false"],
+    "Begin documents, and prompts without chat template, with a beginning of sequence: auto as the tokenizer's "
+    "post-processor does. Default: as the checkpoint was trained. Recorded, and compared when a run opens the rows.",
 )
 flags.DEFINE_integer("rows_per_shard", 65536, "Rows in a shard file.", lower_bound=1)
 flags.DEFINE_integer(
@@ -86,6 +93,7 @@ def main(argv):
         options["tail"] = int(options["tail"])
     begun = time.monotonic()
     source, vocabulary = _SOURCE.value, tokenizer.load_tokenizer(_TOKENIZER.value)
+    vocabulary = vocabulary if _ADD_BOS.value is None else vocabulary.with_bos(_ADD_BOS.value)
     dataset = packer(source, vocabulary, _OUT.value, _LENGTH.value, log=sys.stderr, **options)
     summary = (
         f"{dataset['rows']} rows, {dataset['tokens']} tokens, {dataset['documents']} documents, "

@@ -2,6 +2,7 @@
 
 import json
 
+from llada_jax.interop.token_text import byte_characters
 from llada_jax.interop.tokenizer import Tokenizer, from_files
 
 EOS, MASK = "<|endoftext|>", "<|mask|>"
@@ -9,7 +10,7 @@ EOS, MASK = "<|endoftext|>", "<|mask|>"
 
 def byte_tokenizer(eos_id: int, mask_id: int | None = None) -> Tokenizer:
     """Ids 0 .. 255 are the bytes; eos_id and mask_id lie above them."""
-    characters = _byte_characters()
+    characters = byte_characters()
     vocabulary = {character: byte for byte, character in enumerate(characters)}
     special = {EOS: eos_id} | ({} if mask_id is None else {MASK: mask_id})
     entry = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
@@ -27,10 +28,3 @@ def byte_tokenizer(eos_id: int, mask_id: int | None = None) -> Tokenizer:
     return from_files(
         {"tokenizer.json": json.dumps(tokenizer).encode(), "tokenizer_config.json": json.dumps(config).encode()}
     )
-
-
-def _byte_characters() -> list[str]:
-    """The printable character that byte-level BPE uses for each byte (GPT-2's table)."""
-    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    others = iter(range(256, 512))
-    return [chr(byte if byte in printable else next(others)) for byte in range(256)]

@@ -32,10 +32,14 @@ class TemplateError(InputError):
 
 
 class Conversation(NamedTuple):
-    """ids [n] int32 and the half-open token spans that are supervised: disjoint, not empty, in order, at least one."""
+    """ids [n] int32 and the half-open token spans that are supervised: disjoint, not empty, in order, at least one.
+
+    given: the ids are the row's own, which may have been cut at some length.
+    """
 
     ids: np.ndarray
     spans: list[tuple[int, int]]
+    given: bool = False
 
     @property
     def prompt_length(self) -> int:
@@ -59,8 +63,7 @@ def prepare(row: dict, tokenizer: Tokenizer, turns: str = "all") -> list[Rendere
     user's next turn, which its noisy tokens then see although it comes later; "each" and "last" are free of that.
 
     A turn goes from where the generation prompt ends to the end-of-turn marker, which belongs to it; of `input_ids` it
-    is a run of supervised tokens. A completion without template ends with the end-of-sequence token; prompt and
-    completion are tokenised apart, as when a model is prompted.
+    is a run of supervised tokens. A completion without template is as in `plain`.
 
     Raises InputError, without the place, if the row is malformed or the template rejects it, and TemplateError if
     there is no template or it does not keep the text of earlier turns.
@@ -208,14 +211,25 @@ def _tools(tools) -> list | None:
 
 
 def plain(prompt: str, completion: str, tokenizer: Tokenizer) -> list[Conversation]:
-    """The document of a prompt and its completion without a template; none if the completion is blank."""
+    """The document of a prompt and its completion without a template; none if the completion is blank.
+
+    They are tokenised as one text, so that a completion is spelled as it is inside a text, and begin as the tokenizer
+    begins documents. Supervised is what begins with the token that holds the completion's first character, all of it:
+    a token over the border, which a prompt alone does not end with, is learned, as nothing before it says it. (A prompt
+    that ends in a space makes such tokens of most tokenizers.) The end is an end of sequence.
+    """
     for value in (prompt, completion):
         _check_text(value)
     if not completion.strip():
         return []
-    prompt_ids, end = tokenizer.encode(prompt), [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-    ids = np.asarray(prompt_ids + tokenizer.encode(completion) + end, np.int32)
-    return [Conversation(ids, [(len(prompt_ids), len(ids))])]
+    encoding = _exact_offsets(tokenizer).encode(prompt + completion, add_special_tokens=False)
+    ids = tokenizer.begun(encoding.ids)
+    before = sum(end <= len(prompt) for _, end in encoding.offsets) if prompt else 0
+    end = [] if tokenizer.eos_id is None or ids[-1:] == [tokenizer.eos_id] else [tokenizer.eos_id]
+    first = len(ids) - len(encoding.ids) + before
+    if first == len(ids):  # the tokenizer leaves out what the completion says
+        return []
+    return [Conversation(np.asarray(ids + end, np.int32), [(first, len(ids) + len(end))])]
 
 
 def _pretokenised(row: dict, tokenizer: Tokenizer, turns: str) -> list[Conversation]:
@@ -228,7 +242,7 @@ def _pretokenised(row: dict, tokenizer: Tokenizer, turns: str) -> list[Conversat
     spans = list(zip(edges[::2], edges[1::2], strict=True))
     spans = spans[-1:] if turns == "last" else spans
     documents = [[span] for span in spans] if turns == "each" else [spans] if spans else []
-    return [Conversation(np.asarray(ids[: spans[-1][1]], np.int32), spans) for spans in documents]
+    return [Conversation(np.asarray(ids[: spans[-1][1]], np.int32), spans, given=True) for spans in documents]
 
 
 def _mask(row: dict, ids: list[int]) -> np.ndarray:

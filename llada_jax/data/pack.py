@@ -57,9 +57,10 @@ def pack(
 ) -> dict:
     """Tokenises the documents of `source` (sources.list_files) and packs them greedily into rows of `length` tokens.
 
-    Every document is followed by the tokenizer's end-of-sequence token, if it has one; a document of no tokens is
-    left out. A document that crosses the end of a row is split, and its continuation is a document of its own in
-    the next row. No token is dropped: the last row is padded. `block_align` makes every document start at a
+    Every document begins as the tokenizer begins documents (Tokenizer.add_bos; a beginning of sequence is not
+    supervised) and is followed by its end-of-sequence token, if it has one; a document of no tokens is left out. A
+    document that crosses the end of a row is split, and its continuation is a document of its own in the next row,
+    without a beginning. No token is dropped: the last row is padded. `block_align` makes every document start at a
     multiple of it inside its row, with padding in between. With `processes` > 1 that many read and tokenise, and this
     one packs: the same bytes, whatever their number, interrupted or not. Progress lines go to `log`.
 
@@ -77,13 +78,15 @@ def pack(
         "patterns": list(patterns),
         "tokenizer_digest": tokenizer.digest,
         "eos_id": tokenizer.eos_id,
+        "add_bos": tokenizer.adds_bos,
         "source_files": [[file.name, file.bytes] for file in files],
     }
 
     def rows_after(source: tuple[int, int], taken: int) -> Iterator[PackedRow]:
         read = functools.partial(_read, files, field, tokenizer)
         tokenised = read_parts(read, files, source, processes)
-        return _pack_rows(tokenised, length, block_align, tokenizer.eos_id or 0, taken)
+        given = len(tokenizer.document_prefix)
+        return _pack_rows(tokenised, length, block_align, tokenizer.eos_id or 0, taken, given)
 
     empty = f"{source}: empty dataset, every document is empty"
     return write_dataset(out, settings, files, {"tokens": 0, "documents": 0}, rows_after, empty, log)
@@ -187,12 +190,12 @@ def _add(totals: dict, counts: dict) -> dict:
 def _read(
     files: Sequence[sources.SourceFile], field: str, tokenizer: Tokenizer, start: Position, stop: Position
 ) -> Iterator[tuple[Position, np.ndarray]]:
-    """Yields (source, ids [n] int32) for the documents from `start` to `stop`, the end-of-sequence token included."""
+    """Yields (source, ids [n] int32) for the documents from `start` to `stop`, beginning and end included."""
     documents = text.iter_documents(files, field, start, stop)
     end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     for batch in batches(documents, lambda document: len(document[2])):
         for (file, offset, _), ids in zip(batch, tokenizer.encode_batch([body for *_, body in batch]), strict=True):
-            yield (file, offset), np.asarray(ids + end if ids else [], np.int32)
+            yield (file, offset), np.asarray(tokenizer.begun(ids) + end if ids else [], np.int32)
 
 
 def batches(items: Iterable, characters: Callable[..., int]) -> Iterator[list]:
@@ -209,9 +212,11 @@ def batches(items: Iterable, characters: Callable[..., int]) -> Iterator[list]:
 
 
 def _pack_rows(
-    documents: Iterable[tuple[Position, np.ndarray]], length: int, align: int, pad_id: int, skip: int
+    documents: Iterable[tuple[Position, np.ndarray]], length: int, align: int, pad_id: int, skip: int, given: int
 ) -> Iterator[PackedRow]:
-    """Yields full rows, then the padded rest; the first `skip` tokens of the first document are left out."""
+    """Yields full rows, then the padded rest; the first `skip` tokens of the first document are left out. The first
+    `given` tokens of a document are not supervised.
+    """
     pieces: list[tuple[int, np.ndarray, tuple[int, int], bool]] = []  # (start, ids, source, begins a document)
     start, source, taken = 0, (0, 0), 0
 
@@ -220,7 +225,9 @@ def _pack_rows(
         for begin, part, _, _ in pieces:
             ids[begin : begin + len(part)] = part
         lengths = [len(part) for _, part, _, _ in pieces]
-        record = encode_row(ids, [piece[0] for piece in pieces], lengths, [piece[2] for piece in pieces])
+        spans = [(begin + given * first, begin + len(part)) for begin, part, _, first in pieces] if given else []
+        spans = [span for span in spans if span[0] < span[1]] or spans[:1]
+        record = encode_row(ids, [piece[0] for piece in pieces], lengths, [piece[2] for piece in pieces], spans)
         counts = {"tokens": sum(lengths), "documents": sum(piece[3] for piece in pieces)}
         return PackedRow(record, counts, source, taken)
 
@@ -239,6 +246,7 @@ def _pack_rows(
 
 
 def _check_settings(path: str, stored: dict, settings: dict) -> None:
+    stored = {"add_bos": False} | stored  # datasets older than the setting have none
     for name, wanted in settings.items():
         found = stored.get(name)
         if found == wanted:

@@ -58,9 +58,12 @@ def pack_examples(
 ) -> dict:
     """Tokenises the examples under `source` (sources.list_files) and packs them into rows of `length` tokens.
 
-    An example is never split. Each of its documents begins at a multiple of `block_align` and is filled up to one with
-    end-of-sequence tokens; `tail` says what they are: "all" supervised; the first `tail` of them supervised, the rest
-    part of the document but not supervised; or "none", padding.
+    An example is never split. Each of its documents ends in an end of sequence (Tokenizer.eos_ids), supervised: where
+    its last turn does not, the tokenizer's is added, into a block of its own if need be (but not to `input_ids` that
+    fill a whole row, as those cut at its length do). It begins at a multiple of
+    `block_align` and is filled up to one with more of them; `tail` says what these are: "all" supervised; the first
+    `tail` of them supervised, the rest part of the document and masked with it, but not scored
+    (diffusion/objectives.py); or "none", padding.
 
     Examples go, in order, to the first of at most 16 open rows that has room; a new row closes the fullest of them.
     Every shard is packed on its own, so that a run continues at a shard without a memory of open rows.
@@ -88,6 +91,7 @@ def pack_examples(
         "skip_malformed": skip_malformed,
         "tokenizer_digest": tokenizer.digest,
         "eos_id": tokenizer.eos_id,
+        "add_bos": tokenizer.adds_bos,
         "source_files": [[file.name, file.bytes] for file in files],
     }
     counts = {"tokens": 0, "documents": 0, "used": 0, **_nothing_read(kind), "supervised_tokens": 0}
@@ -95,7 +99,7 @@ def pack_examples(
     def rows_after(position: tuple[int, int], taken: int) -> Iterator[PackedRow]:
         read = functools.partial(_read, files, tokenizer, kind, skip_malformed)
         examples = itertools.islice(read_parts(read, files, position, processes), taken, None)
-        fitted = ((where, _fit(item, length, block_align, tail, tokenizer.eos_id)) for where, item in examples)
+        fitted = ((where, _fit(item, length, block_align, tail, tokenizer.eos_ids)) for where, item in examples)
         end = _Place((len(files), 0), 0)
         return _pack_rows(fitted, length, rows_per_shard, tokenizer.eos_id, end, kind, source)
 
@@ -169,12 +173,20 @@ def _read(
             yield where, example
 
 
-def _fit(example: list[chat.Conversation] | str, length: int, align: int, tail: str | int, eos_id: int):
+def _fit(example: list[chat.Conversation] | str, length: int, align: int, tail: str | int, eos_ids: Sequence[int]):
     """The example's documents with their tails (a list of _Piece), or why it cannot be used."""
     if isinstance(example, str):
         return example
-    pieces = [_fill(conversation, align, tail, eos_id) for conversation in example]
+    pieces = [_fill(_ended(conversation, length, eos_ids), align, tail, eos_ids[0]) for conversation in example]
     return "too long" if _size(pieces) > length else pieces
+
+
+def _ended(conversation: chat.Conversation, length: int, eos_ids: Sequence[int]) -> chat.Conversation:
+    """The conversation with an end of sequence at its end: what stops decoding has to be learned."""
+    ids, (*spans, (first, last)), given = conversation
+    if ids[-1] in eos_ids or (given and len(ids) == length):
+        return conversation
+    return chat.Conversation(np.append(ids, np.int32(eos_ids[0])), [*spans, (first, last + 1)])
 
 
 def _fill(conversation: chat.Conversation, align: int, tail: str | int, eos_id: int) -> _Piece:

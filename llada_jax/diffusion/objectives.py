@@ -60,11 +60,14 @@ class Objective:
 class Example:
     """A batch with its noise drawn. All [batch, length]; keys [batch].
 
-    weights float32: of each token's negative log-likelihood, zero where not supervised, normalised by nothing yet.
+    hidden: tokens that are the mask in the noisy copy; masked: those of them that are scored, all but a document's
+    tail (`tails`). eligible: tokens that could be masked and scored. weights float32: of each token's negative
+    log-likelihood, zero where not supervised, normalised by nothing yet.
     """
 
     clean: jax.Array
     noisy: jax.Array
+    hidden: jax.Array
     masked: jax.Array
     eligible: jax.Array
     weights: jax.Array
@@ -104,11 +107,13 @@ def prepare(
 ) -> Example:
     """Draws the noise of a batch.
 
-    tokens, segment_ids [batch, length] int; supervised [batch, length] bool: tokens that may be masked and scored;
+    tokens, segment_ids [batch, length] int; supervised [batch, length] bool: tokens that may be masked and scored (a
+    document's tail behind them is masked with them, not scored: see `tails`);
     keys [batch]; block_size a traced or concrete int; halves as in schedule.Phase; noise_source: a function of
     (layout, segment_ids) that gives `source` of noise.draw_masking, or None; part: of noise.draw_masking. A
     complementary objective returns 2 * batch rows, the inverses after the originals.
     """
+    tail = tails(segment_ids, supervised)
     if not objective.document_mask:
         segment_ids = (segment_ids > 0).astype(segment_ids.dtype)
     where = vis.layout(segment_ids, block_size, objective.block_origin)
@@ -117,21 +122,23 @@ def prepare(
         masking = Masking(eligible, jnp.ones(tokens.shape))
     else:
         source = None if noise_source is None else noise_source(where, segment_ids)
-        masking = draw_masking(keys, eligible, where, objective.noise, source, part)
+        masking = draw_masking(keys, eligible | tail, where, objective.noise, source, part)
     if objective.complementary and halves != "clean":
-        inverse = complement(masking, eligible)
+        inverse = complement(masking, eligible | tail)
         masking, tokens, segment_ids, eligible, where, keys = jax.tree.map(
             lambda a, b: jnp.concatenate([a, b]),
             (masking, tokens, segment_ids, eligible, where, keys),
             (inverse, tokens, segment_ids, eligible, where, keys),
         )
-    weights = masking.masked.astype(jnp.float32)
+    masked = masking.masked & eligible
+    weights = masked.astype(jnp.float32)
     if objective.time_weight == "elbo":
-        weights = jnp.where(masking.masked, weights / jnp.where(masking.masked, masking.rate, 1), 0)
+        weights = jnp.where(masked, weights / jnp.where(masked, masking.rate, 1), 0)
     return Example(
         clean=tokens,
         noisy=tokens if halves == "clean" else mask_tokens(tokens, masking, config.mask_token_id),
-        masked=masking.masked,
+        hidden=masking.masked,
+        masked=masked,
         eligible=eligible,
         weights=weights,
         segment_ids=segment_ids,
@@ -139,6 +146,20 @@ def prepare(
         where=where,
         keys=keys,
     )
+
+
+def tails(segment_ids: jax.Array, supervised: jax.Array) -> jax.Array:
+    """bool [batch, length]: what follows the last supervised token in each document that has one.
+
+    Documents end with their last answer, so this is what fills its last block (--tail of tools/pack_data.py). When the
+    answer is decoded, that block is masked to its end: a clean tail in the noisy half would show where the answer ends.
+    """
+    where = vis.layout(segment_ids, 1)
+    sums = jnp.pad(jnp.cumsum(supervised & (segment_ids > 0), axis=1), ((0, 0), (1, 0)))
+    before, through, end = (
+        jnp.take_along_axis(sums, at, axis=1) for at in (where.document_start, where.block_end, where.document_end)
+    )
+    return (segment_ids > 0) & (before < end) & (through == end) & ~supervised
 
 
 def normalizer(example: Example, objective: Objective) -> jax.Array:
@@ -195,12 +216,12 @@ def score(
 
 
 def _embedding_noise(example: Example, std: jax.Array, width: int) -> jax.Array:
-    """Independent Gaussian noise where a token is masked, zero elsewhere: [batch, length, width] float32."""
-    shape = example.masked.shape[1], width
+    """Independent Gaussian noise where a token is hidden, zero elsewhere: [batch, length, width] float32."""
+    shape = example.hidden.shape[1], width
 
     def draw():
         keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(example.keys)
         unit = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
-        return jnp.where(example.masked[..., None], std * unit, 0.0)
+        return jnp.where(example.hidden[..., None], std * unit, 0.0)
 
-    return jax.lax.cond(std > 0, draw, lambda: jnp.zeros(example.masked.shape[:1] + shape))
+    return jax.lax.cond(std > 0, draw, lambda: jnp.zeros(example.hidden.shape[:1] + shape))

@@ -14,7 +14,7 @@ from llada_jax.evaluation import grading
 from llada_jax.evaluation.report import mean_error
 from llada_jax.interop.tokenizer import Tokenizer
 from llada_jax.sampling.batching import Request, serve
-from llada_jax.sampling.generate import GenerateConfig, eos_id_of, prefill_execution
+from llada_jax.sampling.generate import GenerateConfig, eos_ids_of, prefill_execution
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +31,11 @@ class Question:
     def prompt(self, tokenizer: Tokenizer) -> str:
         """What the model continues: the conversation in the tokenizer's chat template, or the bare prompt."""
         return self.text if self.messages is None else tokenizer.apply_chat_template(self.messages)
+
+    def encode(self, tokenizer: Tokenizer) -> list[int]:
+        """Ids of the prompt. A bare one begins as the tokenizer begins documents; a template writes its own."""
+        prompt = self.prompt(tokenizer)
+        return tokenizer.encode_document(prompt) if self.messages is None else tokenizer.encode(prompt)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,10 +140,10 @@ def answer_questions(
     if not questions:
         raise InputError("no questions")
     prompts = [question.prompt(model.tokenizer) for question in questions]
-    ids = [np.asarray(model.tokenizer.encode(prompt), np.int32) for prompt in prompts]
+    ids = [np.asarray(question.encode(model.tokenizer), np.int32) for question in questions]
     requests = [Request(prompt, config, (seed, index)) for index, prompt in enumerate(ids)]
     max_length = max(map(len, ids)) + config.gen_length
-    eos_id = eos_id_of(model.config, config)
+    ends = eos_ids_of(model.config, config)
     records, begin = [], time.perf_counter()
     answers = serve(
         model.params, model.config, requests, min(batch, len(ids)), max_length, model.tokenizer,
@@ -155,7 +160,7 @@ def answer_questions(
                 "forward_passes": answer.forward_passes,
                 "positions_evaluated": answer.positions_evaluated,
                 "group": questions[answer.index].group,
-                "ended": bool(len(answer.tokens) and answer.tokens[-1] == eos_id),
+                "ended": bool(len(answer.tokens) and answer.tokens[-1] in ends),
             }
         )
         if log is not None and (len(records) % batch == 0 or len(records) == len(ids)):

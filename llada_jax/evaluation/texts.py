@@ -2,7 +2,9 @@
 
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
+import flax.struct
 import numpy as np
 
 from llada_jax.attention.visibility import layout
@@ -18,15 +20,28 @@ from llada_jax.model.alignment import predictable
 _LENGTH_STEP = 32
 
 
-def read_texts(source: str, tokenizer: Tokenizer, length: int, limit: int | None = None) -> Batch:
+@flax.struct.dataclass
+class Texts(Batch):
+    """A batch of texts. goes_on [rows] bool: windows of a text other than its first."""
+
+    goes_on: np.ndarray
+
+
+class _Document(NamedTuple):
+    conversation: chat.Conversation
+    goes_on: bool = False
+
+
+def read_texts(source: str, tokenizer: Tokenizer, length: int, limit: int | None = None) -> Texts:
     """The first `limit` rows that the texts of `source` (a file or folder, .txt, .jsonl or .parquet) make.
 
     A row with "text" is scored whole, its end of sequence included, in windows of at most `length` tokens that do not
     see each other. Any other is a conversation or a prompt and its completion as in data/chat.py, "answer" being a name
-    for the completion too: what is supervised there is scored, given what comes before. Raises InputError with file
-    and line, also when a pair has more than `length` tokens.
+    for the completion too: what is supervised there is scored, given what comes before; a beginning of
+    sequence is not scored. Raises InputError with file and line, also when a pair has more than `length` tokens.
     """
-    documents = list(itertools.islice(_documents(list_files(source), tokenizer, length), limit))
+    found = list(itertools.islice(_documents(list_files(source), tokenizer, length), limit))
+    documents = [document.conversation for document in found]
     if not documents:
         raise InputError(f"{source}: nothing to score")
     longest = max(len(document.ids) for document in documents)
@@ -38,7 +53,8 @@ def read_texts(source: str, tokenizer: Tokenizer, length: int, limit: int | None
         for first, last in document.spans:
             supervised[row, first:last] = True
     rows = np.arange(len(documents), dtype=np.uint32)
-    return Batch(ids, segment_ids, supervised, rows, np.zeros_like(rows))
+    goes_on = np.array([document.goes_on for document in found])
+    return Texts(ids, segment_ids, supervised, rows, np.zeros_like(rows), goes_on)
 
 
 def scored_bytes(batch: Batch, tokenizer: Tokenizer, alignment: str) -> int:
@@ -46,15 +62,16 @@ def scored_bytes(batch: Batch, tokenizer: Tokenizer, alignment: str) -> int:
     none.
     """
     asked = np.asarray(predictable(layout(batch.segment_ids, 1), batch.segment_ids, alignment)) & batch.supervised
+    goes_on = batch.goes_on if isinstance(batch, Texts) else np.zeros(len(batch.ids), bool)
     total = 0
-    for ids, segment_ids, scored in zip(batch.ids, batch.segment_ids, asked, strict=True):
+    for ids, segment_ids, scored, inside in zip(batch.ids, batch.segment_ids, asked, goes_on, strict=True):
         for segment in range(1, segment_ids.max(initial=0) + 1):
-            chosen = ids[scored & (segment_ids == segment)]
-            total += len(tokenizer.decode(chosen, skip_special_tokens=True).encode())
+            at = segment_ids == segment
+            total += tokenizer.text.count_bytes(ids[at], scored[at], begins=not inside)
     return total
 
 
-def _documents(files: Sequence[SourceFile], tokenizer: Tokenizer, length: int) -> Iterator[chat.Conversation]:
+def _documents(files: Sequence[SourceFile], tokenizer: Tokenizer, length: int) -> Iterator[_Document]:
     for index, file in enumerate(files):
         if file.format == "text":
             for *_, text in iter_documents(files, start=(index, 0), stop=(index + 1, 0)):
@@ -68,7 +85,7 @@ def _documents(files: Sequence[SourceFile], tokenizer: Tokenizer, length: int) -
                 raise InputError(f"{place(file, offset)}: {error}") from error
 
 
-def _row_documents(row: dict, tokenizer: Tokenizer, length: int) -> Iterator[chat.Conversation]:
+def _row_documents(row: dict, tokenizer: Tokenizer, length: int) -> Iterator[_Document]:
     if isinstance(row.get("text"), str):
         yield from _windows(row["text"], tokenizer, length)
         return
@@ -79,11 +96,14 @@ def _row_documents(row: dict, tokenizer: Tokenizer, length: int) -> Iterator[cha
             continue
         if len(document.ids) > length:
             raise InputError(f"{len(document.ids)} tokens, more than --length={length}")
-        yield document
+        yield _Document(document)
 
 
-def _windows(text: str, tokenizer: Tokenizer, length: int) -> Iterator[chat.Conversation]:
-    ids = np.asarray(tokenizer.encode(text) + ([] if tokenizer.eos_id is None else [tokenizer.eos_id]), np.int32)
+def _windows(text: str, tokenizer: Tokenizer, length: int) -> Iterator[_Document]:
+    begun = tokenizer.encode_document(text)
+    given = len(tokenizer.document_prefix)  # a beginning of sequence is not asked for
+    ids = np.asarray(begun + ([] if tokenizer.eos_id is None else [tokenizer.eos_id]), np.int32)
     for start in range(0, len(ids), length):
         window = ids[start : start + length]
-        yield chat.Conversation(window, [(0, len(window))])
+        if (first := max(given - start, 0)) < len(window):
+            yield _Document(chat.Conversation(window, [(first, len(window))]), goes_on=start > 0)

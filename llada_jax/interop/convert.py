@@ -123,8 +123,8 @@ def read_source(source: str) -> Source:
 def _read_folder(folder: epath.Path) -> Source:
     hf = _read_json(folder, "config.json")
     generation = _read_json(folder, "generation_config.json")
-    eos = generation.get("eos_token_id")
-    config = hf_config.from_hf(hf if eos is None else hf | {"eos_token_id": eos})
+    ends = hf_config.ends_of_sequence(hf, generation)
+    config = hf_config.from_hf(hf | {"eos_token_id": ends} if ends else hf)
     tensors = huggingface.open_weights(folder)
     predictors = hf.get("num_nextn_predict_layers") or 0
     tensors, notices = huggingface.drop_unused(tensors, config, predictors)
@@ -158,7 +158,8 @@ def _read_json(folder: epath.Path, name: str) -> dict:
 
 
 def choose_mask(config: ModelConfig, files: dict[str, bytes], mask_token_id: int | None, add: bool) -> MaskChoice:
-    """The mask token of an imported model, recorded in the tokenizer's files too; also fills in eos and pad from them.
+    """The mask token of an imported model, recorded in the tokenizer's files too; adds their ends of sequence
+    and, where there is none, their pad.
 
     In this order: the tokenizer's own; `mask_token_id` or config.json's; LLaDA2's known id when there is no tokenizer;
     with `add`, the first id that the tokenizer leaves unused inside a padded embedding, or else one new row; none.
@@ -199,9 +200,9 @@ def _with_special_ids(config: ModelConfig, names: tokenizer.Tokenizer | None) ->
     notices = []
     if last >= config.vocab_size:
         notices.append(f"the tokenizer has ids up to {last}, the embedding only {config.vocab_size} rows")
-    ids = {"eos_token_id": names.eos_id, "pad_token_id": names.pad_id}
-    missing = {f: i for f, i in ids.items() if getattr(config, f) is None and i is not None and i < config.vocab_size}
-    return config.replace(**missing), notices
+    if config.pad_token_id is None and names.pad_id is not None and names.pad_id < config.vocab_size:
+        config = config.replace(pad_token_id=names.pad_id)
+    return config.with_ends(i for i in names.eos_ids if i < config.vocab_size), notices
 
 
 def _declared_mask(config: ModelConfig, names, notices: list[str]) -> tuple[int | None, str | None]:

@@ -35,6 +35,7 @@ _PRE_TOKENIZERS = {
     "gpt-2": _BYTE_LEVEL,
     "smollm": {"type": "Sequence", "pretokenizers": [_DIGITS, _BYTE_LEVEL]},
 }
+_ENDS = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]  # each ends an answer of llama.cpp
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
 
 
@@ -93,9 +94,8 @@ def model_config(file: GgufFile) -> ModelConfig:
         max_position_embeddings=_get(file, "llama.context_length"),
         tie_word_embeddings="output.weight" not in names,
         alignment="shifted",
-        eos_token_id=file.fields.get("tokenizer.ggml.eos_token_id"),
         pad_token_id=file.fields.get("tokenizer.ggml.padding_token_id"),
-    )
+    ).with_ends(file.fields[key] for key in _ENDS if key in file.fields)
 
 
 def _get(file: GgufFile, key: str, default=None):
@@ -162,17 +162,23 @@ def tokenizer_files(file: GgufFile) -> dict[str, bytes]:
     types = get("tokenizer.ggml.token_type", [1] * len(tokens))
     merges = [merge.split(" ", 1) for merge in _get(file, "tokenizer.ggml.merges")]
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    for name, key in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items():
+    names = {"bos": "bos", "eos": "eos", "eot": "eot", "eom": "eom", "unk": "unknown", "pad": "padding"}
+    for name, key in names.items():
         token_id = get(f"tokenizer.ggml.{key}_token_id")
         if token_id is not None and token_id < len(tokens):
             config[f"{name}_token"] = tokens[token_id]
     if template := get("tokenizer.chat_template"):
         config["chat_template"] = template
-    contents = {"tokenizer.json": _tokenizer_json(tokens, types, merges, pre), "tokenizer_config.json": config}
+    begin = config.get("bos_token") if get("tokenizer.ggml.add_bos_token") else None
+    begin = None if begin is None else (begin, get("tokenizer.ggml.bos_token_id"))
+    contents = {"tokenizer.json": _tokenizer_json(tokens, types, merges, pre, begin), "tokenizer_config.json": config}
     return {name: json.dumps(value, ensure_ascii=False, indent=1).encode() for name, value in contents.items()}
 
 
-def _tokenizer_json(tokens: list[str], types: list[int], merges: list[list[str]], pre: str) -> dict:
+def _tokenizer_json(
+    tokens: list[str], types: list[int], merges: list[list[str]], pre: str, begin: tuple[str, int] | None
+) -> dict:
+    """tokenizer.json; begin: the (token, id) that llama.cpp puts before a text, if any."""
     added = [
         {"id": index, "content": token, "single_word": False, "lstrip": False, "rstrip": False}
         | {"normalized": False, "special": kind == _CONTROL}
@@ -190,7 +196,18 @@ def _tokenizer_json(tokens: list[str], types: list[int], merges: list[list[str]]
         "added_tokens": added,
         "normalizer": None,
         "pre_tokenizer": _PRE_TOKENIZERS[pre],
-        "post_processor": None,
+        "post_processor": None if begin is None else _post_processor(*begin),
         "decoder": _BYTE_LEVEL,
         "model": model | {"vocab": vocabulary, "merges": merges},
+    }
+
+
+def _post_processor(token: str, token_id: int) -> dict:
+    first = {"SpecialToken": {"id": token, "type_id": 0}}
+    single, other = {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [first, single],
+        "pair": [first, single, first, other],
+        "special_tokens": {token: {"id": token, "ids": [token_id], "tokens": [token]}},
     }

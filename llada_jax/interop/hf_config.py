@@ -96,7 +96,9 @@ def from_hf(hf: dict) -> ModelConfig:
     head_dim = _integer(hf, "head_dim", hidden // max(heads, 1))
     theta, scaling, partial = _rope(hf)
     pad = _token(hf, "pad_token_id")
-    eos = _token(hf, "eos_token_id")
+    ends = _tokens(hf, "eos_token_id")
+    # The Ling family's config.json often holds no eos: it is the pad token.
+    ends = [pad] if ling and not ends and pad is not None else ends
     return ModelConfig(
         architecture=architecture,
         vocab_size=_integer(hf, "vocab_size"),
@@ -119,8 +121,8 @@ def from_hf(hf: dict) -> ModelConfig:
         initializer_range=_number(hf, "initializer_range", 0.02),
         alignment=hf.get(_ALIGNMENT, _own_alignment(architecture)),
         mask_token_id=_token(hf, "mask_token_id"),
-        # The Ling family's config.json often holds no eos: it is the pad token.
-        eos_token_id=pad if ling and eos is None else eos,
+        eos_token_id=ends[0] if ends else None,
+        other_eos_token_ids=tuple(ends[1:]),
         pad_token_id=pad,
         **_experts(hf, architecture),
     )
@@ -271,13 +273,27 @@ def _boolean(hf: dict, name: str, default=None) -> bool:
 
 
 def _token(hf: dict, name: str) -> int | None:
-    """An id, the first of a list of ids, or None; some checkpoints write -1 for none."""
+    """An id, the first of a list of ids, or None."""
+    return next(iter(_tokens(hf, name)), None)
+
+
+def _tokens(hf: dict, name: str) -> list[int]:
+    """The ids of a field that holds one, a list of them, or none; some checkpoints write -1 for none."""
     value = hf.get(name)
-    if isinstance(value, list):
-        value = value[0] if value else None
-    if value is None or value == -1:
-        return None
-    return _integer({name: value}, name)
+    values = value if isinstance(value, list) else [value]
+    found = [_integer({name: each}, name) for each in values if each is not None and each != -1]
+    return list(dict.fromkeys(found))
+
+
+def ends_of_sequence(hf: dict, generation: dict) -> list[int]:
+    """All ids that config.json and generation_config.json name, in the order in which `generate` of transformers
+    prefers them. Raises InputError naming the field.
+    """
+    try:
+        preferred = _tokens(generation, "eos_token_id")
+    except InputError as error:
+        raise InputError(f"generation_{error}") from error
+    return list(dict.fromkeys([*preferred, *_tokens(hf, "eos_token_id")]))
 
 
 def exported(config: ModelConfig, source: dict, dtype: np.dtype) -> dict:
@@ -296,6 +312,8 @@ def exported(config: ModelConfig, source: dict, dtype: np.dtype) -> dict:
     except InputError:  # a GGUF file's metadata
         same = {}
     changed = {key: value for key, value in ours.items() if key not in same or same[key] != value}
+    if set(_tokens(source, "eos_token_id")) & set(config.eos_token_ids):
+        changed.pop("eos_token_id", None)  # the model's ends are those of generation_config.json and the tokenizer too
     if "model_type" in changed and config.architecture == "llada2_moe":
         changed["auto_map"] = _LLADA2_AUTO_MAP
     if source.get("num_nextn_predict_layers"):
@@ -304,8 +322,7 @@ def exported(config: ModelConfig, source: dict, dtype: np.dtype) -> dict:
     hf |= {"dtype" if "dtype" in source else "torch_dtype": dtype.name}
     back = from_hf(hf).replace(stores_tied_head=config.stores_tied_head).to_dict()
     for field, value in config.to_dict().items():
-        # Ling's and LLaDA2's eos is the pad token when there is no other.
-        if back[field] != value and (field, value) != ("eos_token_id", None):
+        if back[field] != value and field not in ("eos_token_id", "other_eos_token_ids"):
             raise InputError(f"model {field}={value!r}: {config.architecture} has no config.json that says so")
     return hf
 
@@ -337,7 +354,7 @@ def to_hf(config: ModelConfig) -> dict:
         "max_position_embeddings": c.max_position_embeddings,
         "initializer_range": c.initializer_range,
         "tie_word_embeddings": c.tie_word_embeddings,
-        "eos_token_id": c.eos_token_id,
+        "eos_token_id": list(c.eos_token_ids) if c.other_eos_token_ids else c.eos_token_id,
         "pad_token_id": c.pad_token_id,
     }
     if c.mask_token_id is not None:

@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 
@@ -15,7 +16,9 @@ from etils import epath
 
 from llada_jax.errors import InputError
 from llada_jax.interop.folder import file_in
+from llada_jax.interop.token_text import TokenText
 
+ADD_BOS = {"auto": "auto", "true": True, "false": False}
 MASK_NAMES = ("<|mask|>", "<|mask_token|>", "[MASK]")
 NEW_MASK = "<|mask|>"
 # What a checkpoint keeps, so that it can be exported with the tokenizer that it came with.
@@ -34,12 +37,17 @@ FILE_NAMES = (
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tokenizer:
-    """Text <-> ids. `files` is everything it was read from: {file name: content}."""
+    """Text <-> ids. `files` is everything it was read from: {file name: content}.
+
+    add_bos: whether documents and bare prompts begin with a beginning of sequence: "auto" as the tokenizer's own
+    post-processor says, so as transformers encodes them; or always (True) or never (False).
+    """
 
     files: dict[str, bytes]
     backend: tokenizers.Tokenizer
     special_tokens: dict[str, str]  # {"eos_token": "<|im_end|>", ...}
     chat_template: str | None
+    add_bos: str | bool = "auto"
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text. Nothing is added; special tokens written out in the text become their ids."""
@@ -48,9 +56,51 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
+    def with_bos(self, add_bos: str | bool) -> "Tokenizer":
+        """The tokenizer with another `add_bos`. Raises InputError if it has no beginning of sequence to add, or on a
+        value that parse_add_bos does not know.
+        """
+        tokenizer = dataclasses.replace(self, add_bos=parse_add_bos(add_bos))
+        if tokenizer.add_bos is True and not tokenizer.document_prefix:
+            raise InputError("add_bos=true: the tokenizer has no bos_token (tokenizer_config.json)")
+        return tokenizer
+
+    @functools.cached_property
+    def document_prefix(self) -> list[int]:
+        """The ids that a document and a bare prompt begin with: [bos id] or none."""
+        if self.add_bos is False:
+            return []
+        encoding = self.backend.encode("a", add_special_tokens=True)
+        marked = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
+        own = [token_id for token_id, _ in itertools.takewhile(lambda entry: entry[1], marked)]
+        return [self.bos_id] if self.add_bos is True and not own and self.bos_id is not None else own
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether documents and bare prompts begin with a beginning of sequence."""
+        return bool(self.document_prefix)
+
+    def encode_document(self, text: str) -> list[int]:
+        """Ids of a text from its beginning: a document, or a bare prompt. A text that begins with a written-out
+        beginning of sequence does not get a second one; what a chat template renders is for `encode`.
+        """
+        return self.begun(self.encode(text))
+
+    def begun(self, ids: list[int]) -> list[int]:
+        """The ids of a text with `document_prefix` in front, unless they begin so already."""
+        prefix = self.document_prefix
+        return ids if ids[: len(prefix)] == prefix else prefix + ids
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
-        """Text of ids; ids that the tokenizer does not know (a padded vocabulary has some) give nothing."""
+        """Text of ids, from the beginning of a text; ids that the tokenizer does not know (a padded vocabulary has
+        some) give nothing. What follows a prompt is for `text.text_after`.
+        """
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+
+    @functools.cached_property
+    def text(self) -> TokenText:
+        """Text and bytes of tokens that are not the beginning of a text: of answers behind their prompts."""
+        return TokenText(self.backend)
 
     def id_to_token(self, token_id: int) -> str | None:
         return self.backend.id_to_token(token_id)
@@ -66,6 +116,14 @@ class Tokenizer:
     @property
     def eos_id(self) -> int | None:
         return self._special_id("eos_token")
+
+    @functools.cached_property
+    def eos_ids(self) -> tuple[int, ...]:
+        """All ends of sequence that the files name: eos_id, other ends of a turn, those of generation_config.json."""
+        named = [self._special_id(name) for name in ("eos_token", "eot_token", "eom_token")]
+        listed = read_json(self.files, "generation_config.json").get("eos_token_id")
+        named += listed if isinstance(listed, list) else [listed]
+        return tuple(dict.fromkeys(i for i in named if type(i) is int and i >= 0))
 
     @property
     def bos_id(self) -> int | None:
@@ -111,17 +169,37 @@ class Tokenizer:
         return None if token is None else self.token_to_id(token)
 
 
+def parse_add_bos(value: str | bool) -> str | bool:
+    """A flag's or config's add_bos as a value of ADD_BOS. Raises InputError on another one."""
+    if isinstance(value, bool | str) and (name := str(value).lower()) in ADD_BOS:
+        return ADD_BOS[name]
+    raise InputError(f"add_bos={value!r}, expected {', '.join(ADD_BOS)}")
+
+
+def trained_with(lineage: dict | None) -> str | bool:
+    """The add_bos that the training runs in a checkpoint's lineage chose, the last first; "auto" if none did."""
+    while isinstance(lineage, dict):
+        chosen = lineage.get("config", {}).get("data", {}).get("add_bos", "auto")
+        if chosen != "auto":
+            return parse_add_bos(chosen)
+        lineage = lineage.get("source")
+    return "auto"
+
+
 def load_tokenizer(directory: str) -> Tokenizer:
     """Tokenizer of a Hugging Face folder or of a converted checkpoint (its tokenizer/ folder).
 
     Raises InputError naming the folder or file if there is none or it cannot be read.
     """
-    folder = epath.Path(directory)
+    folder, add_bos = epath.Path(directory), "auto"
     if (folder / "tokenizer" / "tokenizer.json").is_file():
+        if (config := folder / "config.json").is_file():
+            files = {"config.json": config.read_bytes()}
+            add_bos = trained_with(read_json(files, "config.json", directory).get("lineage"))
         folder = folder / "tokenizer"
     if not (folder / "tokenizer.json").is_file():
         raise InputError(f"{directory}: no tokenizer.json")
-    return from_files(read_files(folder), str(folder))
+    return from_files(read_files(folder), str(folder)).with_bos(add_bos)
 
 
 def read_files(folder: epath.Path) -> dict[str, bytes]:

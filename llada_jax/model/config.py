@@ -4,6 +4,7 @@ One `ModelConfig` covers Llama, Qwen2, Qwen3, Qwen3-MoE, Ling-2.0 and LLaDA2.x: 
 """
 
 import dataclasses
+from collections.abc import Iterable
 
 from llada_jax.errors import InputError
 
@@ -72,7 +73,8 @@ class ModelConfig:
     # What diffusion adds.
     alignment: str = "same"  # "same": position i's logits predict token i; "shifted": position i-1's do
     mask_token_id: int | None = None
-    eos_token_id: int | None = None
+    eos_token_id: int | None = None  # the first of the ends of sequence ...
+    other_eos_token_ids: tuple[int, ...] = ()  # ... and all others: decoding stops at any of them
     pad_token_id: int | None = None
 
     def __post_init__(self):
@@ -85,11 +87,22 @@ class ModelConfig:
         return self.num_experts > 0
 
     @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """All ends of sequence, without repeats."""
+        first = () if self.eos_token_id is None else (self.eos_token_id,)
+        return tuple(dict.fromkeys((*first, *self.other_eos_token_ids)))
+
+    @property
     def layer_groups(self) -> dict[str, range]:
         """Runs of equal layers, stacked for scan: {"dense": layers with an MLP, "sparse": layers with experts}."""
         first_sparse = self.num_dense_layers if self.is_moe else self.num_layers
         groups = {"dense": range(first_sparse), "sparse": range(first_sparse, self.num_layers)}
         return {name: layers for name, layers in groups.items() if layers}
+
+    def with_ends(self, ids: Iterable[int]) -> "ModelConfig":
+        """The model with these ends of sequence after its own."""
+        first, *others = dict.fromkeys((*self.eos_token_ids, *ids)) or [None]
+        return self.replace(eos_token_id=first, other_eos_token_ids=tuple(others))
 
     def replace(self, **changes) -> "ModelConfig":
         return dataclasses.replace(self, **changes)
@@ -117,6 +130,7 @@ class ModelConfig:
             raise InputError(f"model config: unknown field {unknown[0]!r}")
         if values.get("rope_scaling"):
             values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
+        values["other_eos_token_ids"] = tuple(values.get("other_eos_token_ids", ()))  # older checkpoints have none
         try:
             return cls(**values)
         except TypeError as error:
@@ -142,6 +156,8 @@ def _check_config(c: ModelConfig) -> None:
     for field in ("mask_token_id", "eos_token_id", "pad_token_id"):
         value = getattr(c, field)
         _check(field, value, value is None or 0 <= value < c.vocab_size, f"below vocab_size={c.vocab_size}")
+    others = c.other_eos_token_ids
+    _check("other_eos_token_ids", others, all(0 <= i < c.vocab_size for i in others), f"below {c.vocab_size=}")
     if c.is_moe:
         _check_moe(c)
 

@@ -22,7 +22,7 @@ from llada_jax.sampling.generate import (
     check_prompts,
     collect,
     cut,
-    eos_id_of,
+    eos_ids_of,
     pad,
     program_of,
     requests_of,
@@ -45,7 +45,7 @@ class Request:
 class Answer:
     """What one request got; `index` is its number in the stream. See sampling.generate.Generation.
 
-    text: of the tokens, without special ones; None without a tokenizer.
+    text: what the tokens add to the prompt's, without special ones; None without a tokenizer.
     """
 
     index: int
@@ -202,13 +202,13 @@ def _finished(config, state: State, running: dict, block: int, tokenizer, on_tok
         tokens = np.asarray(state.tokens)
         for row, run in running.items():
             if not finished[row]:
-                known = cut(tokens[row, len(run.prompt) : start[row]], eos_id_of(config, run.request.config))
+                known = cut(tokens[row, len(run.prompt) : start[row]], eos_ids_of(config, run.request.config))
                 run.tell(known, on_tokens)
     if not done:
         return
     runs = [running.pop(row) for row in done]
     configs = [run.request.config for run in runs]
-    eos_ids = [eos_id_of(config, g) for g in configs]
+    eos_ids = [eos_ids_of(config, g) for g in configs]
     out = collect(state, np.array(done), [len(run.prompt) for run in runs], configs, eos_ids, block)
     for i, run in enumerate(runs):
         if on_tokens is not None:
@@ -216,7 +216,7 @@ def _finished(config, state: State, running: dict, block: int, tokenizer, on_tok
         yield Answer(
             index=run.index,
             tokens=out.tokens[i],
-            text=None if tokenizer is None else tokenizer.decode(out.tokens[i], skip_special_tokens=True),
+            text=None if tokenizer is None else tokenizer.text.text_after(run.prompt, out.tokens[i]),
             prefill_passes=int(out.prefill_passes[i]),
             forward_passes=int(out.forward_passes[i]),
             commit_passes=int(out.commit_passes[i]),

@@ -264,7 +264,7 @@ def _ended(program, requests: Requests, generated, tokens, left, written, full) 
 
     Earlier blocks hold none, or the row would have stopped there.
     """
-    ends = generated & ~left & (tokens == requests.eos_id[:, None])
+    ends = generated & ~left & (tokens[:, :, None] == requests.eos_ids[:, None]).any(-1)
     between_blocks = full & ends.any(-1)
     if program.rule == "llada2.1":  # as its reference, only when asked to
         return between_blocks & requests.eos_early_stop

@@ -24,8 +24,9 @@ class GenerateConfig:
 
     gen_length: most tokens of an answer. block_length: tokens decoded together. steps: most steps a block may take
     ("llada2", "fixed"). threshold: probability above which a token is accepted (above 1: the schedule decides).
-    temperature 0 is argmax. mask_id, eos_id: None is the checkpoint's; eos_id -1 never stops. eos_early_stop: stop
-    inside a block once all before the first end of sequence is written. rule: sampling/accept.py; "llada2.1" also
+    temperature 0 is argmax. mask_id: None is the checkpoint's. eos_id: what ends an answer; None is any of the
+    checkpoint's ends of sequence, -1 nothing. eos_early_stop: stop inside a block once all before the first end of
+    sequence is written. rule: sampling/accept.py; "llada2.1" also
     edits written tokens whose prediction changed with probability above editing_threshold (0: always), for at most
     max_post_steps steps after a block is full. entropy_bound: nats that "entropy" may write in a step.
     """
@@ -130,7 +131,7 @@ def generate(
     if fuse_share is None:
         fuse_share = second_block_price(config, len(prompts), program.block_length)
     state = decode(params, config, program, requests, pad(prompts, canvas), fuse_share, prefill_length)
-    return collect(state, np.arange(len(prompts)), lengths, configs, requests.eos_id, program.block_length)
+    return collect(state, np.arange(len(prompts)), lengths, configs, requests.eos_ids, program.block_length)
 
 
 def program_of(config: ModelConfig, configs, execution: Execution = Execution()) -> Program:
@@ -174,7 +175,7 @@ def requests_of(config: ModelConfig, lengths: np.ndarray, configs: Sequence[Gene
         editing_threshold=field(np.float32, lambda g: g.editing_threshold),
         max_post_steps=field(np.int32, lambda g: g.max_post_steps),
         entropy_bound=field(np.float32, lambda g: g.entropy_bound),
-        eos_id=field(np.int32, lambda g: eos_id_of(config, g)),
+        eos_ids=field(np.int32, lambda g: eos_ids_of(config, g)),
         eos_early_stop=field(bool, lambda g: g.eos_early_stop),
         sampling=Sampling(
             temperature=field(np.float32, lambda g: g.temperature),
@@ -194,12 +195,12 @@ def pad(prompts: Sequence[np.ndarray], canvas: int) -> np.ndarray:
 
 
 def collect(state: State, rows, lengths, configs, eos_ids, block_length: int) -> Generation:
-    """The answers of finished `rows` [n] of a state; prompt lengths [n], their configs and eos ids [n]."""
+    """The answers of finished `rows` [n] of a state; prompt lengths [n], their configs and eos ids [n, ends]."""
     canvas = jax.device_get((state.tokens, state.steps, state.confidence))
     counts = jax.device_get((state.denoising_passes, state.commit_passes, state.positions))
     tokens, steps, confidence = [], [], []
-    for row, start, g, eos_id in zip(rows, lengths, configs, eos_ids, strict=True):
-        answer = cut(canvas[0][row, start : start + g.gen_length], eos_id)
+    for row, start, g, ends in zip(rows, lengths, configs, eos_ids, strict=True):
+        answer = cut(canvas[0][row, start : start + g.gen_length], ends)
         span = slice(start, start + len(answer))
         tokens.append(answer)
         steps.append(canvas[1][row, span])
@@ -210,9 +211,9 @@ def collect(state: State, rows, lengths, configs, eos_ids, block_length: int) ->
     return Generation(tokens, denoising, commit, prefill, steps, confidence, (positions + prefilled).astype(np.int32))
 
 
-def cut(answer: np.ndarray, eos_id: int) -> np.ndarray:
+def cut(answer: np.ndarray, eos_ids: Sequence[int]) -> np.ndarray:
     """Up to and including the first end of sequence."""
-    ends = np.flatnonzero(answer == eos_id)
+    ends = np.flatnonzero(np.isin(answer, eos_ids))
     return answer[: ends[0] + 1] if len(ends) else answer
 
 
@@ -227,10 +228,10 @@ def _mask_id(config: ModelConfig, g: GenerateConfig) -> int:
     return mask_id
 
 
-def eos_id_of(config: ModelConfig, g: GenerateConfig) -> int:
-    """The end of sequence that stops a request; -1 is none."""
-    eos_id = config.eos_token_id if g.eos_id is None else g.eos_id
-    return -1 if eos_id is None else eos_id
+def eos_ids_of(config: ModelConfig, g: GenerateConfig) -> list[int]:
+    """The ends of sequence that stop a request; -1 is none. Of one length for all requests to a model."""
+    ids = list(config.eos_token_ids) if g.eos_id is None else [g.eos_id]
+    return ids + [-1] * (max(len(config.eos_token_ids), 1) - len(ids))
 
 
 def check_prompts(config: ModelConfig, prompts) -> list[np.ndarray]:

@@ -35,7 +35,7 @@ class Program:
 @flax.struct.dataclass
 class Requests:
     """What each row was asked for, [rows]: int32, but float32 threshold, editing_threshold and entropy_bound, and bool
-    eos_early_stop. row_end: end of its last block. eos_id -1 never stops.
+    eos_early_stop. row_end: end of its last block. eos_ids [rows, ends]: tokens that end an answer; -1 is none.
     """
 
     prompt_length: jax.Array
@@ -45,7 +45,7 @@ class Requests:
     editing_threshold: jax.Array
     max_post_steps: jax.Array
     entropy_bound: jax.Array
-    eos_id: jax.Array
+    eos_ids: jax.Array
     eos_early_stop: jax.Array
     sampling: Sampling
 
@@ -103,7 +103,7 @@ def empty_state(config: ModelConfig, program: Program, rows: int, canvas: int, d
     f, no = zeros(rows, dtype=jnp.float32), zeros(rows, dtype=bool)
     requests = Requests(
         prompt_length=n, row_end=n, steps=n + 1, threshold=f, editing_threshold=f, max_post_steps=n, entropy_bound=f,
-        eos_id=n, eos_early_stop=no,
+        eos_ids=zeros(rows, max(len(config.eos_token_ids), 1)), eos_early_stop=no,
         sampling=Sampling(f, n, f + 1, jax.vmap(functools.partial(jax.random.key, impl=KEYS))(n)),
     )  # fmt: skip
 

@@ -300,9 +300,9 @@ def _load_tokenizer(directory: epath.Path):
     contents = read_tokenizer_files(directory)
     if not contents:
         return None
-    from llada_jax.interop.tokenizer import from_files
+    from llada_jax.interop.tokenizer import from_files, trained_with
 
-    return from_files(contents, f"{directory}/tokenizer")
+    return from_files(contents, f"{directory}/tokenizer").with_bos(trained_with(read_header(directory)["lineage"]))
 
 
 def open_weights(directory: epath.Path) -> files.TensorReader | MergedReader:

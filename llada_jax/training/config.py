@@ -44,6 +44,9 @@ def default_config(model: str) -> ConfigDict:
     data.source = ""  # or: a folder of text, packed once into data.cache
     data.patterns = ()  # more files of data.source to read as plain text, e.g. ("*.py", "*.md")
     data.tokenizer = ""  # for data.source: a folder; "" is init_from's; "bytes": one token a byte
+    data.add_bos = (
+        "auto"  # how documents begin, "true" or "false"; "auto": as init_from was trained, else the tokenizer
+    )
     data.cache = ""  # "" is WORKDIR/data
     data.length = 256
     data.held_out_rows = 16  # the last rows of each dataset are for evaluation only

@@ -27,14 +27,18 @@ class Component:
 
 
 def open_rows(
-    config: ConfigDict, sources: Sequence[tuple[str, Fraction]], tokenizer: Tokenizer | None
+    config: ConfigDict,
+    sources: Sequence[tuple[str, Fraction]],
+    tokenizer: Tokenizer | None,
+    ends: Sequence[int] | None = None,
 ) -> tuple[Order, Batch, tuple[Component, ...]]:
-    """Opens the training rows and reads the held-out ones. sources: (folder, share) of each component.
+    """Opens the training rows and reads the held-out ones. sources: (folder, share) of each component. ends: the
+    model's ends of sequence, among which that of the rows must be; None takes any.
 
     Of every component the last data.held_out_rows are held out, of which evaluation.rows are read. Raises InputError
     naming the folder that does not fit.
     """
-    opened = [_open(config, path, component, tokenizer) for component, (path, _) in enumerate(sources)]
+    opened = [_open(config, path, component, tokenizer, ends) for component, (path, _) in enumerate(sources)]
     training = [rows for rows, _ in opened]
     rows = training[0]
     if len(sources) > 1:
@@ -51,7 +55,9 @@ def open_rows(
     return rows, jax.tree.map(lambda *parts: np.concatenate(parts), *held_out), tuple(components)
 
 
-def _open(config: ConfigDict, path: str, component: int, tokenizer: Tokenizer | None) -> tuple[Rows, Rows]:
+def _open(
+    config: ConfigDict, path: str, component: int, tokenizer: Tokenizer | None, ends: Sequence[int] | None
+) -> tuple[Rows, Rows]:
     """(training rows, held-out rows) of a component."""
     data, dataset = config.data, read_dataset(path)
     stored = dataset["rows"]
@@ -67,7 +73,27 @@ def _open(config: ConfigDict, path: str, component: int, tokenizer: Tokenizer | 
     _check_kind(config, path, dataset)
     if tokenizer is not None and dataset["tokenizer_digest"] != tokenizer.digest:
         raise InputError(f"{path}: packed with another tokenizer than the checkpoint's")
+    _check_ends(path, dataset, tokenizer, ends)
     return rows, held_out
+
+
+def _check_ends(path: str, dataset: dict, tokenizer: Tokenizer | None, ends: Sequence[int] | None) -> None:
+    """Documents must begin as the run's prompts will, and end in what the model stops at."""
+    if ends is not None and (end := dataset.get("eos_id")) is not None and end not in ends:
+        raise InputError(f"{path}: documents end in id {end}, which is none of the model's ends of sequence {[*ends]}")
+    if tokenizer is None:
+        return
+    begins, wanted = dataset.get("add_bos"), tokenizer.adds_bos
+    if begins is None and wanted:
+        print(
+            f"{path}: its documents have no beginning of sequence (packed before --add_bos), prompts will", flush=True
+        )
+    elif begins not in (None, wanted):
+        found, expected = ("with" if each else "without" for each in (begins, wanted))
+        raise InputError(
+            f"{path}: documents begin {found} a beginning of sequence, this run's prompts {expected} one; "
+            f"pack with --add_bos={str(wanted).lower()}, or set config.data.add_bos={str(begins).lower()}"
+        )
 
 
 def _names(paths: Sequence[str]) -> list[str]:

@@ -16,7 +16,7 @@ from llada_jax.data.byte_tokenizer import byte_tokenizer
 from llada_jax.data.mixture import parse_mixture
 from llada_jax.data.order import Batch, Order
 from llada_jax.errors import InputError
-from llada_jax.interop.tokenizer import Tokenizer, load_tokenizer
+from llada_jax.interop.tokenizer import Tokenizer, load_tokenizer, parse_add_bos
 from llada_jax.model import parameters
 from llada_jax.model.config import ModelConfig, preset
 from llada_jax.model.lora import Lora
@@ -51,7 +51,9 @@ def open_inputs(config: ConfigDict, workdir: Path) -> Inputs:
     source = open_source(config.init_from) if config.init_from else None
     model, tokenizer = _model(config, source)
     lora = open_lora(config, model, source.directory) if config.lora.rank else None
-    rows, held_out, components = open_rows(config, _datasets(config, workdir, tokenizer), tokenizer)
+    rows, held_out, components = open_rows(
+        config, _datasets(config, workdir, tokenizer), tokenizer, model.eos_token_ids
+    )
     return Inputs(model, lora, tokenizer, source, rows, held_out, components)
 
 
@@ -104,6 +106,8 @@ def _model(config: ConfigDict, source: Source | None) -> tuple[ModelConfig, Toke
         tokenizer = load_tokenizer(config.data.tokenizer)
         mask_id = expected.mask_token_id if tokenizer.mask_id is None else tokenizer.mask_id
         model = model.replace(mask_token_id=mask_id, eos_token_id=tokenizer.eos_id)
+    if tokenizer is not None:
+        tokenizer = _checked(config, model, tokenizer)
     if config.alignment:
         model = model.replace(alignment=config.alignment)
     model = settings.extended(config, model)
@@ -115,6 +119,24 @@ def _model(config: ConfigDict, source: Source | None) -> tuple[ModelConfig, Toke
             "--mask_token_id=N or --add_mask_token"
         )
     return model, tokenizer
+
+
+def _checked(config: ConfigDict, model: ModelConfig, tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer that begins documents as the run asks for. Raises InputError when the model would not stop at the
+    end of sequence that they end in.
+    """
+    try:
+        add_bos = parse_add_bos(config.data.add_bos)
+        tokenizer = tokenizer if add_bos == "auto" else tokenizer.with_bos(add_bos)
+    except InputError as error:
+        raise InputError(f"config.data.{error}") from error
+    if tokenizer.eos_id not in (None, *model.eos_token_ids):
+        raise InputError(
+            f"{config.init_from or config.data.tokenizer}: documents end in {tokenizer.special_tokens['eos_token']!r} "
+            f"(id {tokenizer.eos_id}), at which the model does not stop: its ends of sequence are "
+            f"{list(model.eos_token_ids)}; import it again"
+        )
+    return tokenizer
 
 
 def _datasets(config: ConfigDict, workdir: Path, tokenizer: Tokenizer | None) -> list[tuple[str, Fraction]]:
@@ -138,7 +160,8 @@ def _packed(config: ConfigDict, workdir: Path, tokenizer: Tokenizer | None) -> s
     from llada_jax.data.sources import list_files
 
     files = [(file.name, file.bytes) for file in list_files(data.source, patterns=data.patterns)]
-    settings = json.dumps([files, data.length, tokenizer.digest]).encode()
+    begins = ["add_bos"] if tokenizer.adds_bos else []
+    settings = json.dumps([files, data.length, tokenizer.digest, *begins]).encode()
     cache = Path(data.cache) if data.cache else workdir / "data"
     out = cache / hashlib.sha256(settings).hexdigest()[:16]
     log = sys.stderr if jax.process_index() == 0 else None

@@ -1,0 +1,160 @@
+"""The text of tokens inside a text: the bytes that each stands for, and an answer behind its prompt.
+
+Decoders treat the beginning of what they are given as the beginning of a text: SentencePiece-like ones take a space
+off. So what follows a prompt must not be decoded on its own. Nor does decoding show the bytes of a token that holds
+part of a character.
+"""
+
+import functools
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+
+import tokenizers
+
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_CONTEXT = 8  # tokens of a prompt that a decoder of another kind is shown before an answer: they have effects on none
+
+
+def byte_characters() -> list[str]:
+    """The printable character that byte-level BPE uses for each byte (GPT-2's table)."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    others = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+class TokenText:
+    """Text and bytes of the tokens of a backend. Special tokens, and ids that it does not know, have none."""
+
+    def __init__(self, backend: tokenizers.Tokenizer):
+        self._backend = backend
+        self._special = {i: token for i, token in backend.get_added_tokens_decoder().items() if token.special}
+        decoder = json.loads(backend.to_str())["decoder"]
+        spell = _spelling(decoder)
+        self._spell = None if spell is None else functools.cache(lambda i: self._own(i, spell))
+
+    def __reduce__(self):  # for processes that tokenise: what is remembered stays here
+        return TokenText, (self._backend,)
+
+    def _own(self, token_id: int, spell: Callable[[str], bytes]) -> bytes:
+        token = None if token_id in self._special else self._backend.id_to_token(token_id)
+        return b"" if token is None else spell(token)
+
+    @functools.cached_property
+    def begins_with(self) -> int:
+        """Bytes that encoding puts in front of a text: the space before the first word, of SentencePiece-like ones."""
+        ids = self._backend.encode("a", add_special_tokens=False).ids
+        return 0 if self._spell is None else max(sum(len(self._spell(i)) for i in ids) - 1, 0)
+
+    def count_bytes(self, ids: Sequence[int], chosen: Sequence[bool], begins: bool) -> int:
+        """UTF-8 bytes of the text of the `chosen` ones of consecutive tokens; begins: of a text, not inside one.
+
+        A token of byte-level BPE or byte fallback has its own bytes, parts of characters too; one of SentencePiece a
+        space for each "▁", but for that which encoding puts before the first word. Other tokens have what they add to
+        the text before them.
+        """
+        ids = [int(i) for i in ids]
+        if self._spell is None:
+            sizes = [0, *(len(self._decode(ids[: stop + 1]).encode()) for stop in range(len(ids)))]
+            return sum(sizes[i + 1] - sizes[i] for i, wanted in enumerate(chosen) if wanted)
+        total = sum(len(self._spell(i)) for i, wanted in zip(ids, chosen, strict=True) if wanted)
+        first = next((at for at, i in enumerate(ids) if self._spell(i)), None)
+        return total - self.begins_with if begins and first is not None and chosen[first] else total
+
+    def text_after(self, before: Sequence[int], ids: Sequence[int], skip_special: bool = True) -> str:
+        """What `ids` add to the text of the ids `before` them: the text of both less that of the first.
+
+        With skip_special=False special tokens are written out. A character that `ids` leave incomplete is U+FFFD; one
+        that `before` leaves so is completed.
+        """
+        ids = [int(i) for i in ids]
+        if self._spell is None:
+            return self._in_context(before, ids, skip_special)
+        end = self._bytes_before_end(before)
+        if not end and not any(i in self._special and not skip_special for i in before):
+            return self._decode(ids, skip_special)  # the beginning of the text
+        spelled = (self._special[i].content.encode() if i in self._special and not skip_special else self._spell(i)
+                   for i in ids)  # fmt: skip
+        return (_incomplete(end) + b"".join(spelled)).decode("utf-8", "replace")
+
+    def piece(self, before: Sequence[int], token_id: int) -> str:
+        """One token behind those `before` it, to be shown: a special one by its name, part of a character U+FFFD."""
+        name = self._special.get(int(token_id))
+        if name is not None or self._spell is None:
+            return self._in_context(before, [int(token_id)], name is None)
+        return self._spell(int(token_id)).decode("utf-8", "replace")
+
+    def _decode(self, ids: list[int], skip_special: bool = True) -> str:
+        return self._backend.decode(ids, skip_special_tokens=skip_special)
+
+    def _bytes_before_end(self, ids: Sequence[int]) -> bytes:
+        """The last bytes of the text of `ids`, enough for an incomplete character; b"" if there is no text."""
+        found = b""
+        for i in reversed(ids):
+            found = self._spell(int(i)) + found
+            if len(found) >= 4:
+                break
+        return found
+
+    def _in_context(self, before: Sequence[int], ids: list[int], skip_special: bool) -> str:
+        """By decoding twice, behind the last tokens of `before` that have text: what is farther away has no effect."""
+        start, left = len(before), _CONTEXT
+        while start and left:
+            start -= 1
+            left -= int(before[start]) not in self._special
+        context = [int(i) for i in before[start:]]
+        prompt, whole = (self._decode(each, skip_special) for each in (context, context + ids))
+        return whole[len(os.path.commonprefix([prompt, whole])) :]
+
+
+def _spelling(decoder: dict | None) -> Callable[[str], bytes] | None:
+    """How a decoder spells a token inside a text, or None where that depends on its neighbours."""
+    steps = [] if decoder is None else decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
+    kinds = [step["type"] for step in steps]
+    if kinds == ["ByteLevel"]:
+        bytes_of = {character: byte for byte, character in enumerate(byte_characters())}
+        return lambda token: _byte_level(token, bytes_of)
+    replacements = []
+    for at, step in enumerate(steps):
+        match step:
+            case {"type": "Replace", "pattern": {"String": old}, "content": new} if len(old) == 1:
+                replacements.append((old, new))
+            case {"type": "Metaspace", "replacement": old}:
+                replacements.append((old, " "))
+            case {"type": "Strip", "stop": 0} if "Fuse" in kinds[:at]:  # of the text, not of each token
+                pass
+            case {"type": "ByteFallback" | "Fuse"}:
+                pass
+            case _:
+                return None
+    if not replacements and "ByteFallback" not in kinds:
+        return None
+
+    def spell(token: str) -> bytes:
+        if "ByteFallback" in kinds and (byte := _BYTE.fullmatch(token)):
+            return bytes([int(byte[1], 16)])
+        for old, new in replacements:
+            token = token.replace(old, new)
+        return token.encode()
+
+    return spell
+
+
+def _byte_level(token: str, bytes_of: dict[str, int]) -> bytes:
+    try:
+        return bytes(bytes_of[character] for character in token)
+    except KeyError:  # an added token
+        return token.encode()
+
+
+def _incomplete(text: bytes) -> bytes:
+    """The bytes of a UTF-8 character that `text` ends with and does not complete."""
+    for size in range(1, min(3, len(text)) + 1):
+        first = text[-size]
+        if first >= 0xC0:
+            needed = 2 if first < 0xE0 else 3 if first < 0xF0 else 4
+            return text[-size:] if size < needed else b""
+        if first < 0x80:
+            break
+    return b""
