@@ -1,6 +1,7 @@
 """What lm-eval's tasks ask for, in our terms: how to decode, what of a context fits, where an answer ends."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Sequence
 
 from lm_eval.models.utils import normalize_gen_kwargs
@@ -13,7 +14,8 @@ _LEAST_SHARE = 8  # of max_length, the inverse: what must be left for the contex
 # Settings of others that change nothing at these values; at any other one they would, and are refused.
 _NEUTRAL = {
     "num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1, "length_penalty": 1, "typical_p": 1, "min_p": 0,
-    "frequency_penalty": 0, "presence_penalty": 0, "no_repeat_ngram_size": 0, "early_stopping": False, "use_cache": True,
+    "frequency_penalty": 0, "presence_penalty": 0, "no_repeat_ngram_size": 0, "early_stopping": False,
+    "use_cache": True,
 }  # fmt: skip
 # Settings of ours that requests which are decoded together need not share.
 _OURS = ("steps", "threshold", "eos_early_stop", "editing_threshold", "max_post_steps", "entropy_bound")
@@ -74,13 +76,12 @@ def continued(tokenizer: Tokenizer, messages: Sequence[dict], **variables) -> st
     As transformers' continue_final_message. Raises InputError where the template does not print that message.
     """
     *before, last = messages
-    if not isinstance(last.get("content"), str):
+    said = last.get("content")
+    if not isinstance(said, str):
         raise InputError("the message to be continued has no text")
-    text = tokenizer.apply_chat_template(
-        [*before, last | {"content": last["content"] + _CONTINUED}], False, **variables
-    )
+    text = tokenizer.apply_chat_template([*before, last | {"content": said + _CONTINUED}], False, **variables)
     end = text.rfind(_CONTINUED.strip())
-    if end < 0 or last["content"].strip() not in text:
+    if end < 0 or said.strip() not in text:
         raise InputError("the chat template leaves out the message to be continued")
     kept = text[end:].startswith(_CONTINUED)  # else the template cut the blanks off
     return text[:end] if kept else text[:end].rstrip()
@@ -112,7 +113,5 @@ def answer_text(
         start = place + len(thought_end)
     places = (place for stop in stops if stop and (place := written.find(stop, start)) >= 0)
     end = min(places, default=len(written))
-    answer = "".join(
-        character for character, is_shown in zip(written[start:end], shown[start:end], strict=True) if is_shown
-    )
+    answer = "".join(itertools.compress(written[start:end], shown[start:end]))
     return answer.lstrip() if start else answer
