@@ -118,8 +118,6 @@ def main(argv) -> None:
     if not all(size.isdigit() and int(size) > 0 for size in sizes):
         raise InputError(f"--block_sizes={','.join(_BLOCK_SIZES.value)}, expected positive integers (nelbo: or full)")
 
-    for path in (_OUTPUT.value, _RECORDS.value):
-        jsonl.prepare(path)
     if task in ("answers", *_ASKED):
         return _write(_answers(task, name))
 
@@ -190,6 +188,8 @@ def _answers(task: str, name: str) -> dict:
 def _load(path: str, tokenizer_digest: str | None = None):
     from llada_jax.training.checkpoint import load_checkpoint
 
+    for written in (_OUTPUT.value, _RECORDS.value):  # all flags are right by now, and hours of work lie ahead
+        jsonl.prepare(written)
     model = decoding.with_bos(load_checkpoint(path))
     if tokenizer_digest and model.tokenizer is not None and model.tokenizer.digest != tokenizer_digest:
         raise InputError(f"{_DATA.value}: packed with another tokenizer than that of {path}")

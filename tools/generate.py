@@ -61,10 +61,11 @@ def main(argv) -> None:
     if _SAVE.value and importlib.util.find_spec("matplotlib") is None:
         raise InputError("--save: matplotlib is not installed; pip install 'llada_jax[plot]'")
     rows = _read_rows(_INPUT.value) if _INPUT.value else None
-    jsonl.prepare(_OUTPUT.value)
 
     config = decoding.generate_config()
     configs = None if rows is None else [_config_of(config, place, row) for place, row in rows]
+
+    jsonl.prepare(_OUTPUT.value)
 
     from llada_jax.training.checkpoint import load_checkpoint  # after the flags are right: jax takes seconds
 

@@ -32,13 +32,14 @@ def decoding_of(settings: dict, defaults: GenerateConfig) -> tuple[GenerateConfi
         settings = dict(normalize_gen_kwargs(dict(settings), defaults.gen_length))
     except (TypeError, ValueError) as error:
         raise InputError(f"gen_kwargs {settings}: {error}") from error
-    length, sampled = settings.pop("max_gen_toks"), settings.pop("do_sample")
+    length, sampled, temperature = (settings.pop(name, None) for name in ("max_gen_toks", "do_sample", "temperature"))
+    temperature = 1.0 if temperature is None else temperature
     if length < 1:
         raise InputError(f"gen_kwargs: max_gen_toks={length}, expected at least 1")
-    stops = [*settings.pop("until"), *_listed(settings.pop("stop", None))]
+    stops = [stop for stop in [*settings.pop("until"), *_listed(settings.pop("stop", None))] if stop is not None]
     if wrong := [stop for stop in stops if not isinstance(stop, str)]:
         raise InputError(f"gen_kwargs: until={wrong[0]!r}, expected texts")
-    changes = {"gen_length": length, "temperature": settings.pop("temperature", 1.0) if sampled else 0.0}
+    changes = {"gen_length": length, "temperature": temperature if sampled else 0.0}
     top_k = settings.pop("top_k", None)
     changes |= {"top_k": None if top_k in (0, -1) else top_k, "top_p": settings.pop("top_p", None)}
     changes |= {name: settings.pop(name) for name in _OURS if name in settings}
@@ -111,7 +112,7 @@ def answer_text(
     start = 0
     if thought_end and (place := written.rfind(thought_end)) >= 0:
         start = place + len(thought_end)
+        start += len(written[start:]) - len(written[start:].lstrip())
     places = (place for stop in stops if stop and (place := written.find(stop, start)) >= 0)
     end = min(places, default=len(written))
-    answer = "".join(itertools.compress(written[start:end], shown[start:end]))
-    return answer.lstrip() if start else answer
+    return "".join(itertools.compress(written[start:end], shown[start:end]))
