@@ -101,17 +101,11 @@ def _answer_file(model, rows: list[dict], configs) -> None:
     )
     taken = {key for row in rows for key in row}  # by any of them, so that a name is the same in all
     for answer in answers:
-        rows[answer.index] |= {_free(key, taken): value for key, value in _record(answer).items()}
+        rows[answer.index] |= jsonl.beside(taken, _record(answer))
         done += 1
         if done % batch == 0 or done == count:
             print(f"{done}/{count} prompts, {usage.busy:.0%} of {batch} rows busy", flush=True)
     jsonl.write_values(_OUTPUT.value, rows)
-
-
-def _free(key: str, taken: set[str]) -> str:
-    while key in taken:
-        key = f"generated_{key}"
-    return key
 
 
 def _record(answer) -> dict:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from llada_jax.errors import InputError
@@ -31,6 +31,16 @@ def read_values(path: str | os.PathLike) -> Iterator[tuple[str, object]]:
                 except InputError as error:
                     raise InputError(f"{place}: {error}") from error
                 yield place, value
+
+
+def beside(taken: Collection[str], values: dict) -> dict:
+    """The values under names that are not taken: "generated_NAME" where NAME is."""
+    found = {}
+    for name, value in values.items():
+        while name in taken:
+            name = f"generated_{name}"
+        found[name] = value
+    return found
 
 
 def prepare(path: str | os.PathLike | None) -> None:
