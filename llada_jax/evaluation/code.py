@@ -60,9 +60,18 @@ def passes(problem: dict, answer: str) -> bool:
     task = {
         "program": problem["prompt"] + complete(answer),
         "function": problem["entry_point"],
-        "tests": f"{problem['prompt']}    pass\n\n{problem['test']}\n",  # some call functions of the prompt
+        "tests": f"{_whole(problem['prompt'])}\n\n{problem['test']}\n",  # some call functions of the prompt
     }
     return _ends_well("judge", json.dumps(task), _SECONDS, _MEMORY_BYTES)
+
+
+def _whole(prompt: str) -> str:
+    """A prompt as a program: with a body for its last function, if it has none."""
+    try:
+        compile(prompt, "prompt", "exec")
+    except SyntaxError:
+        return f"{prompt}    pass\n"
+    return prompt
 
 
 def complete(answer: str) -> str:
