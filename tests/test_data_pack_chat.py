@@ -82,10 +82,9 @@ def expected(source, tokenizer):
     for file, offset, row in records.read_rows(files, chat.COLUMNS):
         found = chat.tokenise(chat.prepare(records.parse_row(row), tokenizer), tokenizer)
         conversation = found[0] if found else None
-        if conversation is not None and conversation.ids[-1] != EOS and "input_ids" not in records.parse_row(row):
+        cut = conversation is not None and conversation.given and len(conversation.ids) == LENGTH
+        if conversation is not None and conversation.ids[-1] != EOS and not cut:
             conversation = with_end(conversation)
-        elif conversation is not None and conversation.ids[-1] != EOS and len(conversation.ids) != LENGTH:
-            conversation = with_end(conversation)  # ids that fill a row may have been cut there
         if conversation is None or len(conversation.ids) > LENGTH:
             unusable["no response" if conversation is None else "too long"] += 1
         else:

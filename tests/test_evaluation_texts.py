@@ -4,6 +4,7 @@ import json
 
 import pytest
 from data_helpers import write_rows
+from foreign_tokenizers import byte_level, llama_like, metaspace
 
 from llada_jax.data.byte_tokenizer import byte_tokenizer
 from llada_jax.errors import InputError
@@ -39,6 +40,31 @@ def test_the_first_token_of_a_text_has_no_bytes_where_it_has_no_likelihood(tmp_p
     (tmp_path / "a.txt").write_text("abc")
     batch = read_texts(str(tmp_path), TOKENIZER, 40)
     assert scored_bytes(batch, TOKENIZER, "same") == 3 and scored_bytes(batch, TOKENIZER, "shifted") == 2
+
+
+@pytest.mark.parametrize("alignment", ["same", "shifted"])
+@pytest.mark.parametrize("make", [llama_like, byte_level])
+def test_bytes_of_any_script_and_window_are_those_of_the_text(tmp_path, make, alignment):
+    """With a beginning of sequence the first token has a likelihood too, so nothing but the windows' own first tokens
+    is left out where the model predicts the next token."""
+    texts = ["吾輩は猫である。名前はまだ無い。" * 3, "the cat", "🙂🚀é", "семья несчастлива", "  x"]
+    path = write_rows(tmp_path / "a.jsonl", [{"text": text} for text in texts])
+    tokenizer = make(bos=True)
+    for length in (7, 30, 400):
+        batch = read_texts(path, tokenizer, length)
+        lost = 0
+        if alignment == "shifted":
+            first = [int(row[0]) for row in batch.ids[batch.goes_on]]
+            lost = sum(tokenizer.text.count_bytes([token], [True], False) for token in first)
+        assert scored_bytes(batch, tokenizer, alignment) == sum(len(text.encode()) for text in texts) - lost
+        assert not batch.supervised[batch.ids == tokenizer.bos_id].any()
+
+
+def test_the_first_words_space_is_no_byte_of_the_text(tmp_path):
+    for make in (llama_like, metaspace):
+        path = write_rows(tmp_path / "a.jsonl", [{"text": "the the"}, {"prompt": "the", "answer": " the"}])
+        batch = read_texts(path, make(bos=False), 40)
+        assert scored_bytes(batch, make(), "same") == len("the the") + len(" the")
 
 
 @pytest.mark.parametrize(

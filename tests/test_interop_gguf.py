@@ -129,3 +129,19 @@ def test_bad_files(tmp_path):
         path.write_bytes(path.read_bytes()[:size])
         with pytest.raises(InputError, match="bad.gguf: not a complete GGUF file"):
             convert.read_source(str(path))
+
+
+def test_every_end_and_the_beginning_that_llama_cpp_adds(tmp_path):
+    def change(writer):
+        writer.add_eot_token_id(4)
+        writer.add_bos_token_id(3)
+        writer.add_add_bos_token(True)
+
+    write_gguf(tmp_path / "a.gguf", change)
+    file = gguf.open_gguf(tmp_path / "a.gguf")
+    assert gguf.model_config(file).eos_token_ids == (3, 4)
+    found = tokenizer.from_files(gguf.tokenizer_files(file))
+    assert found.eos_ids == (3, 4) and found.encode_document("ab") == [3, 2]
+    write_gguf(tmp_path / "b.gguf", lambda writer: writer.add_bos_token_id(3))
+    plain = tokenizer.from_files(gguf.tokenizer_files(gguf.open_gguf(tmp_path / "b.gguf")))
+    assert plain.encode_document("ab") == [2]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -56,6 +57,16 @@ def test_special_tokens_are_left_out_or_written_out():
         assert tokenizer.text.text_after(the, [eos]) == ""
         assert tokenizer.text.text_after(the, [eos], skip_special=False).strip() == "</s>"
         assert tokenizer.text.text_after(the, [10**6]) == ""
+
+
+def test_a_named_end_is_special_whatever_the_backend_says():
+    for make in (llama_like, byte_level, words):
+        tokenizer = make(eos_token="the" if make is words else "he")
+        ids = [*tokenizer.encode("a"), tokenizer.eos_id]
+        assert tokenizer.text.text_after(ids[:-1], ids[-1:]) == "" and tokenizer.text.text_after([], ids[-1:]) == ""
+        assert tokenizer.text.count_bytes(ids[-1:], [True], False) == 0
+        assert tokenizer.text.piece(ids[:-1], ids[-1]).strip() == tokenizer.special_tokens["eos_token"]
+        assert pickle.loads(pickle.dumps(tokenizer)).text.text_after(ids[:-1], ids[-1:]) == ""
 
 
 def test_a_token_that_is_added_and_not_special_is_its_text():

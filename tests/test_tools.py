@@ -6,13 +6,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import GOLDENS
+from foreign_tokenizers import llama_like
 
 from llada_jax.data.byte_tokenizer import byte_tokenizer
 from llada_jax.data.pack import pack
 from llada_jax.interop.convert import import_checkpoint
 from llada_jax.interop.tokenizer import load_tokenizer
+from llada_jax.model import parameters
+from llada_jax.model.config import preset
+from llada_jax.training.checkpoint import write_weights
 
 ROOT = Path(__file__).parent.parent
 
@@ -45,6 +50,28 @@ def test_generate_a_prompt_and_draw_how_the_answer_filled(checkpoint, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("def f(") and "tokens per forward" in done.stdout and "0 commit" in done.stdout
     assert "block   2" in done.stdout and "steps" in (tmp_path / "filled.svg").read_text()
+
+
+def test_an_answer_is_printed_as_the_rest_of_its_prompts_text(tmp_path):
+    """Of a SentencePiece-like tokenizer, behind a beginning of sequence: when streamed, and of a file of prompts."""
+    tokenizer = llama_like(bos=True)
+    config = preset("tiny").replace(num_layers=1)
+    leaves = {name: np.zeros(p.shape, np.float32) for name, (p, _) in parameters.leaves(config).items()}
+    for name in ("embedding", "final_norm"):
+        leaves[name][:] = 1
+    leaves["head"][:, tokenizer.token_to_id("▁the")] = 1  # whatever comes before it
+    write_weights(tmp_path / "checkpoint", config, leaves.items(), tokenizer.files, {})
+    arguments = f"--checkpoint={tmp_path / 'checkpoint'}", "--gen_length=4", "--block_length=2"
+    done = run("generate", *arguments, "--prompt=the", "--trajectory")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("the the the the the\n") and done.stdout.count("·the") == 4
+    assert "1 prefill" in done.stdout  # of [<s> the]: a whole block
+    (tmp_path / "in.jsonl").write_text('{"prompt": "the"}\n')
+    arguments = *arguments, f"--input={tmp_path / 'in.jsonl'}", f"--output={tmp_path / 'out.jsonl'}"
+    for add_bos, passes in ((), 1), (("--add_bos=false",), 0):
+        assert run("generate", *arguments, *add_bos).returncode == 0
+        row = json.loads((tmp_path / "out.jsonl").read_text())
+        assert row["answer"] == " the the the the" and row["prefill_passes"] == passes
 
 
 def test_generate_from_jsonl_with_settings_of_each_line(checkpoint, tmp_path):

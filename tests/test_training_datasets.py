@@ -7,15 +7,17 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from foreign_tokenizers import llama_like
 
 from llada_jax.data import pack
 from llada_jax.data.byte_tokenizer import byte_tokenizer
 from llada_jax.data.mixture import parse_mixture
 from llada_jax.data.order import Rows
 from llada_jax.errors import InputError
+from llada_jax.model import parameters
 from llada_jax.model.config import PRESETS, preset
+from llada_jax.training import checkpoint, datasets, inputs, loop
 from llada_jax.training import config as settings
-from llada_jax.training import datasets, loop
 from llada_jax.training.metrics import TIMED
 
 LENGTH = 32
@@ -101,6 +103,30 @@ def test_what_does_not_fit_is_named(folders, tmp_path):
             loop.train(config_of(folders, **data), str(tmp_path / "run"), jax.devices()[:1])
     with pytest.raises(InputError, match="config.data.corrupt_share=1.0"):
         settings.check(config_of(folders, path="x", corrupt_share=1.0))
+
+
+def test_a_run_begins_and_ends_documents_as_its_model_does(tmp_path):
+    """The end of sequence of the tokenizer is one of the model's, or one line says which is not."""
+    model = PRESETS["small"].replace(vocab_size=512, eos_token_id=508)
+    leaves = {n: np.zeros(p.shape, np.float32) for n, (p, _) in parameters.leaves(model).items()}
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "a.txt").write_text("the cat " * 200)
+    for name, ends in (("fits", (2,)), ("older", ())):
+        config = model.replace(other_eos_token_ids=ends)
+        checkpoint.write_weights(tmp_path / name, config, leaves.items(), llama_like(bos=True).files, {})
+    for add_bos, first in (("auto", 1), ("true", 1), ("false", llama_like().token_to_id("▁the"))):
+        config = config_of(None, source=str(source), tokenizer="", held_out_rows=1, add_bos=add_bos)
+        config.init_from = str(tmp_path / "fits")
+        opened = inputs.open_inputs(config, tmp_path / "run")
+        assert opened.rows.read(0).ids[0] == first and opened.tokenizer.adds_bos == (first == 1)
+        assert inputs.lineage(config, opened)["config"]["data"]["add_bos"] == add_bos
+    config.data.add_bos = "yes"
+    with pytest.raises(InputError, match="^config.data.add_bos='yes', expected auto, true, false$"):
+        inputs.open_inputs(config, tmp_path / "run")
+    config.data.add_bos, config.init_from = "auto", str(tmp_path / "older")
+    with pytest.raises(InputError, match=r"older: documents end in '</s>' \(id 2\), .* are \[508\]; import it again"):
+        inputs.open_inputs(config, tmp_path / "run")
 
 
 def train(config, workdir):

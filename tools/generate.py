@@ -137,7 +137,7 @@ def _answer_one(model, prompt: list[int], config):
     def print_new(_, tokens):
         nonlocal printed
         known.extend(tokens.tolist())
-        text = model.tokenizer.text.text_after(prompt, known)
+        text = model.tokenizer.decode_after(prompt, known)
         if not text.endswith("\ufffd"):  # a character whose bytes have not all come yet
             print(text[len(printed) :], end="", flush=True)
             printed = text

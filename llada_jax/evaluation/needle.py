@@ -39,7 +39,7 @@ def _question(tokenizer: Tokenizer, context: int, depth: float, needles: int, dr
     numbers = [str(number) for number in draw.sample(range(10_000, 100_000), needles)]
     facts = [f"The magic number of {name} is {number}. " for name, number in zip(names, numbers, strict=True)]
     asked = f"\nWhat is the magic number of {names[0]}? Answer with the number alone."
-    room = context - sum(len(tokenizer.encode(text)) for text in (*facts, asked))
+    room = context - len(tokenizer.document_prefix) - sum(len(tokenizer.encode(text)) for text in (*facts, asked))
     filler = []
     while room > 0:
         filler.append(f"{draw.choice(_SUBJECTS)} {draw.choice(_VERBS)} {draw.choice(_OBJECTS)}. ")

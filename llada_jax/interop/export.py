@@ -16,6 +16,7 @@ from etils import epath
 from llada_jax.errors import InputError
 from llada_jax.interop import direct, hf_config
 from llada_jax.interop.huggingface import parse_dtype, source_name, stored_shape, transposed
+from llada_jax.interop.tokenizer import read_json
 from llada_jax.model import parameters
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.parameters import Parameter
@@ -69,11 +70,13 @@ def export_checkpoint(
     reader = checkpoint.open_weights(directory)
     to = None if dtype is None else parse_dtype(dtype)
     shards = _shards(_groups(config, reader, to), shard_bytes)
-    hf = hf_config.exported(config, source_config(lineage), shards[0][0].targets[0].dtype)
+    others = checkpoint.read_tokenizer_files(directory)
+    generation = read_json(others, "generation_config.json")
+    hf = hf_config.exported(config, source_config(lineage), shards[0][0].targets[0].dtype, generation)
     if modules := hf_config.remote_modules(hf):
         files_named = " and ".join(f"{name}.py" for name in modules)
         print(f"notice: transformers wants a copy of {files_named} in {out}; SGLang and dInfer do not")
-    small = {"config.json": (json.dumps(hf, indent=2) + "\n").encode(), **checkpoint.read_tokenizer_files(directory)}
+    small = {"config.json": (json.dumps(hf, indent=2) + "\n").encode(), **others}
     identity = identity_of(files.read_digests(directory).sha256, shard_bytes, dtype, hf)
     with partial(files.absolute(out), identity) as (folder, notes):
         total = sum(group.bytes for shard in shards for group in shard)

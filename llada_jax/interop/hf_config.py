@@ -296,12 +296,12 @@ def ends_of_sequence(hf: dict, generation: dict) -> list[int]:
     return list(dict.fromkeys([*preferred, *_tokens(hf, "eos_token_id")]))
 
 
-def exported(config: ModelConfig, source: dict, dtype: np.dtype) -> dict:
+def exported(config: ModelConfig, source: dict, dtype: np.dtype, generation: dict | None = None) -> dict:
     """config.json of an export: that of the folder the weights come from ({}: none), with what has changed since.
 
-    What differs from the source's: the dtype; ids of special tokens that it did not name; num_nextn_predict_layers,
-    as such layers are dropped on import; the alignment, where it is not that of the architecture. A Ling model whose
-    positions predict their own token is a LLaDA2 model, and so it is called.
+    generation: generation_config.json beside it. What differs from the source's: the dtype; ids of special tokens that
+    neither named; num_nextn_predict_layers, as such layers are dropped on import; the alignment, where it is not that
+    of the architecture. A Ling model whose positions predict their own token is a LLaDA2 model, and so it is called.
     Raises InputError naming the field that config.json cannot express for this architecture.
     """
     if config.architecture == "bailing_moe" and config.alignment == "same":
@@ -312,8 +312,8 @@ def exported(config: ModelConfig, source: dict, dtype: np.dtype) -> dict:
     except InputError:  # a GGUF file's metadata
         same = {}
     changed = {key: value for key, value in ours.items() if key not in same or same[key] != value}
-    if set(_tokens(source, "eos_token_id")) & set(config.eos_token_ids):
-        changed.pop("eos_token_id", None)  # the model's ends are those of generation_config.json and the tokenizer too
+    if set(ends_of_sequence(source, generation or {})) & set(config.eos_token_ids):
+        changed.pop("eos_token_id", None)  # what the folder says of them stays, each file as it was
     if "model_type" in changed and config.architecture == "llada2_moe":
         changed["auto_map"] = _LLADA2_AUTO_MAP
     if source.get("num_nextn_predict_layers"):

@@ -9,7 +9,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import tokenizers
 
@@ -25,17 +25,21 @@ def byte_characters() -> list[str]:
 
 
 class TokenText:
-    """Text and bytes of the tokens of a backend. Special tokens, and ids that it does not know, have none."""
+    """Text and bytes of the tokens of a backend. Special tokens, and ids that it does not know, have none.
 
-    def __init__(self, backend: tokenizers.Tokenizer):
+    named: ids that are special although the backend does not say so, as an end of sequence that is not an added token.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, named: Iterable[int] = ()):
         self._backend = backend
-        self._special = {i: token for i, token in backend.get_added_tokens_decoder().items() if token.special}
+        self._special = {i: token.content for i, token in backend.get_added_tokens_decoder().items() if token.special}
+        self._special |= {i: backend.id_to_token(i) for i in named}
         decoder = json.loads(backend.to_str())["decoder"]
         spell = _spelling(decoder)
         self._spell = None if spell is None else functools.cache(lambda i: self._own(i, spell))
 
     def __reduce__(self):  # for processes that tokenise: what is remembered stays here
-        return TokenText, (self._backend,)
+        return TokenText, (self._backend, tuple(self._special))
 
     def _own(self, token_id: int, spell: Callable[[str], bytes]) -> bytes:
         token = None if token_id in self._special else self._backend.id_to_token(token_id)
@@ -74,7 +78,7 @@ class TokenText:
         end = self._bytes_before_end(before)
         if not end and not any(i in self._special and not skip_special for i in before):
             return self._decode(ids, skip_special)  # the beginning of the text
-        spelled = (self._special[i].content.encode() if i in self._special and not skip_special else self._spell(i)
+        spelled = (self._special[i].encode() if i in self._special and not skip_special else self._spell(i)
                    for i in ids)  # fmt: skip
         return (_incomplete(end) + b"".join(spelled)).decode("utf-8", "replace")
 
@@ -86,7 +90,8 @@ class TokenText:
         return self._spell(int(token_id)).decode("utf-8", "replace")
 
     def _decode(self, ids: list[int], skip_special: bool = True) -> str:
-        return self._backend.decode(ids, skip_special_tokens=skip_special)
+        kept = [i for i in ids if not (skip_special and i in self._special)]
+        return self._backend.decode(kept, skip_special_tokens=skip_special)
 
     def _bytes_before_end(self, ids: Sequence[int]) -> bytes:
         """The last bytes of the text of `ids`, enough for an incomplete character; b"" if there is no text."""

@@ -93,14 +93,21 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """Text of ids, from the beginning of a text; ids that the tokenizer does not know (a padded vocabulary has
-        some) give nothing. What follows a prompt is for `text.text_after`.
+        some) give nothing. What follows a prompt is for `decode_after`.
         """
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+
+    def decode_after(self, prompt: Sequence[int], ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """What the ids of an answer add to the text of their prompt: the text of both less the prompt's, so that
+        SentencePiece-like tokenizers keep the space that the answer begins with.
+        """
+        return self.text.text_after(prompt, ids, skip_special_tokens)
 
     @functools.cached_property
     def text(self) -> TokenText:
         """Text and bytes of tokens that are not the beginning of a text: of answers behind their prompts."""
-        return TokenText(self.backend)
+        named = (self._special_id(name) for name in self.special_tokens)
+        return TokenText(self.backend, [i for i in named if i is not None])
 
     def id_to_token(self, token_id: int) -> str | None:
         return self.backend.id_to_token(token_id)

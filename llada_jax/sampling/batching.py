@@ -216,7 +216,7 @@ def _finished(config, state: State, running: dict, block: int, tokenizer, on_tok
         yield Answer(
             index=run.index,
             tokens=out.tokens[i],
-            text=None if tokenizer is None else tokenizer.text.text_after(run.prompt, out.tokens[i]),
+            text=None if tokenizer is None else tokenizer.decode_after(run.prompt, out.tokens[i]),
             prefill_passes=int(out.prefill_passes[i]),
             forward_passes=int(out.forward_passes[i]),
             commit_passes=int(out.commit_passes[i]),
