@@ -99,12 +99,12 @@ def answer_text(
     tokens. thought_end: only what follows its last occurrence is the answer.
     """
     tokens = [int(token) for token in tokens]
-    special = {i: token.content for i, token in tokenizer.backend.get_added_tokens_decoder().items() if token.special}
-    text = tokenizer.text.text_after(prompt, tokens)
+    special = {token: tokenizer.id_to_token(token) for token in set(tokens) if _is_special(tokenizer, prompt, token)}
+    text = tokenizer.decode_after(prompt, tokens)
     parts, shown, end = [], [], 0  # the text with its special tokens, and which of its characters are shown
     for number, token in enumerate(tokens):
         if token in special:
-            place = len(tokenizer.text.text_after(prompt, tokens[:number]))
+            place = len(tokenizer.decode_after(prompt, tokens[:number]))
             parts += [text[end:place], special[token]]
             shown += [True] * (place - end) + [False] * len(special[token])
             end = place
@@ -116,3 +116,8 @@ def answer_text(
     places = (place for stop in stops if stop and (place := written.find(stop, start)) >= 0)
     end = min(places, default=len(written))
     return "".join(itertools.compress(written[start:end], shown[start:end]))
+
+
+def _is_special(tokenizer: Tokenizer, prompt: Sequence[int], token: int) -> bool:
+    shown, written = (tokenizer.decode_after(prompt, [token], skip) for skip in (True, False))
+    return not shown and bool(written)
