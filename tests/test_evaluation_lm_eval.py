@@ -2,7 +2,9 @@
 
 import os
 import re
+import runpy
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -245,6 +247,24 @@ def test_bad_arguments_are_named(model, monkeypatch, options, message):
     monkeypatch.setattr(lm_eval, "load_checkpoint", lambda path: model)
     with pytest.raises(InputError, match=re.escape(message)):
         lm_eval.LLaDAJax(**{"checkpoint": "somewhere"} | options)
+
+
+def test_the_command_says_what_is_wrong_in_one_line(monkeypatch, capsys):
+    import lm_eval.__main__
+    from lm_eval.api import registry
+
+    def command(main):
+        monkeypatch.setattr(lm_eval.__main__, "cli_evaluate", main)
+        monkeypatch.setattr(registry, "model_registry", type(registry.model_registry)("model"), raising=False)
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_module("llada_jax.evaluation.lm_eval", run_name="__main__")
+        return ended.value.code, capsys.readouterr().err
+
+    code, said = command(lambda: registry.get_model("llada_jax").create_from_arg_string("checkpoint=x,max_lenght=4"))
+    assert code == 2 and said.startswith("error: unknown model argument max_lenght: did") and said.count("\n") == 1
+    monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)  # as where it is not installed
+    code, said = command(None)
+    assert code == 2 and said.startswith("error: lm-eval is not installed") and said.count("\n") == 1
 
 
 def test_bad_settings_are_named(build, model):
