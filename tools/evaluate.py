@@ -29,8 +29,8 @@ to the end (20 questions by default). humaneval completes the 164 problems of th
 (--gen_length, --block_length, --threshold ...) is that of tools/generate.py.
 
 Any task: --seed changes every draw, of questions, noise and answers. --yarn=2 doubles the context that the model was
-made for, by YaRN. "peak_memory_bytes" of the result is the
-most that the fullest device held, or this process where devices do not say.
+made for, by YaRN. "peak_memory_bytes" of the result is the most that the fullest device held, or this process where
+devices do not say.
 """
 
 import dataclasses
