@@ -23,3 +23,20 @@ def test_a_bad_line_is_named(tmp_path, line, message):
         list(jsonl.read_values(path))
     with pytest.raises(InputError, match="none.jsonl: no such file"):
         list(jsonl.read_values(tmp_path / "none.jsonl"))
+
+
+def test_new_values_leave_the_keys_of_rows_alone():
+    values = {"answer": "new", "steps": [1], "tokens": 2}
+    assert jsonl.beside({"prompt"}, values) == values
+    found = jsonl.beside({"answer", "generated_answer", "steps"}, values)
+    assert found == {"generated_generated_answer": "new", "generated_steps": [1], "tokens": 2}
+
+
+def test_the_folder_of_a_file_is_there_before_its_rows(tmp_path):
+    jsonl.prepare(None)
+    jsonl.prepare(tmp_path / "a" / "b" / "c.jsonl")
+    assert (tmp_path / "a" / "b").is_dir() and not (tmp_path / "a" / "b" / "c.jsonl").exists()
+    (tmp_path / "file").touch()
+    for path, message in ((tmp_path / "file" / "x", "file/x: "), (tmp_path / "a", "a: a folder")):
+        with pytest.raises(InputError, match=message):
+            jsonl.prepare(path)

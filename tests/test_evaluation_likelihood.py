@@ -174,3 +174,17 @@ def test_block_size_1_is_exact_and_drawn_once(monkeypatch):
         for times, samples in (("stratified", 1), ("stratified", 4), ("antithetic", 2), ("independent", 3))
     }
     assert len(set(estimate.nats for estimate in found.values())) == 1 and len(passes) == 4
+
+
+def test_one_row_has_no_standard_error():
+    one = likelihood.summarize(np.array([[3.0], [0.0]]), np.array([2, 0]))  # the second row is padding
+    assert one.nats == 1.5 and one.stderr is None
+    two = likelihood.summarize(np.array([[3.0], [2.0]]), np.array([2, 2]))
+    assert two.stderr == pytest.approx(0.25)  # of 1.5 and 1.0 nats per token
+    assert likelihood.weighted_mean([one, two], [0.5, 0.5]).stderr is None
+
+
+def test_perplexity_beyond_floats_is_infinite():
+    found = likelihood.describe(likelihood.Estimate(800.0, None, 3), 7)
+    assert found["perplexity"] == math.inf and found["stderr"] is None and found["bits_per_byte"] > 0
+    assert likelihood.describe(likelihood.Estimate(2.0, 0.1, 3), None)["perplexity"] == pytest.approx(math.exp(2))

@@ -2,7 +2,9 @@
 
 import os
 import re
+import runpy
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 
 os.environ |= {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": tempfile.mkdtemp()}  # read when imported
+import foreign_tokenizers  # noqa: E402
 import lm_eval as harness  # noqa: E402
 
 from llada_jax.data.byte_tokenizer import byte_tokenizer  # noqa: E402
@@ -128,6 +131,140 @@ def test_answers_are_those_of_generate_up_to_the_stop(build, model):
     found = wrapper.generate_until(asked((prompts[0], settings | {"until": [stop]})), True)
     assert found == [texts[0].split(stop)[0]]
     assert wrapper.generate_until([], True) == []
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """The requests that were decoded, in their order."""
+    seen, real = [], lm_eval.serve
+
+    def spy(params, config, requests, *rest, **more):
+        seen.extend(requests)
+        return real(params, config, requests, *rest, **more)
+
+    monkeypatch.setattr(lm_eval, "serve", spy)
+    return seen
+
+
+def test_contexts_are_whole_or_cut_aloud(build, model, served, caplog):
+    """max_length is the model's; a context is cut on the left, with a warning, or there is an error that names both."""
+    wrapper = build(block_length=4)
+    assert wrapper.max_length == model.config.max_position_embeddings == 1024 and wrapper.max_gen_toks == 256
+    long, settings = "x" * 100 + "?", {"max_gen_toks": 8}
+    wrapper.generate_until(asked((long, settings)), True)
+    assert len(served.pop().prompt) == 101 and not caplog.records
+    with pytest.raises(InputError, match="max_gen_toks=2048 of max_length=1024 .* a context of 101: set --gen_kwargs"):
+        wrapper.generate_until(asked((long, {"max_gen_toks": 2048})), True)
+    build(block_length=4, max_length=64).generate_until(asked((long, settings), ("", settings)), True)
+    assert served[0].prompt.tolist() == [*long[-56:].encode()] and "1 of 2 contexts are cut" in caplog.text
+    assert served[1].prompt.tolist() == [model.tokenizer.eos_id]  # a shifted model needs a token to begin from
+    caplog.clear()
+    build(likelihood_block="ar", max_length=64).loglikelihood(asked((long, "a"), ("b", "a")), True)
+    assert "1 of 2 contexts are cut on the left to max_length=64" in caplog.text
+
+
+def test_what_was_asked_for_is_what_is_decoded(build, served):
+    wrapper = build(block_length=4, steps=4, rule="sglang", threshold=0.5, gen_length=4, seed=7)
+    kwargs = {"max_new_tokens": 3, "do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 20}
+    wrapper.generate_until(asked(("a", kwargs), ("b", {"max_gen_toks": 2})), True)
+    shared = {"block_length": 4, "steps": 4, "rule": "sglang", "threshold": 0.5}
+    assert served[0].config == GenerateConfig(3, temperature=0.6, top_p=0.95, top_k=20, **shared)
+    assert served[1].config == GenerateConfig(2, **shared) and [r.seed for r in served] == [(7, 0), (7, 1)]
+
+
+@pytest.mark.parametrize("batch_size", ["auto", "auto:4", 4, "2"])
+def test_batch_size(build, monkeypatch, batch_size):
+    """auto: fewer rows while the device has no room for more. A number is what it says."""
+    tried = []
+
+    def full(params, config, requests, rows, *rest, **more):
+        tried.append(rows)
+        if rows > 2:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating")
+        return [SimpleNamespace(index=i, tokens=request.prompt + 1) for i, request in enumerate(requests)]
+
+    monkeypatch.setattr(lm_eval, "serve", full)
+    wrapper = build(block_length=4, batch_size=batch_size, max_batch_size=6, device="cuda:0")
+    contexts = asked(*((c, {"max_gen_toks": 4}) for c in "abcdefgh"))
+    if batch_size == 4:
+        with pytest.raises(jax.errors.JaxRuntimeError):
+            wrapper.generate_until(contexts, True)
+        return
+    assert wrapper.generate_until(contexts, True) == [*"bcdefghi"]
+    assert tried == ([2] if batch_size == "2" else [6, 3, 1])
+
+
+def test_texts_begin_as_the_tokenizer_begins_them(model, monkeypatch):
+    def build(**options):
+        tokenizer = foreign_tokenizers.byte_level(bos=True)
+        monkeypatch.setattr(lm_eval, "load_checkpoint", lambda path: model._replace(tokenizer=tokenizer))
+        return lm_eval.LLaDAJax("somewhere", **options)
+
+    wrapper = build()
+    bos, plain = wrapper.prefix_token_id, wrapper.tok_encode("the", add_special_tokens=False)
+    assert wrapper.tok_encode("the") == [bos, *plain] == wrapper.tok_encode("<s>the") and bos not in plain
+    assert build(add_bos_token=False).tok_encode("the") == plain == build(add_bos="false").tok_encode("the")
+    assert build(add_bos=True).tok_encode("the") == [bos, *plain]
+    assert build(prefix_token_id=7).prefix_token_id == 7 and wrapper.eot_token_id == 2
+    with pytest.raises(InputError, match="prefix_token_id=99999"):
+        build(prefix_token_id=99999)
+    with pytest.raises(InputError, match="add_bos='yes'"):
+        build(add_bos="yes")
+
+
+def test_a_conversation_is_asked_or_continued(model, monkeypatch):
+    template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}[end]{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% if not enable_thinking %}[no]{% endif %}{% endif %}"
+    )
+    tokenizer = foreign_tokenizers.byte_level(chat_template=template)
+    monkeypatch.setattr(lm_eval, "load_checkpoint", lambda path: model._replace(tokenizer=tokenizer))
+    wrapper = lm_eval.LLaDAJax("somewhere")
+    turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "The answer is"}]
+    assert wrapper.apply_chat_template(turns, add_generation_prompt=False) == "[user]Q[end][assistant]The answer is"
+    assert wrapper.apply_chat_template(turns[:1]) == "[user]Q[end][assistant][no]"
+    assert wrapper.chat_template(True) == template and wrapper.chat_template(False) is None
+    thinking = lm_eval.LLaDAJax("somewhere", enable_thinking=True, chat_template_args='{"x": 1}')
+    assert thinking.apply_chat_template(turns[:1]) == "[user]Q[end][assistant]"
+    with pytest.raises(InputError, match="not chosen by name"):
+        wrapper.chat_template("tool_use")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"max_lenght": 64}, "unknown model argument max_lenght: did you mean max_length?"),
+        ({"pretrained": "x"}, "unknown model argument pretrained: known are checkpoint, "),
+        ({"checkpoint": None}, "checkpoint=DIR is required"), ({"max_length": 0}, "max_length=0"),
+        ({"max_length": "long"}, "max_length='long'"), ({"samples": 2.5}, "samples=2.5"), ({"seed": -1}, "seed=-1"),
+        ({"threshold": float("nan")}, "threshold=nan"), ({"batch_size": 0}, "batch_size=0"),
+        ({"batch_size": "all"}, "batch_size='all'"), ({"batch_size": "auto", "max_batch_size": 0}, "max_batch_size=0"),
+        ({"chat_template_args": "{"}, "malformed JSON"), ({"rule": "best"}, "rule='best'"),
+        ({"think_end_token": 99999}, "think_end_token=99999"),
+    ],
+)  # fmt: skip
+def test_bad_arguments_are_named(model, monkeypatch, options, message):
+    monkeypatch.setattr(lm_eval, "load_checkpoint", lambda path: model)
+    with pytest.raises(InputError, match=re.escape(message)):
+        lm_eval.LLaDAJax(**{"checkpoint": "somewhere"} | options)
+
+
+def test_the_command_says_what_is_wrong_in_one_line(monkeypatch, capsys):
+    import lm_eval.__main__
+    from lm_eval.api import registry
+
+    def command(main):
+        monkeypatch.setattr(lm_eval.__main__, "cli_evaluate", main)
+        monkeypatch.setattr(registry, "model_registry", type(registry.model_registry)("model"), raising=False)
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_module("llada_jax.evaluation.lm_eval", run_name="__main__")
+        return ended.value.code, capsys.readouterr().err
+
+    code, said = command(lambda: registry.get_model("llada_jax").create_from_arg_string("checkpoint=x,max_lenght=4"))
+    assert code == 2 and said.startswith("error: unknown model argument max_lenght: did") and said.count("\n") == 1
+    monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)  # as where it is not installed
+    code, said = command(None)
+    assert code == 2 and said.startswith("error: lm-eval is not installed") and said.count("\n") == 1
 
 
 def test_bad_settings_are_named(build, model):

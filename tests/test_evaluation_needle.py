@@ -26,6 +26,17 @@ def test_needles_lie_at_even_depths_in_texts_of_the_asked_length(needles):
         assert all(question.score(number) == 0 for name, number in facts.items() if name != asked)
 
 
+def test_the_number_and_no_other_is_the_answer():
+    question = needle_questions(TOKENIZER, 800, 1, needles=3, seed=4)[0]
+    asked = re.search(r"magic number of (\w+)\?", question.text).group(1)
+    facts = dict(re.findall(r"The magic number of (\w+) is (\d+)\.", question.text))
+    number, (other, *_) = facts.pop(asked), facts.values()
+    for answer in (number, f"{number}.", f"{number[:2]},{number[2:]}", f"It is **{number}**: {number}, found 1 time"):
+        assert question.score(answer) == 1, answer
+    for answer in (f"1{number}", f"{number}7", f"0.{number}", f"{number}.5", f"{number} or {other}", other, ""):
+        assert question.score(answer) == 0, answer
+
+
 def test_a_function_of_the_seed():
     texts = [[q.text for q in needle_questions(TOKENIZER, 500, 3, seed=seed)] for seed in (1, 1, 2)]
     assert texts[0] == texts[1] and not set(texts[0]) & set(texts[2])

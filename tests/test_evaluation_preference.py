@@ -44,6 +44,14 @@ def test_the_nelbo_of_chosen_answers_does_not_see_the_rejected_ones():
     assert a == b and a.tokens == (host_batch().supervised & (SEGMENTS % 2 == 1)).sum()
 
 
+def test_one_pair_has_no_standard_error():
+    policy = np.array([[[3.0, 1.0]]], np.float32)
+    found = compare(policy, np.zeros_like(policy), np.array([[1, 1, 2, 0]]), 0.5)
+    assert (found.accuracy, found.margin, found.variance, found.pairs) == (1, 1, None, 1)
+    assert found.accuracy_stderr is found.margin_stderr is found.variance_stderr is None
+    assert found.describe() == "accuracy 1.000 ± n/a   margin 1.0000 ± n/a   Var n/a ± n/a (1 pairs)"
+
+
 def test_numbers_and_standard_errors():
     """400 pairs of normal differences, in rows with room for more pairs than they have."""
     rng = np.random.default_rng(0)

@@ -132,6 +132,57 @@ def test_answers_by_pattern_and_the_part_that_counts(tmp_path):
         tasks.file_questions(str(path))
 
 
+def test_answers_of_files_are_graded_by_what_they_say(tmp_path):
+    path = tmp_path / "q.jsonl"
+    rows = [{"prompt": "a", "answer": text} for text in ("1,234", "", 1234, 0.5)] + [{"prompt": "a", "pattern": ".*"}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    for said, scores in (("1234.", [1, 0, 1, 0, 1]), ("", [0, 1, 0, 0, 1]), ("0.50", [0, 0, 0, 1, 1])):
+        assert [question.score(said) for question in tasks.file_questions(str(path))] == scores, said
+    marked = tasks.file_questions(str(path), extract=r"A: (\d+)|B: (\d+)")
+    for said, scores in (("B: 1234", [1, 0, 1, 0, 1]), ("1234", [0] * 5), ("A: 11234", [0, 0, 0, 0, 1])):
+        assert [question.score(said) for question in marked] == scores, said
+
+
+def questions_scored(*scorers):
+    return [tasks.Question(None, "abc"[: 1 + i], score) for i, score in enumerate(scorers)]
+
+
+def test_a_scorer_that_fails_is_counted_and_ends_nothing(model):
+    """It raises, exits, gives no number, or one that is out of range."""
+
+    def leave(answer):
+        raise SystemExit(0)
+
+    scorers = [lambda a: {}["x"], leave, lambda a: None, lambda a: float("nan"), lambda a: 2.0, lambda a: 1.0]
+    config = GenerateConfig(gen_length=4, block_length=4, threshold=0.0)
+    result, records = tasks.answer_questions(model, questions_scored(*scorers), config)
+    assert result.scorer_errors == 5 and result.score == pytest.approx(1 / 6) and result.questions == 6
+    assert [record["score"] for record in records] == [0, 0, 0, 0, 0, 1]
+    assert records[0]["error"] == "KeyError: 'x'" and "nan" in records[3]["error"] and "error" not in records[5]
+    with pytest.raises(InputError, match="no questions"):
+        tasks.answer_questions(model, [], config)
+
+
+def test_one_question_has_no_standard_error():
+    result = tasks.summarize([record(1.0, 3, 3)])
+    assert result.score_stderr is result.tokens_per_forward_stderr is None and result.score == 1
+
+
+def test_seeds_share_no_draws_however_many_questions_there_are(model):
+    """The same question again and again: its answers differ within a seed and across seeds and numbers of questions."""
+    config = GenerateConfig(gen_length=8, block_length=4, temperature=1.0)
+
+    def answers(count, seed):
+        questions = [tasks.Question(None, "a", lambda a: 1.0)] * count
+        return [record["answer"] for record in tasks.answer_questions(model, questions, config, 4, seed)[1]]
+
+    found = [answers(count, seed) for count, seed in ((4, 0), (2, 1), (3, 2), (2, 2**32 - 1))]
+    assert len({text for texts in found for text in texts}) == 11
+    assert answers(2, 0) == found[0][:2]
+    with pytest.raises(InputError, match=r"seed=\(-1, 0\)"):
+        answers(1, -1)
+
+
 def test_scores_are_given_by_group():
     result = tasks.summarize([record(1.0, 3, 3), record(0.0, 1, 3), record(1.0, 1, 1)])
     assert result.groups == {"3 passes": 0.5, "1 passes": 1.0} and result.positions_evaluated == 7

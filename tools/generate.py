@@ -11,11 +11,12 @@ step that wrote it; --save draws that as a picture (pip install -e '.[plot]').
 An input line is {"prompt": TEXT} or {"messages": [{"role": ..., "content": ...}, ...]} with "tools" if there are any
 (llada_jax/data/README.md), and may set "seed" and any of "gen_length", "steps", "threshold", "temperature", "top_k",
 "top_p", "eos_early_stop", "editing_threshold", "max_post_steps", "entropy_bound" for itself. Other keys, such as an
-"id", come back with the answer; those that look like a setting are refused. Its answer line adds "answer", "tokens",
-"forward_passes", "commit_passes", "prefill_passes", "tokens_per_forward", "positions_evaluated" and, for each token,
-its "token_ids", and the "steps" of its block and "confidences" at which it was written. Requests are batched
-continuously: --batch of them are decoded together, and the next one takes the place of the first that ends. DIR: a
-converted checkpoint, a training step, or a workdir (its newest good step).
+"id", come back with the answer; those that look like a setting are refused. Its answer line is the line with "answer",
+"tokens", "forward_passes", "commit_passes", "prefill_passes", "tokens_per_forward", "positions_evaluated" and, for each
+token, its "token_ids", and the "steps" of its block and "confidences" at which it was written. A key that lines of the
+file have themselves stays theirs, and the new one is "generated_answer", "generated_steps" and so on. Requests are
+batched continuously: --batch of them are decoded together, and the next one takes the place of the first that ends.
+DIR: a converted checkpoint, a training step, or a workdir (its newest good step).
 """
 
 import dataclasses
@@ -38,7 +39,7 @@ _INPUT = flags.DEFINE_string("input", None, "JSONL file of prompts.")
 _OUTPUT = flags.DEFINE_string("output", None, "JSONL file of answers, for --input.")
 decoding.define(gen_length=128)
 _BATCH = flags.DEFINE_integer("batch", 8, "Prompts decoded together.", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "Of the draws at temperature > 0.", lower_bound=0)
+_SEED = flags.DEFINE_integer("seed", 0, "Of the draws at temperature > 0.", 0, 2**32 - 1)
 _TEMPLATE_DATE = flags.DEFINE_string(
     "template_date", None, "The day, YYYY-MM-DD, that a chat template takes for today (default: 2024-07-26)."
 )
@@ -76,6 +77,8 @@ def main(argv) -> None:
     config = decoding.generate_config()
     configs = None if rows is None else [_config_of(config, place, row) for place, row in rows]
 
+    jsonl.prepare(_OUTPUT.value)
+
     from llada_jax.training.checkpoint import load_checkpoint  # after the flags are right: jax takes seconds
 
     model = decoding.with_bos(load_checkpoint(_CHECKPOINT.value))
@@ -101,7 +104,7 @@ def _answer_file(model, placed: list[tuple[str, dict]], configs) -> None:
 
     prompts = [np.array(_prompt(place, row, model.tokenizer).ids(model.tokenizer), np.int32) for place, row in placed]
     rows, count = [row for _, row in placed], len(placed)
-    seeds = [row.get("seed", _SEED.value * count + index) for index, row in enumerate(rows)]
+    seeds = [row.get("seed", (_SEED.value, index)) for index, row in enumerate(rows)]
     requests = [Request(*request) for request in zip(prompts, configs, seeds, strict=True)]
     longest = max(len(prompt) + config.gen_length for prompt, config in zip(prompts, configs, strict=True))
     usage, done = Usage(), 0
@@ -110,8 +113,9 @@ def _answer_file(model, placed: list[tuple[str, dict]], configs) -> None:
     answers = serve(
         model.params, model.config, requests, batch, longest, model.tokenizer, execution=execution, usage=usage
     )
+    taken = {key for row in rows for key in row}  # by any of them, so that a name is the same in all
     for answer in answers:
-        rows[answer.index] |= _record(answer)
+        rows[answer.index] |= jsonl.beside(taken, _record(answer))
         done += 1
         if done % batch == 0 or done == count:
             print(f"{done}/{count} prompts, {usage.busy:.0%} of {batch} rows busy", flush=True)

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -89,6 +89,32 @@ def _expect_end(text: str, at: int) -> None:
 def _malformed(text: str, at: int, why) -> InputError:
     line = text.count("\n", 0, at) + 1
     return InputError(f"{line}: malformed JSON ({why})")
+
+
+def beside(taken: Collection[str], values: dict) -> dict:
+    """The values under names that are not taken: "generated_NAME" where NAME is."""
+    found = {}
+    for name, value in values.items():
+        while name in taken:
+            name = f"generated_{name}"
+        found[name] = value
+    return found
+
+
+def prepare(path: str | os.PathLike | None) -> None:
+    """Makes the folder that a file (None: of no file) is going to be written in, before what it will hold is computed.
+
+    Raises InputError naming the path where that cannot be.
+    """
+    if path is None:
+        return
+    folder = Path(path).absolute().parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
+    if Path(path).is_dir() or not os.access(folder, os.W_OK):
+        raise InputError(f"{path}: {'a folder' if Path(path).is_dir() else 'its folder cannot be written'}")
 
 
 def write_values(path: str | os.PathLike, values: Iterable) -> None:

@@ -1,8 +1,14 @@
 """HumanEval: programs that a model completes, run against their tests in a process that may do little.
 
 The process (fence.py) can make no socket, has limits of time, memory and file size, an empty folder to be in and no
-environment. That is a fence against accidents, not against an attacker: run what a model writes in a container or a
-virtual machine that you can lose.
+environment. The tests run in another process than the answer, which gets the arguments of each call and gives back
+plain data: it passes by its results only, not by how it ends, what it prints, or what it does to Python.
+
+That is a fence against accidents and shortcuts, not against an attacker. An answer runs as the user who evaluates: it
+can read the installed problems, solutions included, write that user's files, and, where the system lets a user open the
+memory of any process of theirs (or as root), change the evaluation itself. Run what a model writes in a container or a
+virtual machine that you can lose. Two things differ from tests in one process: what an answer does to its arguments is
+not seen by the tests, and a result that is neither plain data nor of a class derived from it fails.
 """
 
 import contextlib
@@ -51,8 +57,21 @@ def read_problems() -> Iterator[dict]:
 
 def passes(problem: dict, answer: str) -> bool:
     """Whether the completion, up to where its function ends, passes the problem's tests."""
-    program = problem["prompt"] + complete(answer)
-    return run_program(f"{program}\n\n{problem['test']}\n\ncheck({problem['entry_point']})\n")
+    task = {
+        "program": problem["prompt"] + complete(answer),
+        "function": problem["entry_point"],
+        "tests": f"{_whole(problem['prompt'])}\n\n{problem['test']}\n",  # some call functions of the prompt
+    }
+    return _ends_well("judge", json.dumps(task), _SECONDS, _MEMORY_BYTES)
+
+
+def _whole(prompt: str) -> str:
+    """A prompt as a program: with a body for its last function, if it has none."""
+    try:
+        compile(prompt, "prompt", "exec")
+    except SyntaxError:
+        return f"{prompt}    pass\n"
+    return prompt
 
 
 def complete(answer: str) -> str:
@@ -61,15 +80,23 @@ def complete(answer: str) -> str:
 
 
 def run_program(program: str, seconds: int = _SECONDS, memory_bytes: int = _MEMORY_BYTES) -> bool:
-    """Whether a Python program ends by itself with exit code 0, within its limits. Without a fence it is not run."""
+    """Whether a Python program ends by itself with exit code 0, within its limits. Without a fence it is not run.
+
+    Not a test of a program: it can end itself so.
+    """
+    return _ends_well("run", program, seconds, memory_bytes)
+
+
+def _ends_well(command: str, text: str, seconds: int, memory_bytes: int) -> bool:
+    """Whether a command of fence.py ends with exit code 0, given the text."""
     limits = map(str, (seconds, memory_bytes, _FILE_BYTES))
     with tempfile.TemporaryDirectory() as folder:
         running = subprocess.Popen(
-            [sys.executable, "-I", fence.__file__, *limits], cwd=folder, env={}, stdin=subprocess.PIPE,
+            [sys.executable, "-I", fence.__file__, command, *limits], cwd=folder, env={}, stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
         try:
-            running.communicate(program.encode(), timeout=2 * seconds)  # it may sleep, which takes no processor time
+            running.communicate(text.encode(), timeout=2 * seconds)  # it may sleep, which takes no processor time
         except subprocess.TimeoutExpired:
             return False
         finally:

@@ -1,21 +1,37 @@
-"""Runs the Python program on stdin with limits: python -I fence.py SECONDS MEMORY_BYTES FILE_BYTES.
+"""A process that may do little: limits of time, memory and file size, and no socket.
+
+    python -I fence.py run SECONDS MEMORY_BYTES FILE_BYTES < PROGRAM
+    python -I fence.py judge SECONDS MEMORY_BYTES FILE_BYTES < JSON of {"program", "function", "tests"}
+
+run ends as the program does. judge ends with exit code 0 when check(FUNCTION) of the tests returned, else with another.
+The tests run here and the program in a fork made before they were read: what crosses between the two are the arguments
+of each call, its result, and an exception's name and text, all of them plain data. So a program cannot say that it has
+passed; it can only answer calls.
 
 A script of its own, that imports nothing of the package: the limits hold from its first line on. Exit code 97: this
-system has no such fence, and the program was not run.
+system has no such fence, and nothing was run.
 """
 
+import builtins
 import ctypes
+import json
+import os
+import pickle
 import platform
 import resource
 import struct
 import sys
 
 _UNFENCED = 97
-# (audit architecture, numbers of the system calls socket and io_uring_setup) of seccomp(2)
-_CALLS = {"x86_64": (0xC000003E, (41, 425)), "aarch64": (0xC00000B7, (198, 425))}
+# (audit architecture, numbers of the system calls socket, io_uring_setup, ptrace, process_vm_readv and _writev)
+_CALLS = {"x86_64": (0xC000003E, (41, 425, 101, 310, 311)), "aarch64": (0xC00000B7, (198, 425, 117, 270, 271))}
 _ALLOW, _REFUSE, _KILL = 0x7FFF0000, 0x00050001, 0x80000000
 _LOAD, _EQUAL, _AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
-_NO_NEW_PRIVILEGES, _SET_SECCOMP, _FILTER = 38, 22, 2
+_NO_NEW_PRIVILEGES, _SET_SECCOMP, _FILTER, _SET_DUMPABLE = 38, 22, 2, 4
+# Classes beyond plain data that a result may be of.
+_CLASSES = {("fractions", "Fraction"), ("decimal", "Decimal")} | {
+    ("builtins", name) for name in ("complex", "range", "bytearray")
+}
 
 
 def limit(seconds: int, memory_bytes: int, file_bytes: int) -> None:
@@ -29,8 +45,10 @@ def limit(seconds: int, memory_bytes: int, file_bytes: int) -> None:
         resource.setrlimit(kind, (most, most))
 
 
-def cut_network() -> None:
-    """Lets this process, and what it starts, make no socket ever again. Raises OSError or KeyError if it cannot be."""
+def cut_off() -> None:
+    """Lets this process, and what it starts, make no socket and trace no process ever again. Raises OSError or KeyError
+    if it cannot be.
+    """
     architecture, calls = _CALLS[platform.machine()]
     refused = [(_EQUAL, len(calls) - i, 0, call) for i, call in enumerate(calls)]
     steps = [
@@ -49,12 +67,103 @@ def cut_network() -> None:
         raise OSError(ctypes.get_errno(), "prctl")
 
 
+def judge() -> None:
+    """Exits with 0 once the tests on stdin have passed, with 1 as soon as they cannot."""
+    asked, answered = os.pipe(), os.pipe()
+    if not os.fork():
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # the tests are not for the program
+        for end in (asked[1], answered[0]):
+            os.close(end)
+        return answer(open(asked[0], "rb"), open(answered[1], "wb"))
+    ctypes.CDLL(None).prctl(_SET_DUMPABLE, 0, 0, 0, 0)  # its memory and its files in /proc are closed to the program
+    for end in (asked[0], answered[1]):
+        os.close(end)
+    task = json.load(sys.stdin)
+    call = caller(open(asked[1], "wb"), open(answered[0], "rb"))
+    call(task["program"], task["function"])
+    names = {"__name__": "tests"}
+    exec(compile(task["tests"], "tests", "exec"), names)
+    names[task["function"]] = call  # some tests know it by its name
+    names["check"](call)
+    os._exit(0)
+
+
+def caller(requests, results):
+    """A function that has the program answer: it returns, or raises, what came of a call there."""
+
+    def call(*args, **kwargs):
+        try:
+            pickle.dump((args, kwargs), requests)
+            requests.flush()
+            how, value = _Plain(results).load()
+        except Exception:  # it has ended, or sent what is no plain data: no test may catch that
+            os._exit(1)
+        if how == "value":
+            return value
+        if how == "iterator":
+            return iter(value)
+        kind = getattr(builtins, str(how), Exception)
+        raise (kind if isinstance(kind, type) and issubclass(kind, Exception) else Exception)(value)
+
+    return call
+
+
+def answer(requests, results) -> None:
+    """Runs the program of the first request, then its function on the arguments of each other one."""
+    function = None
+    while True:
+        args, kwargs = pickle.load(requests)
+        try:
+            if function is None:
+                program, name = args
+                names = {"__name__": "__main__"}
+                exec(compile(program, "program", "exec"), names)
+                function, value = names[name], None
+            else:
+                value = function(*args, **kwargs)
+            iterator = hasattr(value, "__next__")
+            found = pickle.dumps(("iterator", [*map(plain, value)]) if iterator else ("value", plain(value)))
+        except Exception as error:
+            kinds = [kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "builtins"]
+            found = pickle.dumps((kinds[0], str(error)))
+        results.write(found)
+        results.flush()
+
+
+def plain(value):
+    """The value as plain data: of a subclass its base. What has no such form is given back, and will be refused."""
+    if value is None or type(value) in (bool, int, float, str, bytes):
+        return value
+    if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
+        return value.item()
+    for kind in (str, bytes, bytearray, int, float):
+        if isinstance(value, kind):
+            return kind(value)
+    for kind in (list, tuple, set, frozenset):
+        if isinstance(value, kind):
+            return kind(map(plain, value))
+    if isinstance(value, dict):
+        return {plain(key): plain(item) for key, item in value.items()}
+    return value
+
+
+class _Plain(pickle.Unpickler):
+    """Reads plain data, and runs nothing of who wrote it."""
+
+    def find_class(self, module, name):
+        if (module, name) not in _CLASSES:
+            raise pickle.UnpicklingError(f"{module}.{name}")
+        return super().find_class(module, name)
+
+
 if __name__ == "__main__":
-    text = sys.stdin.read()
     try:
-        limit(*map(int, sys.argv[1:]))
-        cut_network()
+        limit(*map(int, sys.argv[2:]))
+        cut_off()
     except (OSError, KeyError, AttributeError, ValueError):
         sys.exit(_UNFENCED)
-    sys.argv = ["program"]
-    exec(compile(text, "program", "exec"), {"__name__": "__main__"})
+    command, sys.argv = sys.argv[1], ["program"]
+    if command == "judge":
+        judge()
+    else:
+        exec(compile(sys.stdin.read(), "program", "exec"), {"__name__": "__main__"})

@@ -63,12 +63,13 @@ class Draws:
 class Estimate:
     """nats per token, its standard error over rows, and the number of tokens scored (once each).
 
-    stderr is what other rows of the same kind would change, noise included. noise_stderr is what other noise on these
+    stderr is what other rows of the same kind would change, noise included; None when one row alone has been scored.
+    noise_stderr is what other noise on these
     rows would: from the spread of the repeats, None when there is one.
     """
 
     nats: float
-    stderr: float
+    stderr: float | None
     tokens: int
     noise_stderr: float | None = None
 
@@ -100,7 +101,7 @@ def row_nelbo(
     size = batch.ids.shape[1] if block_size is None else block_size
     if size == 1 and draws.masking == "fixed_count":  # exact: more draws would be the same one
         draws = dataclasses.replace(draws, samples=1, times="stratified")
-    score = functools.partial(_row_sums, params, config, objective, halves, execution, size, seed)
+    score = functools.partial(_row_sums, params, config, objective, halves, execution, size, jnp.uint32(seed))
     return over_draws(score, batch, draws, rows_at_once)
 
 
@@ -141,17 +142,21 @@ def summarize(values: np.ndarray, counts: np.ndarray) -> Estimate:
     mean = total.sum() / tokens
     real = int((count > 0).sum())
     # Ratio estimator over rows: each row is one cluster of tokens.
-    spread = math.sqrt(((total - mean * count) ** 2).sum() * real / max(real - 1, 1))
+    stderr = math.sqrt(((total - mean * count) ** 2).sum() * real / (real - 1)) / tokens if real > 1 else None
     noise_stderr = None
     if (repeats := values.shape[1]) > 1:
         noise_stderr = math.sqrt(values.var(1, ddof=1).sum() / repeats) / tokens
-    return Estimate(float(mean), spread / tokens, int(count.sum()), noise_stderr)
+    return Estimate(float(mean), stderr, int(count.sum()), noise_stderr)
 
 
 def describe(estimate: Estimate, scored_bytes: int | None) -> dict:
-    """The fields of the estimate, with perplexity per token and, of a text of so many bytes, bits per byte."""
+    """The fields of the estimate, with perplexity per token (inf above what a float holds) and, of a text of so many
+    bytes, bits per byte.
+    """
     bits = estimate.nats * estimate.tokens / math.log(2) / scored_bytes if scored_bytes else None
-    return dataclasses.asdict(estimate) | {"perplexity": math.exp(estimate.nats), "bits_per_byte": bits}
+    with np.errstate(over="ignore"):
+        perplexity = float(np.exp(estimate.nats))
+    return dataclasses.asdict(estimate) | {"perplexity": perplexity, "bits_per_byte": bits}
 
 
 def weighted_mean(estimates: Sequence[Estimate], shares: Sequence[float]) -> Estimate:
@@ -159,7 +164,10 @@ def weighted_mean(estimates: Sequence[Estimate], shares: Sequence[float]) -> Est
     if len(estimates) == 1:
         return estimates[0]
     nats = sum(share * found.nats for found, share in zip(estimates, shares, strict=True))
-    stderr = math.hypot(*(share * found.stderr for found, share in zip(estimates, shares, strict=True)))
+    errors = [found.stderr for found in estimates]
+    stderr = None
+    if None not in errors:
+        stderr = math.hypot(*(share * error for error, share in zip(errors, shares, strict=True)))
     return Estimate(nats, stderr, sum(found.tokens for found in estimates))
 
 

@@ -3,6 +3,7 @@
 import random
 
 from llada_jax.errors import InputError
+from llada_jax.evaluation.grading import numbers_in
 from llada_jax.evaluation.tasks import Question
 from llada_jax.interop.tokenizer import Tokenizer
 
@@ -20,8 +21,8 @@ def needle_questions(tokenizer: Tokenizer, context: int, count: int, needles: in
 
     Each is filler text with `needles` facts, "The magic number of NAME is NUMBER.", and asks for one of them, which
     lies at a depth that goes evenly from the beginning (question 0) to the end (the last one); the question's group
-    says it. Right is an answer that has the number. Raises InputError when the context has no room or there are more
-    needles than names.
+    says it. Right is an answer that says the number, with separators or without, and none of the other facts'. Raises
+    InputError when the context has no room or there are more needles than names.
     """
     if not 1 <= needles <= len(_NAMES):
         raise InputError(f"needles={needles}, expected 1 to {len(_NAMES)}")
@@ -50,7 +51,7 @@ def _question(tokenizer: Tokenizer, context: int, depth: float, needles: int, dr
         filler.insert(draw.randrange(len(filler) + 1), fact)
     filler.insert(round(depth * len(filler)), facts[0])
     text = "".join(filler) + asked
-    score = lambda answer: float(numbers[0] in answer)  # noqa: E731
+    score = lambda answer: float(numbers_in(answer) & set(numbers) == {numbers[0]})  # noqa: E731
     if tokenizer.chat_template is None:
         return Question(None, text + "\nAnswer:", score, group=f"depth {depth:.2f}")
     return Question([{"role": "user", "content": text}], None, score, group=f"depth {depth:.2f}")

@@ -5,7 +5,6 @@ Scores are estimated as in likelihood.py, with masks that chosen and rejected, p
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -15,29 +14,31 @@ from llada_jax import sharding
 from llada_jax.diffusion import objectives, preference
 from llada_jax.diffusion.preference import Preference
 from llada_jax.evaluation.likelihood import ESTIMATOR, slice_rows
+from llada_jax.evaluation.report import mean_error, with_error
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.forward import Execution
 
 
 @dataclasses.dataclass(frozen=True)
 class PreferenceEstimate:
-    """Numbers over `pairs` pairs, with standard errors. With d the difference that the sigmoid of Eq. 8 sees, before
-    beta, in nats: accuracy is the share of d > 0, margin is beta times the mean of d, variance is that of d.
+    """Numbers over `pairs` pairs, with standard errors; None is what a single pair does not tell. With d the difference
+    that the sigmoid of Eq. 8 sees, before beta, in nats: accuracy is the share of d > 0, margin is beta times the mean
+    of d, variance is that of d.
     """
 
     accuracy: float
-    accuracy_stderr: float
+    accuracy_stderr: float | None
     margin: float
-    margin_stderr: float
-    variance: float
-    variance_stderr: float
+    margin_stderr: float | None
+    variance: float | None
+    variance_stderr: float | None
     pairs: int
 
     def describe(self) -> str:
         return (
-            f"accuracy {self.accuracy:.3f} ± {self.accuracy_stderr:.3f}   "
-            f"margin {self.margin:.4f} ± {self.margin_stderr:.4f}   "
-            f"Var {self.variance:.3g} ± {self.variance_stderr:.2g} ({self.pairs} pairs)"
+            f"accuracy {with_error(self.accuracy, self.accuracy_stderr, '.3f')}   "
+            f"margin {with_error(self.margin, self.margin_stderr)}   "
+            f"Var {with_error(self.variance, self.variance_stderr, '.3g', '.2g')} ({self.pairs} pairs)"
         )
 
 
@@ -57,7 +58,7 @@ def pair_scores(
         for draw in range(draws):
             drawn = part.replace(epochs=np.full_like(part.epochs, draw))
             total += jax.device_get(
-                _scores(params, config, objective, settings, execution, drawn, np.int32(block_size), seed)
+                _scores(params, config, objective, settings, execution, drawn, np.int32(block_size), np.uint32(seed))
             )
         found.append(total / np.float32(draws))
     return np.concatenate(found)[: len(batch.ids)]
@@ -86,16 +87,13 @@ def compare(policy: np.ndarray, reference: np.ndarray, segment_ids: np.ndarray, 
     present = np.asarray(preference.pairs_present(jnp.asarray(segment_ids), policy.shape[1]))
     gain = (policy - reference).astype(np.float64)
     difference = (gain[..., 0] - gain[..., 1])[present]
-    accuracy, accuracy_stderr = _mean(difference > 0)
-    mean, mean_stderr = _mean(difference)
+    count = len(difference)
+    accuracy, accuracy_stderr = mean_error(difference > 0)
+    if count == 1:
+        return PreferenceEstimate(accuracy, None, beta * float(difference[0]), None, None, None, 1)
+    mean, mean_stderr = mean_error(difference)
     squares = (difference - mean) ** 2
-    correction = len(squares) / max(len(squares) - 1, 1)
-    variance, variance_stderr = (correction * value for value in _mean(squares))
+    variance, variance_stderr = (count / (count - 1) * value for value in mean_error(squares))
     return PreferenceEstimate(
-        accuracy, accuracy_stderr, beta * mean, beta * mean_stderr, variance, variance_stderr, len(difference)
+        accuracy, accuracy_stderr, beta * mean, beta * mean_stderr, variance, variance_stderr, count
     )
-
-
-def _mean(values: np.ndarray) -> tuple[float, float]:
-    """The mean and its standard error."""
-    return float(values.mean()), float(values.std() / math.sqrt(max(len(values) - 1, 1)))

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llada_jax.errors import InputError
+from llada_jax.evaluation.report import with_error
 
 # Columns of answers: (heading, field, decimals); one with a field "NAME_stderr" gets it beside.
 _ANSWERS = (
@@ -13,38 +14,98 @@ _ANSWERS = (
     ("positions evaluated", "positions_evaluated", 0),
     ("seconds", "seconds", 1),
 )
+# What was asked: where files differ in one of these, their rows say it. Of "settings" and "decoding" each entry.
+_SETTINGS = (
+    "task", "checkpoint", "reference", "data", "settings", "seed", "yarn", "extract", "context", "needles", "questions",
+    "rows", "samples", "times", "masking", "repeats", "block_origin", "decoding",
+)  # fmt: skip
 
 
 def markdown(paths: Sequence[str]) -> str:
     """A Markdown table of result files: likelihoods in nats per token, answers with their score; ± standard error.
 
-    Raises InputError naming a file that is no result.
+    A row is named by its file, with as much of the path as tells it from the others, and by the settings in which the
+    files that have them differ. Raises InputError naming a file that is no result.
     """
-    rows = [(path, _measures(path)) for path in paths]
-    headings = list(dict.fromkeys(heading for _, found in rows for heading in found))
+    results = [_read(path) for path in paths]
+    rows = [_measures(path, result) for path, result in zip(paths, results, strict=True)]
+    headings = list(dict.fromkeys(heading for found in rows for heading in found))
     lines = [["result", *headings], ["---"] * (len(headings) + 1)]
-    lines += [[Path(path).stem, *(found.get(heading, "") for heading in headings)] for path, found in rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    names = _names(paths, results)
+    lines += [
+        [name, *(found.get(heading, "") for heading in headings)] for name, found in zip(names, rows, strict=True)
+    ]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |" for cells in lines)
 
 
-def _measures(path: str) -> dict[str, str]:
+def _read(path: str) -> dict:
     try:
         result = json.loads(Path(path).read_text(encoding="utf-8"))
-        found = {name: _cell(entry["nats"], entry["stderr"], 4) for name, entry in result.items() if _is_nats(entry)}
-        for heading, field, decimals in _ANSWERS if "score" in result else ():
-            found[heading] = _cell(result[field], result.get(f"{field}_stderr"), decimals)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except ValueError as error:
+        raise InputError(f"{path}: not a result of tools/evaluate.py ({error})") from error
+    if not isinstance(result, dict):
+        raise InputError(f"{path}: not a result of tools/evaluate.py")
+    return result
+
+
+def _measures(path: str, result: dict) -> dict[str, str]:
+    try:
+        found = {
+            name: with_error(entry["nats"], entry["stderr"])
+            for name, entry in result.items()
+            if isinstance(entry, dict) and "nats" in entry
+        }
+        for heading, field, decimals in _ANSWERS if "score" in result else ():
+            value, error = format(result[field], f".{decimals}f"), f"{field}_stderr"
+            found[heading] = with_error(result[field], result[error], f".{decimals}f") if error in result else value
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not a result of tools/evaluate.py ({error})") from error
     if not found:
         raise InputError(f"{path}: not a result of --task=nelbo or of answered questions")
     return found
 
 
-def _is_nats(entry) -> bool:
-    return isinstance(entry, dict) and "nats" in entry
+def _names(paths: Sequence[str], results: Sequence[dict]) -> list[str]:
+    asked = [_asked(result) for result in results]
+    values: dict[str, list] = {}
+    for settings in asked:
+        for name, value in settings.items():
+            values.setdefault(name, []).append(value)
+    differ = [name for name, found in values.items() if any(value != found[0] for value in found)]
+    shortest = _shortest([str(Path(path).with_suffix("")) for path in paths])
+    places = {
+        name: dict(zip(known, _shortest(known), strict=True))
+        for name in differ
+        if (known := sorted({value for value in values[name] if isinstance(value, str)}))
+    }
+    names = []
+    for name, settings in zip(shortest, asked, strict=True):
+        said = [
+            f"{field}={places.get(field, {}).get(settings[field], settings[field])}"
+            for field in differ
+            if field in settings
+        ]
+        names.append(f"{name} ({', '.join(said)})" if said else name)
+    return names
 
 
-def _cell(value: float, stderr: float | None, decimals: int) -> str:
-    return f"{value:.{decimals}f}" + ("" if stderr is None else f" ± {stderr:.{decimals}f}")
+def _asked(result: dict) -> dict:
+    found = {}
+    for name in _SETTINGS:
+        if name in result:
+            value = result[name]
+            found |= value if isinstance(value, dict) else {name: value}
+    return found
+
+
+def _shortest(paths: Sequence[str]) -> list[str]:
+    """The last names of each path, as many as tell it from the others."""
+    parts = [Path(path).parts for path in paths]
+    found = []
+    for path in parts:
+        others = [other for other in parts if other != path]
+        count = next((n for n in range(1, len(path)) if all(other[-n:] != path[-n:] for other in others)), len(path))
+        found.append("/".join(path[-count:]).replace("//", "/"))
+    return found

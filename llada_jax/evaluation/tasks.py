@@ -11,6 +11,8 @@ import numpy as np
 from llada_jax.data import chat, jsonl
 from llada_jax.data.conversation import shapes
 from llada_jax.errors import InputError
+from llada_jax.evaluation import grading
+from llada_jax.evaluation.report import mean_error
 from llada_jax.interop.tokenizer import Tokenizer
 from llada_jax.sampling.batching import Request, serve
 from llada_jax.sampling.generate import GenerateConfig, eos_ids_of, prefill_execution
@@ -53,16 +55,18 @@ class Question:
 @dataclasses.dataclass(frozen=True)
 class Result:
     """score: mean over questions; tokens_per_forward: answer tokens, the end of sequence included, over denoising
-    passes, summed over questions before dividing. Standard errors over questions (of the ratio: the delta method).
+    passes, summed over questions before dividing. Standard errors over questions (of the ratio: the delta method), None
+    of a single one. scorer_errors: questions whose scorer failed, which count as wrong.
     ended: share of answers that came to their end. positions_evaluated: token positions in all passes, prefill and
     commit too. groups: the score of each group of questions.
     """
 
     questions: int
     score: float
-    score_stderr: float
+    score_stderr: float | None
+    scorer_errors: int
     tokens_per_forward: float
-    tokens_per_forward_stderr: float
+    tokens_per_forward_stderr: float | None
     ended: float
     answer_tokens: int
     forward_passes: int
@@ -96,25 +100,22 @@ def reasoning_gym_questions(name: str, size: int, seed: int = 0, settings: dict 
 
 
 def file_questions(path: str, limit: int | None = None, extract: str | None = None) -> list[Question]:
-    """Questions of a JSONL file: "prompt" (text) or "messages" (and "tools"), and "answer", which must be met exactly,
-    or "pattern", a regular expression that must be found.
+    """Questions of a JSONL file: "prompt" (text) or "messages" (and "tools"), and "answer" (text or number), which must be
+    met as grading.same has it, or "pattern", a regular expression that must be found.
 
-    extract: a regular expression; its last match in what the model says, or the first group of it, is what is scored.
-    Blanks at either end do not count. Raises InputError with file and line.
+    extract: a regular expression; what its last match says (grading.extracted) is what is scored, and an answer without
+    one is wrong. Raises InputError with file and line.
     """
-    find = _compiled(extract, "extract") if extract else None
+    find = grading.compiled(extract, "extract") if extract else None
     questions = []
     for place, row in itertools.islice(jsonl.read_values(path), limit):
-        known = isinstance(row, dict) and isinstance(row.get("answer"), str) != isinstance(row.get("pattern"), str)
+        known = isinstance(row, dict) and _is_answer(row.get("answer")) != isinstance(row.get("pattern"), str)
         if not known or (isinstance(row.get("prompt"), str) == isinstance(row.get("messages"), list)):
             raise InputError(
-                f'{place}: expected "answer" or "pattern" (texts) and one of "prompt" (text), "messages" (list)'
+                f'{place}: expected "answer" (text or number) or "pattern" (text) and one of "prompt" (text), '
+                '"messages" (list)'
             )
-        if "answer" in row:
-            right = row["answer"].strip().__eq__
-        else:
-            right = _compiled(row["pattern"], f"{place}: pattern").search
-        score = lambda answer, right=right: float(bool(right(_extracted(answer, find).strip())))  # noqa: E731
+        score = _right_answer(row, find, place)
         more = {name: row[name] for name in (*shapes.CONTEXT, *shapes.MORE, *shapes.MEDIA) if row.get(name)}
         questions.append(Question(row.get("messages"), row.get("prompt"), score, more=more, place=place))
     if not questions:
@@ -122,18 +123,21 @@ def file_questions(path: str, limit: int | None = None, extract: str | None = No
     return questions
 
 
-def _compiled(pattern: str, name: str) -> re.Pattern:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise InputError(f"{name}={pattern!r}: {error}") from error
+def _is_answer(value) -> bool:
+    return isinstance(value, str | int | float) and not isinstance(value, bool)
 
 
-def _extracted(answer: str, find: re.Pattern | None) -> str:
-    if find is None:
-        return answer
-    *_, last = None, *find.finditer(answer)
-    return "" if last is None else last.group(min(1, find.groups)) or ""
+def _right_answer(row: dict, find: re.Pattern | None, place: str) -> Callable[[str], float]:
+    if _is_answer(row.get("answer")):
+        expected = str(row["answer"])
+        return lambda answer: float(grading.same(grading.extracted(answer, find), expected))
+    pattern = grading.compiled(row["pattern"], f"{place}: pattern")
+
+    def found(answer: str) -> float:
+        said = grading.extracted(answer, find)
+        return float(said is not None and pattern.search(said) is not None)
+
+    return found
 
 
 def answer_questions(
@@ -142,14 +146,17 @@ def answer_questions(
     """Decodes an answer to every question, `batch` at a time. model: training.checkpoint.load_checkpoint's, with a
     tokenizer.
 
-    Returns the result and a record a question: prompt, answer, score, tokens, forward_passes. seed: for temperature
-    > 0. log: a function that is given a line of progress as every `batch` answers have come.
+    Returns the result and a record a question: prompt, answer, score, tokens, forward_passes. A scorer that raises, or
+    gives no number in [0, 1], scores 0, with "error" in the record. seed: of the draws at temperature > 0, in which no
+    two seeds share any. log: a function that is given a line of progress as every `batch` answers have come.
     """
     if model.tokenizer is None:
         raise InputError("the checkpoint has no tokenizer")
+    if not questions:
+        raise InputError("no questions")
     prompts = [question.prompt(model.tokenizer) for question in questions]
     ids = [np.asarray(question.encode(model.tokenizer), np.int32) for question in questions]
-    requests = [Request(prompt, config, seed * len(ids) + index) for index, prompt in enumerate(ids)]
+    requests = [Request(prompt, config, (seed, index)) for index, prompt in enumerate(ids)]
     max_length = max(map(len, ids)) + config.gen_length
     ends = eos_ids_of(model.config, config)
     records, begin = [], time.perf_counter()
@@ -163,7 +170,7 @@ def answer_questions(
                 "index": answer.index,
                 "prompt": prompts[answer.index],
                 "answer": answer.text,
-                "score": questions[answer.index].score(answer.text),
+                **_scored(questions[answer.index], answer.text),
                 "tokens": len(answer.tokens),
                 "forward_passes": answer.forward_passes,
                 "positions_evaluated": answer.positions_evaluated,
@@ -179,6 +186,17 @@ def answer_questions(
     return summarize(records, time.perf_counter() - begin), records
 
 
+def _scored(question: Question, answer: str) -> dict:
+    """{"score"}, and "error" where the scorer failed: that is the answer's fault or the scorer's, not the run's end."""
+    try:
+        score = float(question.score(answer))
+        if not 0 <= score <= 1:
+            raise ValueError(f"the scorer gave {score}, expected a number in [0, 1]")
+        return {"score": score}
+    except (Exception, SystemExit) as error:
+        return {"score": 0.0, "error": f"{type(error).__name__}: {error}"}
+
+
 def summarize(records: Sequence[dict], seconds: float = 0.0) -> Result:
     """The result of records as answer_questions returns them."""
     scores = np.array([record["score"] for record in records], float)
@@ -186,13 +204,15 @@ def summarize(records: Sequence[dict], seconds: float = 0.0) -> Result:
     passes = np.array([record["forward_passes"] for record in records], float)
     count = len(records)
     ratio = tokens.sum() / max(passes.sum(), 1)
-    spread = np.std(tokens - ratio * passes, ddof=1) if count > 1 else 0.0
+    score, score_stderr = mean_error(scores)
+    _, spread = mean_error(tokens - ratio * passes)
     return Result(
         questions=count,
-        score=float(scores.mean()),
-        score_stderr=float(np.std(scores, ddof=1) / count**0.5) if count > 1 else 0.0,
+        score=score,
+        score_stderr=score_stderr,
+        scorer_errors=sum("error" in record for record in records),
         tokens_per_forward=float(ratio),
-        tokens_per_forward_stderr=float(spread / count**0.5 / max(passes.mean(), 1e-9)),
+        tokens_per_forward_stderr=None if spread is None else float(spread / max(passes.mean(), 1e-9)),
         ended=float(np.mean([record["ended"] for record in records])),
         answer_tokens=int(tokens.sum()),
         forward_passes=int(passes.sum()),

@@ -5,7 +5,6 @@ request alone: not on its batch mates, nor on when it was admitted.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable, Iterator
 
 import jax
@@ -33,11 +32,13 @@ from llada_jax.sampling.state import KEYS, State, empty_state
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """prompt: 1-D int ids. seed: of its draws; None is its number in the stream."""
+    """prompt: 1-D int ids. seed: of its draws, an int in [0, 2^32), or a pair of them, (seed of a run, number of a
+    request): no two pairs share draws. None is its number in the stream.
+    """
 
     prompt: np.ndarray
     config: GenerateConfig
-    seed: int | None = None
+    seed: int | tuple[int, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +155,9 @@ def _check(config: ModelConfig, index: int, request: Request, max_length: int) -
             f"request {index}: {len(prompt)} prompt tokens and gen_length={request.config.gen_length}, "
             f"expected at most {longest} together (max_length)"
         )
+    seeds = request.seed if isinstance(request.seed, tuple) else (request.seed or 0,)
+    if not all(isinstance(seed, int | np.integer) and 0 <= seed < 2**32 for seed in seeds):
+        raise InputError(f"request {index}: seed={request.seed!r}, expected an integer in [0, 2^32)")
     return _Running(index, request, prompt)
 
 
@@ -166,7 +170,7 @@ def _admit(params, config, program, state: State, new, usage: Usage) -> State:
     runs = [run for _, run in padded]
     lengths = np.array([len(run.prompt) for run in runs])
     seeds = [run.index if run.request.seed is None else run.request.seed for run in runs]
-    keys = jax.vmap(functools.partial(jax.random.key, impl=KEYS))(np.array(seeds, np.uint32))
+    keys = jax.random.wrap_key_data(np.array([_key_data(seed) for seed in seeds], np.uint32), impl=KEYS)
     requests = requests_of(config, lengths, [run.request.config for run in runs], keys)
     canvas, blocks = state.tokens.shape[1], int(lengths.max()) // program.block_length
     prefill = min((1 << (blocks - 1).bit_length()) * program.block_length, canvas) if blocks else 0
@@ -176,6 +180,14 @@ def _admit(params, config, program, state: State, new, usage: Usage) -> State:
     return decode.admit(
         params, config, program, state, rows, requests, pad([run.prompt for run in runs], canvas), prefill
     )
+
+
+def _key_data(seed: int | tuple[int, int]) -> tuple[int, int]:
+    """The two words of a key: of an int those of jax.random.key, of a pair its hash."""
+    if not isinstance(seed, tuple):
+        return 0, seed
+    first, second = np.random.SeedSequence(seed).generate_state(2)
+    return int(first), int(second)
 
 
 def _finished(config, state: State, running: dict, block: int, tokenizer, on_tokens, usage: Usage, rows: int):

@@ -1,6 +1,7 @@
 """`generate`: prompts in, answers out."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import flax.struct
@@ -50,18 +51,25 @@ class GenerateConfig:
             if not ok:
                 raise InputError(f"{field}={getattr(self, field)!r}, expected {expected}")
 
+        def whole(value, least):
+            return isinstance(value, int | np.integer) and not isinstance(value, bool) and least <= value < 2**31
+
+        def number(value):  # NaN is none: it is at least nothing
+            return isinstance(value, int | float | np.number) and not isinstance(value, bool)
+
         for field in ("gen_length", "block_length", "steps"):
+            check(field, whole(getattr(self, field), 1), "a positive integer")
+        for field in ("threshold", "editing_threshold", "entropy_bound"):
             value = getattr(self, field)
-            check(field, isinstance(value, int) and value >= 1, "a positive integer")
-        check("eos_id", self.eos_id is None or isinstance(self.eos_id, int), "an integer or None")
-        check("temperature", self.temperature >= 0, "at least 0")
-        check("top_k", self.top_k is None or self.top_k >= 1, "at least 1")
-        check("top_p", self.top_p is None or 0 < self.top_p <= 1, "in (0, 1]")
-        check("threshold", self.threshold >= 0, "at least 0")
+            check(field, number(value) and value >= 0, "a number of at least 0")
+        check("temperature", number(self.temperature) and 0 <= self.temperature < math.inf, "a number of at least 0")
+        check("top_k", self.top_k is None or whole(self.top_k, 1), "a positive integer")
+        check("top_p", self.top_p is None or (number(self.top_p) and 0 < self.top_p <= 1), "a number in (0, 1]")
         check("rule", self.rule in RULES, f"one of {', '.join(RULES)}")
-        check("editing_threshold", self.editing_threshold >= 0, "at least 0")
-        check("max_post_steps", self.max_post_steps >= 0, "at least 0")
-        check("entropy_bound", self.entropy_bound >= 0, "at least 0")
+        check("max_post_steps", whole(self.max_post_steps, 0), "an integer of at least 0")
+        check("eos_early_stop", isinstance(self.eos_early_stop, bool | np.bool_), "true or false")
+        check("mask_id", self.mask_id is None or whole(self.mask_id, 0), "a token id")
+        check("eos_id", self.eos_id is None or whole(self.eos_id, -1), "a token id, or -1")
 
 
 @flax.struct.dataclass

@@ -1,6 +1,7 @@
 """Pictures of runs: their metrics over the steps, with the phases and block sizes of the curriculum marked."""
 
 import itertools
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -94,7 +95,8 @@ def _series(rows: Sequence[dict], name: str) -> dict[int | None, tuple[list, lis
             steps.append(row["step"])
             values.append(row[name])
             if errors is not None:
-                errors.append(row[f"{name}_stderr"])
+                error = row.get(f"{name}_stderr")
+                errors.append(math.nan if error is None else error)  # of one row it has none
     return found
 
 

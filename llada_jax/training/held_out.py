@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from llada_jax.evaluation.likelihood import block_nelbo, weighted_mean
 from llada_jax.evaluation.preference import chosen_only, compare
+from llada_jax.evaluation.report import with_error
 from llada_jax.training import config as settings
 from llada_jax.training.inputs import Inputs
 from llada_jax.training.metrics import MetricsWriter
@@ -43,7 +44,7 @@ def evaluate(
             row |= {f"nelbo/{name}": found.nats for name, found in estimates.items()}
             row |= {f"nelbo_stderr/{name}": found.stderr for name, found in estimates.items()}
         writer.write(row, f"held_out_block_{block_size}")
-        texts.append(f"{block_size}: {estimate.nats:.3f} ± {estimate.stderr:.3f}")
+        texts.append(f"{block_size}: {with_error(estimate.nats, estimate.stderr, '.3f')}")
         found[block_size] = estimate.nats
     print(f"step {step}  held-out NELBO, nats per token, by block size  " + "   ".join(texts), flush=True)
     return found.get(config.checkpoint.best_block_size, found[sizes[-1]])

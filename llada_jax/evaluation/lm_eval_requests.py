@@ -1,0 +1,123 @@
+"""What lm-eval's tasks ask for, in our terms: how to decode, what of a context fits, where an answer ends."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Sequence
+
+from lm_eval.models.utils import normalize_gen_kwargs
+
+from llada_jax.errors import InputError
+from llada_jax.interop.tokenizer import Tokenizer
+from llada_jax.sampling.generate import GenerateConfig
+
+_LEAST_SHARE = 8  # of max_length, the inverse: what must be left for the context that is cut
+# Settings of others that change nothing at these values; at any other one they would, and are refused.
+_NEUTRAL = {
+    "num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1, "length_penalty": 1, "typical_p": 1, "min_p": 0,
+    "frequency_penalty": 0, "presence_penalty": 0, "no_repeat_ngram_size": 0, "early_stopping": False,
+    "use_cache": True,
+}  # fmt: skip
+# Settings of ours that requests which are decoded together need not share.
+_OURS = ("steps", "threshold", "eos_early_stop", "editing_threshold", "max_post_steps", "entropy_bound")
+_CONTINUED = "CONTINUE_FINAL_MESSAGE_TAG "
+
+
+def decoding_of(settings: dict, defaults: GenerateConfig) -> tuple[GenerateConfig, list[str]]:
+    """(how to decode, the texts to stop at) of a request's generation settings, read by lm-eval's own normaliser.
+
+    defaults: for what they leave open. Sampling is as in transformers: temperature 1 unless said, top_k 0 or -1 is
+    none. Raises InputError naming the setting that is unknown or out of range.
+    """
+    try:
+        settings = dict(normalize_gen_kwargs(dict(settings), defaults.gen_length))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"gen_kwargs {settings}: {error}") from error
+    length, sampled, temperature = (settings.pop(name, None) for name in ("max_gen_toks", "do_sample", "temperature"))
+    temperature = 1.0 if temperature is None else temperature
+    if length < 1:
+        raise InputError(f"gen_kwargs: max_gen_toks={length}, expected at least 1")
+    stops = [stop for stop in [*settings.pop("until"), *_listed(settings.pop("stop", None))] if stop is not None]
+    if wrong := [stop for stop in stops if not isinstance(stop, str)]:
+        raise InputError(f"gen_kwargs: until={wrong[0]!r}, expected texts")
+    changes = {"gen_length": length, "temperature": temperature if sampled else 0.0}
+    top_k = settings.pop("top_k", None)
+    changes |= {"top_k": None if top_k in (0, -1) else top_k, "top_p": settings.pop("top_p", None)}
+    changes |= {name: settings.pop(name) for name in _OURS if name in settings}
+    for name, value in settings.items():
+        if name not in _NEUTRAL or value not in (None, _NEUTRAL[name]):
+            known = "until, stop, max_gen_toks, do_sample, temperature, top_p, top_k, " + ", ".join(_OURS)
+            raise InputError(f"gen_kwargs: {name}={value!r} is not for this model; known: {known}")
+    try:
+        return dataclasses.replace(defaults, **changes), stops
+    except InputError as error:
+        raise InputError(f"gen_kwargs: {error}") from error
+
+
+def _listed(value) -> list:
+    return [] if value is None else [value] if isinstance(value, str) else list(value)
+
+
+def fit(context: Sequence[int], gen_length: int, max_length: int) -> list[int]:
+    """The last ids of the context that leave room for the answer, as lm-eval's hf model cuts it.
+
+    Raises InputError where so little room is left that the question itself would go.
+    """
+    room = max_length - gen_length
+    if room < 1 or (len(context) > room and room * _LEAST_SHARE < max_length):
+        raise InputError(
+            f"max_gen_toks={gen_length} of max_length={max_length} tokens leaves {max(room, 0)} for a context of "
+            f"{len(context)}: set --gen_kwargs max_gen_toks=N, or the model argument max_length"
+        )
+    return list(context[-room:])
+
+
+def continued(tokenizer: Tokenizer, messages: Sequence[dict], **variables) -> str:
+    """The conversation in its template up to where the last message's text ends, for the model to go on with it.
+
+    As transformers' continue_final_message. Raises InputError where the template does not print that message.
+    """
+    *before, last = messages
+    said = last.get("content")
+    if not isinstance(said, str):
+        raise InputError("the message to be continued has no text")
+    text = tokenizer.apply_chat_template([*before, last | {"content": said + _CONTINUED}], False, **variables)
+    end = text.rfind(_CONTINUED.strip())
+    if end < 0 or said.strip() not in text:
+        raise InputError("the chat template leaves out the message to be continued")
+    kept = text[end:].startswith(_CONTINUED)  # else the template cut the blanks off
+    return text[:end] if kept else text[:end].rstrip()
+
+
+def answer_text(
+    tokenizer: Tokenizer,
+    prompt: Sequence[int],
+    tokens: Sequence[int],
+    stops: Iterable[str],
+    thought_end: str | None = None,
+) -> str:
+    """What the tokens add to the prompt, up to the first of the stops, special tokens left out. A stop may hold special
+    tokens. thought_end: only what follows its last occurrence is the answer.
+    """
+    tokens = [int(token) for token in tokens]
+    special = {token: tokenizer.id_to_token(token) for token in set(tokens) if _is_special(tokenizer, prompt, token)}
+    text = tokenizer.decode_after(prompt, tokens)
+    parts, shown, end = [], [], 0  # the text with its special tokens, and which of its characters are shown
+    for number, token in enumerate(tokens):
+        if token in special:
+            place = len(tokenizer.decode_after(prompt, tokens[:number]))
+            parts += [text[end:place], special[token]]
+            shown += [True] * (place - end) + [False] * len(special[token])
+            end = place
+    written, shown = "".join(parts) + text[end:], shown + [True] * (len(text) - end)
+    start = 0
+    if thought_end and (place := written.rfind(thought_end)) >= 0:
+        start = place + len(thought_end)
+        start += len(written[start:]) - len(written[start:].lstrip())
+    places = (place for stop in stops if stop and (place := written.find(stop, start)) >= 0)
+    end = min(places, default=len(written))
+    return "".join(itertools.compress(written[start:end], shown[start:end]))
+
+
+def _is_special(tokenizer: Tokenizer, prompt: Sequence[int], token: int) -> bool:
+    shown, written = (tokenizer.decode_after(prompt, [token], skip) for skip in (True, False))
+    return not shown and bool(written)
