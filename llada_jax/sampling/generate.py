@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llada_jax.errors import InputError
+from llada_jax.errors import InputError, check_range
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.forward import Execution
 from llada_jax.sampling.cost import second_block_price
@@ -24,9 +24,10 @@ class GenerateConfig:
     gen_length: most tokens of an answer. block_length: tokens decoded together. steps: most steps a block may take
     ("llada2", "fixed"). threshold: probability above which a token is accepted (above 1: the schedule decides).
     temperature 0 is argmax. mask_id, eos_id: None is the checkpoint's; eos_id -1 never stops. eos_early_stop: stop
-    inside a block once all before the first end of sequence is written. rule: sampling/accept.py; "llada2.1" also
-    edits written tokens whose prediction changed with probability above editing_threshold (0: always), for at most
-    max_post_steps steps after a block is full. entropy_bound: nats that "entropy" may write in a step.
+    inside a block once all before the first end of sequence is written. rule: sampling/accept.py; "llada2.1" also edits
+    written tokens whose prediction changed with probability above editing_threshold (0: always), for at most
+    max_post_steps steps after a block is full. entropy_bound: nats that "entropy" may write in a step, the largest not
+    counted.
     """
 
     gen_length: int
@@ -52,14 +53,15 @@ class GenerateConfig:
         for field in ("gen_length", "block_length", "steps"):
             value = getattr(self, field)
             check(field, isinstance(value, int) and value >= 1, "a positive integer")
-        check("temperature", self.temperature >= 0, "at least 0")
-        check("top_k", self.top_k is None or self.top_k >= 1, "at least 1")
-        check("top_p", self.top_p is None or 0 < self.top_p <= 1, "in (0, 1]")
-        check("threshold", self.threshold >= 0, "at least 0")
+        check_range("temperature", self.temperature, at_least=0)
+        if self.top_k is not None:
+            check_range("top_k", self.top_k, at_least=1)
+        if self.top_p is not None:
+            check_range("top_p", self.top_p, above=0, at_most=1)
         check("rule", self.rule in RULES, f"one of {', '.join(RULES)}")
-        check("editing_threshold", self.editing_threshold >= 0, "at least 0")
-        check("max_post_steps", self.max_post_steps >= 0, "at least 0")
-        check("entropy_bound", self.entropy_bound >= 0, "at least 0")
+        check_range("max_post_steps", self.max_post_steps, at_least=0)
+        for field in ("threshold", "editing_threshold", "entropy_bound"):  # beyond all probabilities: never, or always
+            check_range(field, getattr(self, field), at_least=0, infinite=True)
 
 
 @flax.struct.dataclass
