@@ -15,7 +15,7 @@ Low-rank adapters instead of all weights, in this stage or in any that starts fr
 
 adapts every dense projection (--config.lora.targets="('query','value')" only those); routed experts, router, embeddings
 and norms stay as they are, and gradients and optimizer state exist for the adapters alone. A step then holds adapters
-and names CHECKPOINT, which must stay where it is; to sample, evaluate, export and init_from it is the merged model.
+and names CHECKPOINT, which must stay where it is; to sample, evaluate, export and init_from it is the adapted model.
 """
 
 from llada_jax.training.config import default_config, parse_argument, refuse_unknown, split_over_pod

@@ -3,6 +3,7 @@
 A command prints such an error as one line and exits with code 2; a traceback means a defect of ours.
 """
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 
@@ -11,6 +12,27 @@ from absl import flags
 
 class InputError(ValueError):
     """The user's input is wrong. The message is one line that names the file, field or value."""
+
+
+def check_range(
+    name: str, value, *, at_least=None, above=None, at_most=None, below=None, infinite: bool = False
+) -> None:
+    """Raises InputError, naming it, unless `value` is a number in the range: NaN is in none, and infinity only where it
+    is allowed.
+    """
+    try:
+        number = math.nan if isinstance(value, bool | str | bytes) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    bounds = {
+        f"at least {at_least}": at_least is None or number >= at_least,
+        f"more than {above}": above is None or number > above,
+        f"at most {at_most}": at_most is None or number <= at_most,
+        f"below {below}": below is None or number < below,
+    }
+    if not all(bounds.values()) or not (math.isfinite(number) or (infinite and not math.isnan(number))):
+        wanted = " and ".join(text for text in bounds if not text.endswith(" None"))
+        raise InputError(f"{name}={value!r}, expected {wanted or 'a finite number'}")
 
 
 def run(main: Callable[[Sequence[str]], int | None], commands: Sequence[str] = (), more: bool = False) -> None:

@@ -1,5 +1,6 @@
 """Rates, masks and their keys."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -70,7 +71,13 @@ def test_noise_of_a_row_does_not_depend_on_its_batch():
 
 @pytest.mark.parametrize(
     "values,message",
-    [({"times": "token"}, "times"), ({"masking": "x"}, "masking"), ({"rate_low": 0.9, "rate_high": 0.2}, "rate_low")],
+    [
+        ({"times": "token"}, "times"),
+        ({"masking": "x"}, "masking"),
+        ({"rate_low": 0.9, "rate_high": 0.2}, "rate_low"),
+        ({"rate_low": float("nan")}, "rate_low=nan"),
+        ({"rate_high": float("nan")}, "rate_high=nan"),
+    ],
 )
 def test_bad_values_are_refused(values, message):
     with pytest.raises(InputError, match=message):
@@ -97,3 +104,17 @@ def test_a_mirrored_draw_has_the_complementary_mask_and_rate():
     np.testing.assert_allclose(first.rate + second.rate, 1, atol=1e-6)
     whole = parts_of(NoiseSpec(rate_low=0.0), [None])[1][0]
     assert np.array_equal(whole.masked, first.masked) and np.array_equal(whole.rate, first.rate)
+
+
+def test_every_use_of_a_rows_key_has_a_key_of_its_own():
+    (row,) = noise.example_keys(3, jnp.uint32([7]), jnp.uint32([2]))
+    uses = [jax.random.fold_in(row, use) for use in (noise.TIMES, noise.MASKS, noise.EMBEDDING)]
+    numbers = np.array([jax.random.uniform(key, (4096,)) for key in uses])
+    assert np.abs(np.corrcoef(numbers) - np.eye(3)).max() < 0.06
+    assert len({tuple(np.asarray(jax.random.key_data(key))) for key in [row, *uses]}) == 4
+    # Rates and masks are what they always were: of the two halves of a split.
+    split = jax.random.split(row)
+    where = vis.layout(jnp.ones((1, 64), jnp.int32), 1)
+    drawn = noise.draw_masking(row[None], jnp.ones((1, 64), bool), where, NoiseSpec(rate_low=0.0))
+    np.testing.assert_array_equal(drawn.rate[0], 1 - jax.random.uniform(split[0], (64,)))
+    np.testing.assert_array_equal(drawn.masked[0], jax.random.uniform(split[1], (64,)) < drawn.rate[0])

@@ -13,6 +13,7 @@ from llada_jax.data.order import Batch
 from llada_jax.diffusion import noise, objectives
 from llada_jax.diffusion.noise import NoiseSpec
 from llada_jax.diffusion.objectives import Objective
+from llada_jax.errors import InputError
 from llada_jax.evaluation.likelihood import ESTIMATOR, ar_nll, block_nelbo
 from llada_jax.model import parameters
 from llada_jax.model.config import preset
@@ -229,6 +230,74 @@ def test_without_the_document_mask_a_row_is_one_document():
     losses = [objectives.score(params, SHIFTED, each)[1].nll for each in (without, one, two)]
     assert np.array_equal(losses[0], losses[1]) and not np.allclose(losses[0], losses[2])
     assert bool(without.eligible[0, 11]) and not bool(two.eligible[0, 11])  # the first token of the second document
+
+
+def test_padding_between_documents_does_not_part_them_without_the_mask():
+    """The row is one document from its first token to its last; what lies between is seen, and never supervised."""
+    ids = random_ids(1, 32)
+    segments = np.array([[0] * 2 + [1] * 9 + [0] * 3 + [2] * 8 + [0] + [3] * 4 + [0] * 5], np.int32)
+    joined = np.array([[0] * 2 + [1] * 25 + [0] * 5], np.int32)
+    for objective in (Objective(document_mask=False), Objective(document_mask=False, block_origin="document")):
+        without = prepared(ids, 4, SHIFTED, objective, segments)
+        whole = prepared(ids, 4, SHIFTED, Objective(block_origin=objective.block_origin), joined)
+        for name in ("segment_ids", "positions", "where"):
+            for a, b in zip(
+                jax.tree.leaves(getattr(without, name)), jax.tree.leaves(getattr(whole, name)), strict=True
+            ):
+                np.testing.assert_array_equal(a, b)
+        assert np.array_equal(without.eligible, (segments > 0) & (np.arange(32)[None] > 2))
+        assert np.array_equal(without.real, segments > 0)
+    batch = batch_of(ids, segments)
+    found = block_nelbo(params_of(SHIFTED), SHIFTED, batch, 4, document_mask=False)
+    one = batch.replace(segment_ids=joined, supervised=segments > 0)
+    assert found == block_nelbo(params_of(SHIFTED), SHIFTED, one, 4)
+    assert found.tokens == 20 and found != block_nelbo(params_of(SHIFTED), SHIFTED, batch, 4)
+
+
+@pytest.mark.parametrize("halves,config", [("both", MOE), ("both", MOE.replace(alignment="shifted")), ("noisy", MOE)])
+def test_expert_load_counts_the_tokens_of_documents_in_every_half_and_no_padding(halves, config):
+    params, ids = params_of(config), random_ids(3, 24)
+    segments = np.array([[1] * 8 + [0] * 4 + [2] * 8 + [0] * 4, [1] * 24, [0] * 24], np.int32)
+    for objective in (Objective(block_origin="document"), Objective(block_origin="document", complementary=True)):
+        packed = prepared(ids, 4, config, objective, segments, halves)
+        sums, _ = objectives.score(params, config, packed, halves)
+        expected = np.zeros_like(sums.expert_load)
+        for row in range(len(packed.clean)):
+            for document in (1, 2):
+                inside = np.flatnonzero(segments[row % 3] == document)
+                if len(inside):
+                    alone = jax.tree.map(
+                        lambda x, row=row, at=inside: x[row : row + 1, at], packed.replace(keys=packed.real)
+                    )
+                    start = inside[0]
+                    alone = alone.replace(where=jax.tree.map(lambda x, start=start: x - start, alone.where))
+                    expected += np.asarray(objectives.score(params, config, alone, halves)[0].expert_load)
+        assert np.array_equal(sums.expert_load, expected)
+        of_pass = 40 * (2 if halves == "both" else 1) * (2 if objective.complementary else 1) * 4
+        if config.alignment == "shifted" or halves == "noisy":  # else the last layer has the noisy half alone
+            assert (np.asarray(sums.expert_load).sum(1) == of_pass).all()
+
+
+def test_padding_turns_no_experts_update():
+    params, ids = params_of(MOE), random_ids(8, 64)
+    loads = []
+    for length in (40, 64):
+        segments = (np.arange(length) < 40)[None].repeat(8, 0).astype(np.int32)
+        example = prepared(ids[:, :length], 8, MOE, segments=segments)
+        example = example.replace(noisy=example.clean)  # longer rows have other noise
+        loads.append(np.asarray(objectives.score(params, MOE, example)[0].expert_load))
+    assert np.array_equal(*loads) and loads[0].sum() > 0
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"confidence_weight": float("nan")}, {"confidence_weight": -1.0}, {"confidence_temperature": float("nan")},
+     {"confidence_temperature": float("inf")}, {"confidence_temperature": 0.0}, {"confidence_weight": "1"}],
+)  # fmt: skip
+def test_values_out_of_range_are_refused_by_name(values):
+    ((name, value),) = values.items()
+    with pytest.raises(InputError, match=f"objective.{name}={value!r}, expected "):
+        Objective(**values)
 
 
 def test_clean_half_alone_is_block_size_1():

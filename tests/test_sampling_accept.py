@@ -50,10 +50,29 @@ def test_dinfer_takes_near_ties_of_the_largest_and_what_equals_the_threshold():
     assert positions(accept.dinfer(CONFIDENCE, MASKED, rows(0.5, 0.1))) == [[0, 1, 2], [0, 2, 3]]
 
 
-def test_entropy_takes_the_surest_and_as_many_as_the_bound_allows():
+def test_entropy_takes_the_surest_and_as_many_as_the_bound_allows_but_for_the_largest():
     entropy = jnp.array([[0.1, 0.05, 2.0, 0.2], [0.3, 0.0, 0.4, 0.1]])
-    assert positions(accept.entropy(entropy, MASKED, rows(0.15, 0.05))) == [[0, 1], [3]]  # the surest, over the bound
-    assert positions(accept.entropy(entropy, MASKED, rows(10.0, 0.4))) == [[0, 1, 2, 3], [0, 3]]
+    assert positions(accept.entropy(entropy, MASKED, rows(0.14, 0.05))) == [[0, 1], [3]]  # the surest, over the bound
+    assert positions(accept.entropy(entropy, MASKED, rows(0.16, 0.11))) == [[0, 1, 3], [0, 3]]  # the largest is free
+    assert positions(accept.entropy(entropy, MASKED, rows(10.0, 0.45))) == [[0, 1, 2, 3], [0, 2, 3]]
+    assert positions(accept.entropy(entropy, MASKED, rows(0.0, np.inf))) == [[1], [0, 2, 3]]
+
+
+def test_entropy_is_the_condition_of_eb_sampler():
+    """Sum less maximum of the surest k, at most the bound: the largest such k, of the masked positions."""
+    rng = np.random.default_rng(1)
+    for _ in range(40):
+        entropy, masked, bound = rng.gamma(0.5, 0.3, 16), rng.random(16) < 0.7, rng.exponential(0.3)
+        order = [i for i in np.argsort(entropy) if masked[i]]
+        most = max((k for k in range(1, len(order) + 1) if entropy[order[: k - 1]].sum() <= bound), default=0)
+        found = accept.entropy(jnp.asarray(entropy[None], jnp.float32), jnp.asarray(masked[None]), rows(bound))
+        assert positions(found) == [sorted(order[:most])]
+
+
+def test_dinfer_leaves_out_where_the_mask_comes_first_unless_nothing_else_is_left():
+    mask_first = jnp.array([[True, False, False, False], [True, True, True, True]])
+    assert positions(accept.dinfer(CONFIDENCE, MASKED, rows(0.5, 0.1), mask_first)) == [[1, 2], [0, 2, 3]]
+    assert positions(accept.dinfer(CONFIDENCE, MASKED, rows(0.95, 0.95), mask_first)) == [[2], [0, 2]]
 
 
 def test_fixed_takes_those_due_and_never_more_than_are_masked():

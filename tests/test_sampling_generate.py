@@ -44,8 +44,8 @@ def recompute(params, config, prompt, g: GenerateConfig):
             logits = llada_jax.denoise(params, config, tokens[None], tokens[None], block_size=b)[0, window]
             logits = np.asarray(logits, np.float64)
             passes += 1
-            logits[:, config.mask_token_id] = -np.inf
             probability = np.exp(logits - np.logaddexp.reduce(logits, -1)[:, None])
+            logits[:, config.mask_token_id], probability[:, config.mask_token_id] = -np.inf, 0
             confidence = np.where(masked[window], probability.max(-1), -np.inf)
             chosen = confidence > g.threshold
             if chosen.sum() < due[step]:
@@ -105,8 +105,9 @@ def test_steps_and_confidence_say_when_and_how_surely_each_token_was_written(mod
     first = int(np.argmin(steps[0]))
     noisy = np.append(np.arange(4), [config.mask_token_id] * 4)
     logits = np.array(llada_jax.denoise(params, config, noisy[None], noisy[None], block_size=4)[0, 4 + first])
+    norm = np.logaddexp.reduce(logits)  # of all of them, the mask's too
     logits[config.mask_token_id] = -np.inf
-    assert np.isclose(np.exp(logits.max() - np.logaddexp.reduce(logits)), confidence[first], rtol=1e-3)
+    assert np.isclose(np.exp(logits.max() - norm), confidence[first], rtol=1e-3)
 
 
 @pytest.mark.parametrize("rule", ["sglang", "dinfer", "entropy", "fixed"])

@@ -1,6 +1,7 @@
 """Tiled predictions against the whole softmax."""
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from llada_jax import sharding
+from llada_jax.sampling import accept, decode
 from llada_jax.sampling import predict as predicting
 from llada_jax.sampling.predict import Kind, Sampling, predict
 
@@ -15,7 +17,8 @@ ROWS, BLOCK, EMBED, VOCAB, MASK = 4, 3, 8, 50, 17
 RNG = np.random.default_rng(0)
 HEAD = jnp.asarray(RNG.normal(size=(EMBED, VOCAB)), jnp.float32)
 HIDDEN = jnp.asarray(RNG.normal(size=(ROWS, BLOCK, EMBED)), jnp.float32)
-NEEDED = jnp.asarray(RNG.random((ROWS, BLOCK)) < 0.6)
+NEEDED = jnp.asarray(RNG.random((ROWS, BLOCK)) < 0.6).at[0, 0].set(True)
+HEAD = HEAD.at[:, MASK].set(1.02 * HEAD[:, (HIDDEN[0, 0] @ HEAD).argmax()])  # the most probable one there, by a little
 
 
 def settings(temperature=0.0, top_k=0, top_p=1.0, seeds=range(ROWS)) -> Sampling:
@@ -34,17 +37,23 @@ def run(sampling, kind, hidden=HIDDEN, needed=NEEDED, mesh=None):
 
 
 def distribution(temperature=1.0, top_k=0, top_p=1.0) -> np.ndarray:
-    """float64 [rows, block, vocab]: temperature, then top-k, then the nucleus; one position at a time, by sorting."""
+    """float64 [rows, block, vocab]: temperature, then top-k, then the nucleus; one position at a time, by sorting. The
+    mask is a token as any other, but the best other one is never cut.
+    """
     z = np.asarray(HIDDEN, np.float64) @ np.asarray(HEAD, np.float64)
-    z[..., MASK] = -np.inf
     p = np.exp((z - z.max(-1, keepdims=True)) / temperature)
     for row in p.reshape(-1, VOCAB):
         order = np.argsort(-row)
+        best = row[other := next(i for i in order if i != MASK)]
         row[order[top_k or VOCAB :]] = 0
-        row /= row.sum()
-        row[order[np.searchsorted(np.cumsum(row[order]), top_p, side="right") + 1 :]] = 0
+        row[order[np.searchsorted(np.cumsum(row[order]), top_p * row.sum(), side="right") + 1 :]] = 0
+        row[other] = best
         row /= row.sum()
     return p
+
+
+def without_mask(p):
+    return np.where(np.arange(VOCAB) == MASK, 0, p)
 
 
 @pytest.mark.parametrize("tile, vocab_tile", [(128, 512), (4, 16), (5, 7)])
@@ -52,10 +61,11 @@ def test_argmax_probability_and_entropy_whatever_the_tiles(monkeypatch, tile, vo
     monkeypatch.setattr(predicting, "TILE", tile)
     monkeypatch.setattr(predicting, "VOCAB_TILE", vocab_tile)
     p = distribution()
-    found = run(settings(), Kind(MASK, entropy=True))
+    found = run(settings(), Kind(MASK, entropy=True, raw=True))
     needed = np.asarray(NEEDED)
-    assert np.array_equal(found.token[needed], p.argmax(-1)[needed])
-    assert np.allclose(found.confidence[needed], p.max(-1)[needed], rtol=1e-4)
+    assert np.array_equal(found.token[needed], without_mask(p).argmax(-1)[needed])
+    assert np.allclose(found.confidence[needed], without_mask(p).max(-1)[needed], rtol=1e-4)
+    assert np.array_equal(found.mask, (p.argmax(-1) == MASK) & needed) and found.mask.any()
     entropy = -(p * np.log(np.where(p > 0, p, 1))).sum(-1)
     assert np.allclose(found.entropy[needed], entropy[needed], rtol=1e-3)
     assert not found.token[~needed].any() and not found.confidence[~needed].any()
@@ -66,11 +76,14 @@ def test_nothing_needed_costs_nothing_and_gives_nothing():
     assert not found.confidence.any()
 
 
-def test_the_mask_token_is_never_predicted():
+@pytest.mark.parametrize("cut", [dict(), dict(top_k=1), dict(top_p=0.01)])
+def test_the_mask_token_is_never_predicted(cut):
     head = HEAD.at[:, MASK].set(100 * HIDDEN[0, 0])
-    everything = jnp.ones_like(NEEDED)
-    found = jax.jit(lambda: predict(head, HIDDEN, everything, settings(1.0), Kind(MASK, sample=True)))()
-    assert not (np.asarray(found.token) == MASK).any()
+    everything, kind = jnp.ones_like(NEEDED), Kind(MASK, sample=True, cut=bool(cut), raw=True)
+    found = jax.jit(lambda: predict(head, HIDDEN, everything, settings(1.0, **cut), kind))()
+    assert not (np.asarray(found.token) == MASK).any() and bool(found.mask[0, 0])
+    best = without_mask(np.asarray(HIDDEN @ head)).argmax(-1)
+    assert not cut or found.token[0, 0] == best[0, 0]  # nothing but the mask and what stands in for it is left
 
 
 @pytest.mark.parametrize("cut", [dict(), dict(top_k=5), dict(top_p=0.7), dict(top_k=8, top_p=0.8)])
@@ -89,6 +102,8 @@ def test_draws_follow_the_distribution_they_report(cut):
     at = np.broadcast_to(expected, (draws, *expected.shape))
     probability = np.take_along_axis(at, found.token[..., None], -1)[..., 0]
     assert (probability > 0).all() and np.allclose(found.confidence, probability, rtol=1e-3)
+    expected = without_mask(expected)
+    expected /= expected.sum(-1, keepdims=True)
     counts = np.zeros_like(expected)
     for token in found.token:
         counts += np.eye(VOCAB)[token]
@@ -117,12 +132,107 @@ def test_argmax_and_draws_share_a_batch():
     assert np.array_equal(mixed.token[1::2], drawn.token[1::2])
 
 
-@pytest.mark.parametrize("kind", [Kind(MASK, entropy=True), Kind(MASK, sample=True, cut=True)])
+def test_dinfers_probability_is_of_the_logits_as_they_are(monkeypatch):
+    monkeypatch.setattr(predicting, "VOCAB_TILE", 7)
+    needed = np.asarray(NEEDED)
+    for cut in (dict(), dict(top_k=4)):
+        found = run(settings(1.7, **cut), Kind(MASK, sample=True, cut=bool(cut), raw=True))
+        drawn = run(settings(1.7, **cut), Kind(MASK, sample=True, cut=bool(cut)))
+        assert np.array_equal(found.token, drawn.token)
+        probability = np.take_along_axis(distribution(), found.token[..., None], -1)[..., 0]
+        assert np.allclose(found.confidence[needed], probability[needed], rtol=1e-4)
+        of_draw = np.take_along_axis(distribution(1.7, **cut), found.token[..., None], -1)[..., 0]
+        assert np.allclose(drawn.confidence[needed], of_draw[needed], rtol=1e-4)
+
+
+KINDS = [Kind(MASK, entropy=True), Kind(MASK, sample=True, cut=True), Kind(MASK, sample=True, entropy=True, raw=True)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_shards_of_the_vocabulary_agree_with_the_whole(kind):
     sampling = settings(1.0 if kind.sample else 0.0, top_k=6, top_p=0.8)
     mesh = sharding.make_mesh(data=4, tensor=2)
     whole, sharded = run(sampling, kind), run(sampling, kind, mesh=mesh)
     needed = np.asarray(NEEDED)
-    assert np.array_equal(whole.token, sharded.token)
+    assert np.array_equal(whole.token, sharded.token) and np.array_equal(whole.mask, sharded.mask)
     assert np.allclose(whole.confidence, sharded.confidence, rtol=1e-4)
     assert np.allclose(whole.entropy[needed], sharded.entropy[needed], rtol=1e-3)
+
+
+# --- what a rule makes of it ----------------------------------------------------------------------------------------
+# Probabilities of tokens 0 .. 6 and of the mask, 7. The mass on the mask makes position 0 unsure of its token by less
+# than 0.002; with the mask banned, as if it had no mass, the rule would decide otherwise.
+
+UNSURE = [0.949, 0.0099, 0.0099, 0.0099, 0.0099, 0.0099, 0.0, 0.0015]
+SURE = [0.001, 0.98, 0.0038, 0.0038, 0.0038, 0.0038, 0.0038, 0.0]
+DOUBTFUL = [0.1, 0.1, 0.4, 0.1, 0.1, 0.1, 0.1, 0.0]
+MASK_FIRST = [0.0, 0.0, 0.05, 0.45, 0.0, 0.0, 0.0, 0.5]
+
+
+def step_of(rule, probabilities, **requests):
+    """(positions accepted, Prediction) of one step over one block of these probabilities, [block, 8]."""
+    logits = jnp.log(jnp.asarray(probabilities, jnp.float32) + 1e-30)[None]
+    everything = jnp.ones(logits.shape[:2], bool)
+    sampling = Sampling(*(jnp.full(1, x) for x in (0.0, 0, 1.0)), jnp.zeros((1, 2), jnp.uint32))
+    kind = Kind(7, entropy=rule == "entropy", raw=rule == "dinfer")
+    found = predict(jnp.eye(8), logits, everything, sampling, kind)
+    defaults = dict(threshold=0.95, editing_threshold=0.95, entropy_bound=0.1, steps=logits.shape[1])
+    asked = SimpleNamespace(**{name: jnp.array([value]) for name, value in (defaults | requests).items()})
+    program = SimpleNamespace(rule=rule, block_length=logits.shape[1])
+    state = SimpleNamespace(requests=asked, masked=everything, step=jnp.zeros(1, jnp.int32))
+    return np.flatnonzero(decode._accept(program, state, found)[0]).tolist(), jax.device_get(found)
+
+
+def banned(probabilities):
+    p = np.asarray(probabilities) * (np.arange(8) < 7)
+    return (p / p.sum(-1, keepdims=True)).tolist()
+
+
+@pytest.mark.parametrize("rule", ["llada2", "llada2.1", "sglang", "dinfer"])
+def test_mass_on_the_mask_keeps_a_token_below_the_threshold(rule):
+    block = [UNSURE, SURE]
+    accepted, found = step_of(rule, block)
+    assert accepted == [1] and step_of(rule, banned(block))[0] == [0, 1]
+    assert found.confidence[0, 0] == pytest.approx(0.949, abs=1e-5) and abs(found.confidence[0, 0] - 0.95) < 0.002
+
+
+def test_mass_on_the_mask_keeps_a_written_token_from_an_edit():
+    for block, expected in (([UNSURE], []), (banned([UNSURE]), [0])):
+        found = step_of("llada2.1", block)[1]
+        edited = accept.edits(
+            found.confidence, found.token, jnp.array([[5]]), jnp.ones((1, 1), bool), jnp.array([0.95])
+        )
+        assert np.flatnonzero(edited).tolist() == expected
+    found = step_of("llada2.1", [MASK_FIRST])[1]  # what stands in for the mask edits by its own probability
+    for threshold, current, expected in ((0.44, 5, [0]), (0.46, 5, []), (0.44, 3, [])):
+        current, threshold = jnp.array([[current]]), jnp.array([threshold])
+        edited = accept.edits(found.confidence, found.token, current, jnp.ones((1, 1), bool), threshold)
+        assert np.flatnonzero(edited).tolist() == expected
+
+
+def test_entropy_is_of_all_logits():
+    block = [UNSURE, SURE, DOUBTFUL]
+    entropy = [-(p[p > 0] * np.log(p[p > 0])).sum() for p in np.asarray(block)]
+    of_banned = [-(p[p > 0] * np.log(p[p > 0])).sum() for p in np.asarray(banned(block))]
+    bound = sum(entropy[:2]) - 0.001
+    assert sum(of_banned[:2]) < bound
+    accepted, found = step_of("entropy", block, entropy_bound=bound)
+    np.testing.assert_allclose(found.entropy[0], entropy, rtol=1e-4)
+    assert accepted == [0, 1] and step_of("entropy", banned(block), entropy_bound=bound)[0] == [0, 1, 2]
+
+
+def test_fixed_takes_the_surest_by_all_logits():
+    other = [0.9495, 0.0505, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+    assert step_of("fixed", [UNSURE, other])[0] == [1] and step_of("fixed", banned([UNSURE, other]))[0] == [0]
+
+
+@pytest.mark.parametrize("rule", ["llada2", "llada2.1", "sglang"])
+def test_where_the_mask_is_first_another_token_stands_in_with_its_own_probability(rule):
+    accepted, found = step_of(rule, [MASK_FIRST, DOUBTFUL], threshold=0.42)
+    assert accepted == [0] and found.token[0, 0] == 3 and found.confidence[0, 0] == pytest.approx(0.45, abs=1e-5)
+    assert step_of(rule, [MASK_FIRST, SURE], threshold=0.46)[0] == [1]
+
+
+def test_dinfer_leaves_such_a_position_out():
+    assert step_of("dinfer", [MASK_FIRST, DOUBTFUL], threshold=0.42)[0] == [1]
+    assert step_of("dinfer", [MASK_FIRST, MASK_FIRST], threshold=0.46)[0] == [0, 1]  # or it would never end

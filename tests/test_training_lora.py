@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+import llada_jax
 from llada_jax import sharding
 from llada_jax.data.byte_tokenizer import byte_tokenizer
 from llada_jax.data.order import Batch
@@ -223,6 +224,127 @@ def test_merging_keeps_the_dtype_of_the_base():
         merged = lora.merge(xp.asarray(w), xp.asarray(a), xp.asarray(b), 0.5, xp)
         assert merged.dtype == ml_dtypes.bfloat16
         np.testing.assert_array_equal(np.asarray(merged), expected.astype(ml_dtypes.bfloat16))
+
+
+# --- a base of bfloat16, in which most of a small update would be lost ----------------------------------------------
+
+
+def small_step(folder, base, text, name="run", **changes):
+    """The newest step of a run of adapters at a rate of 1e-4."""
+    train(config_of(text, base, optimizer__learning_rate=1e-4, **changes), folder / name)
+    return folder / name / "checkpoints" / "3"
+
+
+@pytest.fixture(scope="module")
+def narrow(text, base, tmp_path_factory):
+    """(base in bfloat16, a LoRA step on it, a LoRA step on that)"""
+    folder = tmp_path_factory.mktemp("narrow")
+    merge.merge_checkpoints([base], folder / "base", np.dtype(ml_dtypes.bfloat16))
+    first = small_step(folder, folder / "base", text)
+    targets = ("query", "shared_down")
+    return folder / "base", first, small_step(folder, first, text, "again", lora__rank=2, lora__targets=targets)
+
+
+def exactly(step):
+    """{name: W + sum of scale A B} of all LoRA steps below `step`, float64."""
+    held = checkpoint.read_held(step)
+    reader = checkpoint_files.TensorReader(step, "params", checkpoint_files.read_digests(step).tensors["params"])
+    if not isinstance(held, lora.Lora):
+        return {name: reader.read(name).astype(np.float64) for name in reader.entries}
+    weights = exactly(checkpoint.base_of(held, step))
+    for name in {lora.weight_of(name) for name in reader.entries}:
+        a, b = (reader.read(each).astype(np.float64) for each in lora.adapter_names(name))
+        weights[name] = weights[name] + held.scale * np.tensordot(a, b, 1)
+    return weights
+
+
+def error_of(found, step, base):
+    """Of `found`, {name: tensor}: its distance from the exact weights, over theirs from the base."""
+    wanted, start = exactly(step), exactly(base)
+    squares = [
+        (np.square(found[n].astype(np.float64) - w).sum(), np.square(w - start[n]).sum()) for n, w in wanted.items()
+    ]
+    lost, update = np.sqrt(np.sum(squares, axis=0))
+    return lost / update
+
+
+def test_a_step_on_bfloat16_is_read_exactly_and_so_is_one_on_that(narrow, tmp_path):
+    base, *steps = narrow
+    rounded = {name: w.astype(ml_dtypes.bfloat16) for name, w in exactly(steps[0]).items()}
+    assert error_of(rounded, steps[0], base) > 0.15  # or there would be nothing to lose
+    for step in steps:
+        reader = checkpoint.open_weights(step)
+        assert error_of({name: reader.read(name) for name in reader.entries}, step, base) < 1e-3
+        assert {e.dtype for n, e in reader.entries.items() if e.dtype != reader.stored[n].dtype} == {
+            np.dtype("float32")
+        }
+        where = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), parameters.abstract(SMALL))
+        for params in (load_params(step, dtype="float32"), load_params(step, dtype="float32", shardings=where)):
+            assert error_of({n: np.asarray(w) for n, w in parameters.unstack(params, SMALL).items()}, step, base) < 1e-3
+
+
+def test_a_full_run_starts_from_the_exact_weights(narrow, text, tmp_path):
+    base, _, step = narrow
+    config = config_of(text, step, lora__rank=0, optimizer__learning_rate=1e-30, optimizer__weight_decay=0.0)
+    config.schedule.steps = 1
+    train(config, tmp_path)
+    reader = checkpoint.open_weights(tmp_path / "checkpoints" / "1")
+    assert error_of({name: reader.read(name) for name in reader.entries}, step, base) < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_weights_that_stay_narrow_keep_the_adapters_beside_them(narrow, base, dtype):
+    """What samples and evaluates is the model that was trained."""
+    narrow_base, *steps = narrow
+    everywhere = jax.sharding.NamedSharding(sharding.make_mesh(fsdp=8), jax.sharding.PartitionSpec())
+    for step, ranks in zip(steps, (4, 6), strict=True):
+        params = load_params(step, dtype=dtype)
+        assert params["embedding"].dtype == params["dense"]["query"].dtype == jnp.bfloat16
+        assert params["dense"]["query_lora_a"].shape[-1] == params["dense"]["query_lora_b"].shape[1] == ranks
+        wide = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+        exact = parameters.stack({n: w.astype(np.float32) for n, w in exactly(step).items()}, SMALL)
+        start = load_params(narrow_base, dtype="float32")
+        found, expected, before = (forward(each, SMALL, TOKENS) for each in (wide, exact, start))
+        assert np.abs(found - expected).max() < 0.02 * np.abs(expected - before).max()
+        sharded = load_params(
+            step, dtype=dtype, shardings=jax.tree.map(lambda _: everywhere, parameters.abstract(SMALL))
+        )
+        assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), sharded, params))
+
+
+def test_they_decode_in_the_dtype_of_the_base(narrow):
+    model = load_checkpoint(narrow[2])
+    out = llada_jax.generate(model.params, model.config, [TOKENS[0, :5]], llada_jax.GenerateConfig(8, block_length=8))
+    assert len(out.tokens[0]) == 8 or out.tokens[0][-1] == SMALL.eos_token_id
+    wide = load_params(narrow[1], dtype="bfloat16")
+    assert forward(wide, SMALL, TOKENS).dtype == jnp.float32
+
+
+def test_export_and_merge_round_once_and_say_what_that_costs(narrow, tmp_path, capsys):
+    base, _, step = narrow
+    lost = error_of({name: w.astype(ml_dtypes.bfloat16) for name, w in exactly(step).items()}, step, base)
+    says = re.compile(r"rounding lost ([\d.]+)% of the adapters' update; --dtype=float32 keeps it")
+
+    def said():
+        return [float(share) / 100 for share in says.findall(capsys.readouterr().out)]
+
+    for narrow_again in (None, np.dtype(ml_dtypes.bfloat16)):
+        merge.merge_checkpoints([step], tmp_path / f"merged-{narrow_again}", narrow_again)
+        assert said() == [pytest.approx(lost, abs=2e-3)]
+        assert load_params(tmp_path / f"merged-{narrow_again}")["dense"]["query"].dtype == jnp.bfloat16
+    merge.merge_checkpoints([step, step], tmp_path / "wide", np.dtype("float32"))
+    assert said() == []
+    reader = checkpoint.open_weights(tmp_path / "wide")
+    assert error_of({name: reader.read(name) for name in reader.entries}, step, base) < 1e-3
+
+    export_checkpoint(str(step), str(tmp_path / "hf"))
+    assert said() == [pytest.approx(lost, abs=2e-3)]
+    export_checkpoint(str(step), str(tmp_path / "hf32"), dtype="float32")
+    assert said() == []
+    for name, same in (("hf", tmp_path / "merged-None"), ("hf32", tmp_path / "wide")):
+        import_checkpoint(str(tmp_path / name), str(tmp_path / f"{name}-again"))
+        for tensor, leaf in parameters.unstack(load_params(tmp_path / f"{name}-again"), SMALL).items():
+            np.testing.assert_array_equal(leaf, checkpoint.open_weights(same).read(tensor))
 
 
 def test_resumed_run_is_the_uninterrupted_one(trained, text, base, tmp_path):

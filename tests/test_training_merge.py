@@ -59,3 +59,26 @@ def test_best_steps_by_the_score_recorded_with_them(tmp_path):
         merge.best_steps(tmp_path, 4)
     with pytest.raises(InputError, match="not a workdir"):
         merge.best_steps(tmp_path / "checkpoints", 1)
+
+
+def test_steps_scored_in_another_way_are_left_out(tmp_path, capsys):
+    params = parameters.initialize(CONFIG, jax.random.key(0))
+    four, full, fewer = {"block_size": 4}, {"block_size": 32}, {"block_size": 32, "rows": 2}
+    scored = [(10, 1.0, four), (20, 3.0, full), (30, 2.75, full), (40, 0.5, fewer), (50, 2.9, full), (60, None, four)]
+    for step, score, scored_by in scored:
+        writer = saver.Saver(tmp_path / "checkpoints", scored_by=scored_by)
+        writer.save(step, params, {}, {}, CONFIG, {}, {}, score)
+        writer.wait()
+    assert [(path.name, score) for path, score in merge.best_steps(tmp_path, 3)] == [
+        ("30", 2.75),
+        ("50", 2.9),
+        ("20", 3.0),
+    ]
+    said = capsys.readouterr().out
+    assert said == (
+        "step 10 is left out: scored by block_size=4, not 32\nstep 40 is left out: scored by rows=2, not None\n"
+    )
+    with pytest.raises(
+        InputError, match="3 saved steps have a held-out score that can be compared with the last one, 4"
+    ):
+        merge.best_steps(tmp_path, 4)

@@ -132,6 +132,37 @@ def test_stale_scores_are_refused(start, runs, changes, message):
     assert metrics_of(runs[0] / "precomputed") == runs[1]["precomputed"]
 
 
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"yarn_factor": 4.0}, "model.rope_scaling=None, this run has {'kind': 'yarn', "),
+        ({"alignment": "shifted"}, "model.alignment=None, this run has 'shifted'"),
+        ({"execution.dtype": "bfloat16"}, "config.execution.dtype='float32', this run has 'bfloat16'"),
+        ({"data.held_out_rows": 5}, "config.data.held_out_rows=4, this run has 5"),
+    ],
+)
+def test_scores_of_another_reference_are_made_anew_before_the_first_step_is_saved(
+    start, tmp_path, monkeypatch, capsys, changes, message
+):
+    class Scored(Exception):
+        pass
+
+    def scored(*arguments):
+        raise Scored
+
+    monkeypatch.setattr(loop, "_load", scored)
+    for each in ({}, changes, changes, {"optimizer.learning_rate": 1.0, "batch.micro_batches": 1, **changes}):
+        with pytest.raises(Scored):
+            train(
+                config_of(start, "precomputed", **{"schedule.steps": 2, "evaluation.preference_draws": 1} | each),
+                tmp_path,
+            )
+    said = capsys.readouterr().out
+    assert (
+        said.count("scoring 2 of 2 steps") == said.count(f"scored with {message}") / 2 + 1 == 2
+    )  # and the held-out ones
+
+
 def test_a_frozen_run_does_not_resume_against_another_reference(start, runs):
     changed = config_of(start, "frozen", init_from=str(start / "weights-1"))
     with pytest.raises(InputError, match="its weights are .* but the reference of .* is"):

@@ -122,6 +122,16 @@ def test_keeps_the_best(state, tmp_path, keep_last, kept):
     assert list(saver.scores(tmp_path))[:2] == [2, 4]  # of equal ones the older is the better
 
 
+def test_ranks_only_what_was_scored_alike(state, tmp_path, capsys):
+    for step, score, size in ((1, 0.5, 4), (2, 3.0, 32), (3, 2.0, 32), (4, 4.0, 32)):
+        writer = saver.Saver(tmp_path, keep_last=1, keep_best=1, scored_by={"block_size": size})
+        writer.save(step, state[0], state[1], {}, CONFIG, {}, {}, score)
+        writer.wait()
+    assert saver.steps(tmp_path) == [3, 4]
+    assert "step 1 is not ranked with the others: scored by block_size=4, not 32\n" in capsys.readouterr().out
+    assert saver.scores(tmp_path)[3] == saver.Score(2.0, {"block_size": 32})
+
+
 def test_keeps_every_so_many(state, tmp_path):
     for step in (1, 2, 3, 4, 6, 7):
         writer = saver.Saver(tmp_path, keep_last=1, keep_every=3)

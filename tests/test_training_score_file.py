@@ -64,6 +64,16 @@ def test_scores_of_other_settings_are_refused_by_name(tmp_path, changes, message
     assert open_file(tmp_path).stored == 1
 
 
+def test_what_may_be_replaced_begins_anew_and_says_why(tmp_path, capsys):
+    filled(tmp_path)
+    anew = ScoreFile(tmp_path / "scores.bin", DEPENDS | {"config.seed": 1}, (3, 2), 5, replace=True)
+    assert anew.stored == 0 and "scored with config.seed=0, this run has 1: scoring again\n" in capsys.readouterr().out
+    anew.append(VALUES[0])
+    assert ScoreFile(tmp_path / "scores.bin", DEPENDS | {"config.seed": 1}, (3, 2), 5, replace=True).stored == 1
+    (tmp_path / "scores.bin").write_bytes(b"not json\n")
+    assert ScoreFile(tmp_path / "scores.bin", DEPENDS, (3, 2), 5, replace=True).stored == 0
+
+
 @pytest.mark.parametrize("content", [b"", b"not json\n", b"[1]\n", b"\xff\xfe"])
 def test_another_file_is_refused(tmp_path, content):
     (tmp_path / "scores.bin").write_bytes(content)

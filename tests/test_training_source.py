@@ -39,7 +39,7 @@ def workdir(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("step,rate", [(5, 1e-3), (40, 2e-3), (75, 2e-3 * (1 - 0.9 * 24 / 50)), (100, 2e-4 * 1.18)])
+@pytest.mark.parametrize("step,rate", [(5, 1e-3), (40, 2e-3), (75, 2e-3 * (1 - 0.9 * 25 / 50)), (100, 2e-4)])
 def test_the_rate_goes_on_where_the_step_before_ended(workdir, step, rate):
     source = open_source(workdir / "checkpoints" / str(step))
     config = continue_learning_rate(run_config(learning_rate=0.0), source)

@@ -32,6 +32,18 @@ def test_loss_free_balancing_moves_the_bias_by_the_load_and_by_nothing_else():
     assert abs(bias.mean()) < 1e-8
 
 
+def test_rows_of_padding_alone_have_metrics_that_are_numbers_and_move_no_bias():
+    model, optimizer = MODELS["tiny_moe"], optax.sgd(1e-3)
+    loss = denoising_loss(model, Objective(), Execution(), seed=0)
+    step = make_train_step(model, loss, optimizer, expert_bias_rate=1e-3)
+    batch = batch_of(model)
+    batch = batch.replace(segment_ids=np.zeros_like(batch.segment_ids))
+    state = states.create(parameters.initialize(model, jax.random.key(0)), optimizer)
+    state, metrics = step(state, None, batch, jnp.int32(8), jnp.float32(0), "both")
+    assert all(np.isfinite(value) for value in metrics.values()) and metrics["expert_load_max"] == 0
+    assert not np.asarray(state.params["sparse"]["expert_bias"]).any()
+
+
 def test_balancing_is_refused_where_no_router_has_a_bias():
     config = settings.default_config("tiny")
     config.optimizer.expert_bias_rate = 1e-3

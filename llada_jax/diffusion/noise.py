@@ -3,6 +3,18 @@
 The schedule is linear, alpha_t = 1 - t: a token is masked with probability t, and the ELBO's weight
 -alpha'_t / (1 - alpha_t) is 1 / t. Keys belong to examples: the noise of a row is a function of (seed, row, draw) and
 of nothing else, so it is the same on every mesh, host count and resume.
+
+A key either makes keys or makes numbers, never both, and every use has a key of its own. What all keys are made of
+(fold_in and split of one key agree: split(k, n)[i] is fold_in(k, i)):
+
+    root = key(seed)                                  of config.seed, or of an evaluation's seed
+    row = fold_in(fold_in(root, row id), draw)        draw: epoch, DPO's epoch * draws + d, or an estimate's draw
+        fold_in(row, TIMES), fold_in(row, MASKS)      uniform numbers, one a position
+        fold_in(row, EMBEDDING)                       Gaussian numbers on the embeddings of masked tokens
+    a complementary pair shares `row`: its masks are one another's inverse, so that each position has noise in one only
+    a rejected answer (DPO) and a mirrored draw use the numbers of another on purpose
+    sampling: fold_in of (request, start of the block, step, position, token), bits of the last only
+    order of rows: NumPy's SeedSequence of (seed, epoch)
 """
 
 import dataclasses
@@ -13,6 +25,8 @@ import jax.numpy as jnp
 
 from llada_jax.attention.visibility import Layout
 from llada_jax.errors import InputError
+
+TIMES, MASKS, EMBEDDING = range(3)  # what a row's key is folded with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +48,7 @@ class NoiseSpec:
             raise InputError(f'times={self.times!r}, expected "block" or "sequence"')
         if self.masking not in ("bernoulli", "fixed_count"):
             raise InputError(f'masking={self.masking!r}, expected "bernoulli" or "fixed_count"')
-        if not 0 <= self.rate_low <= self.rate_high <= 1 or self.rate_high == 0:
+        if not (0 <= self.rate_low <= self.rate_high <= 1 and self.rate_high > 0):  # NaN neither
             raise InputError(f"rate_low={self.rate_low}, rate_high={self.rate_high}, expected 0 <= low <= high <= 1")
 
 
@@ -79,12 +93,14 @@ def draw_masking(
     source [batch, length] int32: position whose random numbers a token uses, by default its own; documents with the
     same sources share times and masks. Within a document the sources must differ. part: None is Part().
     """
-    keys = jax.vmap(lambda key: jax.random.split(key, 2))(keys)
     length = eligible.shape[1]
-    unit = jax.vmap(lambda key: jax.random.uniform(key, (length,)))
+
+    def unit(use):
+        return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, use), (length,)))(keys)
+
     group_start = where.block_start if spec.times == "block" else where.document_start
-    u = _spread(unit(keys[:, 0]), group_start) if spec.spread else unit(keys[:, 0])
-    scores = unit(keys[:, 1])
+    u = _spread(unit(TIMES), group_start) if spec.spread else unit(TIMES)
+    scores = unit(MASKS)
     if source is not None:
         u, scores = (jnp.take_along_axis(x, source, axis=1) for x in (u, scores))
     u = jnp.take_along_axis(u, group_start, axis=1)

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from llada_jax.attention import visibility as vis
-from llada_jax.diffusion.noise import Masking, NoiseSpec, Part, complement, draw_masking, mask_tokens
-from llada_jax.errors import InputError
+from llada_jax.diffusion.noise import EMBEDDING, Masking, NoiseSpec, Part, complement, draw_masking, mask_tokens
+from llada_jax.errors import InputError, check_range
 from llada_jax.model import head
 from llada_jax.model.alignment import predictable
 from llada_jax.model.config import ModelConfig
@@ -29,7 +29,7 @@ class Objective:
     number of "tokens" that could be masked, or of those "masked". complementary: each row also comes with the inverse
     mask. block_origin: "global" (Eq. 3) or "document". confidence_weight: lambda of Eq. 6, of the entropy at
     confidence_temperature. document_mask: attention ends where a document does (Eq. 3, 4); without it the documents of
-    a row are one.
+    a row are one, from its first token to its last, and padding between them is text that is not supervised.
     """
 
     noise: NoiseSpec = NoiseSpec()
@@ -42,11 +42,8 @@ class Objective:
     document_mask: bool = True
 
     def __post_init__(self):
-        if self.confidence_weight < 0 or self.confidence_temperature <= 0:
-            raise InputError(
-                f"objective.confidence_weight={self.confidence_weight}, confidence_temperature="
-                f"{self.confidence_temperature}, expected at least 0 and more than 0"
-            )
+        check_range("objective.confidence_weight", self.confidence_weight, at_least=0)
+        check_range("objective.confidence_temperature", self.confidence_temperature, above=0)
         for field, choices in (
             ("time_weight", ("elbo", "uniform")),
             ("normalizer", ("tokens", "masked")),
@@ -62,7 +59,8 @@ class Example:
 
     hidden: tokens that are the mask in the noisy copy; masked: those of them that are scored, all but a document's
     tail (`tails`). eligible: tokens that could be masked and scored. weights float32: of each token's negative
-    log-likelihood, zero where not supervised, normalised by nothing yet.
+    log-likelihood, zero where not supervised, normalised by nothing yet. segment_ids: as attention sees them
+    (Objective.document_mask). real: tokens of the stored documents, no padding.
     """
 
     clean: jax.Array
@@ -72,6 +70,7 @@ class Example:
     eligible: jax.Array
     weights: jax.Array
     segment_ids: jax.Array
+    real: jax.Array
     positions: jax.Array
     where: vis.Layout
     keys: jax.Array
@@ -81,7 +80,7 @@ class Example:
 class Sums:
     """Sums over a batch, float32 scalars: of weighted nll, of nll, correctness and entropy of the correct ones over
     supervised tokens, and of supervised and eligible tokens. expert_load int32 [layers with experts, experts]: how many
-    tokens each expert got, padding too; None in a dense model.
+    real tokens each expert got, of both halves where there are two; None in a dense model.
     """
 
     weighted: jax.Array
@@ -113,9 +112,11 @@ def prepare(
     noise.draw_masking, or None; part: of noise.draw_masking. A complementary objective returns 2 * batch rows, the
     inverses after the originals.
     """
+    real = segment_ids > 0
+    supervised = supervised & real
     tail = tails(segment_ids, supervised)
     if not objective.document_mask:
-        segment_ids = (segment_ids > 0).astype(segment_ids.dtype)
+        segment_ids = one_document(segment_ids)
     where = vis.layout(segment_ids, block_size, objective.block_origin)
     eligible = predictable(where, segment_ids, config.alignment) & supervised
     if halves == "clean":
@@ -125,10 +126,10 @@ def prepare(
         masking = draw_masking(keys, eligible | tail, where, objective.noise, source, part)
     if objective.complementary and halves != "clean":
         inverse = complement(masking, eligible | tail)
-        masking, tokens, segment_ids, eligible, where, keys = jax.tree.map(
+        masking, tokens, segment_ids, real, eligible, where, keys = jax.tree.map(
             lambda a, b: jnp.concatenate([a, b]),
-            (masking, tokens, segment_ids, eligible, where, keys),
-            (inverse, tokens, segment_ids, eligible, where, keys),
+            (masking, tokens, segment_ids, real, eligible, where, keys),
+            (inverse, tokens, segment_ids, real, eligible, where, keys),
         )
     masked = masking.masked & eligible
     weights = masked.astype(jnp.float32)
@@ -142,6 +143,7 @@ def prepare(
         eligible=eligible,
         weights=weights,
         segment_ids=segment_ids,
+        real=real,
         positions=jnp.arange(tokens.shape[1])[None] - where.document_start,
         where=where,
         keys=keys,
@@ -160,6 +162,15 @@ def tails(segment_ids: jax.Array, supervised: jax.Array) -> jax.Array:
         jnp.take_along_axis(sums, at, axis=1) for at in (where.document_start, where.block_end, where.document_end)
     )
     return (segment_ids > 0) & (before < end) & (through == end) & ~supervised
+
+
+def one_document(segment_ids: jax.Array) -> jax.Array:
+    """segment_ids [batch, length] of rows whose documents are one: 1 from the first token of a document to the last one
+    of any, whatever lies between; 0 before and behind.
+    """
+    real = (segment_ids > 0).astype(segment_ids.dtype)
+    begun, to_come = jax.lax.cummax(real, axis=1), jax.lax.cummax(real, axis=1, reverse=True)
+    return begun * to_come
 
 
 def normalizer(example: Example, objective: Objective) -> jax.Array:
@@ -199,7 +210,9 @@ def score(
     added = None
     if embedding_noise_std is not None and noisy is not None:
         added = _embedding_noise(example, embedding_noise_std, config.hidden_size)
-    hidden, load = denoising_pass(params, config, noisy, clean, example.where, example.positions, execution, added)
+    hidden, load = denoising_pass(
+        params, config, noisy, clean, example.where, example.positions, execution, added, example.real
+    )
     matrix = head.head_matrix(params, config)
     scores = head.token_scores(
         hidden, example.clean, example.masked, matrix, entropy_temperature, execution.reduce_dtype
@@ -220,7 +233,7 @@ def _embedding_noise(example: Example, std: jax.Array, width: int) -> jax.Array:
     shape = example.hidden.shape[1], width
 
     def draw():
-        keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(example.keys)
+        keys = jax.vmap(lambda key: jax.random.fold_in(key, EMBEDDING))(example.keys)
         unit = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
         return jnp.where(example.hidden[..., None], std * unit, 0.0)
 

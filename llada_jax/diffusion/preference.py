@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from llada_jax.attention.visibility import Layout
 from llada_jax.diffusion import noise, objectives
-from llada_jax.errors import InputError
+from llada_jax.errors import check_range
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.forward import Execution
 
@@ -34,8 +34,7 @@ class Preference:
 
     def __post_init__(self):
         for field in ("beta", "draws", "max_pairs"):
-            if not getattr(self, field) > 0:
-                raise InputError(f"preference.{field}={getattr(self, field)!r}, expected more than 0")
+            check_range(f"preference.{field}", getattr(self, field), above=0)
 
 
 @flax.struct.dataclass

@@ -54,9 +54,9 @@ def _both(name: str, length: int, block_size: int, steps: int) -> Phase:
 
 def _checked(phases: list[Phase], length: int) -> tuple[Phase, ...]:
     for phase in phases:
-        if phase.steps < 0:
+        if not phase.steps >= 0:
             raise InputError(f"schedule: {phase.name} at block size {phase.block_size} has {phase.steps} steps")
-        if phase.block_size < 1 or length % phase.block_size:
+        if not phase.block_size >= 1 or length % phase.block_size:
             raise InputError(f"schedule: {phase.name} block size {phase.block_size} does not divide length {length}")
     return tuple(phase for phase in phases if phase.steps)
 

@@ -40,7 +40,7 @@ class Draws:
     def __post_init__(self):
         if self.times not in TIMES:
             raise InputError(f"times={self.times!r}, expected one of {', '.join(TIMES)}")
-        if self.samples < 1 or self.repeats < 1:
+        if not (self.samples >= 1 and self.repeats >= 1):
             raise InputError(f"samples={self.samples}, repeats={self.repeats}, expected at least 1")
         if self.times == "antithetic" and self.samples % 2:
             raise InputError(f"samples={self.samples}: antithetic times come in pairs, expected an even number")
@@ -76,27 +76,28 @@ class Estimate:
 
 def block_nelbo(
     params, config: ModelConfig, batch, block_size: int | None, *, samples=1, times="stratified", masking="fixed_count",
-    repeats=1, seed=0, rows_at_once=4, block_origin="global", execution=Execution(),
+    repeats=1, seed=0, rows_at_once=4, block_origin="global", document_mask=True, execution=Execution(),
 ) -> Estimate:  # fmt: skip
     """NELBO per token of the rows of `batch` (data.order.Batch, numpy). block_size None is full-sequence MDLM.
 
-    samples, times, masking, repeats: as in Draws, which raises InputError.
+    samples, times, masking, repeats: as in Draws, which raises InputError. block_origin, document_mask: as in
+    objectives.Objective, by default what evaluation compares by.
     """
     draws = Draws(samples, times, masking, repeats)
     return summarize(
         *row_nelbo(
             params, config, batch, block_size, draws, seed=seed, rows_at_once=rows_at_once,
-            block_origin=block_origin, execution=execution,
+            block_origin=block_origin, document_mask=document_mask, execution=execution,
         )
     )  # fmt: skip
 
 
 def row_nelbo(
     params, config: ModelConfig, batch, block_size: int | None, draws: Draws, *, seed=0, rows_at_once=4,
-    block_origin="global", execution=Execution(),
+    block_origin="global", document_mask=True, execution=Execution(),
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """(NELBO of each row and each set of draws, nats [rows, repeats] float64; tokens scored [rows] int64)."""
-    objective = objectives.Objective(noise=draws.spec, block_origin=block_origin)
+    objective = objectives.Objective(noise=draws.spec, block_origin=block_origin, document_mask=document_mask)
     halves = "noisy" if block_size is None else "both"
     size = batch.ids.shape[1] if block_size is None else block_size
     if size == 1 and draws.masking == "fixed_count":  # exact: more draws would be the same one

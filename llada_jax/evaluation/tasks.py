@@ -100,8 +100,8 @@ def reasoning_gym_questions(name: str, size: int, seed: int = 0, settings: dict 
 
 
 def file_questions(path: str, limit: int | None = None, extract: str | None = None) -> list[Question]:
-    """Questions of a JSONL file: "prompt" (text) or "messages" (and "tools"), and "answer" (text or number), which must be
-    met as grading.same has it, or "pattern", a regular expression that must be found.
+    """Questions of a JSONL file: "prompt" (text) or "messages" (and "tools"), and "answer" (text or number), which must
+    be met as grading.same has it, or "pattern", a regular expression that must be found.
 
     extract: a regular expression; what its last match says (grading.extracted) is what is scored, and an answer without
     one is wrong. Raises InputError with file and line.

@@ -24,6 +24,7 @@ from llada_jax.model.parameters import Parameter
 from llada_jax.training import checkpoint
 from llada_jax.training import checkpoint_files as files
 from llada_jax.training.checkpoint_stream import identity_of, in_order, partial, slabs, split_axis, target_dtype
+from llada_jax.training.lora import Rounding, stored_entries, update_of
 from llada_jax.training.progress import byte_progress
 
 SHARD_BYTES = 5 * 10**9
@@ -61,7 +62,8 @@ def export_checkpoint(
     """Writes config.json, tokenizer files and safetensors (an index too when there is more than one shard) at `out`.
 
     path: a checkpoint, or a workdir, of which `step` (by default the newest) is taken; training may go on. dtype:
-    "float32" or "bfloat16", by default that of each tensor; a float32 expert bias is never cast. A shard has at most
+    "float32" or "bfloat16", by default that of each tensor as stored; a float32 expert bias is never cast. A LoRA
+    step's weights are merged in float32 and rounded once; what that loses of the update is printed. A shard has at most
     shard_bytes, unless one leaf (the experts of a layer) has more. `out` appears when complete; a run that was killed
     goes on behind its last whole shard. Raises InputError when `out` exists, a tensor is damaged, or its dtype has no
     place in safetensors.
@@ -78,6 +80,7 @@ def export_checkpoint(
         files_named = " and ".join(f"{name}.py" for name in modules)
         print(f"notice: transformers wants a copy of {files_named} in {out}; SGLang and dInfer do not")
     small = {"config.json": (json.dumps(hf, indent=2) + "\n").encode(), **others}
+    rounding = Rounding()
     identity = identity_of(files.read_digests(directory).sha256, shard_bytes, dtype, hf)
     with partial(files.absolute(out), identity) as (folder, notes):
         total = sum(group.bytes for shard in shards for group in shard)
@@ -87,7 +90,7 @@ def export_checkpoint(
                 if name in notes.read():
                     advance(sum(group.bytes for group in shard))
                 else:
-                    _write_shard(folder / name, shard, reader, advance)
+                    _write_shard(folder / name, shard, reader, advance, rounding)
                     notes.add(name, "")
         if len(shards) > 1:
             where = {
@@ -98,6 +101,7 @@ def export_checkpoint(
         for name, content in reversed(small.items()):  # config.json last: without it there is no model here
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(content)
+    rounding.report()
 
 
 def shard_name(number: int, count: int) -> str:
@@ -122,7 +126,7 @@ def _groups(config: ModelConfig, reader, to: np.dtype | None) -> list[Group]:
     """Every tensor of the folder, in the order of the layers."""
     groups: dict[str, Group] = {}
     for leaf, (parameter, layer) in parameters.leaves(config).items():
-        dtype = target_dtype(leaf, np.dtype(reader.entries[leaf].dtype), to)
+        dtype = target_dtype(leaf, np.dtype(stored_entries(reader)[leaf].dtype), to)
         if dtype.name not in _DTYPES:
             raise InputError(f'tensor "{leaf}" has dtype {dtype.name}; safetensors get {", ".join(_DTYPES)}')
         experts = range(parameter.shape[0]) if parameter.per_expert else [None]
@@ -152,7 +156,7 @@ def _shards(groups: list[Group], limit: int) -> list[list[Group]]:
     return shards
 
 
-def _write_shard(path: epath.Path, groups: list[Group], reader, advance) -> None:
+def _write_shard(path: epath.Path, groups: list[Group], reader, advance, rounding: Rounding) -> None:
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for target in (target for group in groups for target in group.targets):
         span = [offset, offset + target.bytes]
@@ -162,7 +166,7 @@ def _write_shard(path: epath.Path, groups: list[Group], reader, advance) -> None
     text += b" " * (-len(text) % 8)
     with direct.Writer(os.fspath(path)) if files.is_local(path) else path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for value in in_order(functools.partial(_slab, reader.slabs()), _slab_tasks(groups, reader)):
+        for value in in_order(functools.partial(_slab, reader.slabs(), rounding), _slab_tasks(groups, reader)):
             file.write(value.reshape(-1).view(np.uint8).data)
             advance(value.nbytes)
 
@@ -176,9 +180,12 @@ def _slab_tasks(groups: list[Group], reader) -> Iterator[tuple]:
                 yield leaf, parameter, group.targets[0].dtype, *bounds
 
 
-def _slab(source, leaf: str, parameter: Parameter, dtype: np.dtype, first: int, last: int) -> np.ndarray:
+def _slab(
+    source, rounding: Rounding, leaf: str, parameter: Parameter, dtype: np.dtype, first: int, last: int
+) -> np.ndarray:
     """Rows of the stored tensor, or whole experts."""
-    value = source.read(leaf, split_axis(parameter), first, last).astype(dtype, copy=False)
+    value = source.read(leaf, split_axis(parameter), first, last)
+    value = rounding.round(value, update_of(source, leaf, first, last, dtype), dtype)
     if parameter.matrix:
         columns = stored_shape(parameter)[1]
         value = transposed(

@@ -6,7 +6,7 @@ One `ModelConfig` covers Llama, Qwen2, Qwen3, Qwen3-MoE, Ling-2.0 and LLaDA2.x: 
 import dataclasses
 from collections.abc import Iterable
 
-from llada_jax.errors import InputError
+from llada_jax.errors import InputError, check_range
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3_moe", "bailing_moe", "llada2_moe")
 
@@ -27,10 +27,11 @@ class RopeScaling:
     def __post_init__(self):
         linear, kinds = self.kind == "linear", ("linear", "yarn", "llama3")
         _check("rope_scaling.kind", self.kind, self.kind in kinds, f"one of {', '.join(kinds)}")
-        _check("rope_scaling.factor", self.factor, self.factor >= 1, "at least 1")
-        length, high = self.original_length, self.high_freq_factor
+        check_range("model config: rope_scaling.factor", self.factor, at_least=1)
+        length, low = self.original_length, self.low_freq_factor
         _check("rope_scaling.original_length", length, length > 0 or linear and length == 0, "positive")
-        _check("rope_scaling.high_freq_factor", high, high > self.low_freq_factor > 0, "above low_freq_factor, above 0")
+        check_range("model config: rope_scaling.low_freq_factor", low, above=0)
+        check_range("model config: rope_scaling.high_freq_factor", self.high_freq_factor, above=low)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +156,9 @@ def _check_config(c: ModelConfig) -> None:
         _check(field, value, isinstance(value, int) and 0 < value < 2**31, "a positive integer")
     _check("num_heads", c.num_heads, c.num_heads % c.num_kv_heads == 0, f"a multiple of {c.num_kv_heads=}")
     _check("rotary_dim", c.rotary_dim, 0 < c.rotary_dim <= c.head_dim and c.rotary_dim % 2 == 0, "even, <= head_dim")
-    _check("rope_theta", c.rope_theta, c.rope_theta > 0, "positive")
+    for field in ("rope_theta", "routed_scaling_factor"):
+        check_range(f"model config: {field}", getattr(c, field), above=0)
+    check_range("model config: initializer_range", c.initializer_range, at_least=0)
     _check("rms_norm_eps", c.rms_norm_eps, 0 < c.rms_norm_eps < 1, "between 0 and 1")
     _check("alignment", c.alignment, c.alignment in ("same", "shifted"), '"same" or "shifted"')
     for field in ("mask_token_id", "eos_token_id", "pad_token_id"):

@@ -32,17 +32,18 @@ EXPERTS = ("gate", "up", "down")
 
 
 def moe(
-    inputs: tuple[jax.Array, jax.Array], weights: dict[str, jax.Array], shards: sharding.Shards, config: ModelConfig,
+    inputs: tuple[jax.Array, ...], weights: dict[str, jax.Array], shards: sharding.Shards, config: ModelConfig,
     execution,
 ):  # fmt: skip
     """Routed experts plus the shared one, added to what they correct: y = residual + (sum_k w_k E_k(x) + S(x)).
 
-    inputs: x and residual [batch, length, embed], this shard's rows; weights: this shard's part of them; with "layer",
-    an int32 [], the EXPERTS are those of all layers (read_in_place). execution: forward.Execution. Returns y, as x, and
-    how many of the tokens each expert got, int32 [1, experts]. Raises InputError where the tensor axis does not divide
-    the experts' width, or routing blocks the length.
+    inputs: x and residual [batch, length, embed], this shard's rows, and bool [batch, length], the tokens that count
+    towards the load (None or missing: all); weights: this shard's part of them; with "layer", an int32 [], the EXPERTS
+    are those of all layers (read_in_place). execution: forward.Execution. Returns y, as x, and how many of those tokens
+    each expert got, int32 [1, experts]. Raises InputError where the tensor axis does not divide the experts' width, or
+    routing blocks the length.
     """
-    x, residual = inputs
+    x, residual, counted = (*inputs, None)[:3]
     if config.routing_block and x.shape[1] % config.routing_block:
         raise InputError(f"a pass over {x.shape[1]} positions: routing_block={config.routing_block} must divide them")
     tensor = shards.size("tensor")
@@ -52,6 +53,9 @@ def moe(
     router = shards.gather(weights["router"], "router")
     routed = route(rows, router, weights.get("expert_bias"), config, execution.experts, execution.interpret)
     y, load = _routed(rows, *routed, weights, shards, execution)
+    if counted is not None:  # of this rank's own tokens, however they are exchanged
+        experts = jnp.where(counted.reshape(1, -1), routed[0], load.size)
+        load = count_by_group(experts.reshape(-1), load.size)
     if config.num_shared_experts:
         shared = {
             name: shards.gather(w.astype(x.dtype), name, keep=("tensor",))

@@ -106,12 +106,14 @@ def hidden_states(
 
 
 def run_layers(
-    params, config, tokens, positions, visibility, execution=Execution(), cache=None, embedding_noise=None, wanted=None
+    params, config, tokens, positions, visibility, execution=Execution(), cache=None, embedding_noise=None, wanted=None,
+    counted=None,
 ):  # fmt: skip
     """As hidden_states, and how many tokens each expert got: int32 [layers with experts, experts], None without any.
 
     wanted: compute the hidden states of so many first positions only; of the others the last layer needs its keys and
-    values alone. None: of all. Over a context axis everything lies as context.to_ranks lays it.
+    values alone. None: of all. counted bool [batch, queries]: the tokens that the numbers count; None: all. Over a
+    context axis everything lies as context.to_ranks lays it.
     """
     dtype = execution.dtype or params["embedding"].dtype
     x = head.embed(params["embedding"], tokens, dtype)
@@ -126,7 +128,7 @@ def run_layers(
             attend = attention_of(config, execution, visibility, tokens.shape[1])
         else:
             attend = _of_turned(functools.partial(cached_attention, visibility=visibility)), tokens.shape[1]
-        layer = functools.partial(_layer, config, group, execution, attend, cos, sin, shared)
+        layer = functools.partial(_layer, config, group, execution, attend, cos, sin, shared, counted)
         # Without a mesh there are no gathered weights to drop, and nothing to compute again.
         if execution.remat == "none" and sharding.mesh_in_force() is None:
             return layer
@@ -194,7 +196,7 @@ def _experts_in_place(group, weights, config, execution, dtype):
     return stacks if experts.read_in_place(stacks, axes, execution, dtype) else {}
 
 
-def _layer(config, group, execution, attend, cos, sin, shared, x, of_layer):
+def _layer(config, group, execution, attend, cos, sin, shared, counted, x, of_layer):
     weights, layer = of_layer
     axes = parameters.layer_axes(config, group, weights)
     routed = {k: w for k, w in weights.items() if group == "sparse" and weight_of(k) in EXPERT_WEIGHTS}
@@ -209,7 +211,9 @@ def _layer(config, group, execution, attend, cos, sin, shared, x, of_layer):
             stacked_axes = parameters.logical_axes(config)[group]
             axes |= {name: stacked_axes[name] for name in shared.experts} | {"layer": ()}
             routed |= shared.experts | {"layer": layer}
-        x, load = sharding.over_batch(moe, axes, execution.reduce_dtype)((h, x), routed)
+        if counted is not None:
+            counted = context.first(counted, x.shape[1])
+        x, load = sharding.over_batch(moe, axes, execution.reduce_dtype)((h, x, counted), routed)
         load = load.sum(axis=(0, 1))
     else:
         x, load = x + swiglu(h, weights), None
@@ -258,8 +262,11 @@ def denoised_hidden(params, config, noisy, clean, where, positions, execution=Ex
     return denoising_pass(params, config, noisy, clean, where, positions, execution)[0]
 
 
-def denoising_pass(params, config, noisy, clean, where, positions, execution=Execution(), noisy_embedding_noise=None):
-    """Hidden states [batch, length, embed] aligned with the tokens they predict, and the load of run_layers.
+def denoising_pass(
+    params, config, noisy, clean, where, positions, execution=Execution(), noisy_embedding_noise=None, counted=None
+):
+    """Hidden states [batch, length, embed] aligned with the tokens they predict, and the load of run_layers, of the
+    tokens that are counted, bool [batch, length] (None: all), in every half.
 
     noisy or clean may be None. Both: the two-stream pass [x_t | x_0] of Eq. 1. Only noisy: MDLM (Eq. 2). Only clean:
     block-causal, as in AR.
@@ -274,11 +281,12 @@ def denoising_pass(params, config, noisy, clean, where, positions, execution=Exe
     if noise is not None:
         noise = context.to_ranks(jnp.stack([noise, jnp.zeros_like(noise)][: len(halves)], axis=1))
     tokens = context.to_ranks(jnp.stack(halves, axis=1))
+    counted = None if counted is None else context.to_ranks(jnp.stack([counted] * len(halves), axis=1))
     positions = context.to_ranks(jnp.stack([positions] * len(halves), axis=1))
     # Of the clean half's last hidden states only "shifted" models read any.
     wanted = length if both and config.alignment == "same" else None
     hidden, _, load = run_layers(
-        params, config, tokens, positions, visibility, execution, embedding_noise=noise, wanted=wanted
+        params, config, tokens, positions, visibility, execution, embedding_noise=noise, wanted=wanted, counted=counted
     )
     hidden = context.to_positions(hidden, hidden.shape[1] // length)
     noisy_hidden = None if noisy is None else hidden[:, 0]

@@ -8,6 +8,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from llada_jax.errors import check_range
 from llada_jax.model.config import ModelConfig
 
 
@@ -25,6 +26,10 @@ class Lora:
     targets: tuple[str, ...]
     base: str = ""
     base_digest: str = ""
+
+    def __post_init__(self):
+        check_range("lora.rank", self.rank, at_least=1)
+        check_range("lora.alpha", self.alpha, above=0)
 
     @property
     def layer_groups(self) -> dict[str, range]:
@@ -60,12 +65,19 @@ def weight_of(name: str) -> str:
 
 
 def attach(params, adapters, lora: Lora):
-    """The base's weights with the adapters beside them, B times alpha / rank: what the forward pass takes."""
+    """The base's weights with the adapters beside them, B times alpha / rank: what the forward pass takes.
 
-    def scaled(group):
-        return {name: w * lora.scale if name.endswith("_lora_b") else w for name, w in group.items()}
+    A base that has adapters beside its weights already keeps them: ranks add up, [A A'] [B; B'] = A B + A' B'.
+    """
 
-    return params | {group: params[group] | scaled(adapters[group]) for group in adapters}
+    def joined(weights, group):
+        for name, w in group.items():
+            axis = 1 if name.endswith("_lora_b") else -1  # of the rank, behind that of the layers
+            w = w * lora.scale if name.endswith("_lora_b") else w
+            weights = weights | {name: jnp.concatenate([weights[name], w], axis) if name in weights else w}
+        return weights
+
+    return params | {group: joined(params[group], adapters[group]) for group in adapters}
 
 
 def merge(weight, a, b, scale: float, xp=jnp):

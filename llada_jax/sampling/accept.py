@@ -1,8 +1,9 @@
 """Which of a block's predictions are written in a step: the acceptance rules.
 
 Each rule is a function of one step's predictions for [rows, block] positions; every row stands for itself. Arguments,
-where a rule has them: confidence, entropy [rows, block] float32; masked [rows, block] bool; due [rows] int, tokens that
-the schedule asks for; thresholds [rows] float32. They return bool [rows, block]; ties go to the lowest position.
+where a rule has them: confidence, entropy [rows, block] float32, of the softmax over all logits (sampling/predict.py);
+masked [rows, block] bool; due [rows] int, tokens that the schedule asks for; thresholds [rows] float32. They return
+bool [rows, block]; ties go to the lowest position.
 """
 
 import jax
@@ -28,18 +29,27 @@ def sglang(confidence, masked, threshold) -> jax.Array:
     return llada2(confidence, masked, jnp.ones(masked.shape[0], jnp.int32), threshold)
 
 
-def dinfer(confidence, masked, threshold) -> jax.Array:
-    """All with confidence >= min(threshold, the largest - 1e-5): near-ties of the largest go together (dInfer)."""
+def dinfer(confidence, masked, threshold, predicts_mask=None) -> jax.Array:
+    """All with confidence >= min(threshold, the largest - 1e-5): near-ties of the largest go together (dInfer).
+
+    predicts_mask [rows, block] bool: positions whose first choice is the mask are left out, unless no other is left
+    (there dInfer goes round for ever).
+    """
+    if predicts_mask is not None:
+        sure = masked & ~predicts_mask
+        masked = jnp.where(sure.any(-1, keepdims=True), sure, masked)
     largest = jnp.max(jnp.where(masked, confidence, -jnp.inf), axis=-1)
     return masked & (confidence >= jnp.minimum(threshold, largest - _NEAR)[:, None])
 
 
 def entropy(entropy, masked, bound) -> jax.Array:
-    """The surest, and the next surest while the entropies of all taken add up to at most `bound` nats (EB-Sampler)."""
+    """The surest, and the next surest while the entropies of all taken, but the largest, add up to at most `bound` nats
+    (EB-Sampler, arXiv 2505.24857: what can depend on one another among them is at most that).
+    """
     order = jnp.argsort(jnp.where(masked, entropy, jnp.inf), axis=-1, stable=True)
-    total = jnp.cumsum(jnp.take_along_axis(jnp.where(masked, entropy, 0.0), order, axis=-1), axis=-1)
-    within = jnp.sum(total <= bound[:, None], axis=-1)  # what is not masked comes last and adds nothing
-    return top(-entropy, masked, jnp.maximum(within, 1))
+    ascending = jnp.take_along_axis(jnp.where(masked, entropy, 0.0), order, axis=-1)
+    all_but_largest = jnp.pad(jnp.cumsum(ascending, axis=-1)[:, :-1], ((0, 0), (1, 0)))
+    return top(-entropy, masked, jnp.sum(all_but_largest <= bound[:, None], axis=-1))
 
 
 def fixed(confidence, masked, due) -> jax.Array:

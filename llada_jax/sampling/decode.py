@@ -190,7 +190,7 @@ def _denoise(params, config, program, state: State, hidden, denoising) -> State:
 
     sampling = requests.sampling
     sampling = sampling.replace(key=jax.vmap(key_of)(sampling.key, state.start, state.step))
-    kind = Kind(program.mask_id, program.sample, program.cut, rule == "entropy")
+    kind = Kind(program.mask_id, program.sample, program.cut, entropy=rule == "entropy", raw=rule == "dinfer")
     found = predict(head_matrix(params, config), hidden, needed, sampling, kind)
 
     accepted = _accept(program, state, found) & needed & masked
@@ -240,7 +240,7 @@ def _accept(program: Program, state: State, found) -> jax.Array:
         case "llada2.1" | "sglang":  # at least one token a step, no schedule
             return accept.sglang(confidence, masked, requests.threshold)
         case "dinfer":
-            return accept.dinfer(confidence, masked, requests.threshold)
+            return accept.dinfer(confidence, masked, requests.threshold, found.mask)
         case "entropy":
             return accept.entropy(found.entropy, masked, requests.entropy_bound)
         case "fixed":

@@ -21,7 +21,7 @@ def define(gen_length: int) -> None:
     )
     flags.DEFINE_float("editing_threshold", 0.5, "llada2.1: probability above which a token is edited.")
     flags.DEFINE_integer("max_post_steps", 16, "llada2.1: most steps after a block is full.")
-    flags.DEFINE_float("entropy_bound", 0.15, "entropy: nats that a step may write.")
+    flags.DEFINE_float("entropy_bound", 0.15, "entropy: nats that a step may write, its largest not counted.")
     flags.DEFINE_enum(
         "add_bos", None, ["auto", "true", "false"], "Begin texts and prompts without chat template with a beginning of "
         "sequence: auto as the tokenizer's post-processor does. Default: as the checkpoint was trained.",

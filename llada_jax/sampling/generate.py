@@ -1,7 +1,6 @@
 """`generate`: prompts in, answers out."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 import flax.struct
@@ -9,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llada_jax.errors import InputError
+from llada_jax.errors import InputError, check_range
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.forward import Execution
 from llada_jax.sampling.cost import second_block_price
@@ -26,9 +25,9 @@ class GenerateConfig:
     ("llada2", "fixed"). threshold: probability above which a token is accepted (above 1: the schedule decides).
     temperature 0 is argmax. mask_id: None is the checkpoint's. eos_id: what ends an answer; None is any of the
     checkpoint's ends of sequence, -1 nothing. eos_early_stop: stop inside a block once all before the first end of
-    sequence is written. rule: sampling/accept.py; "llada2.1" also
-    edits written tokens whose prediction changed with probability above editing_threshold (0: always), for at most
-    max_post_steps steps after a block is full. entropy_bound: nats that "entropy" may write in a step.
+    sequence is written. rule: sampling/accept.py; "llada2.1" also edits written tokens whose prediction changed with
+    probability above editing_threshold (0: always), for at most max_post_steps steps after a block is full.
+    entropy_bound: nats that "entropy" may write in a step, the largest not counted.
     """
 
     gen_length: int
@@ -54,17 +53,14 @@ class GenerateConfig:
         def whole(value, least):
             return isinstance(value, int | np.integer) and not isinstance(value, bool) and least <= value < 2**31
 
-        def number(value):  # NaN is none: it is at least nothing
-            return isinstance(value, int | float | np.number) and not isinstance(value, bool)
-
         for field in ("gen_length", "block_length", "steps"):
             check(field, whole(getattr(self, field), 1), "a positive integer")
         for field in ("threshold", "editing_threshold", "entropy_bound"):
-            value = getattr(self, field)
-            check(field, number(value) and value >= 0, "a number of at least 0")
-        check("temperature", number(self.temperature) and 0 <= self.temperature < math.inf, "a number of at least 0")
+            check_range(field, getattr(self, field), at_least=0, infinite=True)  # beyond all probabilities: never
+        check_range("temperature", self.temperature, at_least=0)
+        if self.top_p is not None:
+            check_range("top_p", self.top_p, above=0, at_most=1)
         check("top_k", self.top_k is None or whole(self.top_k, 1), "a positive integer")
-        check("top_p", self.top_p is None or (number(self.top_p) and 0 < self.top_p <= 1), "a number in (0, 1]")
         check("rule", self.rule in RULES, f"one of {', '.join(RULES)}")
         check("max_post_steps", whole(self.max_post_steps, 0), "an integer of at least 0")
         check("eos_early_stop", isinstance(self.eos_early_stop, bool | np.bool_), "true or false")

@@ -3,6 +3,10 @@
 The head is run on the needed positions only, TILE of them at a time, and over VOCAB_TILE tokens at a time with running
 maxima and sums: no float32 [positions, vocab] is held. With top-k or top-p the logits of one tile of positions are.
 Under a mesh each shard of the vocabulary reduces its own part, and a few scalars a position are combined.
+
+Probabilities are those of the softmax over all logits, the mask token's among them, as HF's `generate`, SGLang and
+dInfer compute them: mass on the mask makes the others less sure. The mask is never predicted: where it is the argmax,
+or is drawn, the best other token (or the next of the draw) stands in with its own probability.
 """
 
 import functools
@@ -33,25 +37,29 @@ class Sampling:
 
 @flax.struct.dataclass
 class Prediction:
-    """[rows, block]: token int32; confidence, its probability, and entropy (nats, when asked for), float32.
+    """[rows, block]: token int32; confidence, its probability, and entropy (nats, when asked for), float32; mask bool:
+    the mask itself came out first (known when Kind.raw). Zero where none was needed.
 
     Of the distribution that is drawn from: softmax(logits / temperature) cut to the top k, then to the nucleus p, the
-    order of LLaDA2's HF `generate`; at temperature 0, softmax(logits). Zero where none was needed.
+    order of LLaDA2's HF `generate`; at temperature 0, softmax(logits). The mask counts in the cuts too; the best other
+    token is never cut. Entropy is before the cuts. With Kind.raw confidence is of softmax(logits) at any temperature.
     """
 
     token: jax.Array
     confidence: jax.Array
     entropy: jax.Array
+    mask: jax.Array
 
 
 class Kind(NamedTuple):
     """What is compiled in. mask_id is never predicted. sample, cut: whether a row may have a temperature, a top-k or
-    top-p; entropy: whether it is computed."""
+    top-p; entropy: whether it is computed; raw: dInfer's confidence, and where the mask came out first."""
 
     mask_id: int
     sample: bool = False
     cut: bool = False
     entropy: bool = False
+    raw: bool = False
 
 
 def predict(head: jax.Array, hidden: jax.Array, needed: jax.Array, sampling: Sampling, kind: Kind) -> Prediction:
@@ -91,22 +99,27 @@ def _predict(head, hidden, needed, sampling, kind, vocab_axis) -> Prediction:
         return jax.tree.map(lambda whole, x: whole.at[index].set(x, mode="drop"), found, scored)
 
     zeros = jnp.zeros(positions, jnp.float32)
-    nothing = Prediction(jnp.zeros(positions, jnp.int32), zeros, zeros)
+    nothing = Prediction(jnp.zeros(positions, jnp.int32), zeros, zeros, zeros > 0)
     with jax.named_scope(TILES):
         found = jax.lax.fori_loop(0, -(-needed.sum() // tile), one_tile, nothing)
     return jax.tree.map(lambda x: x.reshape(rows, block), found)
 
 
 class _Running(NamedTuple):
-    """Over the tokens seen so far, [positions]: the best of z + noise, its token and its z; the maximum of z, the sum
-    of exp(z - maximum), and of z exp(z - maximum)."""
+    """Over the tokens seen so far, [positions]: the best of z + noise but for the mask, its token and its z; the
+    maximum of z, the sum of exp(z - maximum), of what is cut off zero; over all that, cut off or not, the sums of exp(z
+    - maximum), z exp(z - maximum) and exp(temperature (z - maximum)); z + noise of the mask.
+    """
 
     best: jax.Array
     token: jax.Array
     z: jax.Array
     highest: jax.Array
     total: jax.Array
+    uncut: jax.Array
     weighted: jax.Array
+    raw: jax.Array
+    mask: jax.Array
 
 
 def _score(head, hidden, settings: Sampling, kind: Kind, vocab_axis) -> Prediction:
@@ -115,64 +128,87 @@ def _score(head, hidden, settings: Sampling, kind: Kind, vocab_axis) -> Predicti
     offset = 0 if vocab_axis is None else jax.lax.axis_index(vocab_axis) * vocab
 
     def scaled_logits(start, width, seen):
-        """(ids [width] of a tile of the vocabulary, z float32 [positions, width]); -inf for what does not count."""
+        """(ids [width] of a tile of the vocabulary, z float32 [positions, width]); -inf for what was seen before."""
         weights = jax.lax.dynamic_slice_in_dim(head, start, width, axis=1).astype(hidden.dtype)
         z = jnp.dot(hidden, weights, preferred_element_type=jnp.float32)
         local = start + jnp.arange(width)
-        ids = offset + local
-        z = jnp.where(((ids == kind.mask_id) | (local < seen))[None], -jnp.inf, z)
-        return ids, z / jnp.where(settings.temperature > 0, settings.temperature, 1.0)[:, None] if kind.sample else z
+        z = jnp.where((local < seen)[None], -jnp.inf, z)
+        return offset + local, z / temperature[:, None] if kind.sample else z
 
     positions = hidden.shape[0]
-    lowest, zeros = jnp.full(positions, _LOWEST), jnp.zeros(positions)
-    state = _Running(jnp.full(positions, -jnp.inf), jnp.zeros(positions, jnp.int32), lowest, lowest, zeros, zeros)
+    temperature = jnp.where(settings.temperature > 0, settings.temperature, 1.0)
+    lowest, zeros, never = jnp.full(positions, _LOWEST), jnp.zeros(positions), jnp.full(positions, -jnp.inf)
+    token = jnp.zeros(positions, jnp.int32)
+    state = _Running(never, token, lowest, lowest, zeros, zeros, zeros, zeros, never)
     if kind.cut:  # the cut depends on all logits of a position
         ids, z = scaled_logits(0, vocab, 0)
-        state = _fold(state, ids, _cut(z, settings, vocab_axis), settings, kind)
+        state = _fold(state, ids, z, _cut(z, ids, settings, kind, vocab_axis), settings, kind)
     else:
         width = min(VOCAB_TILE, vocab)
 
         def visit(i, state):  # the last tile may overlap the one before
             ids, z = scaled_logits(jnp.minimum(i * width, vocab - width), width, i * width)
-            return _fold(state, ids, z, settings, kind)
+            return _fold(state, ids, z, z, settings, kind)
 
         state = jax.lax.fori_loop(0, -(-vocab // width), visit, state) if width < vocab else visit(0, state)
     if vocab_axis is not None:
-        state = _combine(state, vocab_axis)
-    log_norm = state.highest + jnp.log(state.total)
-    return Prediction(state.token, jnp.exp(state.z - log_norm), log_norm - state.weighted / state.total)
+        state = _combine(state, temperature, vocab_axis)
+    above = state.z - state.highest
+    confidence = jnp.exp(above * temperature) / state.raw if kind.raw else jnp.exp(above) / state.total
+    entropy = state.highest + jnp.log(state.uncut) - state.weighted / state.uncut if kind.entropy else zeros
+    return Prediction(state.token, confidence, entropy, state.mask > state.best)
 
 
-def _fold(state: _Running, ids, z, settings, kind: Kind) -> _Running:
-    score = z
+def _fold(state: _Running, ids, z, kept, settings, kind: Kind) -> _Running:
+    """The state with a tile of tokens more: z [positions, ids], and `kept`, the same with -inf for what is cut off."""
+    score = kept
     if kind.sample:
-        score = z + jnp.where(settings.temperature > 0, 1.0, 0.0)[:, None] * _gumbel(settings.key, ids)
+        score = kept + jnp.where(settings.temperature > 0, 1.0, 0.0)[:, None] * _gumbel(settings.key, ids)
+    is_mask = (ids == kind.mask_id)[None]
+    of_mask = jnp.where(is_mask, score, -jnp.inf).max(axis=-1) if kind.raw else state.mask
+    score = jnp.where(is_mask, -jnp.inf, score)
     at = jnp.argmax(score, axis=-1)[:, None]
-    best, chosen_z = jnp.take_along_axis(score, at, -1)[:, 0], jnp.take_along_axis(z, at, -1)[:, 0]
+    best, chosen_z = (jnp.take_along_axis(x, at, -1)[:, 0] for x in (score, z))
     better = best > state.best
     highest = jnp.maximum(state.highest, z.max(axis=-1))
-    kept, weights = jnp.exp(state.highest - highest), jnp.exp(z - highest[:, None])
-    weighted = state.weighted
+    weights, before = jnp.exp(z - highest[:, None]), jnp.exp(state.highest - highest)
+
+    def sum_of(old, new):
+        return old * before + jnp.sum(new, axis=-1)
+
+    uncut, weighted, raw = state.uncut, state.weighted, state.raw
+    total = sum_of(state.total, jnp.where(kept > -jnp.inf, weights, 0.0) if kind.cut else weights)
     if kind.entropy:
-        weighted = weighted * kept + jnp.sum(jnp.where(weights > 0, weights * z, 0.0), axis=-1)
+        uncut = sum_of(uncut, weights) if kind.cut else total
+        weighted = sum_of(weighted, jnp.where(weights > 0, weights * z, 0.0))
+    if kind.raw and kind.sample:
+        temperature = jnp.where(settings.temperature > 0, settings.temperature, 1.0)
+        raw = raw * before**temperature + jnp.sum(jnp.exp((z - highest[:, None]) * temperature[:, None]), axis=-1)
+    elif kind.raw:
+        raw = total
     return _Running(
         jnp.where(better, best, state.best),
         jnp.where(better, ids[at[:, 0]], state.token),
         jnp.where(better, chosen_z, state.z),
         highest,
-        state.total * kept + weights.sum(axis=-1),
+        total,
+        uncut,
         weighted,
+        raw,
+        jnp.maximum(state.mask, of_mask),
     )
 
 
-def _combine(state: _Running, vocab_axis) -> _Running:
+def _combine(state: _Running, temperature, vocab_axis) -> _Running:
     """The state over the whole vocabulary from those of its shards; a tie goes to the lowest shard."""
     shards = jax.lax.all_gather(state, vocab_axis)
     winner = jnp.argmax(shards.best, axis=0)[None]
     best, token, z = (jnp.take_along_axis(x, winner, axis=0)[0] for x in shards[:3])
     highest = shards.highest.max(axis=0)
     scale = jnp.exp(shards.highest - highest[None])
-    return _Running(best, token, z, highest, jnp.sum(scale * shards.total, 0), jnp.sum(scale * shards.weighted, 0))
+    sums = [jnp.sum(scale * x, 0) for x in (shards.total, shards.uncut, shards.weighted)]
+    raw = jnp.sum(scale ** temperature[None] * shards.raw, 0)
+    return _Running(best, token, z, highest, *sums, raw, shards.mask.max(axis=0))
 
 
 def _gumbel(keys: jax.Array, ids: jax.Array) -> jax.Array:
@@ -186,10 +222,11 @@ def _gumbel(keys: jax.Array, ids: jax.Array) -> jax.Array:
     return -jnp.log(-jnp.log(uniform))
 
 
-def _cut(z: jax.Array, settings: Sampling, vocab_axis) -> jax.Array:
+def _cut(z: jax.Array, ids: jax.Array, settings: Sampling, kind: Kind, vocab_axis) -> jax.Array:
     """z [positions, vocab] with -inf outside the top k and, of what that leaves, outside the nucleus p.
 
-    The nucleus is the smallest set of most probable tokens whose probability exceeds p. Ties at an edge all stay.
+    The nucleus is the smallest set of most probable tokens whose probability exceeds p. Ties at an edge all stay, and
+    so does the best token that is not the mask: there would be nothing to write where the mask alone is left.
     """
 
     def over_vocab(reduce, x):
@@ -208,9 +245,13 @@ def _cut(z: jax.Array, settings: Sampling, vocab_axis) -> jax.Array:
         edge = jax.lax.fori_loop(0, 32, one_bit, jnp.zeros(z.shape[0], jnp.uint32))
         return jnp.where(rank >= edge[:, None], z, -jnp.inf)
 
+    best = jnp.where((ids == kind.mask_id)[None], -jnp.inf, z).max(axis=-1)
+    best = jnp.where(z >= over_vocab(jax.lax.pmax, best)[:, None], z, -jnp.inf)  # and above: of the mask
     greedy = settings.temperature == 0
     whole = greedy | (settings.top_k == 0)
     z = keep(z, jnp.ones_like(z), jnp.where(whole, jnp.inf, settings.top_k - 0.5))
     weights = jnp.exp(z - over_vocab(jax.lax.pmax, z.max(axis=-1))[:, None])
     total = over_vocab(jax.lax.psum, weights.sum(axis=-1))
-    return keep(z, weights, jnp.where(greedy | (settings.top_p >= 1), jnp.inf, settings.top_p * total))
+    return jnp.maximum(
+        best, keep(z, weights, jnp.where(greedy | (settings.top_p >= 1), jnp.inf, settings.top_p * total))
+    )

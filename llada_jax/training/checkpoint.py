@@ -1,8 +1,8 @@
 """Weights checkpoints: streaming write, verified load. The files are described in checkpoint_files.py.
 
 A converted model and a step of a training run have the same layout; a step only adds files. A LoRA step holds adapters,
-and its weights are those of its base with the adapters merged. Wherever a path is asked for, it may be a checkpoint, or
-a workdir (or its checkpoints/ folder), which stands for its newest intact step.
+and its weights are those of its base with the adapters merged, or beside them (training/lora.py). Wherever a path is
+asked for, it may be a checkpoint, or a workdir (or its checkpoints/ folder), which stands for its newest intact step.
 """
 
 import functools
@@ -28,7 +28,7 @@ from llada_jax.training import checkpoint_arrays as arrays
 from llada_jax.training import checkpoint_files as files
 from llada_jax.training import checkpoint_stream as stream
 from llada_jax.training.checkpoint_files import DamagedError
-from llada_jax.training.lora import MergedReader, base_of, read_sharded
+from llada_jax.training.lora import MergedReader, attached, base_of, levels, read_sharded, stored_entries
 from llada_jax.training.progress import byte_progress
 
 T = TypeVar("T")
@@ -249,7 +249,8 @@ def load_tokenizer(path: str | os.PathLike):
 
 
 def load_params(path: str | os.PathLike, dtype=None, shardings=None, verify: bool = True) -> dict:
-    """The weights, as the tree of parameters.abstract(config).
+    """The weights, as the tree of parameters.abstract(config); those of a LoRA step are merged in float32 or, where its
+    weights stay narrower than that, have the adapters beside them (model/lora.attach), which the forward pass adds.
 
     dtype: floating weights are cast to it (expert_bias is not); None keeps what is stored. shardings: tree of
     jax.sharding.Sharding with the structure of parameters.abstract: each process then reads the parts of its devices;
@@ -319,7 +320,22 @@ def _load_params(directory: epath.Path, dtype, shardings, verify: bool) -> dict:
     for name, (parameter, _) in parameters.leaves(config).items():
         if name not in reader.entries or reader.entries[name].shape != parameter.shape:
             raise DamagedError(f'checkpoint {directory}: no tensor "{name}" of shape {list(parameter.shape)}')
-    names, treedef = jax.tree.flatten(arrays.stacked_names(config), is_leaf=arrays.is_names)
+    stacked = arrays.stacked_names(config)
+    if isinstance(reader, MergedReader) and not _keeps_update(reader, dtype):
+        base = _load_stacks(levels(reader)[0], stacked, dtype, shardings, verify)
+        return attached(reader, base, stacked, shardings, verify)
+    return _load_stacks(reader, stacked, dtype, shardings, verify)
+
+
+def _keeps_update(reader: MergedReader, dtype) -> bool:
+    """Whether weights of `dtype` (None: as they are stored) can hold a LoRA step's small update."""
+    stored = stored_entries(reader)
+    kept = {stored[name].dtype for name in stored if reader.entries[name].dtype != stored[name].dtype}
+    return jnp.dtype(dtype) == np.float32 if dtype is not None else not kept
+
+
+def _load_stacks(reader, stacked: dict, dtype, shardings, verify: bool) -> dict:
+    names, treedef = jax.tree.flatten(stacked, is_leaf=arrays.is_names)
     targets = [_target_dtype(reader, each, dtype) for each in names]
     if shardings is None:
         loaded = [arrays.read_whole(reader, each, to, verify) for each, to in zip(names, targets, strict=True)]

@@ -271,6 +271,12 @@ def evaluation_block_sizes(config: ConfigDict) -> tuple[int, ...]:
     return (1,) if config.schedule.kind == "ar" else tuple(config.evaluation.block_sizes)
 
 
+def ranking_block_size(config: ConfigDict) -> int:
+    """The block size whose held-out NELBO ranks the steps."""
+    sizes = evaluation_block_sizes(config)
+    return config.checkpoint.best_block_size if config.checkpoint.best_block_size in sizes else sizes[-1]
+
+
 def execution(config: ConfigDict, platform: str | None = None) -> Execution:
     """How to compute on a platform ("tpu", "gpu", "cpu"), by default the one at hand."""
     if config.execution.dtype not in ("float32", "bfloat16"):

@@ -34,7 +34,8 @@ def evaluate(
             part.name: block_nelbo(
                 params, inputs.model, jax.tree.map(lambda x, part=part: x[part.held_out], rows), block_size,
                 samples=config.evaluation.samples, rows_at_once=max(4, mesh.size),
-                block_origin=config.objective.block_origin, execution=settings.execution(config),
+                block_origin=config.objective.block_origin, document_mask=config.objective.document_mask,
+                execution=settings.execution(config),
             )
             for part in inputs.components
         }  # fmt: skip
@@ -47,7 +48,7 @@ def evaluate(
         texts.append(f"{block_size}: {with_error(estimate.nats, estimate.stderr, '.3f')}")
         found[block_size] = estimate.nats
     print(f"step {step}  held-out NELBO, nats per token, by block size  " + "   ".join(texts), flush=True)
-    return found.get(config.checkpoint.best_block_size, found[sizes[-1]])
+    return found[settings.ranking_block_size(config)]
 
 
 def _compare(config, inputs: Inputs, reference: Reference, params, writer, step: int, block_size: int) -> None:

@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from llada_jax.errors import InputError
+from llada_jax.training import config as settings
 from llada_jax.training import saver
 from llada_jax.training.inputs import Inputs, lineage
 from llada_jax.training.patience import Patience
@@ -32,7 +33,15 @@ class Keeper:
         self._every_minutes, self._patience = config.checkpoint.every_minutes, patience
         self._directory, self._inputs = checkpoints(config, workdir), inputs
         kept = config.checkpoint
-        self._saver = saver.Saver(self._directory, kept.keep_last, kept.keep_best, kept.keep_every)
+        scored_by = {
+            "block_size": settings.ranking_block_size(config),
+            "samples": config.evaluation.samples,
+            "block_origin": config.objective.block_origin,
+            "document_mask": config.objective.document_mask,
+            "rows": len(inputs.held_out.ids),
+            "data": inputs.rows.digest,
+        }
+        self._saver = saver.Saver(self._directory, kept.keep_last, kept.keep_best, kept.keep_every, scored_by)
         self._lineage = lineage(config, inputs)
         self._init_weights = None if inputs.source is None else inputs.source.weights
         self._begun = time.monotonic()  # the last save

@@ -12,6 +12,7 @@ from llada_jax.model import parameters
 from llada_jax.model.parameters import Parameter
 from llada_jax.training import checkpoint, saver
 from llada_jax.training.checkpoint_stream import Leaf, split_axis, target_dtype
+from llada_jax.training.lora import Rounding, stored_entries, update_of
 
 
 def merge_checkpoints(
@@ -19,8 +20,9 @@ def merge_checkpoints(
 ) -> None:
     """Writes the mean of the checkpoints' weights at `out`, averaged in float32, slab by slab, digests verified.
 
-    Model, tokenizer and, unless `dtype` is given, dtypes are the first one's. Raises InputError when a
-    checkpoint is damaged or of another model.
+    The adapters of LoRA steps are merged in float32 too; what rounding then loses of them is printed. Model, tokenizer
+    and, unless `dtype` is given, dtypes are the first one's. Raises InputError when a checkpoint is damaged or of
+    another model.
     """
     directories = [checkpoint.candidates(path)[0] for path in paths]
     if not directories:
@@ -34,16 +36,19 @@ def merge_checkpoints(
             raise InputError(f"{directory}: model {field} differs from that of {directories[0]}")
         readers.append(checkpoint.open_weights(directory))
     slabs = [reader.slabs() for reader in readers]
+    rounding = Rounding()
 
     def mean(name: str, axis: int, to: np.dtype, first: int, last: int) -> np.ndarray:
         total = slabs[0].read(name, axis, first, last).astype(np.float32)
         for each in slabs[1:]:
             total += each.read(name, axis, first, last)
         total /= np.float32(len(slabs))
-        return total.astype(to, copy=False)
+        updates = [update_of(each, name, first, last, to) for each in slabs]
+        update = None if any(each is None for each in updates) else sum(updates) / np.float32(len(slabs))
+        return rounding.round(total, update, to)
 
     def leaf(name: str, parameter: Parameter) -> Leaf:
-        entry, axis = readers[0].entries[name], split_axis(parameter)
+        entry, axis = stored_entries(readers[0])[name], split_axis(parameter)
         to = target_dtype(name, entry.dtype, dtype)
         return Leaf(name, entry.shape, to, functools.partial(mean, name, axis, to), axis)
 
@@ -55,21 +60,29 @@ def merge_checkpoints(
         {"merged": [os.fspath(directory) for directory in directories], "source": lineage},
         identity=None,
     )
+    rounding.report()
 
 
 def best_steps(workdir: str | os.PathLike, count: int) -> list[tuple[epath.Path, float]]:
     """[(checkpoint, held-out NELBO)] of the `count` best saved steps, best first; the score is the one recorded with
-    the step, which config.checkpoint.keep_best also goes by.
+    the step, which config.checkpoint.keep_best also goes by. Steps that were scored in another way than the last one
+    that was, such as at another block size, are left out, which is printed.
 
     Raises InputError when fewer steps were evaluated when they were saved.
     """
     folder = epath.Path(workdir) / "checkpoints"
     if not folder.is_dir():
         raise InputError(f"{workdir}: not a workdir, there is no checkpoints/")
-    ranked = list(saver.scores(folder).items())
+    found = saver.scores(folder)
+    last = found[max(found)].by if found else None
+    left_out = {step: why for step, score in sorted(found.items()) if (why := saver.difference(score.by, last))}
+    for step, why in left_out.items():
+        print(f"step {step} is left out: scored by {why}", flush=True)
+    ranked = [(folder / str(step), score.value) for step, score in found.items() if step not in left_out]
     if len(ranked) < count:
+        others = " that can be compared with the last one" if left_out else ""
         raise InputError(
-            f"{workdir}: {len(ranked)} saved steps have a held-out score, {count} wanted; train with "
+            f"{workdir}: {len(ranked)} saved steps have a held-out score{others}, {count} wanted; train with "
             f"checkpoint.keep_best={count}"
         )
-    return [(folder / str(step), score) for step, score in ranked[:count]]
+    return ranked[:count]

@@ -10,15 +10,18 @@ from llada_jax.model.lora import Lora
 
 
 def learning_rate(config: ConfigDict, total_steps: int) -> optax.Schedule:
-    """Linear warm-up, constant, linear decay over the last decay_steps to learning_rate * end_fraction."""
+    """Linear warm-up, constant, linear decay over the last decay_steps: the last step of the warm-up has learning_rate,
+    the last of all learning_rate * end_fraction. decay_steps 0: no decay.
+    """
     peak = config.learning_rate
     warmup = min(config.warmup_steps, total_steps)
     decay = min(config.decay_steps, total_steps - warmup)
+    end = peak * config.end_fraction
     return optax.join_schedules(
         [
             optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1)),
             optax.constant_schedule(peak),
-            optax.linear_schedule(peak, peak * config.end_fraction, max(decay, 1)),
+            optax.linear_schedule(peak + (end - peak) / max(decay, 1), end, max(decay - 1, 1)),
         ],
         [warmup, total_steps - decay],
     )

@@ -2,10 +2,14 @@
 
 "frozen" keeps a sharded copy of the weights and scores every batch twice. "precomputed" scores all steps of the run
 before the first one and keeps the scores in WORKDIR: rows and noise are functions of the step, so they stay valid, and
-neither training nor a resumed run holds a second model. A LoRA run holds its base in any case, which is the copy.
+neither training nor a resumed run holds a second model. The files say all that the scores depend on: before a run has
+saved a step, scores of other settings are made anew; later they are refused. A LoRA run holds its base in any case,
+which is the copy.
 """
 
+import dataclasses
 import functools
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,16 +25,26 @@ from llada_jax.diffusion import preference, schedule
 from llada_jax.diffusion.schedule import Phase
 from llada_jax.evaluation.preference import pair_scores
 from llada_jax.training import config as settings
-from llada_jax.training import hosts
+from llada_jax.training import hosts, saver
 from llada_jax.training.inputs import Inputs, frozen_params
+from llada_jax.training.keeper import checkpoints
 from llada_jax.training.metrics import duration
 from llada_jax.training.process_data import from_own_rows, on_all_devices, own_rows
 from llada_jax.training.score_file import ScoreFile
 from llada_jax.training.step import join_rows, split_rows
 
 _PROGRESS_SECONDS = 10.0
-# Fields of config.objective that scores do not depend on.
-_WITHOUT_EFFECT = ("confidence_weight", "confidence_temperature", "embedding_noise_std", "embedding_noise_steps")
+# The sections and fields of the config that scores do not depend on, or that are resolved in what stands beside them
+# (`_depends_on`). Everything else counts, whatever it is.
+_WITHOUT_EFFECT = (
+    "model", "stage", "alignment", "yarn_factor", "init_from", "compiled_step", "compiled_halves",
+    "data.path", "data.mixture", "data.source", "data.patterns", "data.tokenizer", "data.cache", "data.corrupt_share",
+    "batch.micro_batches", "schedule", "lora", "optimizer", "mesh", "checkpoint", "faults", "evaluation",
+    "log_every_steps", "profile", "preference.enabled", "preference.beta", "preference.reference",
+    "objective.confidence_weight", "objective.confidence_temperature", "objective.embedding_noise_std",
+    "objective.embedding_noise_steps", "execution.attention", "execution.experts", "execution.exchange",
+    "execution.remat", "execution.reduce_dtype",
+)  # fmt: skip
 
 
 class Reference(NamedTuple):
@@ -87,36 +101,41 @@ def held_out_scores(config: ConfigDict, inputs: Inputs, params) -> np.ndarray:
 
 def _files(config, phases, inputs: Inputs, max_pairs: int, workdir: Path) -> tuple[ScoreFile, ScoreFile]:
     """(scores of all steps, scores of the held-out rows)"""
-    common = {
-        "weights of config.init_from": inputs.source.weights,
-        "alignment": inputs.model.alignment,
-        "digest of the data": inputs.rows.digest,
-        "config.data.held_out_rows": config.data.held_out_rows,
-        "config.execution.dtype": config.execution.dtype,
-        "config.preference.shared_noise": config.preference.shared_noise,
-        "config.preference.max_pairs": max_pairs,
-    }
-    objective = {f"config.objective.{k}": v for k, v in config.objective.items() if k not in _WITHOUT_EFFECT}
-    of_steps = common | objective | {
-        "config.seed": config.seed,
-        "config.batch.rows": config.batch.rows,
-        "config.preference.draws": config.preference.draws,
-        "schedule": [[phase.block_size, phase.steps, phase.halves] for phase in phases],
-    }  # fmt: skip
-    of_held_out = common | {
-        "config.objective.block_origin": config.objective.block_origin,
+    of_steps = _depends_on(config, phases, inputs)
+    of_held_out = of_steps | {
         "config.evaluation.block_sizes[-1]": settings.evaluation_block_sizes(config)[-1],
         "config.evaluation.preference_draws": config.evaluation.preference_draws,
         "held-out rows": len(inputs.held_out.ids),
     }
     shape, held_out = (config.batch.rows, max_pairs, 2), (len(inputs.held_out.ids), max_pairs, 2)
-    writes = jax.process_index() == 0
+    how = {"writes": jax.process_index() == 0, "replace": not saver.steps(checkpoints(config, workdir))}
     return hosts.in_turn(
         lambda: (
-            ScoreFile(workdir / "reference_scores.bin", of_steps, shape, schedule.total_steps(phases), writes),
-            ScoreFile(workdir / "reference_scores_held_out.bin", of_held_out, held_out, 1, writes),
+            ScoreFile(workdir / "reference_scores.bin", of_steps, shape, schedule.total_steps(phases), **how),
+            ScoreFile(workdir / "reference_scores_held_out.bin", of_held_out, held_out, 1, **how),
         )
     )
+
+
+def _depends_on(config: ConfigDict, phases: Sequence[Phase], inputs: Inputs) -> dict:
+    """All that the reference's scores of the steps depend on, by name: its weights and the model as it is used, the
+    rows, the noise, the objective and the arithmetic.
+    """
+    fields = jax.tree.leaves_with_path(json.loads(config.to_json()), is_leaf=lambda x: isinstance(x, list))
+    named = ((jax.tree_util.keystr(path, simple=True, separator="."), value) for path, value in fields)
+    counted = {
+        f"config.{name}": value
+        for name, value in named
+        if not any(name == without or name.startswith(f"{without}.") for without in _WITHOUT_EFFECT)
+    }
+    defaults = {field.name: field.default for field in dataclasses.fields(inputs.model)}  # these are left out
+    return {
+        "weights of config.init_from": inputs.source.weights,
+        "digest of the data": inputs.rows.digest,
+        **{f"model.{name}": value for name, value in inputs.model.to_dict().items() if value != defaults.get(name)},
+        **counted,
+        "schedule": [[phase.block_size, phase.steps, phase.halves] for phase in phases],
+    }
 
 
 def _score_steps(config, phases, inputs: Inputs, weights, batch_sharding, file: ScoreFile, stop) -> None:

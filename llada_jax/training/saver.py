@@ -13,6 +13,7 @@ import os
 import re
 import threading
 import time
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,12 +40,17 @@ _DISCARD_ROUNDS = 5
 class Saver:
     """Writes steps to `directory` (the checkpoints/ of a workdir), one at a time, in the background.
 
-    After each save only the newest `keep_last` steps, the `keep_best` steps of the least score and the multiples of
-    `keep_every` stay; keep_last 0 keeps all. Leftovers of a run that died while it was saving are deleted at once.
+    scored_by: what else a score depends on, which JSON can hold, such as the block size: kept with it, and only scores
+    of the same are ranked together. After each save only the newest `keep_last` steps, the `keep_best` steps of the
+    least score and the multiples of `keep_every` stay; keep_last 0 keeps all. Leftovers of a run that died while it was
+    saving are deleted at once.
     """
 
-    def __init__(self, directory: str | os.PathLike, keep_last: int = 0, keep_best: int = 0, keep_every: int = 0):
-        self._directory = files.absolute(directory)
+    def __init__(
+        self, directory: str | os.PathLike, keep_last: int = 0, keep_best: int = 0, keep_every: int = 0,
+        scored_by: dict | None = None,
+    ):  # fmt: skip
+        self._directory, self._scored_by = files.absolute(directory), scored_by
         self._keep = keep_last, keep_best, keep_every
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -95,12 +101,14 @@ class Saver:
                 if jax.process_index() == 0:
                     checkpoint.write_header(directory, config, tokenizer_files, lineage)
                     state = {"step": step, "score": score, "host": host_state}
+                    if score is not None and self._scored_by is not None:
+                        state["scored_by"] = self._scored_by
                     files.write_json(directory / "train_state.json", state)
                     files.finish(directory, entries)
                     if directory != target:
                         target.rmtree(missing_ok=True)  # incomplete, or save() would have refused
                         directory.rename(target)
-                    _delete_old(self._directory, *self._keep)
+                    _delete_old(self._directory, *self._keep, self._scored_by)
             except BaseException as error:  # raised by wait(), in the caller's thread
                 if jax.process_index() == 0:
                     _discard(directory)
@@ -284,26 +292,47 @@ def _remove_leftovers(directory: epath.Path) -> None:
             path.rmtree()
 
 
-def scores(directory: str | os.PathLike) -> dict[int, float]:
-    """{step: score} of the complete steps of a checkpoints/ folder that have a finite score, least score first."""
+class Score(NamedTuple):
+    """A step's held-out score, and what it was scored by (Saver)."""
+
+    value: float
+    by: dict | None
+
+
+def scores(directory: str | os.PathLike) -> dict[int, Score]:
+    """{step: score} of the complete steps of a checkpoints/ folder that have a finite score, least score first; those
+    of different `by` cannot be compared.
+    """
     directory = epath.Path(directory)
     found = {step: _score(directory / str(step)) for step in steps(directory)}
-    ranked = sorted((score, step) for step, score in found.items() if score is not None and math.isfinite(score))
-    return {step: score for score, step in ranked}
+    ranked = sorted((score.value, step) for step, score in found.items() if score is not None)
+    return {step: found[step] for _, step in ranked}
 
 
-def _score(step: epath.Path) -> float | None:
+def difference(one: dict | None, other: dict | None) -> str:
+    """How the first of two `scored_by` differs from the second, to print: "block_size=4, not 32"; "" if it does not."""
+    one, other = one or {}, other or {}
+    fields = [name for name in one | other if one.get(name) != other.get(name)]
+    return "; ".join(f"{name}={one.get(name)!r}, not {other.get(name)!r}" for name in fields)
+
+
+def _score(step: epath.Path) -> Score | None:
     try:
-        return json.loads(files.read_file(step, files.read_digests(step), "train_state.json")).get("score")
+        state = json.loads(files.read_file(step, files.read_digests(step), "train_state.json"))
     except DamagedError:  # converted weights, without this file, or damage, which restoring reports
         return None
+    value = state.get("score")
+    return None if value is None or not math.isfinite(value) else Score(value, state.get("scored_by"))
 
 
-def _delete_old(directory: epath.Path, keep_last: int, keep_best: int, keep_every: int) -> None:
+def _delete_old(directory: epath.Path, keep_last: int, keep_best: int, keep_every: int, scored_by: dict | None) -> None:
     older = steps(directory)[:-keep_last] if keep_last else []
-    best = list(scores(directory))[:keep_best] if older and keep_best else []
+    found = scores(directory) if older and keep_best else {}
+    best = [step for step, score in found.items() if score.by == scored_by][:keep_best]
     for step in older:
         if step not in best and not (keep_every and step % keep_every == 0):
+            if step in found and (why := difference(found[step].by, scored_by)):
+                print(f"{directory}: step {step} is not ranked with the others: scored by {why}", flush=True)
             try:
                 _delete(directory / str(step))
             except OSError as error:  # the new step is saved all the same

@@ -13,6 +13,7 @@ import numpy as np
 from llada_jax.errors import InputError
 
 _FORMAT = 1
+_REMEDY = "; remove the file to score again"
 
 
 class ScoreFile:
@@ -20,20 +21,19 @@ class ScoreFile:
 
     depends_on: {name: JSON value}. writes: False on the processes that follow while one of them writes: they open after
     it and count, so that all agree on what is stored. Raises InputError when the file has records of other values,
-    naming the first one.
+    naming the first one; with `replace` it says so and begins anew.
 
     Attributes: `stored`, the number of records there are.
     """
 
     def __init__(
-        self, path: str | os.PathLike, depends_on: dict, shape: tuple[int, ...], count: int, writes: bool = True
-    ):
+        self, path: str | os.PathLike, depends_on: dict, shape: tuple[int, ...], count: int, writes: bool = True,
+        replace: bool = False,
+    ):  # fmt: skip
         self._path, self._shape, self._count, self._writes = Path(path), shape, count, writes
         self._record = np.dtype([("values", "<f4", shape), ("crc", "<u4")])
         header = json.dumps({"format": _FORMAT, "depends_on": depends_on, "shape": shape, "count": count}) + "\n"
-        if self._path.exists():
-            self._check(json.loads(header))
-        else:
+        if not (self._path.exists() and self._holds(json.loads(header), replace)):
             temporary = self._path.with_name(self._path.name + ".partial")
             temporary.write_text(header)
             temporary.replace(self._path)
@@ -58,21 +58,31 @@ class ScoreFile:
         """The stored records, float32 [stored, *shape], mapped from the file."""
         return self._map(self.stored)["values"]
 
+    def _holds(self, expected: dict, replace: bool) -> bool:
+        """Whether the file is of these values; else, unless it may be replaced, raises InputError."""
+        try:
+            self._check(expected)
+        except InputError as error:
+            if not replace:
+                raise
+            print(f"{str(error).removesuffix(_REMEDY)}: scoring again", flush=True)
+            return False
+        return True
+
     def _check(self, expected: dict) -> None:
         try:
             with open(self._path, "rb") as file:
                 found = json.loads(file.readline())
             before, now = found["depends_on"], expected["depends_on"]
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{self._path}: not a file of scores; remove it to score again") from error
+            raise InputError(f"{self._path}: not a file of scores{_REMEDY}") from error
         for name in [*now, *(name for name in before if name not in now)]:
             if before.get(name) != now.get(name):
                 raise InputError(
-                    f"{self._path}: scored with {name}={before.get(name)!r}, this run has {now.get(name)!r}; "
-                    "remove the file to score again"
+                    f"{self._path}: scored with {name}={before.get(name)!r}, this run has {now.get(name)!r}{_REMEDY}"
                 )
         if found != expected:
-            raise InputError(f"{self._path}: of another format; remove it to score again")
+            raise InputError(f"{self._path}: of another format{_REMEDY}")
 
     def _cut(self) -> int:
         """Truncates after the last record before which all are intact; returns their number."""

@@ -17,6 +17,7 @@ from llada_jax.model.lora import Lora
 from llada_jax.training import checkpoint
 from llada_jax.training import checkpoint_files as files
 from llada_jax.training import config as settings
+from llada_jax.training.lora import stored_entries
 from llada_jax.training.optimizer import learning_rate
 
 
@@ -73,7 +74,7 @@ def open_source(path: str | os.PathLike) -> Source:
     if isinstance(held := checkpoint.read_held(directory), Lora):
         identity += [held.scale, held.base_digest]
     sizes: dict[str, int] = {}
-    for entry in checkpoint.open_weights(directory).entries.values():
+    for entry in stored_entries(checkpoint.open_weights(directory)).values():
         sizes[entry.dtype.name] = sizes.get(entry.dtype.name, 0) + math.prod(entry.shape)
     step = None
     if "train_state.json" in digests.files:

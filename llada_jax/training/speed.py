@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
+from llada_jax.diffusion.objectives import one_document
 from llada_jax.diffusion.schedule import Phase
 from llada_jax.pod.chips import CHIPS
 from llada_jax.pod.useful_flops import mean_pairs, useful_flops
@@ -26,7 +28,7 @@ class Speed:
         for phase in phases if self._peak else ():
             documents = inputs.held_out.segment_ids
             if not config.objective.document_mask:
-                documents = (documents > 0).astype(documents.dtype)
+                documents = np.asarray(one_document(documents))
             twice = 2 if config.objective.complementary and phase.halves != "clean" else 1
             pairs = mean_pairs(documents, phase.block_size, phase.halves, config.objective.block_origin)
             self._flops[phase] = useful_flops(inputs.model, twice * rows, config.data.length, phase.halves, pairs)

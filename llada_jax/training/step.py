@@ -146,7 +146,7 @@ def denoising_loss(
         if temperature is not None:
             named["correct_entropy"] = sums.correct_entropy / jnp.maximum(sums.correct, 1)
         if sums.expert_load is not None:  # 1 is balanced: of each layer, the busiest expert's tokens over the mean
-            busiest = sums.expert_load.max(axis=1) / sums.expert_load.mean(axis=1)
+            busiest = sums.expert_load.max(axis=1) / jnp.maximum(sums.expert_load.mean(axis=1), 1e-6)  # no token: 0
             named |= {"expert_load_mean": busiest.mean(), "expert_load_max": busiest.max()}
         return named
 
