@@ -124,11 +124,26 @@ def region_costs(kernel: Kernel, names: Sequence[str]) -> dict[str, Cost]:
 
 def main_loop(kernel: Kernel) -> Region:
     """The loop over the grid, or a loop in it that holds most of it. Raises ValueError when there is none."""
+    main = _dearest_loop(kernel)
+    if not main.loop:
+        raise ValueError("the kernel has no main loop")
+    return main
+
+
+def grid_cycles(kernel: Kernel, steps: int, cores: int) -> float:
+    """Of each of so many cores, for its share of a grid of `steps` that all do the same.
+
+    A grid of one step a core is compiled without a loop: the program is that step.
+    """
+    main = _dearest_loop(kernel)
+    return main.total.cycles * (steps / cores if main.loop else 1)
+
+
+def _dearest_loop(kernel: Kernel) -> Region:
+    """The innermost loop that holds most of the kernel, or the kernel where none does."""
     main = kernel.program
     while loops := [r for r in main.walk() if r.loop and r != main and r.total.bundles > main.total.bundles / 2]:
         main = loops[0]
-    if not main.loop:
-        raise ValueError("the kernel has no main loop")
     return main
 
 
