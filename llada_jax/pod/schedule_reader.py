@@ -76,6 +76,10 @@ class Kernel:
     split: bool
 
 
+class UnknownRegions(ValueError):
+    """A kernel has other regions than its caller names."""
+
+
 def read_schedule(bundles_text: str, utilization_text: str, chip: Chip) -> Kernel:
     """Reads a kernel's *-final_bundles.txt and *-final_hlo-static-per-bundle-utilization.txt.
 
@@ -103,7 +107,7 @@ def region_costs(kernel: Kernel, names: Sequence[str]) -> dict[str, Cost]:
     kernel without any. A `pl.when` that the compiler predicated instead of branching, or that only starts copies, is
     part of the step. The result adds "step", all else in the loop (a small loop in it counts once), and "launch", all
     outside it; together they add up to the kernel.
-    Raises ValueError when the kernel has other regions than named, or one of them holds a loop.
+    Raises UnknownRegions when the kernel has other regions than named, and ValueError when one of them holds a loop.
     """
     main = main_loop(kernel)
     # A pipeline guards the kernel's body; the loop's other branches are then copies (of operands in VMEM: by vectors).
@@ -111,7 +115,9 @@ def region_costs(kernel: Kernel, names: Sequence[str]) -> dict[str, Cost]:
     regions = [leaf for region in guards or main.inside for leaf in _vector_regions(region)]
     if len(regions) != len(names):
         found = ", ".join(f"[{r.start:#x}, {r.end:#x}) of {r.total.bundles} bundles" for r in regions)
-        raise ValueError(f"the kernel's main loop has {len(regions)} vector regions ({found}), expected {list(names)}")
+        raise UnknownRegions(
+            f"the kernel's main loop has {len(regions)} vector regions ({found}), expected {list(names)}"
+        )
     for name, region in zip(names, regions, strict=True):
         if any(inner.loop for inner in region.walk()):
             raise ValueError(f"region {name} holds a loop, whose trips are not known")
