@@ -78,14 +78,16 @@ if [ -n "$rows" ]; then
 fi
 
 # Not exec: the end is reported. The supervisor saves on SIGTERM, so it must get it, and be waited for.
-bash experiments/launch/supervise.sh "$folder" .venv/bin/python -m llada_jax.train --workdir="$workdir" "$@" &
-supervisor=$! told_to_stop=''
+supervisor='' told_to_stop=''
 # shellcheck disable=SC2329
 stop() {
   told_to_stop=yes
-  kill -TERM "$supervisor" 2>/dev/null || true
+  [ -z "$supervisor" ] || kill -TERM "$supervisor" 2>/dev/null || true
 }
 trap stop TERM INT
+bash experiments/launch/supervise.sh "$folder" .venv/bin/python -m llada_jax.train --workdir="$workdir" "$@" &
+supervisor=$!
+[ -z "$told_to_stop" ] || stop
 code=0
 while true; do
   wait "$supervisor" && code=0 || code=$?
