@@ -21,7 +21,7 @@ def test_short_rows_of_a_small_model(topology, length, halves):
     copies = 2 * keys[0].bytes * chip.devices / chip.hbm_bandwidth
     for name in AROUND:
         part, cost = costs[name](keys, keys)
-        assert part == "attention" and copies <= cost.seconds < 20 * copies, name
+        assert part == "attention" and 0.999 * copies < cost.seconds < 20 * copies, name
     for name in ("forward", "backward"):
         part, cost = costs[f"block_diffusion_attention_{name}"]((), ())
         assert part == "attention" and cost.flops > 0

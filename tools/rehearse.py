@@ -6,8 +6,8 @@ python tools/rehearse.py --decode --config=configs/wsd.py:llada2_mini --topology
 The step is the trainer's own, over the mesh of the config. Everything printed is compiler-estimated: memory from the
 compiler; seconds from its schedules, and from bytes and links where it gives none. Serial MFU adds up all parts,
 collectives where they do not run behind arithmetic; overlapped MFU is that of the larger of arithmetic and
-communication. Exits 1 when the step does not fit. Attention is the kernel or dense, experts megablox: loops of plain XLA
-run as long as the data say, so they have no estimate.
+communication. Exits 1 when the step does not fit. Attention must be the kernel or dense, experts megablox: loops of
+plain XLA run as long as the data say, so they have no estimate.
 
 --decode compiles a pass of decoding instead (weights and caches in bfloat16): --rows requests over all chips, of
 --canvas positions, --filled of them in the caches; blocks are of config.schedule.block_size.
