@@ -274,12 +274,12 @@ def rehearse(
     if not 1 <= packing.busiest < math.inf:
         raise InputError(f"--busiest={packing.busiest}, expected at least 1, which is balanced")
     step = lower_step(config, slices, halves)
-    kernels = _kernels(config, step, slices, packing)  # before the long compilation: they may have no estimate
     compiled, compile_seconds = compile_step(step.lowered, step.mesh, slices)
     if save:
         saved_step.save(save, compiled, saved_step.identity(config, step.trained, step.mesh, halves))
     module = hlo.parse(compiled.as_text())
     rows, length = config.batch.rows, config.data.length
+    kernels = _kernels(config, step, slices, packing)
     scored = 1.0 if halves == "clean" else useful_flops.MASKED_SHARE
     trips = {"head": math.ceil(scored * _rows(config, step.mesh) * length / head.CHUNK)}
     untaken = [context.CROSSING] if _blocks_lie_in_stripes(config, step.mesh, packing) else []
