@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from command_lines import run_all
 
 from llada_jax.model.config import preset
 from llada_jax.pod.useful_flops import layer_weights, useful_flops
@@ -88,6 +89,48 @@ def test_bad_input_is_one_line(arguments, message):
     done = run(*arguments)
     *_, last = done.stderr.strip().splitlines()  # libtpu talks before
     assert done.returncode == 2 and message in last and "Traceback" not in done.stderr
+
+
+SMALL = ["--config=configs/wsd.py:smollm2_135m,length=2048", "--topology=v5p:2x2x1"]
+MOE = ["--config=configs/wsd.py:tiny_moe", "--topology=v6e:2x2", "--config.data.length=2048"]
+REFUSED = {  # before anything is compiled
+    "config.execution.attention='blockwise': no estimate, expected 'kernel'": [
+        *SMALL, "--config.execution.attention=blockwise",
+    ],
+    "config.execution.experts='xla': no estimate, expected 'megablox'": [
+        *MOE, "--config.execution.attention=dense", "--config.execution.experts=xla",
+    ],
+    "experts='xla': no estimate": [*MOE, "--decode", "--config.execution.experts=xla"],
+    "--rows: only with --decode": [*SMALL, "--rows=4"],
+    "--canvas: only with --decode": [*SMALL, "--canvas=256"],
+    "--halves: of a training step, not of --decode": [*SMALL, "--decode", "--halves=clean"],
+    "--save: of a training step": [*SMALL, "--decode", "--save=x"],
+    "--json=/nowhere/x.json: no such folder": [*SMALL, "--json=/nowhere/x.json"],
+    "--save=/nowhere/step: no such folder": [*SMALL, "--save=/nowhere/step"],
+    "--busiest=nan": [*SMALL, "--busiest=nan"],
+    "--busiest=0.5, expected at least 1": [*SMALL, "--busiest=0.5"],
+    "--block_size": [*SMALL, "--block_size=0"],
+    "config.data.length=1024: packings exist of 2048, 4096": [
+        "--config=configs/wsd.py:smollm2_135m,length=1024", "--topology=v5p:2x2x1",
+    ],
+    "config.batch.rows=6 cannot be shared by 4 devices": [*SMALL, "--config.batch.rows=6"],
+    "unknown chip": [*SMALL, "--topology=v4:2x2x1"],
+    "expected sides": [*SMALL, "--topology=v5p"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def refused():
+    lines = [[ROOT / "tools" / "rehearse.py", *arguments] for arguments in REFUSED.values()]
+    return dict(zip(REFUSED, run_all(lines), strict=True))
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_has_no_estimate_is_refused_before_it_is_compiled(refused, message):
+    done = refused[message]
+    *_, last = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and message in last and "Traceback" not in done.stderr, done.stderr
+    assert done.stdout == ""
 
 
 def test_useful_flops_of_mini():

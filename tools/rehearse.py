@@ -6,7 +6,8 @@ python tools/rehearse.py --decode --config=configs/wsd.py:llada2_mini --topology
 The step is the trainer's own, over the mesh of the config. Everything printed is compiler-estimated: memory from the
 compiler; seconds from its schedules, and from bytes and links where it gives none. Serial MFU adds up all parts,
 collectives where they do not run behind arithmetic; overlapped MFU is that of the larger of arithmetic and
-communication. Exits 1 when the step does not fit.
+communication. Exits 1 when the step does not fit. Attention must be the kernel or dense, experts megablox: loops of
+plain XLA run as long as the data say, so they have no estimate.
 
 --decode compiles a pass of decoding instead (weights and caches in bfloat16): --rows requests over all chips, of
 --canvas positions, --filled of them in the caches; blocks are of config.schedule.block_size.
@@ -28,21 +29,24 @@ _TOPOLOGY = flags.DEFINE_string("topology", None, "A slice, e.g. v5p:4x4x4, v6e:
 _SLICES = flags.DEFINE_integer("slices", 1, "How many of them, joined by the data-centre network.", lower_bound=1)
 _HALVES = flags.DEFINE_enum("halves", "both", ["both", "noisy", "clean"], "noisy: the stable phase; clean: AR.")
 _DOCUMENTS = flags.DEFINE_integer("mean_document", 1024, "Tokens of a packed document: 512, 1024; 0: one a row.")
-_BLOCK_SIZE = flags.DEFINE_integer("block_size", 32, "Of the diffusion, for counting tiles.")
+_BLOCK_SIZE = flags.DEFINE_integer("block_size", 32, "Of the diffusion, for counting tiles.", lower_bound=1)
 _BUSIEST = flags.DEFINE_float("busiest", 1.0, "Load of the busiest shard's experts over the mean; 1 is balanced.")
-_OPERATIONS = flags.DEFINE_integer("operations", 0, "Print so many of the dearest operations.")
+_OPERATIONS = flags.DEFINE_integer("operations", 0, "Print so many of the dearest operations.", lower_bound=0)
 _DECODE = flags.DEFINE_bool("decode", False, "Of a pass of decoding, not of a training step.")
 _ROWS = flags.DEFINE_integer("rows", 64, "--decode: requests in the batch, over all chips.", lower_bound=1)
 _CANVAS = flags.DEFINE_integer("canvas", 4096, "--decode: positions of the longest request.", lower_bound=1)
 _FILLED = flags.DEFINE_integer("filled", 2048, "--decode: positions in the caches.", lower_bound=0)
 _SAVE = flags.DEFINE_string("save", None, "File for the compiled step: --config.compiled_step=FILE of the trainer.")
 _JSON = flags.DEFINE_string("json", None, "File for all numbers, every operation included.")
+_OF_A_STEP = (_HALVES, _DOCUMENTS, _BLOCK_SIZE, _BUSIEST, _SAVE)
+_OF_DECODING = (_ROWS, _CANVAS, _FILLED)
 
 
 def main(argv) -> None:
     del argv
     if _CONFIG.value is None or not _TOPOLOGY.value:
         raise InputError("--config=FILE.py:MODEL and --topology=CHIP:SHAPE are required; see --help")
+    _check_flags()
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # nothing runs on the TPU that the step is compiled for
@@ -70,6 +74,18 @@ def main(argv) -> None:
         _write(result.to_json())
     if not result.fits:
         sys.exit(report.does_not_fit(result.memory.total, slices))
+
+
+def _check_flags() -> None:
+    """Before minutes of compiling: raises InputError on a flag that would count for nothing, or a file of nowhere."""
+    for flag in _OF_A_STEP if _DECODE.value else _OF_DECODING:
+        if flag.present:
+            raise InputError(
+                f"--{flag.name}: {'of a training step, not of' if _DECODE.value else 'only with'} --decode; see --help"
+            )
+    for flag in (_SAVE, _JSON):
+        if flag.value and not Path(flag.value).absolute().parent.is_dir():
+            raise InputError(f"--{flag.name}={flag.value}: no such folder")
 
 
 def _write(values: dict) -> None:

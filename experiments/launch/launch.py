@@ -7,7 +7,8 @@ python experiments/launch/launch.py xpk --cluster=C ... the same
 What follows -- are the trainer's flags. Every command is printed before it runs; --dry_run prints them and runs none.
 Actions:
   create  (default) sends the code of the commit, installs from requirements.lock on each host, trains under
-          supervise.sh, which starts a crashed trainer again; the trainer resumes from the workdir
+          supervise.sh, which starts a crashed trainer again; the trainer resumes from the workdir. A host that cannot
+          install or copy its rows tries again; bad input ends the run
   watch   tpu_vm: until the run has ended, creates machines that were taken back anew; then deletes them. On GKE the
           JobSet does so itself
   status  what the queue or the cluster says of the run
@@ -15,17 +16,21 @@ Actions:
   delete  ends it and gives the machines back; the trainer saves first, if it is given the time
 
 The workdir lies on a bucket: all hosts must see it, and disks go with the machines. Before you pay for a slice:
-python tools/rehearse.py --config=... --topology=... compiles the step for it. Not run against Google Cloud yet: the
-commands are tested as text, the scripts that they start on this machine.
+python tools/rehearse.py --config=... --topology=... compiles the step for it. XPK is that of pip install xpk==1.16.0,
+with kubectl, gcloud and crane. Not run against Google Cloud yet: gcloud's own parser and XPK's dry run take the
+commands, and the scripts that they start run on this machine.
 """
 
 import re
 import shlex
+import shutil
 import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import slices
+import trainer_flags
 from absl import flags
 
 from llada_jax import errors
@@ -51,9 +56,15 @@ _POLL = flags.DEFINE_float("poll_seconds", 60.0, "watch: between looks at the qu
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the commands, run none.")
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-# cloud.google.com/tpu/docs/runtimes; tpu7x is served by GKE only.
-RUNTIMES = {"v5e": "v2-alpha-tpuv5-lite", "v5p": "v2-alpha-tpuv5", "v6e": "v2-alpha-tpuv6e"}
 GRACE_SECONDS = 120  # for saving, once told to stop
+AGAIN = (
+    42  # how worker.sh ends when another try may go better; XPK 1.16 restarts 42 and 127 to 255, and ends a job on else
+)
+AGAIN_SECONDS = 30
+_NOT_OF = {
+    "tpu_vm": [(_CLUSTER, "clusters are of GKE"), (_IMAGE, "--runtime_version is the image of TPU VMs")],
+    "xpk": [(_RESERVED, "the node pools are"), (_RUNTIME, "--base_image is the image of containers")],
+}
 _TAKEN_BACK = ("SUSPENDED", "FAILED")
 
 
@@ -90,44 +101,32 @@ def check(platform: str, train_flags: Sequence[str]) -> Topology | None:
         raise InputError(f"--name={_NAME.value}, expected lower-case letters, digits and hyphens, 39 at most")
     if platform == "xpk" and _ACTION.value in ("watch", "logs"):
         raise InputError(f"--action={_ACTION.value}: of tpu_vm; GKE starts pods again itself, and keeps their logs")
+    _check_platform(platform)
     if not creates:
         return None
     topology = parse_topology(_TOPOLOGY.value)
-    if platform == "tpu_vm" and topology.chip.name not in RUNTIMES:
-        raise InputError(f"--topology={topology.name}: GKE alone serves {topology.chip.name}; launch it with xpk")
+    slices.create_command(topology) if platform == "tpu_vm" else slices.xpk_type(topology)
     if not re.fullmatch(r"gs://[^/]+/.*[^/]", _WORKDIR.value or ""):
         raise InputError(f"--workdir={_WORKDIR.value}, expected gs://BUCKET/RUN: all hosts must see it")
-    if _ROWS.value and not _ROWS.value.startswith("gs://"):
+    if _ROWS.value and not re.fullmatch(r"gs://[^/]+.*", _ROWS.value):
         raise InputError(f"--rows={_ROWS.value}, expected gs://BUCKET/ROWS")
-    _check_training(train_flags)
+    for flag in (_WORKDIR, _ROWS):
+        if wrong := re.search(r"[\s*?\[\]]", flag.value):  # gcloud storage would take more files than one
+            raise InputError(f"--{flag.name}={flag.value}: {wrong[0]!r} in the name of a folder")
+        trainer_flags.check_text(f"--{flag.name}={flag.value}", flag.value)
+    trainer_flags.check(train_flags, _ROWS.value)
     return topology
 
 
-def _check_training(train_flags: Sequence[str]) -> None:
-    """What the trainer would refuse at once is refused here, where it costs nothing."""
-    if not any(flag.startswith("--config=") for flag in train_flags):
-        raise InputError("the trainer's flags follow --, as in -- --config=configs/wsd.py:llada2_mini")
-    if any(flag.partition("=")[0] == "--workdir" for flag in train_flags):
-        raise InputError("--workdir: before the --, not among the trainer's flags")
-    import jax
-
-    jax.config.update("jax_platforms", "cpu")
-    from ml_collections import config_flags
-
-    from llada_jax.config_flag import resolved
-    from llada_jax.training import config as settings
-
-    values = flags.FlagValues()
-    arguments = ["train", *train_flags]
-    config = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)
-    try:
-        values(arguments, known_only=True)
-        config = resolved(config)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"the trainer's flags: {error}") from error
-    settings.check(config)
-    if not (_ROWS.value or config.data.path or config.data.cache):
-        raise InputError("--rows or --config.data.path: a run on a bucket needs packed rows")
+def _check_platform(platform: str) -> None:
+    """Raises InputError on a flag that would count for nothing, and on two that exclude each other."""
+    for flag, why in _NOT_OF[platform]:
+        if flag.present:
+            raise InputError(f"--{flag.name}: not of {platform}; {why}")
+    if _SPOT.value and _RESERVED.value:
+        raise InputError("--spot and --reserved exclude each other: a reservation is not taken back")
+    if re.fullmatch(r"[a-z]+-[a-z]+\d+", _ZONE.value):
+        raise InputError(f"--zone={_ZONE.value} is a region, expected a zone of it, such as {_ZONE.value}-a")
 
 
 # ---- commands
@@ -183,7 +182,7 @@ def tpu_vm(topology: Topology, train_flags: Sequence[str]) -> int:
             command = "tail -n 20 /tmp/llada_jax/train.log"
             run("gcloud", "compute", "tpus", "tpu-vm", "ssh", node, *place, "--worker=all", f"--command={command}")
     else:
-        create, state = [*queue, "create", name, *place, *_request(topology)], ""
+        create, state = [*slices.create_command(topology), name, *place, *_request(topology)], ""
         describe = [*queue, "describe", name, *place, "--format=value(state.state)"]
         if _ACTION.value == "watch":
             state = run.ask(*describe)
@@ -206,14 +205,10 @@ def _startup_file() -> Path:
 
 
 def _request(topology: Topology) -> list[str]:
-    if topology.is_the_only_one:
-        shape = [f"--accelerator-type={topology.accelerator_type}"]
-    else:
-        shape = [f"--type={topology.chip.name}", f"--topology={'x'.join(map(str, topology.shape))}"]
     several = [f"--node-count={_SLICES.value}", f"--node-prefix={_NAME.value}"]
     return [
-        *shape,
-        f"--runtime-version={_RUNTIME.value or RUNTIMES[topology.chip.name]}",
+        *slices.shape_flags(topology),
+        f"--runtime-version={_RUNTIME.value or slices.RUNTIMES[topology.chip.name]}",
         *(several if _SLICES.value > 1 else [f"--node-id={_NAME.value}"]),
         *(["--spot"] if _SPOT.value else []),
         *(["--reserved"] if _RESERVED.value else []),
@@ -230,16 +225,18 @@ def _send(run: Runner, train_flags: Sequence[str]) -> None:
     code = f"{_WORKDIR.value}/code/{commit}.tar.gz"
     run("git", "archive", "--format=tar.gz", f"--output={archive}", commit)
     run("gcloud", "storage", "cp", archive, code)
-    run("gcloud", "storage", "rm", "--recursive", f"{_WORKDIR.value}/hosts/**", may_fail=True)  # ends of other launches
+    run("gcloud", "storage", "rm", f"{_WORKDIR.value}/hosts/**", may_fail=True)  # ends of other launches
     unit = ["systemd-run", "--unit=llada_jax", "--setenv=HOME=/root", "--working-directory=/opt/llada_jax"]
-    unit += ["--property=KillMode=mixed", f"--property=TimeoutStopSec={GRACE_SECONDS}", *_worker(train_flags)]
+    unit += ["--property=KillMode=mixed", f"--property=TimeoutStopSec={GRACE_SECONDS}"]
+    unit += ["--property=Restart=on-abnormal", f"--property=RestartForceExitStatus={AGAIN}"]
+    unit += [f"--property=RestartSec={AGAIN_SECONDS}", *_worker(train_flags)]
     _write(
         ROOT / _startup_file(),
         "#!/usr/bin/env bash\n"
         "# Every host runs this as root at each boot.\n"
         "set -euo pipefail\n"
         "mkdir -p /opt/llada_jax\n"
-        f"gcloud storage cat {shlex.quote(code)} | tar xz -C /opt/llada_jax\n"
+        f"until gcloud storage cat {shlex.quote(code)} | tar xz -C /opt/llada_jax; do sleep {AGAIN_SECONDS}; done\n"
         f"{shlex.join(unit)}\n",
     )
 
@@ -282,15 +279,12 @@ def xpk(topology: Topology, train_flags: Sequence[str]) -> int:
         run("git", "archive", "--format=tar", f"--output={folder}/{commit}.tar", commit)
         run("mkdir", "-p", f"{folder}/{commit}")
         run("tar", "--extract", f"--file={folder}/{commit}.tar", f"--directory={folder}/{commit}")
-        kind = topology.accelerator_type
-        if not topology.is_the_only_one:
-            kind = f"{kind.rpartition('-')[0]}-{'x'.join(map(str, topology.shape))}"
         run(
-            "xpk", "workload", "create", f"--workload={_NAME.value}", *where, f"--tpu-type={kind}",
+            "xpk", "workload", "create", f"--workload={_NAME.value}", *where, f"--tpu-type={slices.xpk_type(topology)}",
             f"--num-slices={_SLICES.value}", *(["--spot"] if _SPOT.value else []),
             f"--base-docker-image={_IMAGE.value}", f"--script-dir={folder}/{commit}", "--max-restarts=1000",
             f"--termination-grace-period-seconds={GRACE_SECONDS}",
-            # exec: XPK passes SIGTERM to the process that it started.
+            # exec, no pipe, nothing behind it: XPK passes SIGTERM on to its sub-shell alone, which this replaces.
             f"--command=exec {shlex.join(_worker(train_flags))}",
         )  # fmt: skip
     return 0
@@ -301,7 +295,11 @@ PLATFORMS = {"tpu_vm": tpu_vm, "xpk": xpk}
 
 def main(argv) -> int:
     platform, train_flags = argv[1], argv[2:]
-    return PLATFORMS[platform](check(platform, train_flags), train_flags)
+    topology = check(platform, train_flags)
+    program = {"tpu_vm": "gcloud", "xpk": "xpk"}[platform]
+    if not _DRY_RUN.value and not shutil.which(program):
+        raise InputError(f"{program} is not installed; --dry_run prints what would run")
+    return PLATFORMS[platform](topology, train_flags)
 
 
 if __name__ == "__main__":

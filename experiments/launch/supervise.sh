@@ -52,6 +52,7 @@ while true; do
   before=$(stat -c %s "$log")
   "$@" >>"$log" 2>&1 &
   child=$!
+  [ -z "$told_to_stop" ] || stop # in between
   tail -c "+$((before + 1))" -f --pid="$child" "$log" &
   show=$!
   await

@@ -5,14 +5,24 @@
 #
 # WORKDIR: gs://BUCKET/RUN. ROWS: gs://BUCKET/ROWS, packed rows to copy to this host's disk, or "" when the flags name
 # them. Run again, after a reboot or on a new machine, it goes on: the trainer resumes from WORKDIR.
+# Exits 0 when the run has finished, 2 when its input is bad, and with another code below 127 when the supervisor gave
+# up: these are the run's end. Else another start may go better, and GKE's JobSet (XPK 1.16: at 42 and 127 to 255) or
+# systemd makes one: 143 when told to stop, 42 when installing or copying has failed WORKER_TRIES times, after waits that
+# double, or when the supervisor was killed.
 set -euo pipefail
 workdir=${1:?usage: worker.sh WORKDIR ROWS TRAIN_FLAGS...}
 rows=${2?usage: worker.sh WORKDIR ROWS TRAIN_FLAGS...}
 shift 2
+tries=${WORKER_TRIES:-4}
+first_wait=${WORKER_WAIT:-3} # seconds before the second try
+again=42
 cd "$(dirname "$0")/../.."
 folder=${LLADA_JAX_LOGS:-/tmp/llada_jax}
 lock=experiments/launch/requirements.lock
 mkdir -p "$folder"
+rm -f "$folder/exit_code"
+
+say() { printf '%s worker: %s\n' "$(date -u +%FT%TZ)" "$1" | tee -a "$folder/train.log" >&2; }
 
 report() { # the end of this host's run, where launch.py --action=watch looks for it
   if command -v gcloud >/dev/null; then
@@ -21,32 +31,72 @@ report() { # the end of this host's run, where launch.py --action=watch looks fo
   fi
 }
 
+bad_input() { # WORDS
+  say "$1"
+  echo 2 >"$folder/exit_code"
+  report || true
+  exit 2
+}
+
+retried() { # COMMAND...: its exit code is in $code, 0 or the last try's; 2 is not tried again where $final says so
+  local wait=$first_wait try
+  for ((try = 1; ; try++)); do
+    "$@" 2> >(tee -a "$folder/train.log" >&2) && code=0 || code=$?
+    if [ "$code" = 0 ] || [ "$code" = "${final:-0}" ]; then return; fi
+    say "$1 ended with $code, try $try of $tries"
+    [ "$try" -lt "$tries" ] || exit "$again"
+    sleep "$wait"
+    wait=$((wait * 2))
+  done
+}
+
+# shellcheck disable=SC2329 # install and environment are run by retried, stop by the trap
+environment() {
+  # Images have other Pythons than 3.11, TPU VMs 3.10, or one without ensurepip.
+  { command -v python3.11 >/dev/null && python3.11 -m venv .venv; } || {
+    PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet uv &&
+      python3 -m uv venv --quiet --clear --seed --python 3.11 .venv
+  }
+}
+
+# shellcheck disable=SC2329
+install() {
+  local pip=".venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps"
+  environment && $pip --requirement "$lock" && $pip --editable . && touch "$stamp"
+}
+
 stamp=.venv/installed-$(cksum <"$lock" | cut -d' ' -f1)
 if [ ! -e "$stamp" ]; then
-  if command -v python3.11 >/dev/null; then
-    python3.11 -m venv .venv
-  else # TPU VM images have Python 3.10
-    python3 -m pip install --quiet uv
-    python3 -m uv venv --quiet --clear --seed --python 3.11 .venv
-  fi
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement "$lock"
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
-  touch "$stamp"
+  if ! command -v python3.11 python3 >/dev/null; then bad_input "neither python3.11 nor python3 on this image"; fi
+  retried install
 fi
 
 if [ -n "$rows" ]; then
-  .venv/bin/python experiments/launch/fetch.py --source="$rows" --out="$folder/rows"
+  final=2 retried .venv/bin/python experiments/launch/fetch.py --source="$rows" --out="$folder/rows"
+  [ "$code" = 0 ] || bad_input "no rows: see the line above"
   set -- "$@" --config.data.path="$folder/rows"
 fi
 
 # Not exec: the end is reported. The supervisor saves on SIGTERM, so it must get it, and be waited for.
+supervisor='' told_to_stop=''
+# shellcheck disable=SC2329
+stop() {
+  told_to_stop=yes
+  [ -z "$supervisor" ] || kill -TERM "$supervisor" 2>/dev/null || true
+}
+trap stop TERM INT
 bash experiments/launch/supervise.sh "$folder" .venv/bin/python -m llada_jax.train --workdir="$workdir" "$@" &
 supervisor=$!
-trap 'kill -TERM "$supervisor" 2>/dev/null || true' TERM INT
+[ -z "$told_to_stop" ] || stop
 code=0
 while true; do
   wait "$supervisor" && code=0 || code=$?
   kill -0 "$supervisor" 2>/dev/null || break
 done
 report || true
+if [ -e "$folder/exit_code" ]; then # the end, whatever the trainer's last code was
+  if [ "$code" = "$again" ] || [ "$code" -ge 127 ]; then code=1; fi
+elif [ -z "$told_to_stop" ]; then
+  code=$again
+fi
 exit "$code"

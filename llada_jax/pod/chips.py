@@ -14,6 +14,8 @@ from llada_jax.errors import InputError
 _GIB = 2**30
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _BELOW_A_CUBE = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")
+# Of sizes that have several shapes, the one that the size alone stands for (cloud.google.com/tpu/docs/v5p).
+_DEFAULTS = ("4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16", "16x16x24")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +112,11 @@ class Topology:
 
     @property
     def name(self) -> str:
-        return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
+        return f"{self.chip.name}:{self.shape_name}"
+
+    @property
+    def shape_name(self) -> str:
+        return "x".join(map(str, self.shape))
 
     @property
     def chips(self) -> int:
@@ -130,8 +136,17 @@ class Topology:
     @property
     def accelerator_type(self) -> str:
         """The cloud's name, which counts TensorCores: v5p:4x4x4 is "v5p-128"."""
-        prefix = {"v5e": "v5litepod"}.get(self.chip.name, self.chip.name)
-        return f"{prefix}-{self.chips * self.chip.cores}"
+        return f"{self.type_name}-{self.chips * self.chip.cores}"
+
+    @property
+    def type_name(self) -> str:
+        """The cloud's name of the chip."""
+        return {"v5e": "v5litepod"}.get(self.chip.name, self.chip.name)
+
+    @property
+    def is_default(self) -> bool:
+        """Whether accelerator_type alone stands for this slice."""
+        return self.is_the_only_one or self.shape_name in _DEFAULTS
 
     @property
     def is_the_only_one(self) -> bool:

@@ -24,8 +24,9 @@ from llada_jax.diffusion import schedule
 from llada_jax.errors import InputError
 from llada_jax.model import head, parameters
 from llada_jax.model.config import ModelConfig, preset
+from llada_jax.model.forward import Execution
 from llada_jax.model.lora import Lora
-from llada_jax.pod import attention_cost, hlo, routing_cost, useful_flops
+from llada_jax.pod import attention_cost, hlo, routing_cost, schedule_reader, useful_flops
 from llada_jax.pod.chips import Topology
 from llada_jax.pod.collectives import Devices
 from llada_jax.pod.operations import Cost
@@ -79,6 +80,10 @@ class Step:
 def lower_step(config: ConfigDict, slices: Slices, halves: str) -> Step:
     """Traces the trainer's step over the mesh of config.mesh. Raises InputError where the config is refused."""
     settings.check(config)
+    execution = settings.execution(config, platform="tpu")
+    if execution.attention == "blockwise":  # its loops run as long as the rows' documents say
+        raise InputError("config.execution.attention='blockwise': no estimate, expected 'kernel', 'dense' or 'auto'")
+    check_experts(execution, config.model)
     if config.data.length not in (known := LENGTHS + LONG_LENGTHS):
         raise InputError(f"config.data.length={config.data.length}: packings exist of {', '.join(map(str, known))}")
     devices = list(slice_devices(slices.topology, slices.count).reshape(-1))
@@ -94,7 +99,7 @@ def lower_step(config: ConfigDict, slices: Slices, halves: str) -> Step:
             dtype = jnp.bfloat16 if config.lora.rank else jnp.float32
             axes = parameters.logical_axes(model)
             frozen = with_shardings(parameters.abstract(model, dtype), lambda x: sharding.shardings(x, axes, mesh))
-        loss = train_loss(config, model, settings.execution(config, platform="tpu"))
+        loss = train_loss(config, model, execution)
         guard = settings.skips_steps(config)
         step = make_train_step(
             trained, loss, optimizer, config.batch.micro_batches, config.optimizer.expert_bias_rate,
@@ -105,6 +110,12 @@ def lower_step(config: ConfigDict, slices: Slices, halves: str) -> Step:
         scalars = [jax.ShapeDtypeStruct((), dtype, sharding=replicated) for dtype in dtypes]
         lowered = step.lower(state, frozen, _batch(config, mesh), *scalars, halves)
     return Step(lowered, mesh, state, model, trained, halves)
+
+
+def check_experts(execution: Execution, model: str) -> None:
+    """Raises InputError on the experts of plain XLA, whose loops run as long as the routing says."""
+    if preset(model).is_moe and execution.experts != "megablox":
+        raise InputError(f"config.execution.experts={execution.experts!r}: no estimate, expected 'megablox' or 'auto'")
 
 
 def model_of(config: ConfigDict) -> ModelConfig:
@@ -260,6 +271,8 @@ def rehearse(
     """
     if packing.mean_document not in MEANS:
         raise InputError(f"--mean_document={packing.mean_document}, expected one of {', '.join(map(str, MEANS))}")
+    if not 1 <= packing.busiest < math.inf:
+        raise InputError(f"--busiest={packing.busiest}, expected at least 1, which is balanced")
     step = lower_step(config, slices, halves)
     compiled, compile_seconds = compile_step(step.lowered, step.mesh, slices)
     if save:
@@ -320,9 +333,11 @@ def _kernels(config: ConfigDict, step: Step, slices: Slices, packing: Packing):
     """{beginning of a Pallas kernel's name: its cost}."""
     rows = _rows(config, step.mesh)
     shape = _attention_shape(config, step)
-    kernels = attention_cost.kernel_costs(
-        shape, packing.block_size, packing.mean_document, rows * shape.ranks, slices.topology
-    )
+    kernels = {}
+    if settings.execution(config, platform="tpu").attention == "kernel":
+        kernels |= attention_cost.kernel_costs(
+            shape, packing.block_size, packing.mean_document, rows * shape.ranks, slices.topology
+        )
     if step.model.is_moe:
         grouped = _expert_costs(config, step, slices.topology, rows * shape.positions, packing)
 
@@ -339,7 +354,10 @@ def _kernels(config: ConfigDict, step: Step, slices: Slices, packing: Packing):
 
 
 def _expert_costs(config: ConfigDict, step: Step, topology: Topology, tokens: float, packing: Packing):
-    """{(kernel, contracted, columns): Cost} of the grouped matmuls and of their gradients, tokens of one device."""
+    """{(kernel, contracted, columns): Cost} of the grouped matmuls and of their gradients, tokens of one device.
+
+    Raises InputError on experts so narrow that the compiler runs a tile together with the rest of its step.
+    """
     model, mesh = step.model, step.mesh.shape
     width = model.moe_intermediate_size // mesh["tensor"]
     rows, groups = round(tokens) * model.num_experts_per_token, model.num_experts
@@ -352,7 +370,11 @@ def _expert_costs(config: ConfigDict, step: Step, topology: Topology, tokens: fl
     for contracted, columns in ((model.hidden_size, 2 * width), (width, model.hidden_size)):
         flops = 2.0 * float(sizes.sum()) * contracted * columns
         for direction in experts.PASSES:
-            found = experts.kernel_cost("megablox", direction, sizes, contracted, columns, topology.name, rows)
+            try:
+                found = experts.kernel_cost("megablox", direction, sizes, contracted, columns, topology.name, rows)
+            except schedule_reader.UnknownRegions as error:
+                shape = f"experts of {model.hidden_size} x {width} on {topology.name}"
+                raise InputError(f"config.model={config.model}: no estimate of {shape}: {error}") from error
             sides = (columns, contracted) if direction == "dx" else (contracted, columns)
             seconds = max(found.cycles, found.dma_cycles) / topology.chip.clock
             costs["tgmm" if direction == "dw" else "gmm", *sides] = Cost(seconds, flops)

@@ -23,6 +23,7 @@ from llada_jax.pod.chips import Topology
 from llada_jax.pod.rehearse import (
     Memory,
     Slices,
+    check_experts,
     compile_step,
     memory_of,
     model_of,
@@ -83,6 +84,8 @@ def rehearse_decode(config: ConfigDict, slices: Slices, rows: int, canvas: int, 
     Weights and caches are bfloat16. Raises InputError on bad input and DoesNotFit as pod/rehearse.rehearse.
     """
     settings.check(config)
+    execution = dataclasses.replace(settings.execution(config, platform="tpu"), dtype="bfloat16", remat="none")
+    check_experts(execution, config.model)
     block = config.schedule.block_size
     for field, value in (("canvas", canvas), ("filled", filled)):
         if value % block or not 0 <= value <= canvas:
@@ -93,7 +96,6 @@ def rehearse_decode(config: ConfigDict, slices: Slices, rows: int, canvas: int, 
     if rows % (mesh.size // mesh.shape["tensor"]):
         raise InputError(f"--rows={rows} cannot be shared by {mesh.size} devices")
     model = model_of(config)
-    execution = dataclasses.replace(settings.execution(config, platform="tpu"), dtype="bfloat16", remat="none")
     program = Program(model.mask_token_id, block_length=block, execution=execution)
     params, state = _arguments(model, program, rows, canvas, mesh)
     with jax.set_mesh(mesh):

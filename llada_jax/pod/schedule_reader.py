@@ -76,6 +76,10 @@ class Kernel:
     split: bool
 
 
+class UnknownRegions(ValueError):
+    """A kernel has other regions than its caller names."""
+
+
 def read_schedule(bundles_text: str, utilization_text: str, chip: Chip) -> Kernel:
     """Reads a kernel's *-final_bundles.txt and *-final_hlo-static-per-bundle-utilization.txt.
 
@@ -103,7 +107,7 @@ def region_costs(kernel: Kernel, names: Sequence[str]) -> dict[str, Cost]:
     kernel without any. A `pl.when` that the compiler predicated instead of branching, or that only starts copies, is
     part of the step. The result adds "step", all else in the loop (a small loop in it counts once), and "launch", all
     outside it; together they add up to the kernel.
-    Raises ValueError when the kernel has other regions than named, or one of them holds a loop.
+    Raises UnknownRegions when the kernel has other regions than named, and ValueError when one of them holds a loop.
     """
     main = main_loop(kernel)
     # A pipeline guards the kernel's body; the loop's other branches are then copies (of operands in VMEM: by vectors).
@@ -111,7 +115,9 @@ def region_costs(kernel: Kernel, names: Sequence[str]) -> dict[str, Cost]:
     regions = [leaf for region in guards or main.inside for leaf in _vector_regions(region)]
     if len(regions) != len(names):
         found = ", ".join(f"[{r.start:#x}, {r.end:#x}) of {r.total.bundles} bundles" for r in regions)
-        raise ValueError(f"the kernel's main loop has {len(regions)} vector regions ({found}), expected {list(names)}")
+        raise UnknownRegions(
+            f"the kernel's main loop has {len(regions)} vector regions ({found}), expected {list(names)}"
+        )
     for name, region in zip(names, regions, strict=True):
         if any(inner.loop for inner in region.walk()):
             raise ValueError(f"region {name} holds a loop, whose trips are not known")
@@ -124,11 +130,26 @@ def region_costs(kernel: Kernel, names: Sequence[str]) -> dict[str, Cost]:
 
 def main_loop(kernel: Kernel) -> Region:
     """The loop over the grid, or a loop in it that holds most of it. Raises ValueError when there is none."""
+    main = _dearest_loop(kernel)
+    if not main.loop:
+        raise ValueError("the kernel has no main loop")
+    return main
+
+
+def grid_cycles(kernel: Kernel, steps: int, cores: int) -> float:
+    """Of each of so many cores, for its share of a grid of `steps` that all do the same.
+
+    A grid of one step a core is compiled without a loop: the program is that step.
+    """
+    main = _dearest_loop(kernel)
+    return main.total.cycles * (steps / cores if main.loop else 1)
+
+
+def _dearest_loop(kernel: Kernel) -> Region:
+    """The innermost loop that holds most of the kernel, or the kernel where none does."""
     main = kernel.program
     while loops := [r for r in main.walk() if r.loop and r != main and r.total.bundles > main.total.bundles / 2]:
         main = loops[0]
-    if not main.loop:
-        raise ValueError("the kernel has no main loop")
     return main
 
 

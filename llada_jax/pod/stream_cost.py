@@ -11,7 +11,7 @@ from llada_jax.pod.aot import Program, compile_program
 from llada_jax.pod.chips import Chip, Topology
 from llada_jax.pod.hlo import Array
 from llada_jax.pod.operations import Cost
-from llada_jax.pod.schedule_reader import main_loop
+from llada_jax.pod.schedule_reader import grid_cycles
 from llada_jax.pod.step_cost import KernelCost
 
 
@@ -34,7 +34,7 @@ def compiled_costs(compiled: Program, steps: Mapping[str, int], part: str, chip:
                 kernel = compiled.kernels[op.name]
                 arrays = [*op.result, *(x for y in op.operands for x in module.operand(module.entry, y).result)]
                 cores = chip.cores_per_device if kernel.split else 1
-                cycles = main_loop(kernel).total.cycles * count / cores
+                cycles = grid_cycles(kernel, count, cores)
                 per_byte = max(cycles / chip.clock / _bytes(arrays), chip.devices / chip.hbm_bandwidth)
                 costs[name] = _kernel_cost(part, per_byte)
     return costs
