@@ -22,7 +22,7 @@ from llada_jax.training.config import default_config, parse_argument, refuse_unk
 
 
 def get_config(argument=None):
-    model, options = parse_argument(argument)
+    model, options = parse_argument(argument, "init_from")
     refuse_unknown(options, ["length", "steps"])
     config = default_config(model)
     config.stage = "sft"

@@ -50,10 +50,13 @@ def _parse_flags(argv: Sequence[str], commands: Sequence[str], more: bool) -> Se
         print((main_module.__doc__ or "").strip() + "\n")
         print(_flags_help(main_module))
         return None
+    if "config" in flags.FLAGS:
+        from llada_jax import config_flag  # ml_collections, which only these commands need
+
+        argv = config_flag.checked(argv)
     try:
         rest = flags.FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        # ml_collections reports an unknown config key or a value of the wrong type as a plain Python error.
         raise InputError(_first_line(error)) from error
     if commands and (len(rest) == 1 or rest[1] not in commands):
         raise InputError(f"expected a command, one of {', '.join(commands)}; --help lists the flags")

@@ -112,18 +112,12 @@ def _check_training(train_flags: Sequence[str]) -> None:
     import jax
 
     jax.config.update("jax_platforms", "cpu")
-    from ml_collections import config_flags
-
-    from llada_jax.config_flag import resolved
+    from llada_jax import config_flag
     from llada_jax.training import config as settings
 
-    values = flags.FlagValues()
-    arguments = ["train", *train_flags]
-    config = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)
     try:
-        values(arguments, known_only=True)
-        config = resolved(config)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        config = config_flag.load(config_flag.config_arguments(train_flags))
+    except InputError as error:
         raise InputError(f"the trainer's flags: {error}") from error
     settings.check(config)
     if not (_ROWS.value or config.data.path or config.data.cache):

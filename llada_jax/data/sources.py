@@ -1,10 +1,12 @@
 """Which files a source is: a file, a folder, or what `save_to_disk` of Hugging Face's `datasets` wrote."""
 
 import fnmatch
+import hashlib
 import json
 import math
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from llada_jax.data import tables
@@ -55,6 +57,25 @@ def list_files(
         readable = ", ".join([f"*{suffix}" for suffix in suffixes] + list(patterns))
         raise InputError(f"{source}: empty dataset, no file matches {readable}, nor is it a saved dataset")
     return files
+
+
+def content_digest(files: Sequence[SourceFile]) -> str:
+    """sha256 (hex) over the names and the bytes of the files. All are read, at about 1 GB/s a core: nothing beside
+    tokenising them. Raises InputError naming a file that cannot be read.
+    """
+    with ThreadPoolExecutor() as pool:
+        digests = list(pool.map(_file_digest, files))
+    return hashlib.sha256(
+        json.dumps([[f.name, each] for f, each in zip(files, digests, strict=True)]).encode()
+    ).hexdigest()
+
+
+def _file_digest(file: SourceFile) -> str:
+    try:
+        with open(file.path, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{file.path}: {error.strerror}") from error
 
 
 def ranges(files: Sequence[SourceFile], start: Position, stop: Position | None) -> Iterator[tuple[int, int, float]]:

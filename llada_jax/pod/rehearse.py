@@ -23,7 +23,7 @@ from llada_jax.data.order import Batch
 from llada_jax.diffusion import schedule
 from llada_jax.errors import InputError
 from llada_jax.model import head, parameters
-from llada_jax.model.config import ModelConfig, preset
+from llada_jax.model.config import ModelConfig
 from llada_jax.model.lora import Lora
 from llada_jax.pod import attention_cost, hlo, routing_cost, useful_flops
 from llada_jax.pod.chips import Topology
@@ -32,7 +32,7 @@ from llada_jax.pod.operations import Cost
 from llada_jax.pod.step_cost import PARTS, Line, step_lines
 from llada_jax.pod.topology import slice_devices, slice_index
 from llada_jax.training import config as settings
-from llada_jax.training import saved_step
+from llada_jax.training import run_model, saved_step
 from llada_jax.training import state as states
 from llada_jax.training.loop import train_loss
 from llada_jax.training.optimizer import make_optimizer
@@ -108,7 +108,7 @@ def lower_step(config: ConfigDict, slices: Slices, halves: str) -> Step:
 
 
 def model_of(config: ConfigDict) -> ModelConfig:
-    model = preset(config.model)
+    model = run_model.named(config)
     if model.mask_token_id is None:  # import adds one; which it is costs nothing
         model = model.replace(mask_token_id=model.vocab_size - 1)
     return settings.extended(config, model.replace(alignment=config.alignment or model.alignment))
@@ -260,6 +260,8 @@ def rehearse(
     """
     if packing.mean_document not in MEANS:
         raise InputError(f"--mean_document={packing.mean_document}, expected one of {', '.join(map(str, MEANS))}")
+    settings.check(config)
+    config = run_model.fitted(config)
     step = lower_step(config, slices, halves)
     compiled, compile_seconds = compile_step(step.lowered, step.mesh, slices)
     if save:
