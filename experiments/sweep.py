@@ -253,7 +253,10 @@ def result(point: Point, failure: str | None) -> dict:
         row |= last_values(read_rows(folder))
     except InputError:
         failure = failure or (record or {}).get("failure") or "no metrics"
-    total = total_steps(phases(config_flag.load(point_flags(point))))
+    try:
+        total = total_steps(phases(config_flag.load(point_flags(point))))
+    except InputError:  # the trainer has refused it
+        total = 0
     unfinished = why_unfinished(record, row.get("step", 0), total, "://" not in _OUT.value and is_claimed(Path(folder)))
     failure = failure or unfinished
     return row | ({"failure": failure} if failure else {})
@@ -267,9 +270,9 @@ def results(found: Sequence[Point], failures: dict[str, str]) -> list[dict]:
     best = _RANK_BY.value or (nelbos[-1] if nelbos else "loss")
     if _RANK_BY.value and best not in columns:
         raise InputError(f"--rank_by={best}, expected one of {', '.join(columns)}")
-    numbers = [row.get(best) for row in rows]
+    numbers = [row.get(best) if "failure" not in row else None for row in rows]
     order = [value if isinstance(value, int | float) and value == value else float("inf") for value in numbers]
-    return [rows[i] for i in sorted(range(len(rows)), key=lambda i: ("failure" in rows[i], order[i]))]
+    return [rows[i] for i in sorted(range(len(rows)), key=order.__getitem__)]
 
 
 def main(argv) -> int:

@@ -9,7 +9,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from llada_jax.data import pack, rows
 from llada_jax.errors import InputError
-from llada_jax.interop.tokenizer import load_tokenizer
+from llada_jax.interop.tokenizer import from_files, load_tokenizer
 
 LENGTH = 16
 

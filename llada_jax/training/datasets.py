@@ -109,12 +109,12 @@ def _check_blocks(config: ConfigDict, path: str, dataset: dict) -> None:
     one_each = dataset["documents"] <= dataset["rows"]  # no row has two
     if dataset.get("kind", "text") == "text" or c.block_origin != "global" or not c.document_mask or one_each:
         return
-    sizes = {phase.block_size: "the blocks of config.schedule" for phase in settings.phases(config)}
-    sizes |= {size: "config.evaluation.block_sizes" for size in settings.evaluation_block_sizes(config)}
+    sizes = {size: "config.evaluation.block_sizes" for size in settings.evaluation_block_sizes(config)}
+    sizes |= {phase.block_size: "config.schedule" for phase in settings.phases(config)}
     for size, field in sizes.items():
         if align % size and size < config.data.length:
             raise InputError(
-                f"{path}: documents begin at multiples of {align} (--block_align={align}), but {field} has {size}, so "
-                f"that some begin inside a block, as no answer does; pack with --block_align={math.lcm(align, size)}, "
+                f"{path}: documents begin at multiples of {align} (--block_align={align}), but {field} has blocks of "
+                f"{size}: some begin inside one, as no answer does; pack with --block_align={math.lcm(align, size)}, "
                 'or set config.objective.block_origin="document"'
             )
