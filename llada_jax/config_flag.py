@@ -56,8 +56,12 @@ def checked(argv: Sequence[str]) -> list[str]:
     there are), a section instead of a field, a value of another type.
     """
     argv = _joined(argv)
-    if not (path := next((text.partition("=")[2] for text in argv if re.match("--?config=", text)), "")):
+    paths = [text.partition("=")[2] for text in argv if re.match("--?config=", text)]
+    if "" in paths:
+        raise InputError("--config=, expected FILE.py[:ARGUMENT]")
+    if not paths:
         return argv
+    path = paths[-1]
     config = None
     for at, text in enumerate(argv):
         if not (found := _OVERRIDE.fullmatch(text)):

@@ -3,6 +3,7 @@
 A command prints such an error as one line and exits with code 2; a traceback means a defect of ours.
 """
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 
@@ -72,4 +73,6 @@ def _flags_help(main_module) -> str:
 
 def _first_line(error: Exception) -> str:
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    if missing := re.search(r"Flag --(\w+) must have a value other than None", text):
+        return f"--{missing.group(1)} is required; --help lists the flags"
     return text.strip().splitlines()[0] if text.strip() else type(error).__name__

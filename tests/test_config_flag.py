@@ -110,6 +110,8 @@ def test_a_config_file_that_fails_is_named_with_its_line(tmp_path, body):
 
 
 def test_files_that_are_none(tmp_path):
+    with pytest.raises(InputError, match="--config=, expected FILE.py"):
+        config_flag.load(["--config="])
     (tmp_path / "config.py").write_bytes(b"\xff\xfe")
     for file, words in (("", "Is a directory"), ("nothing.py", "No such file"), ("config.py", "not a Python file")):
         with pytest.raises(InputError, match=f"--config={tmp_path / file}.*{words}"):
