@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from llada_jax.data.mixture import Mixture, component_seed
 from llada_jax.data.order import Batch, Order, Rows
-from llada_jax.data.rows import read_dataset
+from llada_jax.data.rows import packed_with, read_dataset
 from llada_jax.errors import InputError
 from llada_jax.interop.tokenizer import Tokenizer
 from llada_jax.training import config as settings
@@ -67,8 +67,8 @@ def _open(config: ConfigDict, path: str, component: int, tokenizer: Tokenizer | 
     rows = Rows(path, seed, 0, split, **common)
     held_out = Rows(path, config.seed, split, stored, shuffle=False, **common)
     _check_kind(config, path, dataset)
-    if tokenizer is not None:
-        _check_tokenizer(path, dataset, tokenizer)
+    if tokenizer is not None and not packed_with(dataset, tokenizer):
+        raise InputError(f"{path}: packed with another tokenizer than the checkpoint's")
     _check_blocks(config, path, dataset)
     return rows, held_out
 
@@ -92,13 +92,6 @@ def _check_kind(config: ConfigDict, path: str, dataset: dict) -> None:
         raise InputError(
             f"config.preference.max_pairs={wanted.max_pairs}: {path} was packed with --max_pairs={dataset['max_pairs']}"
         )
-
-
-def _check_tokenizer(path: str, dataset: dict, tokenizer: Tokenizer) -> None:
-    """By the files or, where the dataset says it, by what of them changes ids and text."""
-    identity = tokenizer.identity(chat=dataset.get("kind", "text") != "text")
-    if dataset["tokenizer_digest"] != tokenizer.digest and dataset.get("tokenizer_identity") != identity:
-        raise InputError(f"{path}: packed with another tokenizer than the checkpoint's")
 
 
 def _check_blocks(config: ConfigDict, path: str, dataset: dict) -> None:
