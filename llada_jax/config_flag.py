@@ -170,7 +170,7 @@ def _load_file(path: str) -> ConfigDict:
         spec = importlib.util.spec_from_file_location("config_file", file)
         if spec is None:
             raise InputError(f"--config={path}: expected FILE.py[:ARGUMENT]")
-        module = importlib.util.module_from_spec(spec)
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         config = module.get_config(*argument)
     except InputError as error:

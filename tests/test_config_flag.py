@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
+from absl import flags
 
-from llada_jax import config_flag
+from llada_jax import config_flag, errors
 from llada_jax.errors import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -123,3 +124,19 @@ def test_the_flags_of_a_command_line():
     expected = ["--config=c.py:tiny", "--config.seed=3", "--noconfig.a.b", "--config.c.d"]
     assert config_flag.config_arguments(argv) == expected
     assert config_flag.config_arguments(["launch.py", "--", "--config=x"]) == ["--config=x"]
+
+
+def test_a_command_reads_its_config_flags_first(monkeypatch, capsys):
+    """Whatever is wrong with them is one line and exit code 2; a required flag that is missing too."""
+    values = flags.FlagValues()
+    config_flag.config_flags.DEFINE_config_file("config", None, "", flag_values=values)
+    flags.DEFINE_string("out", None, "", required=True, flag_values=values)
+    monkeypatch.setattr(errors.flags, "FLAGS", values)
+    for arguments, said in (
+        ([TINY, "--out=x", "--config.batch.rows=1.5"], "error: --config.batch.rows=1.5, expected an integer\n"),
+        ([TINY], "error: --out is required; --help lists the flags\n"),
+    ):
+        monkeypatch.setattr(errors.sys, "argv", ["train.py", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            errors.run(lambda argv: 0)
+        assert ended.value.code == 2 and capsys.readouterr().err == said
