@@ -263,7 +263,7 @@ class Counting(Order):
         return Row(np.zeros(1, np.int32), np.ones(1, np.int32), np.ones(1, bool), ())
 
 
-def judge_of(rows, host, tmp_path, steps=400):
+def judge_with(rows, host, tmp_path, steps=400):
     config = settings.default_config("tiny")
     config.batch.rows = rows
     config.schedule.update(kind="constant", steps=steps)
@@ -277,7 +277,7 @@ def test_a_run_that_goes_on_with_other_rows_meets_each_once_an_epoch(tmp_path, s
     for order in (Counting(70), mixed):
         met, host, step = [], {}, 0
         for rows in sizes:
-            judge = judge_of(rows, host, tmp_path)
+            judge = judge_with(rows, host, tmp_path)
             for _ in range(11):
                 batch = order.batch(step, rows, judge.data_offset)
                 met += zip(batch.row_ids.tolist(), batch.epochs.tolist(), strict=True)
@@ -288,19 +288,19 @@ def test_a_run_that_goes_on_with_other_rows_meets_each_once_an_epoch(tmp_path, s
 
 def test_a_rewind_and_then_other_rows(tmp_path):
     """Steps 0 to 5 of 8 rows, 4 saved; 5 is bad; then a resumed run of 4 rows, killed, and one of 16."""
-    host = {"step": 4} | judge_of(8, {}, tmp_path).host_state()
-    host = judge_of(8, host, tmp_path).rewound(5, 4, host)
+    host = {"step": 4} | judge_with(8, {}, tmp_path).host_state()
+    host = judge_with(8, host, tmp_path).rewound(5, 4, host)
     assert host["data_offset"] + 4 * 8 == 6 * 8  # behind step 5
-    moved = judge_of(8, host, tmp_path)
+    moved = judge_with(8, host, tmp_path)
     host = {"step": 7} | moved.host_state()
-    fewer = judge_of(4, host, tmp_path)
+    fewer = judge_with(4, host, tmp_path)
     assert fewer.data_offset + 7 * 4 == moved.data_offset + 7 * 8
     host = {"step": 9} | fewer.host_state()
-    more = judge_of(16, host, tmp_path)
+    more = judge_with(16, host, tmp_path)
     assert more.data_offset + 9 * 16 == fewer.data_offset + 9 * 4
     # A rewind after the change, to a step that had the rows of before.
-    back = judge_of(16, host, tmp_path).rewound(10, 7, {"step": 7} | moved.host_state())
-    assert judge_of(16, back, tmp_path).data_offset + 7 * 16 == more.data_offset + 11 * 16
+    back = judge_with(16, host, tmp_path).rewound(10, 7, {"step": 7} | moved.host_state())
+    assert judge_with(16, back, tmp_path).data_offset + 7 * 16 == more.data_offset + 11 * 16
 
 
 def test_a_trained_run_goes_on_behind_its_rows(text, tmp_path, monkeypatch):
@@ -309,7 +309,7 @@ def test_a_trained_run_goes_on_behind_its_rows(text, tmp_path, monkeypatch):
 
     def batch(self, step, rows_per_step, offset=0, which=slice(None)):
         found = real(self, step, rows_per_step, offset, which)
-        if which != slice(None):  # of training, not of what is held out
+        if not isinstance(which, slice):  # of training, not of what is held out
             met[step] = list(zip(found.row_ids.tolist(), found.epochs.tolist(), strict=True))
         return found
 
