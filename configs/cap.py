@@ -1,6 +1,6 @@
 """Confidence-aware parallel decoding (Eq. 6): SFT plus lambda times the entropy of correctly predicted tokens.
 
-    python -m llada_jax.train --config=configs/cap.py:MODEL --workdir=DIR --config.init_from=SFT_WORKDIR \
+    python -m llada_jax.train --config=configs/cap.py --workdir=DIR --config.init_from=SFT_WORKDIR \
         --config.data.path=ROWS
 
 Sharper correct predictions pass the decoding threshold sooner: more tokens per forward. The paper does not give

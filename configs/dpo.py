@@ -1,7 +1,7 @@
 """Direct preference optimisation on the diffusion ELBO (Eq. 7, 8), beta 0.1.
 
     python tools/pack_data.py --kind=preference --source=PAIRS --tokenizer=CHECKPOINT --out=ROWS --length=2048
-    python -m llada_jax.train --config=configs/dpo.py:MODEL --workdir=DIR --config.init_from=SFT_WORKDIR \\
+    python -m llada_jax.train --config=configs/dpo.py --workdir=DIR --config.init_from=SFT_WORKDIR \\
         --config.data.path=ROWS
 
 PAIRS holds JSONL of {"prompt": ..., "chosen": ..., "rejected": ...}, texts or messages. A packed row holds pairs of

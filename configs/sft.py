@@ -1,9 +1,10 @@
 """Supervised fine-tuning (Eq. 5): block diffusion with noise on the response only, complementary masks, a rate band.
 
     python tools/pack_data.py --kind=chat --source=CHATS --tokenizer=CHECKPOINT --out=ROWS --length=2048
-    python -m llada_jax.train --config=configs/sft.py:MODEL --workdir=DIR --config.init_from=CHECKPOINT \
+    python -m llada_jax.train --config=configs/sft.py --workdir=DIR --config.init_from=CHECKPOINT \
         --config.data.path=ROWS
 
+trains the model that CHECKPOINT holds, of whatever size; configs/sft.py:MODEL names a preset that it must be.
 CHATS holds JSONL of {"messages": [{"role": ..., "content": ...}, ...]}. Each row is trained under a mask and under its
 complement, so that every response token is supervised exactly once a step. The paper gives neither the band nor the
 weight that its code uses; the band is that of the authors' released trainer, [0.3, 0.8], the weight is the paper's 1/t
@@ -22,7 +23,7 @@ from llada_jax.training.config import default_config, parse_argument, refuse_unk
 
 
 def get_config(argument=None):
-    model, options = parse_argument(argument)
+    model, options = parse_argument(argument, "init_from")
     refuse_unknown(options, ["length", "steps"])
     config = default_config(model)
     config.stage = "sft"

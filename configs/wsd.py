@@ -8,8 +8,10 @@ cores. Held-out NELBO at the end, nats per byte: 2.85 at block size 1, 2.87 at 3
 
 Options: length (tokens a row). A real conversion starts from an imported checkpoint:
 
-    python -m llada_jax.train --config=configs/wsd.py:smollm2_135m --workdir=DIR --config.init_from=CHECKPOINT \
+    python -m llada_jax.train --config=configs/wsd.py:init_from --workdir=DIR --config.init_from=CHECKPOINT \
         --config.data.path=PACKED_ROWS
+
+"init_from" instead of a preset is the model that CHECKPOINT holds, of whatever size.
 
 The mixtures of experts are for pods, with the mesh of split_over_pod; experiments/pods/ has a config for each slice,
 with what was rehearsed. Before a pod is rented (compiler-estimated):

@@ -4,16 +4,20 @@ python experiments/sweep.py --config=configs/wsd.py:tiny --out=runs/sweep [--par
     [--config.FIELD=V] --sweep=optimizer.learning_rate=1e-3,3e-3 --sweep=optimizer.weight_decay=0.0,0.1
 
 Each --sweep is a field of the config and its values; the points are all combinations. Commas inside brackets or quotes
-belong to a value: --sweep='schedule.warmup_blocks=(1,4),(1,4,32)'. --list=FILE has a point a line instead, as in
+belong to a value: --sweep='schedule.warmup_blocks=(1,4),(1,4,32)', --sweep="data.mixture='A:0.7,B:0.3','A:0.5,B:0.5'";
+quotes around a value are not of it, and '' is the empty text. --list=FILE has a point a line instead, as in
 optimizer.learning_rate=1e-3 batch.rows=4; # begins a comment. Other --config flags hold for all points.
 
 A point is trained in OUT/POINT, where train.log is. Run again, the sweep trains only what has not finished, and resumes
 what was begun; a point that failed is tried again. The others go on when one fails, and the exit code is 1 at the end.
+A point whose config is another one, as the config file was edited, is trained anew; what was there is kept in
+OUT/replaced. Other flags for the same OUT are refused.
 --launch="tpu_vm --topology=v5p:2x2x1 --project=P --zone=Z --rows=gs://B/ROWS" launches a pod job for each point instead
 (experiments/launch/launch.py), OUT being gs://; --table alone makes the table, there or of a sweep that still runs.
 
 OUT/results.md and OUT/results.json: the last values of each run's metrics, best first by --rank_by, a column of the
-table ("loss", "NELBO 32"; by default the NELBO at the last block size that was evaluated), less being better.
+table ("loss", "NELBO 32"; by default the NELBO at the last block size that was evaluated), less being better. Points
+that failed, still run or were stopped say so and come behind those that have finished.
 """
 
 import itertools
@@ -30,11 +34,12 @@ from pathlib import Path
 from absl import flags
 from etils import epath
 from ml_collections import config_flags
-from sweep_points import Point, last_values, point_name, split_values, table
+from sweep_points import Point, last_values, point_name, split_values, table, unquoted
+from sweep_records import changed, move_aside, new_record, read_record, why_unfinished, write_record
 
-from llada_jax import errors
-from llada_jax.config_flag import resolved
+from llada_jax import config_flag, errors
 from llada_jax.errors import InputError
+from llada_jax.training.workdir import is_claimed
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Training config, FILE.py:MODEL[,option=N].")
 _SWEEP = flags.DEFINE_multi_string("sweep", [], "FIELD=VALUE,VALUE...: an axis of the grid.")
@@ -64,11 +69,12 @@ def points() -> list[Point]:
         if field in axes:
             raise InputError(f"--sweep={text}: {field} is swept twice")
         try:
-            axes[field] = split_values(values)
+            quoted = split_values(values)
         except ValueError as error:
             raise InputError(f"--sweep={text}: {error}") from error
-        if "" in axes[field] or len(set(axes[field])) < len(axes[field]):
-            raise InputError(f"--sweep={text}: an empty value, or one that comes twice")
+        axes[field] = [unquoted(value) for value in quoted]
+        if "" in quoted or len(set(axes[field])) < len(axes[field]):
+            raise InputError(f"--sweep={text}: an empty value ('' is the empty text), or one that comes twice")
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 
@@ -84,7 +90,8 @@ def _listed(file: Path) -> list[Point]:
         except ValueError as error:
             raise InputError(f"{file}:{number}: {error}") from error
         if parts:
-            found.append(dict(_field(part, f"{file}:{number}") for part in parts))
+            fields = [_field(part, f"{file}:{number}") for part in parts]
+            found.append({field: unquoted(value) for field, value in fields})
     if not found or len({point_name(point) for point in found}) < len(found):
         raise InputError(f"--list={file}: no points, or one that comes twice")
     return found
@@ -93,14 +100,15 @@ def _listed(file: Path) -> list[Point]:
 def _field(text: str, where: str) -> tuple[str, str]:
     field, equals, value = text.partition("=")
     field = field.removeprefix("config.")
-    if not equals or not value:
+    if not equals:
         raise InputError(f"{where}: {text!r}, expected FIELD=VALUE")
-    node = resolved(_CONFIG)
-    for name in field.split("."):
-        if not hasattr(node, "keys") or name not in node:
-            raise InputError(f"{where}: no such field, config.{field}")
-        node = node[name]
+    config_flag.field_of(config_flag.resolved(_CONFIG), field, where)
     return field, value
+
+
+def config_of(point: Point) -> dict:
+    """The config of a point, as JSON has it. Raises InputError naming the flag that is wrong."""
+    return json.loads(config_flag.load(point_flags(point)).to_json())
 
 
 # ---- training
@@ -108,27 +116,27 @@ def _field(text: str, where: str) -> tuple[str, str]:
 
 def common_flags() -> list[str]:
     """The --config flags of the command line, which hold for all points."""
-    arguments = sys.argv[1:]
-    if "--config" in arguments:  # and its value apart
-        at = arguments.index("--config")
-        arguments[at : at + 2] = ["=".join(arguments[at : at + 2])]
-    return [text for text in arguments if re.match(r"--?(no)?config[.=]", text)]
+    return config_flag.config_arguments(sys.argv[1:])
 
 
 def point_flags(point: Point) -> list[str]:
     return [*common_flags(), *(f"--config.{field}={value}" for field, value in point.items())]
 
 
-def read_record(point: Point) -> dict:
-    """{"flags", "finished"} of a point. Raises InputError when it was trained with other flags."""
-    path = Path(_OUT.value) / point_name(point) / "sweep.json"
-    record = json.loads(path.read_text()) if path.exists() else {"flags": point_flags(point), "finished": False}
-    if record["flags"] != point_flags(point):
-        raise InputError(f"{path}: of other flags, {shlex.join(record['flags'])}; choose another --out")
-    return record
+def record_of(point: Point) -> tuple[dict, list[str]]:
+    """The record of a point, a new one if there is none; and how its config differs from what has been trained there.
+
+    Raises InputError when it was trained with other flags, which give another config.
+    """
+    flags_now, config, folder = point_flags(point), config_of(point), epath.Path(_OUT.value) / point_name(point)
+    found = read_record(folder) or new_record(flags_now, config)
+    differing = changed(found, config)
+    if found["flags"] != flags_now and (differing or "config" not in found):
+        raise InputError(f"{folder}: of other flags, {shlex.join(found['flags'])}; choose another --out")
+    return (new_record(flags_now, config) if differing else found), differing
 
 
-def train_here(point: Point, record: dict) -> str | None:
+def train_here(point: Point, record: dict, differing: Sequence[str]) -> str | None:
     """None when the point has finished, or in words why it has not."""
     name = point_name(point)
     workdir = Path(_OUT.value) / name
@@ -136,18 +144,25 @@ def train_here(point: Point, record: dict) -> str | None:
     if _DRY_RUN.value:
         print(shlex.join(command))
         return None
+    if differing:
+        if is_claimed(workdir):
+            return f"still running with another config, {differing[0]}"
+        kept = move_aside(epath.Path(_OUT.value), name)
+        print(f"{name}: {'; '.join(differing)}; what was there is in {kept}", flush=True)
     print(f"{name}: {'going on' if workdir.exists() else 'training'}", flush=True)
-    workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "sweep.json").write_text(json.dumps(record, indent=1) + "\n")
+    record = {key: value for key, value in record.items() if key != "failure"}
+    write_record(epath.Path(workdir), record)
     with open(workdir / "train.log", "a+b") as log:
         begun = log.seek(0, 2)
         code = _call(command, log)
         log.seek(begun)
         lines = log.read().decode(errors="replace").splitlines() or ["nothing was printed"]
     if code == 0 and not any(line.startswith("SIGTERM: saving a checkpoint") for line in lines):
-        (workdir / "sweep.json").write_text(json.dumps(record | {"finished": True}, indent=1) + "\n")
+        write_record(epath.Path(workdir), record | {"finished": True})
         return None
-    return f"exit code {code}: {lines[-1]}"
+    why = f"exit code {code}: {lines[-1]}"
+    write_record(epath.Path(workdir), record | {"failure": why})
+    return why
 
 
 _running: set[subprocess.Popen] = set()
@@ -167,9 +182,10 @@ def _call(command: Sequence[str], log) -> int:
 def train_all_here(found: Sequence[Point]) -> dict[str, str]:
     """{point: why it has not finished}. Ctrl-C stops those that run; they have saved when this returns."""
     failures = {}
-    todo = [(point, record) for point in found if not (record := read_record(point))["finished"]]
+    records = [(point, *record_of(point)) for point in found]
+    todo = [entry for entry in records if not entry[1]["finished"]]
     with ThreadPoolExecutor(_PARALLEL.value) as pool:
-        ended = {point_name(point): pool.submit(train_here, point, record) for point, record in todo}
+        ended = {point_name(entry[0]): pool.submit(train_here, *entry) for entry in todo}
         try:
             for name, future in ended.items():
                 if (why := future.result()) is not None:
@@ -189,6 +205,8 @@ def launch(found: Sequence[Point]) -> dict[str, str]:
     arguments = shlex.split(_LAUNCH.value)
     if "://" not in _OUT.value:
         raise InputError(f"--out={_OUT.value}, expected gs://BUCKET/SWEEP: of pod jobs")
+    if not _DRY_RUN.value:
+        _record_launch(found)
     for number, point in enumerate(found):
         name = f"{re.sub('[^a-z0-9-]', '-', epath.Path(_OUT.value).name.lower())[:30]}-{number}"
         command = [
@@ -202,28 +220,57 @@ def launch(found: Sequence[Point]) -> dict[str, str]:
     return failures
 
 
+def _record_launch(found: Sequence[Point]) -> None:
+    """Says in OUT with which configs the points are trained. Raises InputError where others were."""
+    try:
+        for point in found:
+            record, differing = record_of(point)
+            folder = epath.Path(_OUT.value) / point_name(point)
+            if differing:
+                raise InputError(f"{folder}: of another config, {differing[0]}; choose another --out")
+            write_record(folder, record | {"launched": True})
+    except InputError:
+        raise
+    except Exception as error:  # whatever the store's client raises
+        line = " ".join(str(error).split())[:200]
+        print(f"# {_OUT.value}: cannot be written from here, so the table will not know its configs ({line})")
+
+
 # ---- results
 
 
-def results(found: Sequence[Point], failures: dict[str, str]) -> list[dict]:
-    """A row a point, best first; those without metrics come last."""
+def result(point: Point, failure: str | None) -> dict:
+    """The row of a point: its last metrics, and why it is not finished if it is not; no metrics of another config's."""
+    from llada_jax.diffusion.schedule import total_steps
+    from llada_jax.training.config import phases
     from llada_jax.training.metrics import read_rows
 
-    rows = []
-    for point in found:
-        name = point_name(point)
-        row = {"point": name, **point}
-        try:
-            row |= last_values(read_rows(epath.Path(_OUT.value) / name))
-        except InputError:
-            row["failure"] = "no metrics"
-        rows.append(row | ({"failure": failures[name]} if name in failures else {}))
+    folder, config = epath.Path(_OUT.value) / point_name(point), config_of(point)
+    row, record = {"point": point_name(point), **point}, read_record(folder)
+    if record is not None and (differing := changed(record, config)):
+        return row | {"failure": failure or f"of another config, {differing[0]}"}
+    try:
+        row |= last_values(read_rows(folder))
+    except InputError:
+        failure = failure or (record or {}).get("failure") or "no metrics"
+    try:
+        total = total_steps(phases(config_flag.load(point_flags(point))))
+    except InputError:  # the trainer has refused it
+        total = 0
+    unfinished = why_unfinished(record, row.get("step", 0), total, "://" not in _OUT.value and is_claimed(Path(folder)))
+    failure = failure or unfinished
+    return row | ({"failure": failure} if failure else {})
+
+
+def results(found: Sequence[Point], failures: dict[str, str]) -> list[dict]:
+    """A row a point, best first; those that have not finished come last."""
+    rows = [result(point, failures.get(point_name(point))) for point in found]
     columns = list(dict.fromkeys(column for row in rows for column in row if column not in ("point", "failure")))
     nelbos = [column for column in columns if re.fullmatch(r"NELBO \d+", column)]
     best = _RANK_BY.value or (nelbos[-1] if nelbos else "loss")
     if _RANK_BY.value and best not in columns:
         raise InputError(f"--rank_by={best}, expected one of {', '.join(columns)}")
-    numbers = [row.get(best) for row in rows]
+    numbers = [row.get(best) if "failure" not in row else None for row in rows]
     order = [value if isinstance(value, int | float) and value == value else float("inf") for value in numbers]
     return [rows[i] for i in sorted(range(len(rows)), key=order.__getitem__)]
 

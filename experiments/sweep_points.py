@@ -31,6 +31,13 @@ def split_values(text: str) -> list[str]:
     return values
 
 
+def unquoted(value: str) -> str:
+    """A value without the quotes that it stands in, as a whole: "'a,b'" -> "a,b", "''" -> ""."""
+    quote = value[:1]
+    whole = len(value) > 1 and quote in ("'", '"') and value[-1] == quote and quote not in value[1:-1]
+    return value[1:-1] if whole else value
+
+
 def point_name(point: Point) -> str:
     """Folder of a point: its last names of fields and its values; with a digest where that alone would not tell."""
     text = ",".join(f"{field.rpartition('.')[2]}={value}" for field, value in point.items())
@@ -66,5 +73,5 @@ def table(rows: Sequence[dict]) -> str:
 def _cell(value, stderr) -> str:
     if isinstance(value, float):
         value = f"{value:,.0f}" if abs(value) >= 100 else f"{value:.4f}"
-    text = "" if value is None else str(value).replace("|", "\\|")
+    text = "" if value is None else str(value).replace("|", "\\|") or "''"
     return text if stderr is None else f"{text} ± {stderr:.4f}"

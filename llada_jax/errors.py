@@ -4,6 +4,7 @@ A command prints such an error as one line and exits with code 2; a traceback me
 """
 
 import math
+import re
 import sys
 from collections.abc import Callable, Sequence
 
@@ -72,10 +73,13 @@ def _parse_flags(argv: Sequence[str], commands: Sequence[str], more: bool) -> Se
         print((main_module.__doc__ or "").strip() + "\n")
         print(_flags_help(main_module))
         return None
+    if "config" in flags.FLAGS:
+        from llada_jax import config_flag  # ml_collections, which only these commands need
+
+        argv = config_flag.checked(argv)
     try:
         rest = flags.FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        # ml_collections reports an unknown config key or a value of the wrong type as a plain Python error.
         raise InputError(_first_line(error)) from error
     if commands and (len(rest) == 1 or rest[1] not in commands):
         raise InputError(f"expected a command, one of {', '.join(commands)}; --help lists the flags")
@@ -91,4 +95,6 @@ def _flags_help(main_module) -> str:
 
 def _first_line(error: Exception) -> str:
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    if missing := re.search(r"Flag --(\w+) must have a value other than None", text):
+        return f"--{missing.group(1)} is required; --help lists the flags"
     return text.strip().splitlines()[0] if text.strip() else type(error).__name__

@@ -9,7 +9,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from llada_jax.data import pack, rows
 from llada_jax.errors import InputError
-from llada_jax.interop.tokenizer import load_tokenizer
+from llada_jax.interop.tokenizer import from_files, load_tokenizer
 
 LENGTH = 16
 
@@ -96,6 +96,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, source, tokenizer, ali
 
 
 def test_a_resumed_run_does_not_read_what_is_packed(tmp_path, source, tokenizer, monkeypatch):
+    """Nor does it go on with a source that was edited meanwhile, though its size is the same."""
     arguments = (str(source), tokenizer, str(tmp_path / "out"), LENGTH)
     monkeypatch.setattr(pack, "_BATCH_DOCUMENTS", 3)
     with (source / "a.jsonl").open("a") as stream:
@@ -104,13 +105,54 @@ def test_a_resumed_run_does_not_read_what_is_packed(tmp_path, source, tokenizer,
         pack.pack(*arguments, rows_per_shard=5)
     progress = json.loads((tmp_path / "out" / "progress.json").read_text())
     assert len(progress["shards"]) >= 3
-    # The same size with the broken line mended and everything already packed destroyed.
-    text = (source / "a.jsonl").read_bytes().replace(b"broken", b"      ")
-    done = progress["source"][1]
-    (source / "a.jsonl").write_bytes(b"?" * (done - 1) + b"\n" + text[done:])
-    assert pack.pack(*arguments, rows_per_shard=5)["documents"] == len(
-        [line for line in text.splitlines() if line.strip() and json.loads(line)["text"]] + ["the end"]
-    )
+    read, real = [], pack.text.iter_documents
+
+    def documents(files, field, start, stop):
+        read.append(start)
+        return real(files, field, start, stop)
+
+    monkeypatch.setattr(pack.text, "iter_documents", documents)
+    with pytest.raises(InputError, match="malformed JSON"):
+        pack.pack(*arguments, rows_per_shard=5)
+    assert read == [tuple(progress["source"])]
+    mended = (source / "a.jsonl").read_bytes().replace(b"broken", b"      ")
+    (source / "a.jsonl").write_bytes(mended)
+    with pytest.raises(InputError, match="progress.json: the contents of the source files have changed"):
+        pack.pack(*arguments, rows_per_shard=5)
+    assert len(read) == 1
+    (tmp_path / "out" / "progress.json").write_text(json.dumps({k: v for k, v in progress.items() if k not in LATER}))
+    assert pack.pack(*arguments, rows_per_shard=5)["rows"] > 0  # older progress does not say what the contents were
+
+
+LATER = ("source_digest", "tokenizer_identity")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "b.txt"])
+def test_a_complete_dataset_of_other_contents_is_refused(tmp_path, source, tokenizer, name):
+    arguments = (str(source), tokenizer, str(tmp_path / "out"), LENGTH)
+    pack.pack(*arguments)
+    before, text = contents(tmp_path / "out"), (source / name).read_bytes()
+    (source / name).write_bytes(text.replace(b"e", b"a"))
+    assert (source / name).read_bytes() != text
+    with pytest.raises(InputError, match="dataset.json: the contents of the source files have changed; take another"):
+        pack.pack(*arguments)
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_tokenizer_whose_files_only_look_different_packs_the_same(tmp_path, source, tokenizer):
+    """Other formatting and another generation_config.json; an added token is another tokenizer."""
+    arguments = (str(source), str(tmp_path / "out"), LENGTH)
+    dataset = pack.pack(arguments[0], tokenizer, *arguments[1:])
+    content = json.loads(tokenizer.files["tokenizer.json"])
+    looks = {"tokenizer.json": json.dumps(content, indent=3).encode(), "generation_config.json": b'{"top_k": 7}'}
+    same = from_files(tokenizer.files | looks)
+    assert same.digest != tokenizer.digest
+    assert pack.pack(arguments[0], same, *arguments[1:]) == json.loads(json.dumps(dataset))
+    token = content["added_tokens"][0] | {"id": same.vocab_size, "content": "<new>"}
+    content["added_tokens"].append(token)
+    other = from_files(tokenizer.files | {"tokenizer.json": json.dumps(content).encode()})
+    with pytest.raises(InputError, match="tokenizer_digest is"):
+        pack.pack(arguments[0], other, *arguments[1:])
 
 
 def test_bad_input_before_the_first_shard_leaves_nothing(tmp_path, source, tokenizer):

@@ -13,7 +13,9 @@ from llada_jax.data import pack
 from llada_jax.data.byte_tokenizer import byte_tokenizer
 from llada_jax.data.mixture import parse_mixture
 from llada_jax.data.order import Rows
+from llada_jax.data.pack_chat import pack_chat
 from llada_jax.errors import InputError
+from llada_jax.interop.tokenizer import from_files
 from llada_jax.model import parameters
 from llada_jax.model.config import PRESETS, preset
 from llada_jax.training import checkpoint, datasets, inputs, loop
@@ -95,6 +97,10 @@ def test_what_does_not_fit_is_named(folders, tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             open_of(config)
+    looks = {"tokenizer.json": json.dumps(json.loads(TOKENIZER.files["tokenizer.json"]), indent=2).encode()}
+    alike = from_files(TOKENIZER.files | looks | {"generation_config.json": b'{"temperature": 0.6}'})
+    assert alike.digest != TOKENIZER.digest  # and yet the same ids and texts
+    datasets.open_rows(config_of(folders), [(str(folders / "a"), Fraction(1))], alike)
     other = byte_tokenizer(300)
     with pytest.raises(InputError, match="a: packed with another tokenizer"):
         datasets.open_rows(config_of(folders), [(str(folders / "a"), Fraction(1))], other)
@@ -127,6 +133,71 @@ def test_a_run_begins_and_ends_documents_as_its_model_does(tmp_path):
     config.data.add_bos, config.init_from = "auto", str(tmp_path / "older")
     with pytest.raises(InputError, match=r"older: documents end in '</s>' \(id 2\), .* are \[508\]; import it again"):
         inputs.open_inputs(config, tmp_path / "run")
+
+
+CHATS = "".join(json.dumps({"prompt": "q" * (1 + i % 5), "completion": "a" * (1 + i % 7)}) + "\n" for i in range(60))
+
+
+@pytest.mark.parametrize(
+    "changes, refused",
+    [
+        ({}, "--block_align=8), but config.schedule has blocks of 16"),
+        ({"schedule.block_size": 4}, "but config.evaluation.block_sizes has blocks of 16"),
+        ({"schedule.block_size": 4, "evaluation.block_sizes": (4, 8)}, None),
+        ({"schedule.block_size": 32, "evaluation.block_sizes": (32,)}, None),  # of a row: each document is one block
+        ({"objective.block_origin": "document"}, None),
+        ({"objective.document_mask": False}, None),  # a row is one document
+        ({"schedule.kind": "wsd", "schedule.warmup_blocks": (1, 4), "schedule.warmup_steps": (1, 1),
+          "schedule.decay_blocks": (16,), "schedule.decay_steps": (1,), "evaluation.block_sizes": (1,)},
+         "--block_align=16, or set config.objective.block_origin"),
+    ],
+)  # fmt: skip
+def test_blocks_are_those_that_documents_begin_at(tmp_path, changes, refused):
+    (tmp_path / "chats.jsonl").write_text(CHATS)
+    rows = str(tmp_path / "rows")
+    pack_chat(str(tmp_path / "chats.jsonl"), TOKENIZER, rows, LENGTH, block_align=8)
+    config = config_of(None, path=rows)
+    config.schedule.block_size, config.evaluation.block_sizes = 16, (16,)
+    config.update_from_flattened_dict(changes)
+
+    def open_alone():
+        return datasets.open_rows(config, [(rows, Fraction(1))], TOKENIZER)
+
+    if refused:
+        with pytest.raises(InputError, match=f"{rows}: documents begin at multiples of 8") as caught:
+            open_alone()
+        assert refused in str(caught.value) and "--block_align=16" in str(caught.value)
+    else:
+        open_alone()
+
+
+def test_blocks_of_text_and_of_rows_with_one_document_are_not_compared(folders, tmp_path):
+    """Eq. 3 cuts text anywhere; a document alone in its row begins at a block."""
+    datasets.open_rows(config_of(folders), [(str(folders / "a"), Fraction(1))], TOKENIZER)
+    long = "".join(json.dumps({"prompt": "q" * 20, "completion": "a"}) + "\n" for _ in range(20))
+    (tmp_path / "chats.jsonl").write_text(long)
+    pack_chat(str(tmp_path / "chats.jsonl"), TOKENIZER, str(tmp_path / "rows"), LENGTH, block_align=8)
+    config = config_of(folders)
+    config.schedule.block_size, config.evaluation.block_sizes = 16, (16,)
+    datasets.open_rows(config, [(str(tmp_path / "rows"), Fraction(1))], TOKENIZER)
+
+
+def test_the_template_counts_for_conversations_only(tmp_path):
+    (tmp_path / "chats.jsonl").write_text(CHATS)
+    (tmp_path / "text.txt").write_text("text " * 200)
+    pack_chat(str(tmp_path / "chats.jsonl"), TOKENIZER, str(tmp_path / "chats"), LENGTH)
+    pack.pack(str(tmp_path / "text.txt"), TOKENIZER, str(tmp_path / "text"), LENGTH)
+    edited = from_files(TOKENIZER.files | {"chat_template.jinja": b"{{ messages[0].content }}"})
+    config = config_of(None)
+    config.schedule.block_size = 32
+    datasets.open_rows(config, [(str(tmp_path / "text"), Fraction(1))], edited)
+    with pytest.raises(InputError, match="chats: packed with another tokenizer"):
+        datasets.open_rows(config, [(str(tmp_path / "chats"), Fraction(1))], edited)
+    path = tmp_path / "chats" / "dataset.json"  # one of before: its files are compared
+    dataset = json.loads(path.read_text())
+    del dataset["tokenizer_identity"]
+    path.write_text(json.dumps(dataset))
+    datasets.open_rows(config, [(str(tmp_path / "chats"), Fraction(1))], TOKENIZER)
 
 
 def train(config, workdir):

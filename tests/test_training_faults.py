@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from fractions import Fraction
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +16,9 @@ from test_training_loop import (  # noqa: F401 (fixtures)
     train,
 )
 
+from llada_jax.data.mixture import Mixture
+from llada_jax.data.order import Order
+from llada_jax.data.rows import Row
 from llada_jax.errors import InputError
 from llada_jax.training import config as settings
 from llada_jax.training import loop, saver
@@ -240,3 +244,107 @@ def test_bad_policies_are_named(text, tmp_path, changes, message):
     with pytest.raises(InputError) as caught:
         train(faulty_config(text, **changes), tmp_path / "run")
     assert message in str(caught.value) and not (tmp_path / "run").exists()
+
+
+class Counting(Order):
+    """Rows 0, 1, ... of `count`; each epoch is one pass."""
+
+    def __init__(self, count):
+        self.count, self.stored, self.length, self.digest = count, count, 1, ""
+
+    def __len__(self):
+        return self.count
+
+    def index(self, n):
+        assert n >= 0
+        return n % self.count, n // self.count
+
+    def read(self, row_id):
+        return Row(np.zeros(1, np.int32), np.ones(1, np.int32), np.ones(1, bool), ())
+
+
+def judge_with(rows, host, tmp_path, steps=400):
+    config = settings.default_config("tiny")
+    config.batch.rows = rows
+    config.schedule.update(kind="constant", steps=steps)
+    return Judge(config, settings.phases(config), tmp_path, host)
+
+
+@pytest.mark.parametrize("sizes", [(8, 4, 16, 8), (16, 2), (3, 50, 1), (6, 6)])
+def test_a_run_that_goes_on_with_other_rows_meets_each_once_an_epoch(tmp_path, sizes):
+    """Up and down, over the ends of epochs, of one dataset and of a mixture."""
+    mixed = Mixture([Counting(40), Counting(30)], [Fraction(4, 7), Fraction(3, 7)])
+    for order in (Counting(70), mixed):
+        met, host, step = [], {}, 0
+        for rows in sizes:
+            judge = judge_with(rows, host, tmp_path)
+            for _ in range(11):
+                batch = order.batch(step, rows, judge.data_offset)
+                met += zip(batch.row_ids.tolist(), batch.epochs.tolist(), strict=True)
+                step += 1
+            host = {"step": step} | judge.host_state()
+        assert met == [(int(row), epoch) for row, epoch in map(order.index, range(len(met)))]
+
+
+def test_a_rewind_and_then_other_rows(tmp_path):
+    """Steps 0 to 5 of 8 rows, 4 saved; 5 is bad; then a resumed run of 4 rows, killed, and one of 16."""
+    host = {"step": 4} | judge_with(8, {}, tmp_path).host_state()
+    host = judge_with(8, host, tmp_path).rewound(5, 4, host)
+    assert host["data_offset"] + 4 * 8 == 6 * 8  # behind step 5
+    moved = judge_with(8, host, tmp_path)
+    host = {"step": 7} | moved.host_state()
+    fewer = judge_with(4, host, tmp_path)
+    assert fewer.data_offset + 7 * 4 == moved.data_offset + 7 * 8
+    host = {"step": 9} | fewer.host_state()
+    more = judge_with(16, host, tmp_path)
+    assert more.data_offset + 9 * 16 == fewer.data_offset + 9 * 4
+    # A rewind after the change, to a step that had the rows of before.
+    back = judge_with(16, host, tmp_path).rewound(10, 7, {"step": 7} | moved.host_state())
+    assert judge_with(16, back, tmp_path).data_offset + 7 * 16 == more.data_offset + 11 * 16
+
+
+def test_a_trained_run_goes_on_behind_its_rows(text, tmp_path, monkeypatch):
+    """Checkpoints from before rows_per_step was kept say it by their config."""
+    met, real = {}, Order.batch
+
+    def batch(self, step, rows_per_step, offset=0, which=slice(None)):
+        found = real(self, step, rows_per_step, offset, which)
+        if not isinstance(which, slice):  # of training, not of what is held out
+            met[step] = list(zip(found.row_ids.tolist(), found.epochs.tolist(), strict=True))
+        return found
+
+    monkeypatch.setattr(Order, "batch", batch)
+    config = faulty_config(text)
+    config.schedule.steps = 4
+    train(config, tmp_path)
+    path = tmp_path / "checkpoints" / "4" / "train_state.json"
+    assert json.loads(path.read_text())["host"]["rows_per_step"] == ROWS
+    for rows, steps in ((2, 6), (8, 7)):
+        config.batch.rows, config.schedule.steps = rows, steps
+        train(config, tmp_path)
+    order = open_inputs(config, tmp_path).rows
+    used = [pair for step in sorted(met) for pair in met[step]]
+    assert len(used) == 4 * ROWS + 2 * 2 + 8 and used == [order.index(n) for n in range(len(used))]
+
+
+def test_an_older_checkpoint_says_its_rows_by_its_config(text, tmp_path, monkeypatch):
+    config = faulty_config(text)
+    config.schedule.steps = 4
+    train(config, tmp_path)
+    restored = saver.restore
+
+    def older(*arguments):
+        *found, host = restored(*arguments)
+        return *found, {name: value for name, value in host.items() if name != "rows_per_step"}
+
+    monkeypatch.setattr(saver, "restore", older)
+    seen = []
+
+    def judge(config, phases, workdir, host):
+        seen.append(host)
+        return Judge(config, phases, workdir, host)
+
+    monkeypatch.setattr(loop, "Judge", judge)
+    config.batch.rows, config.schedule.steps = 2, 5
+    train(config, tmp_path)
+    assert seen[0]["rows_per_step"] == ROWS and host_of(tmp_path, 5)["data_offset"] == 4 * ROWS - 4 * 2

@@ -201,6 +201,33 @@ def test_sft_then_cap_then_dpo_from_packed_rows(tmp_path):
         train(config, tmp_path / "no_preference")
 
 
+def test_config_json_is_of_what_has_trained(text, tmp_path, capsys):
+    """A finished run that is called again, and a refused one, leave it and all else as they were."""
+    config = config_of(text, seed=3)
+    config.schedule.update(kind="constant", block_size=8, steps=2)
+    config.data.cache = str(tmp_path / "cache")
+
+    def contents():
+        files = [path for path in sorted(tmp_path.rglob("*")) if path.is_file()]
+        return {path: path.read_bytes() for path in files if path.name != "trainer.lock"}
+
+    rows = train(config, tmp_path / "run")
+    before = contents()
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 3
+    changed = config.copy_and_resolve_references()
+    changed.seed, changed.optimizer.learning_rate = 4, 0.5
+    assert train(changed, tmp_path / "run") == rows and contents() == before
+    changed.schedule.steps, changed.model = 4, "small_moe"
+    with pytest.raises(InputError):
+        train(changed, tmp_path / "run")
+    assert contents() == before
+    capsys.readouterr()
+    config.schedule.steps = 3
+    train(config, tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["schedule"]["steps"] == 3
+    assert "config.schedule.steps was 2, is now 3" in capsys.readouterr().out
+
+
 def test_gradient_accumulation_is_exact(text, tmp_path):
     runs = {}
     for micro_batches in (1, 4):

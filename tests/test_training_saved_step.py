@@ -86,6 +86,9 @@ def test_what_the_step_depends_on_is_refused_when_it_differs(saved):
     config.optimizer.learning_rate /= 2
     with pytest.raises(InputError, match="compiled for devices '1 x cpu', this run has '2 x cpu'"):
         saved_step.load(path, identity(config, devices=2), jax.devices()[:2])
+    other_code = identity(config) | {"sources of llada_jax": "0123456789abcdef"}
+    with pytest.raises(InputError, match="compiled for sources of llada_jax '.*', this run has '0123456789abcdef'"):
+        saved_step.load(path, other_code, jax.devices()[:1])
     with pytest.raises(InputError, match="compiled for JAX"):
         saved_step.load(path, identity(config) | {"JAX": "0.0.1"}, jax.devices()[:1])
 

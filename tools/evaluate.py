@@ -185,25 +185,26 @@ def _answers(task: str, name: str) -> dict:
     return asked | dataclasses.asdict(found)
 
 
-def _load(path: str, tokenizer_digest: str | None = None):
+def _load(path: str, dataset: dict | None = None):
+    from llada_jax.data.rows import packed_with
     from llada_jax.training.checkpoint import load_checkpoint
 
     for written in (_OUTPUT.value, _RECORDS.value):  # all flags are right by now, and hours of work lie ahead
         jsonl.prepare(written)
     model = decoding.with_bos(load_checkpoint(path))
-    if tokenizer_digest and model.tokenizer is not None and model.tokenizer.digest != tokenizer_digest:
+    if dataset and model.tokenizer is not None and not packed_with(dataset, model.tokenizer):
         raise InputError(f"{_DATA.value}: packed with another tokenizer than that of {path}")
     return model._replace(config=model.config.extended(_YARN.value)) if _YARN.value > 1 else model
 
 
 def _packed_rows():
-    """(the last rows of packed --data, the digest of their tokenizer)"""
+    """(the last rows of packed --data, its dataset.json)"""
     from llada_jax.data.order import Rows
 
     rows = Rows(_DATA.value, 0, shuffle=False)
     count = min(_ROWS.value, len(rows))
     batch = Rows(_DATA.value, 0, len(rows) - count, shuffle=False).batch(0, count)
-    return batch, rows.dataset["tokenizer_digest"]
+    return batch, rows.dataset
 
 
 def _nelbo() -> dict:
@@ -253,14 +254,14 @@ def _nelbo() -> dict:
 def _preference() -> dict:
     from llada_jax.evaluation.preference import compare, pair_scores, pairs_in
 
-    batch, tokenizer_digest = _packed_rows()
+    batch, dataset = _packed_rows()
     if not (pairs := pairs_in(batch.segment_ids)):
         raise InputError(f"{_DATA.value}: the last {len(batch.ids)} rows have no pair of documents")
     sizes = [int(size) for size in _BLOCK_SIZES.value]
     origin = _BLOCK_ORIGIN.value or "document"
 
     def scores(path: str) -> dict:
-        model = _load(path, tokenizer_digest)  # one model at a time
+        model = _load(path, dataset)  # one model at a time
         return {
             size: pair_scores(
                 model.params, model.config, batch, size, pairs, draws=_SAMPLES.value, seed=_SEED.value,

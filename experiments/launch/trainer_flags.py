@@ -45,18 +45,21 @@ def _config(train_flags: Sequence[str]):
     jax.config.update("jax_platforms", "cpu")
     from ml_collections import config_flags
 
-    from llada_jax.config_flag import resolved
+    from llada_jax import config_flag
 
     values = flags.FlagValues()
-    arguments = ["train", *train_flags]
+    try:
+        arguments = config_flag.checked(["train", *train_flags])
+    except InputError as error:
+        raise InputError(f"the trainer's flags: {error}") from error
     config = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)
     for name in FREE:
         flags.DEFINE_integer(name, None, "", flag_values=values)
     values.set_gnu_getopt(True)
     try:
         unknown = [flag for flag in values(arguments, known_only=True)[1:] if not _of_absl(flag)]
-        config = resolved(config)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        config = config_flag.resolved(config)
+    except flags.Error as error:
         raise InputError(f"the trainer's flags: {error}") from error
     if unknown:
         raise InputError(f"the trainer's flags: unknown {unknown[0]!r}")

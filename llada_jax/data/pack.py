@@ -25,6 +25,7 @@ from llada_jax.data.sources import Position
 from llada_jax.errors import InputError
 from llada_jax.interop.tokenizer import Tokenizer
 
+_NOT_ALWAYS_KEPT = ("source_digest", "tokenizer_identity")  # in dataset.json: older ones have none
 _BATCH_DOCUMENTS = 512
 _BATCH_CHARACTERS = 1 << 20
 
@@ -77,9 +78,11 @@ def pack(
         "field": field,
         "patterns": list(patterns),
         "tokenizer_digest": tokenizer.digest,
+        "tokenizer_identity": tokenizer.identity(chat=False),
         "eos_id": tokenizer.eos_id,
         "add_bos": tokenizer.adds_bos,
         "source_files": [[file.name, file.bytes] for file in files],
+        "source_digest": sources.content_digest(files),
     }
 
     def rows_after(source: tuple[int, int], taken: int) -> Iterator[PackedRow]:
@@ -246,15 +249,26 @@ def _pack_rows(
 
 
 def _check_settings(path: str, stored: dict, settings: dict) -> None:
+    """Raises InputError naming the first setting that is another one there."""
     stored = {"add_bos": False} | stored  # datasets older than the setting have none
+    same_tokenizer = _same_tokenizer(stored, settings)
     for name, wanted in settings.items():
         found = stored.get(name)
-        if found == wanted:
+        if found == wanted or (name not in stored and name in _NOT_ALWAYS_KEPT):
+            continue
+        if name in ("tokenizer_digest", "tokenizer_identity") and same_tokenizer:
             continue
         if name == "source_files" and isinstance(found, list):
             differing = sorted({tuple(file) for file in found} ^ {tuple(file) for file in wanted})
             raise InputError(f"{path}: source_files differ, first at {differing[0][0]}; take another output folder")
+        if name == "source_digest":
+            raise InputError(f"{path}: the contents of the source files have changed; take another output folder")
         raise InputError(f"{path}: {name} is {found!r} there but {wanted!r} now; take another output folder")
+
+
+def _same_tokenizer(stored: dict, settings: dict) -> bool:
+    names = ("tokenizer_digest", "tokenizer_identity")
+    return any(stored.get(name) == settings.get(name) is not None for name in names)
 
 
 @contextlib.contextmanager

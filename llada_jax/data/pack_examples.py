@@ -16,7 +16,7 @@ from llada_jax.data.pack import PackedRow, batches, check_shape, write_dataset
 from llada_jax.data.parts import read_parts
 from llada_jax.data.records import parse_row, read_rows
 from llada_jax.data.rows import FORMAT, encode_row
-from llada_jax.data.sources import ROW_SUFFIXES, Position, SourceFile, list_files, place
+from llada_jax.data.sources import ROW_SUFFIXES, Position, SourceFile, content_digest, list_files, place
 from llada_jax.errors import InputError
 from llada_jax.interop.tokenizer import Tokenizer
 
@@ -92,9 +92,11 @@ def pack_examples(
         "tail": tail,
         "skip_malformed": skip_malformed,
         "tokenizer_digest": tokenizer.digest,
+        "tokenizer_identity": tokenizer.identity(chat=True),
         "eos_id": tokenizer.eos_id,
         "add_bos": tokenizer.adds_bos,
         "source_files": [[file.name, file.bytes] for file in files],
+        "source_digest": content_digest(files),
     }
     counts = {"tokens": 0, "documents": 0, "used": 0, **_nothing_read(kind), "supervised_tokens": 0}
 

@@ -9,6 +9,7 @@ import msgpack
 import numpy as np
 
 from llada_jax.errors import InputError
+from llada_jax.interop.tokenizer import Tokenizer
 
 FORMAT = "llada-jax-rows-1"
 
@@ -82,6 +83,14 @@ def read_dataset(path: str) -> dict:
     if dataset is None:
         raise InputError(f"{file}: missing, so the dataset is incomplete or was never packed")
     return dataset
+
+
+def packed_with(dataset: dict, tokenizer: Tokenizer) -> bool:
+    """Whether the rows of a dataset.json are what `tokenizer` gives: its files are the same or, where the dataset says
+    it, what of them changes ids and texts.
+    """
+    identity = tokenizer.identity(chat=dataset.get("kind", "text") != "text")
+    return dataset["tokenizer_digest"] == tokenizer.digest or dataset.get("tokenizer_identity") == identity
 
 
 def read_json(path: str) -> dict | None:

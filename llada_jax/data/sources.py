@@ -2,12 +2,14 @@
 
 import contextlib
 import fnmatch
+import hashlib
 import io
 import json
 import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import BinaryIO
 
@@ -118,6 +120,25 @@ def _say_what_is_not_read(source: str, names: Sequence[str], chosen: bool) -> No
 def _describes(base: str) -> bool:
     patterns = _DESCRIPTION_PATTERNS
     return base in _DESCRIPTIONS or any(fnmatch.fnmatchcase(base.lower(), pattern) for pattern in patterns)
+
+
+def content_digest(files: Sequence[SourceFile]) -> str:
+    """sha256 (hex) over the names and the bytes of the files. All are read, at about 1 GB/s a core: nothing beside
+    tokenising them. Raises InputError naming a file that cannot be read.
+    """
+    with ThreadPoolExecutor() as pool:
+        digests = list(pool.map(_file_digest, files))
+    return hashlib.sha256(
+        json.dumps([[f.name, each] for f, each in zip(files, digests, strict=True)]).encode()
+    ).hexdigest()
+
+
+def _file_digest(file: SourceFile) -> str:
+    try:
+        with open(file.path, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{file.path}: {error.strerror}") from error
 
 
 def ranges(files: Sequence[SourceFile], start: Position, stop: Position | None) -> Iterator[tuple[int, int, float]]:

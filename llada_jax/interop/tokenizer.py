@@ -157,6 +157,16 @@ class Tokenizer:
             digest.update(f"{name}\0{len(content)}\0".encode() + content)
         return digest.hexdigest()
 
+    def identity(self, chat: bool) -> str:
+        """sha256 (hex) over what changes the ids of a text and, of `chat`, the text of a conversation.
+
+        How the files are written, and what of them only decoding uses (generation_config.json), does not count.
+        """
+        meant = [json.loads(self.backend.to_str()), self.eos_id, self.bos_id]
+        if chat:
+            meant += [self.special_tokens, self.chat_templates]
+        return hashlib.sha256(json.dumps(meant, sort_keys=True, default=repr).encode()).hexdigest()
+
     @property
     def chat_template(self) -> str | None:
         """The template of conversations without tools."""

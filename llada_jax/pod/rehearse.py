@@ -23,7 +23,7 @@ from llada_jax.data.order import Batch
 from llada_jax.diffusion import schedule
 from llada_jax.errors import InputError
 from llada_jax.model import head, parameters
-from llada_jax.model.config import ModelConfig, preset
+from llada_jax.model.config import ModelConfig
 from llada_jax.model.forward import Execution
 from llada_jax.model.lora import Lora
 from llada_jax.pod import attention_cost, hlo, routing_cost, schedule_reader, useful_flops
@@ -33,7 +33,7 @@ from llada_jax.pod.operations import Cost
 from llada_jax.pod.step_cost import PARTS, Line, step_lines
 from llada_jax.pod.topology import slice_devices, slice_index
 from llada_jax.training import config as settings
-from llada_jax.training import saved_step
+from llada_jax.training import run_model, saved_step
 from llada_jax.training import state as states
 from llada_jax.training.loop import train_loss
 from llada_jax.training.optimizer import make_optimizer
@@ -83,7 +83,7 @@ def lower_step(config: ConfigDict, slices: Slices, halves: str) -> Step:
     execution = settings.execution(config, platform="tpu")
     if execution.attention == "blockwise":  # its loops run as long as the rows' documents say
         raise InputError("config.execution.attention='blockwise': no estimate, expected 'kernel', 'dense' or 'auto'")
-    check_experts(execution, config.model)
+    check_experts(execution, run_model.named(config))
     if config.data.length not in (known := LENGTHS + LONG_LENGTHS):
         raise InputError(f"config.data.length={config.data.length}: packings exist of {', '.join(map(str, known))}")
     devices = list(slice_devices(slices.topology, slices.count).reshape(-1))
@@ -112,14 +112,14 @@ def lower_step(config: ConfigDict, slices: Slices, halves: str) -> Step:
     return Step(lowered, mesh, state, model, trained, halves)
 
 
-def check_experts(execution: Execution, model: str) -> None:
+def check_experts(execution: Execution, model: ModelConfig) -> None:
     """Raises InputError on the experts of plain XLA, whose loops run as long as the routing says."""
-    if preset(model).is_moe and execution.experts != "megablox":
+    if model.is_moe and execution.experts != "megablox":
         raise InputError(f"config.execution.experts={execution.experts!r}: no estimate, expected 'megablox' or 'auto'")
 
 
 def model_of(config: ConfigDict) -> ModelConfig:
-    model = preset(config.model)
+    model = run_model.named(config)
     if model.mask_token_id is None:  # import adds one; which it is costs nothing
         model = model.replace(mask_token_id=model.vocab_size - 1)
     return settings.extended(config, model.replace(alignment=config.alignment or model.alignment))
@@ -273,6 +273,8 @@ def rehearse(
         raise InputError(f"--mean_document={packing.mean_document}, expected one of {', '.join(map(str, MEANS))}")
     if not 1 <= packing.busiest < math.inf:
         raise InputError(f"--busiest={packing.busiest}, expected at least 1, which is balanced")
+    settings.check(config)
+    config = run_model.fitted(config)
     step = lower_step(config, slices, halves)
     compiled, compile_seconds = compile_step(step.lowered, step.mesh, slices)
     if save:

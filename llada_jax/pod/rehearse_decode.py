@@ -37,6 +37,7 @@ from llada_jax.sampling import decode, predict
 from llada_jax.sampling.cost import Cost, pass_cost, uniform_hits
 from llada_jax.sampling.state import CACHE_AXES, Program, empty_state
 from llada_jax.training import config as settings
+from llada_jax.training import run_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +85,9 @@ def rehearse_decode(config: ConfigDict, slices: Slices, rows: int, canvas: int, 
     Weights and caches are bfloat16. Raises InputError on bad input and DoesNotFit as pod/rehearse.rehearse.
     """
     settings.check(config)
+    config = run_model.fitted(config)
     execution = dataclasses.replace(settings.execution(config, platform="tpu"), dtype="bfloat16", remat="none")
-    check_experts(execution, config.model)
+    check_experts(execution, run_model.named(config))
     block = config.schedule.block_size
     for field, value in (("canvas", canvas), ("filled", filled)):
         if value % block or not 0 <= value <= canvas:

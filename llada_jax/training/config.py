@@ -21,13 +21,19 @@ from llada_jax.errors import InputError
 from llada_jax.model.config import PRESETS, ModelConfig
 from llada_jax.model.forward import Execution
 from llada_jax.model.parameters import adaptable
+from llada_jax.training import fields
 from llada_jax.training.profiling import parse_steps
+
+FROM_CHECKPOINT = ("init_from", "auto", "")  # names of no preset: the model is that of config.init_from
 
 
 def default_config(model: str) -> ConfigDict:
-    """All fields. Raises InputError on an unknown preset."""
-    if model not in PRESETS:
-        raise InputError(f"config: unknown model {model!r}; presets: {', '.join(PRESETS)}")
+    """All fields. model: a preset, or one of FROM_CHECKPOINT. Raises InputError on an unknown preset."""
+    if model not in (*PRESETS, *FROM_CHECKPOINT):
+        raise InputError(
+            f'config: unknown model {model!r}; presets: {", ".join(PRESETS)}; "init_from" is the model of the '
+            "checkpoint that config.init_from names"
+        )
     config = ConfigDict()
     config.model = model
     config.stage = ""  # what the run calls itself, in its checkpoints and in what the next stage says of them
@@ -91,7 +97,8 @@ def default_config(model: str) -> ConfigDict:
     config.lora = lora = ConfigDict()  # low-rank adapters on frozen weights of init_from (arXiv 2106.09685)
     lora.rank = 0  # 0 trains all weights
     lora.alpha = 16.0  # the adapters' term is scaled by alpha / rank
-    lora.targets = adaptable(PRESETS[model])  # all dense projections; routed experts stay frozen
+    # All dense projections, () where the checkpoint says which there are; routed experts stay frozen.
+    lora.targets = adaptable(PRESETS[model]) if model in PRESETS else ()
 
     config.optimizer = optimizer = ConfigDict()
     optimizer.learning_rate = 1e-3  # 0 is the rate at which the run of init_from ended
@@ -147,23 +154,28 @@ def default_config(model: str) -> ConfigDict:
 
 def is_large(model: str) -> bool:
     """A mixture of experts of 100B, not one of 16B or 30B."""
-    return PRESETS[model].is_moe and PRESETS[model].hidden_size > 2048
+    return model in PRESETS and PRESETS[model].is_moe and PRESETS[model].hidden_size > 2048
 
 
 def split_over_pod(config: ConfigDict) -> None:
     """Splits the weights of a mixture of experts, their gradients and the optimizer's state over the chips of a pod.
 
     They are split over no more chips than there are experts, so that whole experts are gathered (sharding.RULES); more
-    chips hold copies. Dense models stay as they are.
+    chips hold copies. Dense models stay as they are. Where the checkpoint says which model it is, the sizes are 0 until
+    it has been read (run_model.fitted).
     """
-    model = PRESETS[config.model]
+    if config.model not in PRESETS:
+        config.mesh.data = config.mesh.fsdp = 0
+    elif (model := PRESETS[config.model]).is_moe:
+        config.execution.remat = "hidden"
+        config.mesh.data, config.mesh.fsdp = pod_mesh(model)
+
+
+def pod_mesh(model: ModelConfig) -> tuple[int, int]:
+    """(mesh.data, mesh.fsdp) of split_over_pod."""
     if not model.is_moe:
-        return
-    config.execution.remat = "hidden"
-    if is_large(config.model):
-        config.mesh.data, config.mesh.fsdp = -1, model.num_experts
-    else:
-        config.mesh.data, config.mesh.fsdp = 1, -1
+        return -1, 1
+    return (-1, model.num_experts) if model.hidden_size > 2048 else (1, -1)
 
 
 def parse_argument(argument: str | None, default_model: str = "tiny") -> tuple[str, dict[str, int]]:
@@ -288,48 +300,19 @@ def execution(config: ConfigDict, platform: str | None = None) -> Execution:
     return Execution(**values | {"reduce_dtype": values["reduce_dtype"] or None})
 
 
-_POSITIVE = (
-    "data.length", "data.held_out_rows", "batch.rows", "batch.micro_batches",
-    "optimizer.clip_norm", "optimizer.eps", "lora.alpha", "checkpoint.every_steps", "faults.spike_window",
-    "evaluation.every_steps", "evaluation.rows", "evaluation.samples", "evaluation.preference_draws", "log_every_steps",
-)  # fmt: skip
-_NOT_NEGATIVE = (
-    "seed", "optimizer.learning_rate", "optimizer.warmup_steps", "optimizer.decay_steps", "optimizer.weight_decay",
-    "optimizer.end_fraction", "optimizer.expert_bias_rate",
-    "objective.embedding_noise_std", "objective.embedding_noise_steps",
-    "lora.rank", "checkpoint.keep_last", "checkpoint.keep_best", "checkpoint.keep_every", "checkpoint.every_minutes",
-    "checkpoint.retries", "checkpoint.retry_seconds",
-    "faults.spike_factor", "faults.max_skips", "faults.max_rewinds", "faults.hang_minutes",
-)  # fmt: skip
-
-
 def check(config: ConfigDict) -> None:
-    """Raises InputError naming the first field whose value is out of range."""
-
-    def value(field):
-        node = config
-        for part in field.split("."):
-            node = node[part]
-        return node
-
-    for field in _POSITIVE:
-        if not value(field) > 0:
-            raise InputError(f"config.{field}={value(field)!r}, expected more than 0")
-    for field in _NOT_NEGATIVE:
-        if not value(field) >= 0:
-            raise InputError(f"config.{field}={value(field)!r}, expected at least 0")
-    for field in ("optimizer.b1", "optimizer.b2", "data.corrupt_share"):
-        if not 0 <= value(field) < 1:
-            raise InputError(f"config.{field}={value(field)!r}, expected at least 0 and below 1")
+    """Raises InputError naming the first field whose type is not its default's, or whose value is out of range."""
+    fields.check(config, default_config(config.model))
     if config.lora.rank and not config.init_from:
         raise InputError(f'config.init_from="": config.lora.rank={config.lora.rank} adapts the model of a checkpoint')
     phases(config), objective(config), preference(config), execution(config), parse_steps(config.profile.steps)
-    if config.optimizer.expert_bias_rate:
-        if not PRESETS[config.model].expert_bias or config.lora.rank or config.preference.enabled:
-            raise InputError(
-                f"config.optimizer.expert_bias_rate={config.optimizer.expert_bias_rate}, expected 0: the model has no "
-                "expert bias, or the run is of adapters or DPO"
-            )
+    if config.model in PRESETS:
+        check_expert_bias(config, PRESETS[config.model])
+    elif not config.init_from:
+        raise InputError(
+            f'config.init_from="": config.model={config.model!r} is the model of a checkpoint; set it, or name a '
+            f"preset, as in --config=FILE.py:MODEL ({', '.join(PRESETS)})"
+        )
     _check_faults(config)
     if config.batch.rows % config.batch.micro_batches:
         raise InputError(
@@ -349,6 +332,14 @@ def check(config: ConfigDict) -> None:
             raise InputError(
                 f"config.evaluation.block_sizes: {block_size} does not divide data.length={config.data.length}"
             )
+
+
+def check_expert_bias(config: ConfigDict, model: ModelConfig) -> None:
+    if config.optimizer.expert_bias_rate and (not model.expert_bias or config.lora.rank or config.preference.enabled):
+        raise InputError(
+            f"config.optimizer.expert_bias_rate={config.optimizer.expert_bias_rate}, expected 0: the model has no "
+            "expert bias, or the run is of adapters or DPO"
+        )
 
 
 def _check_faults(config: ConfigDict) -> None:

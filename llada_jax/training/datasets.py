@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import math
 import os
 from collections.abc import Sequence
 from fractions import Fraction
@@ -12,9 +13,10 @@ from ml_collections import ConfigDict
 
 from llada_jax.data.mixture import Mixture, component_seed
 from llada_jax.data.order import Batch, Order, Rows
-from llada_jax.data.rows import read_dataset
+from llada_jax.data.rows import packed_with, read_dataset
 from llada_jax.errors import InputError
 from llada_jax.interop.tokenizer import Tokenizer
+from llada_jax.training import config as settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +73,10 @@ def _open(
     rows = Rows(path, seed, 0, split, **common)
     held_out = Rows(path, config.seed, split, stored, shuffle=False, **common)
     _check_kind(config, path, dataset)
-    if tokenizer is not None and dataset["tokenizer_digest"] != tokenizer.digest:
+    if tokenizer is not None and not packed_with(dataset, tokenizer):
         raise InputError(f"{path}: packed with another tokenizer than the checkpoint's")
     _check_ends(path, dataset, tokenizer, ends)
+    _check_blocks(config, path, dataset)
     return rows, held_out
 
 
@@ -115,3 +118,22 @@ def _check_kind(config: ConfigDict, path: str, dataset: dict) -> None:
         raise InputError(
             f"config.preference.max_pairs={wanted.max_pairs}: {path} was packed with --max_pairs={dataset['max_pairs']}"
         )
+
+
+def _check_blocks(config: ConfigDict, path: str, dataset: dict) -> None:
+    """Conversations and pairs begin at blocks, as in decoding. Text is cut anywhere: Eq. 3 counts blocks from the row's
+    beginning.
+    """
+    c, align = config.objective, dataset.get("block_align", 1)
+    one_each = dataset["documents"] <= dataset["rows"]  # no row has two
+    if dataset.get("kind", "text") == "text" or c.block_origin != "global" or not c.document_mask or one_each:
+        return
+    sizes = {size: "config.evaluation.block_sizes" for size in settings.evaluation_block_sizes(config)}
+    sizes |= {phase.block_size: "config.schedule" for phase in settings.phases(config)}
+    for size, field in sizes.items():
+        if align % size and size < config.data.length:
+            raise InputError(
+                f"{path}: documents begin at multiples of {align} (--block_align={align}), but {field} has blocks of "
+                f"{size}: some begin inside one, as no answer does; pack with --block_align={math.lcm(align, size)}, "
+                'or set config.objective.block_origin="document"'
+            )

@@ -23,7 +23,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from llada_jax.diffusion.schedule import Phase, phase_at
+from llada_jax.diffusion.schedule import Phase, phase_at, total_steps
 from llada_jax.errors import InputError
 from llada_jax.training.config import skips_steps
 
@@ -35,7 +35,8 @@ class Judge:
 
     host: what the checkpoint that the run goes on from keeps of host_state(), {} at the start.
 
-    Attributes: `data_offset`, rows of the order that rewinds have passed over; `skipped`, steps without an update.
+    Attributes: `data_offset`, by which the rows of a step are moved on, as rewinds pass over rows and steps of another
+    batch.rows have used more or fewer (then it may be negative); `skipped`, steps without an update.
     """
 
     def __init__(self, config: ConfigDict, phases: Sequence[Phase], workdir: Path, host: dict):
@@ -46,7 +47,7 @@ class Judge:
             workdir,
         )
         kept = host.get("faults", {})
-        self.data_offset: int = host.get("data_offset", 0)
+        self.data_offset: int = _continued(host, self._rows_per_step, total_steps(phases))
         self.skipped: int = kept.get("skipped", 0)
         self._rewinds: int = kept.get("rewinds", 0)
         self._losses = deque(map(tuple, kept.get("losses", [])), maxlen=config.faults.spike_window + 1)
@@ -56,7 +57,7 @@ class Judge:
     def host_state(self) -> dict:
         """What a checkpoint has to keep, as JSON can hold it."""
         faults = {"skipped": self.skipped, "rewinds": self._rewinds, "losses": [list(each) for each in self._losses]}
-        return {"data_offset": self.data_offset, "faults": faults}
+        return {"data_offset": self.data_offset, "rows_per_step": self._rows_per_step, "faults": faults}
 
     def scalars(self, step: int) -> tuple[np.float32, ...]:
         """What a guarded step takes beside the others: the loss above which it is not applied. Nothing for others."""
@@ -81,7 +82,8 @@ class Judge:
         those of `bad_step`.
         """
         offset = self.data_offset + (bad_step + 1 - to_step) * self._rows_per_step
-        return host | {"data_offset": offset, "faults": host.get("faults", {}) | {"rewinds": self._rewinds}}
+        moved = {"data_offset": offset, "rows_per_step": self._rows_per_step}
+        return host | moved | {"faults": host.get("faults", {}) | {"rewinds": self._rewinds}}
 
     def _is_rewound(self, step: int, metrics: dict, row_ids: np.ndarray) -> bool:
         loss, norm = (float(x) for x in jax.device_get((metrics["loss"], metrics["gradient_norm"])))
@@ -131,6 +133,20 @@ class Judge:
         if jax.process_index() == 0:
             print(f"step {step + 1}: {reason}; {policy}; its rows are in {self._workdir / FILE}", flush=True)
             _append(self._workdir / FILE, json.dumps(entry))
+
+
+def _continued(host: dict, rows_per_step: int, last_step: int) -> int:
+    """The data_offset with which steps of `rows_per_step` rows go on behind the rows that the checkpoint has used.
+
+    Step s reads data_offset + s * rows_per_step + i (data/order.py). A host state that does not say how many rows a
+    step had is taken for one of as many; one that names no step may be of any of the schedule: rows may then be passed
+    over, but none is met twice.
+    """
+    offset, before = host.get("data_offset", 0), host.get("rows_per_step", rows_per_step)
+    if before == rows_per_step:
+        return offset
+    step = host.get("step", last_step if before > rows_per_step else 0)
+    return offset + step * (before - rows_per_step)
 
 
 def _alike(a: Phase, b: Phase) -> bool:

@@ -15,13 +15,14 @@ from llada_jax import sharding
 from llada_jax.data.byte_tokenizer import byte_tokenizer
 from llada_jax.data.mixture import parse_mixture
 from llada_jax.data.order import Batch, Order
+from llada_jax.data.rows import FORMAT
 from llada_jax.errors import InputError
 from llada_jax.interop.export import check_exportable
 from llada_jax.interop.tokenizer import Tokenizer, load_tokenizer, parse_add_bos
 from llada_jax.model import parameters
-from llada_jax.model.config import ModelConfig, preset
+from llada_jax.model.config import ModelConfig
 from llada_jax.model.lora import Lora
-from llada_jax.training import checkpoint, hosts
+from llada_jax.training import checkpoint, hosts, run_model
 from llada_jax.training import config as settings
 from llada_jax.training.datasets import Component, open_rows
 from llada_jax.training.lora import open_lora
@@ -87,25 +88,18 @@ def lineage(config: ConfigDict, inputs: Inputs) -> dict:
 
 
 def _model(config: ConfigDict, source: Source | None) -> tuple[ModelConfig, Tokenizer | None]:
-    expected = preset(config.model)
     tokenizer = None
-    model = expected
+    model = run_model.named(config) if source is None else source.model
     if source is not None:
-        model = source.model
-        for field in ("architecture", "hidden_size", "num_layers", "num_heads", "num_experts"):
-            if getattr(model, field) != getattr(expected, field):
-                raise InputError(
-                    f"config.init_from={config.init_from}: {field}={getattr(model, field)!r}, "
-                    f"but model {config.model!r} has {getattr(expected, field)!r}"
-                )
+        run_model.check_preset(config, model)
         tokenizer = checkpoint.load_tokenizer(source.directory)
     elif config.data.tokenizer == "bytes":
-        if expected.vocab_size < 258 or None in (expected.eos_token_id, expected.mask_token_id):
+        if model.vocab_size < 258 or None in (model.eos_token_id, model.mask_token_id):
             raise InputError(f'config.data.tokenizer="bytes" does not fit model {config.model!r}')
-        tokenizer = byte_tokenizer(expected.eos_token_id, expected.mask_token_id)
+        tokenizer = byte_tokenizer(model.eos_token_id, model.mask_token_id)
     elif config.data.tokenizer:
         tokenizer = load_tokenizer(config.data.tokenizer)
-        mask_id = expected.mask_token_id if tokenizer.mask_id is None else tokenizer.mask_id
+        mask_id = model.mask_token_id if tokenizer.mask_id is None else tokenizer.mask_id
         model = model.replace(mask_token_id=mask_id, eos_token_id=tokenizer.eos_id)
         model = model.with_ends(i for i in tokenizer.eos_ids if i < model.vocab_size)
     if tokenizer is not None:
@@ -156,18 +150,26 @@ def _datasets(config: ConfigDict, workdir: Path, tokenizer: Tokenizer | None) ->
 
 
 def _packed(config: ConfigDict, workdir: Path, tokenizer: Tokenizer | None) -> str:
-    """Raw text is packed into the cache once, under a digest of what went in; returns the folder."""
+    """Raw text is packed into the cache once, under a digest of all that the rows depend on: the contents of the files,
+    the tokenizer, the shape. Every start of a run reads the files for it. Returns the folder.
+    """
     data = config.data
     if tokenizer is None:
         raise InputError('config.data.tokenizer: packing data.source needs a tokenizer: a folder, or "bytes"')
     from llada_jax.data.pack import pack  # parquet and jsonl readers are not needed when the rows exist
-    from llada_jax.data.sources import list_files
+    from llada_jax.data.sources import content_digest, list_files
 
-    files = [(file.name, file.bytes) for file in list_files(data.source, patterns=data.patterns)]
+    contents = content_digest(list_files(data.source, patterns=data.patterns))
     begins = ["add_bos"] if tokenizer.adds_bos else []
-    settings = json.dumps([files, data.length, tokenizer.digest, *begins]).encode()
+    made_of = [FORMAT, contents, list(data.patterns), data.length, tokenizer.digest, *begins]
+    made_of = json.dumps(made_of).encode()
     cache = Path(data.cache) if data.cache else workdir / "data"
-    out = cache / hashlib.sha256(settings).hexdigest()[:16]
+    out = cache / hashlib.sha256(made_of).hexdigest()[:16]
     log = sys.stderr if jax.process_index() == 0 else None
-    hosts.in_turn(lambda: pack(data.source, tokenizer, str(out), data.length, patterns=data.patterns, log=log))
+
+    def pack_once():
+        if not (out / "dataset.json").exists():
+            pack(data.source, tokenizer, str(out), data.length, patterns=data.patterns, log=log)
+
+    hosts.in_turn(pack_once)
     return str(out)

@@ -25,10 +25,9 @@ from llada_jax.errors import InputError
 from llada_jax.model import parameters
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.forward import Execution
+from llada_jax.training import checkpoint, held_out, hosts, saved_step, saver
 from llada_jax.training import config as settings
-from llada_jax.training import held_out, hosts, saved_step, saver
 from llada_jax.training import state as states
-from llada_jax.training.checkpoint import code
 from llada_jax.training.faults import Judge
 from llada_jax.training.goodput import Goodput
 from llada_jax.training.inputs import Inputs, initial_params, open_inputs
@@ -42,6 +41,7 @@ from llada_jax.training.preemption import Stop, stop_on_sigterm
 from llada_jax.training.process_data import from_own_rows, on_all_devices, own_rows
 from llada_jax.training.profiling import Profile, parse_steps
 from llada_jax.training.reference import Reference, open_reference
+from llada_jax.training.run_model import fitted, length_notice
 from llada_jax.training.source import continue_learning_rate
 from llada_jax.training.speed import Speed
 from llada_jax.training.step import Loss, denoising_loss, make_train_step, preference_loss, whole
@@ -66,7 +66,8 @@ def train(config: ConfigDict, workdir: str, devices=None) -> None:
 
 def _train(config: ConfigDict, workdir: str, devices) -> None:
     settings.check(config)
-    hosts.check_same("config, code or JAX", config.to_json() + code() + jax.__version__)
+    config = fitted(config)
+    hosts.check_same("config, code or JAX", config.to_json() + checkpoint.code() + jax.__version__)
     phases = settings.phases(config)
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
     settings.check_rows(config, mesh)
@@ -78,9 +79,9 @@ def _train(config: ConfigDict, workdir: str, devices) -> None:
         inputs = open_inputs(config, directory)
         if inputs.source is not None:
             print(inputs.source.describe(), flush=True)
+        if notice := length_notice(config, inputs.model):
+            print(notice, flush=True)
         config = continue_learning_rate(config, inputs.source)
-        if jax.process_index() == 0:
-            settings.write(config, directory / "config.json")
         hosts.check_shared(epath.Path(workdir))
         with jax.set_mesh(mesh), stop_on_sigterm() as stop:
             _run(config, phases, mesh, mirror, inputs, stop)
@@ -128,6 +129,8 @@ def _run(config, phases, mesh, mirror: Mirror, inputs: Inputs, stop) -> None:
     _announce(config, phases, inputs, mesh, int(state.step), last_step)
     if int(state.step) >= last_step:
         return
+    if jax.process_index() == 0:  # not before: config.json is of what has trained here
+        settings.write(config, workdir / "config.json")
 
     train_step = goodput.timed_steps(_train_step(config, inputs, optimizer, mesh))
     patience = Patience(config.checkpoint.retries, config.checkpoint.retry_seconds)
@@ -264,13 +267,20 @@ def _load(config, workdir: Path, inputs: Inputs, optimizer, abstract, where) -> 
         params = initial_params(inputs, config.seed, where.params)
         return jax.jit(lambda p: states.create(p, optimizer), out_shardings=where)(params), {}
     step, params, optimizer_state, host = found
+    if "rows_per_step" not in host:  # a checkpoint from before that was kept
+        before = checkpoint.read_config(epath.Path(checkpoints(config, workdir)) / str(step))[1].get("config", {})
+        host |= {"rows_per_step": before.get("batch", {}).get("rows", config.batch.rows)}
     if config.preference.enabled and inputs.source.weights != (started := host.get("init_weights")):
         raise InputError(
             f"config.init_from={config.init_from}: its weights are {inputs.source.weights}, but the reference of "
             f"{workdir} is {started}; name the step that the run started from"
         )
-    if host.get("data_offset") and config.preference.reference == "precomputed" and config.preference.enabled:
-        raise InputError(f'{workdir}: it was rewound; set config.preference.reference="frozen"')
+    moved = host.get("data_offset") or host["rows_per_step"] != config.batch.rows
+    if moved and config.preference.reference == "precomputed" and config.preference.enabled:
+        raise InputError(
+            f"{workdir}: its rows are not those of the precomputed scores, as it was rewound or went on with another "
+            'batch.rows; set config.preference.reference="frozen"'
+        )
     return states.TrainState(on_all_devices(np.int32(step), where.step.mesh), params, optimizer_state), host
 
 
@@ -297,8 +307,9 @@ def _announce(config, phases, inputs: Inputs, mesh, first_step, last_step) -> No
     devices = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "1 device"
     if jax.process_count() > 1:
         devices += f" of {jax.process_count()} processes"
+    name = f"{model.architecture} of init_from" if config.model in settings.FROM_CHECKPOINT else config.model
     print(
-        f"{config.model}: {parameters.count(model):,} parameters, alignment {model.alignment}, {start}\n"
+        f"{name}: {parameters.count(model):,} parameters, alignment {model.alignment}, {start}\n"
         f"{len(inputs.rows):,} rows of {config.data.length} tokens, {len(inputs.held_out.ids)} held out; "
         f"{config.batch.rows} rows a step on {devices} ({jax.devices()[0].platform}, "
         f"{settings.execution(config).attention} attention)\n"

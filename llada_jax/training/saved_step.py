@@ -1,11 +1,12 @@
 """A compiled training step in a file, so that a launch on a pod need not compile it again.
 
 tools/rehearse.py --save writes it for a slice that is not there; config.compiled_step names it for the trainer. A step
-is one for the model, the config, the mesh and the versions of JAX and of the compiler that it was made with: anything
-else is refused. Loading is tested on CPU; a step that was compiled for a TPU pod has not been run on one. The file is a
-Python pickle: load your own only.
+is one for the model, the config, the mesh, the sources of this package and the versions of JAX and of the compiler
+that it was made with: anything else is refused. Loading is tested on CPU; a step that was compiled for a TPU pod has
+not been run on one. The file is a Python pickle: load your own only.
 """
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -34,6 +35,7 @@ def identity(config: ConfigDict, model: ModelConfig | Lora, mesh, halves: str) -
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     return {
         "JAX": jax.__version__,
+        "sources of llada_jax": _sources(),
         "libtpu": _version("libtpu"),
         "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
         "mesh": ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
@@ -67,6 +69,15 @@ def load(path: str, wanted: dict[str, str], devices: Sequence[jax.Device]) -> ja
                 "rehearse it again with --save, or train without"
             )
     return serialize_executable.deserialize_and_load(*step, execution_devices=list(devices))
+
+
+@functools.cache
+def _sources() -> str:
+    """Digest of the package's Python files, which the program was traced from."""
+    package = Path(__file__).parent.parent
+    files = sorted(package.rglob("*.py"))
+    found = [[str(file.relative_to(package)), hashlib.sha256(file.read_bytes()).hexdigest()] for file in files]
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
 
 
 def _version(package: str) -> str:

@@ -45,6 +45,18 @@ def claimed(workdir: Path) -> Iterator[None]:
             raise
 
 
+def is_claimed(workdir: Path) -> bool:
+    """Whether a trainer holds `workdir` now; False where its file system has no locks."""
+    try:
+        with open(workdir / LOCK, encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
 def _locked(path: Path):
     """The open file of the lock, which is held until it is closed."""
     while True:
