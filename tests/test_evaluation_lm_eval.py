@@ -230,6 +230,17 @@ def test_a_conversation_is_asked_or_continued(model, monkeypatch):
         wrapper.chat_template("tool_use")
 
 
+@pytest.mark.parametrize("answered", [True, False])
+def test_a_description_that_the_template_drops_is_an_error(model, monkeypatch, answered):
+    template = "{% for m in messages if m.role != 'system' %}[{{ m.role }}]{{ m.content }}[end]{% endfor %}"
+    tokenizer = foreign_tokenizers.byte_level(chat_template=template)
+    monkeypatch.setattr(lm_eval, "load_checkpoint", lambda path: model._replace(tokenizer=tokenizer))
+    turns = [{"role": "system", "content": "Answer in one word."}, {"role": "user", "content": "Q"}]
+    turns += [{"role": "assistant", "content": "It is"}] * (not answered)
+    with pytest.raises(InputError, match="leaves out what .*says: 'Answer in one word.'"):
+        lm_eval.LLaDAJax("somewhere").apply_chat_template(turns, add_generation_prompt=answered)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

@@ -133,6 +133,15 @@ def test_quoted_and_empty_values_reach_their_fields(tmp_path):
     assert (second.data.mixture, second.lora.targets) == ("C D:1", ("query", "value"))
 
 
+def test_a_swept_field_replaces_the_common_value(tmp_path):
+    """Flags of a tuple that come twice are joined, by ml_collections."""
+    common = ["--config.evaluation.block_sizes=(1,)", "--config.data.patterns=*.py", "--config.seed=1"]
+    done = sweep(*common, f"--out={tmp_path}", "--dry_run", "--sweep=evaluation.block_sizes=(1,4),(1,32)")
+    configs = [config_flag.load(shlex.split(line)) for line in done.stdout.splitlines() if "llada_jax.train" in line]
+    assert [config.evaluation.block_sizes for config in configs] == [(1, 4), (1, 32)]
+    assert {(config.seed, config.data.patterns) for config in configs} == {(1, ("*.py",))}
+
+
 def test_pod_jobs_are_launched_by_the_launcher(tmp_path):
     launch = "--launch=tpu_vm --topology=v6e:4x4 --project=P --zone=Z --rows=gs://B/rows --commit=HEAD"
     common = ["--sweep=batch.rows=4,8", "--dry_run"]

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from llada_jax import errors
+from llada_jax.data import chat
 from llada_jax.data.order import Batch
 from llada_jax.errors import InputError
 from llada_jax.evaluation import likelihood
@@ -140,9 +141,14 @@ class LLaDAJax(TemplateLM):
         return self._tokenizer.chat_template if chat_template else None
 
     def apply_chat_template(self, chat_history: list[dict], add_generation_prompt: bool = True) -> str:
-        """The conversation as text; without generation prompt its last message is left open, to be continued."""
+        """The conversation as text; without generation prompt its last message is left open, to be continued.
+
+        Raises InputError if the template leaves out something that is said before the answer.
+        """
+        before = list(chat_history if add_generation_prompt else chat_history[:-1])
+        asked = chat.prompt({"messages": before, "chat_template_kwargs": self._variables}, self._tokenizer).text
         if add_generation_prompt:
-            return self._tokenizer.apply_chat_template(chat_history, True, **self._variables)
+            return asked
         return lm_eval_requests.continued(self._tokenizer, chat_history, **self._variables)
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
