@@ -120,7 +120,7 @@ def common_flags() -> list[str]:
 
 
 def point_flags(point: Point) -> list[str]:
-    """The --config flags of a point. Common ones of its own fields are left out: of a tuple the values would be joined."""
+    """The --config flags of a point, without common ones of its own fields: the values of a tuple would be joined."""
     swept = [f"config.{field}" for field in point]
     common = [text for text in common_flags() if text.lstrip("-").removeprefix("no").partition("=")[0] not in swept]
     return [*common, *(f"--config.{field}={value}" for field, value in point.items())]
