@@ -1,10 +1,10 @@
 """Mixtures: shares that hold over every prefix, random access, epochs of each component, ids that never meet."""
 
-import types
 from fractions import Fraction
 
 import numpy as np
 import pytest
+from data_helpers import numbers_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,17 +18,6 @@ COUNTS = (7, 20, 11)  # rows of each component
 SHARES = [share for _, share in parse_mixture("a:0.5,b:0.3,c:0.2")]
 
 
-def tokenizer_of(ids):
-    return types.SimpleNamespace(
-        digest="0",
-        eos_id=None,
-        adds_bos=False,
-        document_prefix=[],
-        begun=list,
-        encode_batch=lambda batch: [ids for _ in batch],
-    )
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Three datasets; row i of component c holds the number 1000 c + i."""
@@ -37,7 +26,7 @@ def folders(tmp_path_factory):
     (root / "text" / "a.txt").write_text("numbers")
     for c, count in enumerate(COUNTS):
         ids = [1000 * c + i for i in range(count) for _ in range(LENGTH)]
-        pack.pack(str(root / "text"), tokenizer_of(ids), str(root / f"{c}"), LENGTH, rows_per_shard=6)
+        pack.pack(str(root / "text"), numbers_tokenizer(ids), str(root / f"{c}"), LENGTH, rows_per_shard=6)
     return [str(root / f"{c}") for c in range(len(COUNTS))]
 
 
@@ -130,6 +119,6 @@ def test_weights_that_never_come_even_are_refused():
 
 def test_rows_of_different_lengths_are_refused(folders, tmp_path):
     (tmp_path / "a.txt").write_text("x")
-    pack.pack(str(tmp_path / "a.txt"), tokenizer_of([1, 2]), str(tmp_path / "out"), 2)
+    pack.pack(str(tmp_path / "a.txt"), numbers_tokenizer([1, 2]), str(tmp_path / "out"), 2)
     with pytest.raises(InputError, match="rows of 2, 4 tokens, expected one length"):
         Mixture([Rows(folders[0], 0), Rows(str(tmp_path / "out"), 0)], [Fraction(1, 2)] * 2)

@@ -4,6 +4,7 @@ import types
 
 import numpy as np
 import pytest
+from data_helpers import numbers_tokenizer
 
 from llada_jax.data import order, pack
 from llada_jax.errors import InputError
@@ -18,14 +19,7 @@ def packed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("order")
     (folder / "source").mkdir()
     (folder / "source" / "a.txt").write_text("numbers")
-    tokenizer = types.SimpleNamespace(
-        digest="0",
-        eos_id=None,
-        adds_bos=False,
-        document_prefix=[],
-        begun=list,
-        encode_batch=lambda batch: [list(range(COUNT * LENGTH)) for _ in batch],
-    )
+    tokenizer = numbers_tokenizer(list(range(COUNT * LENGTH)))
     pack.pack(str(folder / "source"), tokenizer, str(folder / "out"), LENGTH, rows_per_shard=20)
     return folder / "out"
 

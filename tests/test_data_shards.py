@@ -4,10 +4,10 @@ import json
 import os
 import resource
 import time
-import types
 
 import numpy as np
 import pytest
+from data_helpers import numbers_tokenizer
 
 from llada_jax.data import pack
 from llada_jax.data.order import Rows
@@ -23,14 +23,7 @@ def packed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards")
     (folder / "a.txt").write_text("numbers")
     ids = np.random.default_rng(0).integers(0, 50_000, 48 * LENGTH).tolist()
-    tokenizer = types.SimpleNamespace(
-        digest="0",
-        eos_id=None,
-        adds_bos=False,
-        document_prefix=[],
-        begun=list,
-        encode_batch=lambda batch: [ids for _ in batch],
-    )
+    tokenizer = numbers_tokenizer(ids)
     pack.pack(str(folder / "a.txt"), tokenizer, str(folder / "out"), LENGTH, rows_per_shard=16)
     return folder / "out"
 

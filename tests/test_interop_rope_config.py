@@ -89,7 +89,10 @@ def test_both_fields_that_say_the_same():
         ({"rope_scaling": YARN | {"truncate": None}}, "rope_scaling.truncate=None"),  # falsy, in transformers too
         ({"rope_parameters": YARN | {"attention_factor": 1.0}}, "rope_parameters.attention_factor=1.0"),
         ({"rope_parameters": YARN | {"beta_slow": 2}}, "rope_parameters.beta_slow=2"),
-        ({"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, "rope_scaling.high_freq_factor=1.0, expected above"),
+        (
+            {"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}},
+            "rope_scaling.high_freq_factor=1.0, expected more than 1.0",
+        ),
         ({"rope_parameters": DEFAULT | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5 is not supported"),
         (
             {"rope_parameters": DEFAULT | {"partial_rotary_factor": 0.5}, "partial_rotary_factor": 1.0},

@@ -49,7 +49,7 @@ def test_one_asked_for_is_the_only_one_and_minus_one_is_none():
     assert eos_ids_of(ENDS, asked()) == [508, 3, 4] and eos_ids_of(ENDS, asked(eos_id=3)) == [3, -1, -1]
     nothing = CONFIG.replace(eos_token_id=None)
     assert eos_ids_of(nothing, asked()) == [-1]
-    with pytest.raises(InputError, match="eos_id=\\[3\\], expected an integer or None"):
+    with pytest.raises(InputError, match="eos_id=\\[3\\], expected a token id, or -1"):
         asked(eos_id=[3])
 
 

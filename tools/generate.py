@@ -145,20 +145,20 @@ def _answer_one(model, prompt: chat.Prompt, config):
     from llada_jax.sampling.batching import Request, serve
     from llada_jax.sampling.generate import prefill_execution
 
-    ids = np.array(prompt.ids(model.tokenizer), np.int32)
+    ids = prompt.ids(model.tokenizer)
     known, printed = [], ""
 
     def print_new(_, tokens):
         nonlocal printed
         known.extend(tokens.tolist())
-        text = model.tokenizer.decode_after(prompt, known)
+        text = model.tokenizer.decode_after(ids, known)
         if not text.endswith("\ufffd"):  # a character whose bytes have not all come yet
             print(text[len(printed) :], end="", flush=True)
             printed = text
 
     # The length is rounded up, so that a conversation compiles few programs.
     length = 1 << (len(ids) + config.gen_length - 1).bit_length()
-    request = Request(ids, config, _SEED.value)
+    request = Request(np.array(ids, np.int32), config, _SEED.value)
     (answer,) = serve(
         model.params, model.config, [request], 1, length, model.tokenizer, admit_every=4,
         execution=prefill_execution(len(ids)), on_tokens=print_new,
@@ -171,7 +171,7 @@ def _answer_one(model, prompt: chat.Prompt, config):
         f"{answer.tokens_per_forward:.2f} tokens per forward, {answer.positions_evaluated} positions evaluated]"
     )
     if (_TRAJECTORY.value or _SAVE.value) and len(answer.tokens):
-        _show(model, prompt, answer, config)
+        _show(model, ids, answer, config)
     return answer
 
 
