@@ -29,9 +29,11 @@ def main(out: Path, packages: bool = False) -> None:
 
 
 def _write(target: Path, modules: Iterable[Path], root: Path, shortest: int = 0) -> None:
-    """One line for each different module of at least `shortest` characters; what is no Python text is left out."""
+    """One line for each module; where there is a `shortest`, of at least so many characters and each text once. What is
+    no Python text is left out.
+    """
     temporary = target.with_name(target.name + ".partial")
-    seen = set()
+    seen, count = set(), 0
     with open(temporary, "w", encoding="utf-8") as f:
         for path in modules:
             try:
@@ -39,12 +41,13 @@ def _write(target: Path, modules: Iterable[Path], root: Path, shortest: int = 0)
                     text = source.read()
             except (SyntaxError, UnicodeDecodeError):
                 continue
-            if len(text) < shortest or text in seen:
+            if shortest and (len(text) < shortest or text in seen):
                 continue
             seen.add(text)
+            count += 1
             f.write(json.dumps({"text": text, "path": str(path.relative_to(root))}) + "\n")
     temporary.replace(target)
-    print(f"{len(seen)} modules of Python {sys.version.split()[0]} -> {target}")
+    print(f"{count} modules of Python {sys.version.split()[0]} -> {target}")
 
 
 if __name__ == "__main__":
