@@ -93,7 +93,8 @@ def test_a_gather_of_rows_moves_them_twice():
     bandwidth = CHIPS["v5p"].hbm_bandwidth
     ideal = 2 * rows * width * 2 / bandwidth
     assert ideal <= seconds(lines) <= 1.5 * ideal
-    assert sum(line.from_bytes for line in lines) >= ideal  # by the model: XLA estimates no gather
+    # By the model: XLA estimates no gather (newer ones the clipping of the indices).
+    assert sum(line.from_bytes for line in lines) >= 0.995 * ideal
 
 
 def test_a_transposing_copy_moves_its_bytes_twice():
@@ -142,7 +143,8 @@ def test_an_all_gather_costs_its_ring_over_the_links_of_its_axes(topology, sizes
     moved = full * (sizes[0] - 1) / sizes[0]
     assert line.axes == "fsdp" and line.bytes == pytest.approx(moved)
     bandwidth = links * parse_topology(topology).chip.ici_bandwidth
-    assert line.seconds == pytest.approx(moved / bandwidth)
+    # Newer compilers run it beside the copy of its result.
+    assert line.seconds + line.hidden == pytest.approx(moved / bandwidth)
 
 
 @pytest.mark.parametrize(
