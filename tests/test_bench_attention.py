@@ -96,7 +96,10 @@ def test_walk_counts_regions_and_copies():
 
 
 def test_the_table_of_a_compiled_kernel(tmp_path):
-    """Splash on v5p, whose tiles are known: 1,195 and 3,414 bundles forward with floors of 1,024 cycles."""
+    """Splash on v5p, whose tiles are known: 1,195 and 3,414 bundles forward with floors of 1,024 cycles; compiled by
+    the libtpu of JAX 0.12 (0.0.50), 1,168 and 3,395.
+    """
+    full, partial = (1195, 3414) if jax.__version_info__ < (0, 12) else (1168, 3395)
     output = tmp_path / "rows.json"
     arguments = "--lengths=2048", "--implementations=splash_tiles", "--passes=forward", f"--json={output}"
     done = run("bench", "attention", *arguments, timeout=590)
@@ -105,8 +108,8 @@ def test_the_table_of_a_compiled_kernel(tmp_path):
     assert [row["mean_document"] for row in table] == list(rows.MEANS)
     for row in table:
         classes = row["classes"]
-        assert classes["full"]["bundles"] == pytest.approx(1195, rel=0.02)
-        assert classes["partial"]["bundles"] == pytest.approx(3414, rel=0.02)
+        assert classes["full"]["bundles"] == pytest.approx(full, rel=0.02)
+        assert classes["partial"]["bundles"] == pytest.approx(partial, rel=0.02)
         assert classes["full"]["mxu_cycles"] == classes["partial"]["mxu_cycles"] == 1024
         assert row["cycles"] == sum(c["tiles"] * max(c["bundles"], c["mxu_cycles"]) for c in classes.values())
         assert classes["full"]["tiles"] == row["tiles"]["full"] / 2  # v5p's two cores share the heads
