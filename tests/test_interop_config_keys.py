@@ -1,18 +1,11 @@
 """No key of a config.json is dropped that changes a logit; those that do not stop no import."""
 
 import pytest
+from test_interop_hf_config import LLAMA
 
 from llada_jax.errors import InputError
 from llada_jax.interop import config_keys, hf_config
 
-LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
 QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"], "num_key_value_heads": 2}
 QWEN3 = LLAMA | {"architectures": ["Qwen3ForCausalLM"], "num_key_value_heads": 2, "head_dim": 8}
 QWEN_MOE = QWEN3 | {"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 4, "num_experts_per_tok": 2}

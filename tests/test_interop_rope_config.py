@@ -2,20 +2,13 @@
 
 import numpy as np
 import pytest
+import test_interop_hf_config as hf_configs
 
 from llada_jax.errors import InputError
 from llada_jax.interop import hf_config
 from llada_jax.model.config import RopeScaling
 
-LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 2048,
-}
+LLAMA = hf_configs.LLAMA | {"max_position_embeddings": 2048}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
 FLOAT32 = np.dtype(np.float32)
 DEFAULT = {"rope_type": "default", "rope_theta": 1e6}

@@ -51,7 +51,7 @@ def default_config(model: str) -> ConfigDict:
     data.patterns = ()  # more files of data.source to read as plain text, e.g. ("*.py", "*.md")
     data.tokenizer = ""  # for data.source: a folder; "" is init_from's; "bytes": one token a byte
     data.add_bos = (
-        "auto"  # how documents begin, "true" or "false"; "auto": as init_from was trained, else the tokenizer
+        "auto"  # a beginning of sequence, "true" or "false"; "auto": as init_from, else the tokenizer, has it
     )
     data.cache = ""  # "" is WORKDIR/data
     data.length = 256
@@ -154,7 +154,11 @@ def default_config(model: str) -> ConfigDict:
 
 def is_large(model: str) -> bool:
     """A mixture of experts of 100B, not one of 16B or 30B."""
-    return model in PRESETS and PRESETS[model].is_moe and PRESETS[model].hidden_size > 2048
+    return model in PRESETS and _is_large(PRESETS[model])
+
+
+def _is_large(model: ModelConfig) -> bool:
+    return model.is_moe and model.hidden_size > 2048
 
 
 def split_over_pod(config: ConfigDict) -> None:
@@ -175,7 +179,7 @@ def pod_mesh(model: ModelConfig) -> tuple[int, int]:
     """(mesh.data, mesh.fsdp) of split_over_pod."""
     if not model.is_moe:
         return -1, 1
-    return (-1, model.num_experts) if model.hidden_size > 2048 else (1, -1)
+    return (-1, model.num_experts) if _is_large(model) else (1, -1)
 
 
 def parse_argument(argument: str | None, default_model: str = "tiny") -> tuple[str, dict[str, int]]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from ml_collections import ConfigDict
 
 from llada_jax.config_flag import EXPECTED
-from llada_jax.errors import InputError
+from llada_jax.errors import InputError, check_range
 
 POSITIVE = (
     "data.length", "data.held_out_rows", "batch.rows", "batch.micro_batches",
@@ -35,15 +35,13 @@ def check(config: ConfigDict, default: ConfigDict) -> None:
         raise InputError(f"config.{odd[0]}: {'no such field' if odd[0] in values else 'is missing'}")
     for field, value in values.items():
         _check_type(field, value, known[field])
+    # _check_type has said where a number may be infinite.
     for field in POSITIVE:
-        if not values[field] > 0:
-            raise InputError(f"config.{field}={values[field]!r}, expected more than 0")
+        check_range(f"config.{field}", values[field], above=0, infinite=True)
     for field in NOT_NEGATIVE:
-        if not values[field] >= 0:
-            raise InputError(f"config.{field}={values[field]!r}, expected at least 0")
+        check_range(f"config.{field}", values[field], at_least=0, infinite=True)
     for field in SHARES:
-        if not 0 <= values[field] < 1:
-            raise InputError(f"config.{field}={values[field]!r}, expected at least 0 and below 1")
+        check_range(f"config.{field}", values[field], at_least=0, below=1)
 
 
 def _flat(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, object]]:
