@@ -37,9 +37,9 @@ from ml_collections import config_flags
 from sweep_points import Point, last_values, point_name, split_values, table, unquoted
 from sweep_records import changed, move_aside, new_record, read_record, why_unfinished, write_record
 
-from llada_jax import config_flag, errors
+from llada_jax import command_line, config_flag
 from llada_jax.errors import InputError
-from llada_jax.training.workdir import is_claimed
+from llada_jax.runtime.workdir_lock import is_claimed
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Training config, FILE.py:MODEL[,option=N].")
 _SWEEP = flags.DEFINE_multi_string("sweep", [], "FIELD=VALUE,VALUE...: an axis of the grid.")
@@ -245,8 +245,8 @@ def _record_launch(found: Sequence[Point]) -> None:
 def result(point: Point, failure: str | None) -> dict:
     """The row of a point: its last metrics, and why it is not finished if it is not; no metrics of another config's."""
     from llada_jax.diffusion.schedule import total_steps
+    from llada_jax.monitoring.metrics import read_rows
     from llada_jax.training.config import phases
-    from llada_jax.training.metrics import read_rows
 
     folder, config = epath.Path(_OUT.value) / point_name(point), config_of(point)
     row, record = {"point": point_name(point), **point}, read_record(folder)
@@ -299,4 +299,4 @@ def main(argv) -> int:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    command_line.run(main)

@@ -4,8 +4,8 @@ The public surface; everything else may move.
 """
 
 from llada_jax.attention.visibility import block_diffusion_mask
+from llada_jax.checkpoint.weights import load_checkpoint
 from llada_jax.model.forward import denoise, forward
 from llada_jax.sampling.generate import GenerateConfig, generate
-from llada_jax.training.checkpoint import load_checkpoint
 
 __all__ = ["GenerateConfig", "block_diffusion_mask", "denoise", "forward", "generate", "load_checkpoint"]

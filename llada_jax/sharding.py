@@ -234,25 +234,25 @@ def tokens_joined(shape: tuple[int, ...], mesh) -> PartitionSpec:
 
 
 def over_heads(attention, joined: bool = False):
-    """`attention(query, key, value, mask, crosses, *turns)` run by each shard of tokens and key/value heads on its own.
+    """`attention(query, key, value, mask, crosses, *rotary)` run by each shard of tokens and key/value heads alone.
 
     query [batch, queries, heads, head_dim], key and value [batch, keys, kv_heads, head_dim]: query heads split as
     key/value heads do, or their groups would be torn apart; a tensor axis beyond the key/value heads gets copies of
     them (kv_copies), one for each rank. mask: a tree of arrays that lead with batch and queries, or are `joined`, as in
-    tokens_joined. crosses: attention/context.blocks_cross of the mask. turns: trees of arrays that lead with
+    tokens_joined. crosses: attention/context.blocks_cross of the mask. rotary: trees of arrays that lead with
     batch and length, and of vectors, which all shards have.
     """
 
-    def call(query, key, value, mask, crosses=None, *turns):
+    def call(query, key, value, mask, crosses=None, *rotary):
         if (mesh := mesh_in_force()) is None:
-            return attention(query, key, value, mask, crosses, *turns)
+            return attention(query, key, value, mask, crosses, *rotary)
         if (copies := kv_copies(query.shape[2], key.shape[2])) > 1:
             key, value = (jnp.repeat(x, copies, axis=2) for x in (key, value))
         heads = spec(("batch", "length", "kv_heads", None), key.shape, mesh)
         masks = tokens_joined(key.shape, mesh) if joined else PartitionSpec(*heads[:2])
-        angles = jax.tree.map(lambda x: PartitionSpec(*heads[:2]) if x.ndim > 1 else PartitionSpec(), turns)
+        angles = jax.tree.map(lambda x: PartitionSpec(*heads[:2]) if x.ndim > 1 else PartitionSpec(), rotary)
         specs = (heads, heads, heads, masks, PartitionSpec(), *angles)
         run = jax.shard_map(attention, in_specs=specs, out_specs=heads, check_vma=False)
-        return run(query, key, value, mask, crosses, *turns)
+        return run(query, key, value, mask, crosses, *rotary)
 
     return call

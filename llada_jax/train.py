@@ -10,7 +10,7 @@ folder that all share; TPU VMs find each other, other machines are told --coordi
 from absl import flags
 from ml_collections import config_flags
 
-from llada_jax import errors
+from llada_jax import command_line, errors
 from llada_jax.config_flag import resolved
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Training config, FILE.py:MODEL[,option=N].")
@@ -27,11 +27,11 @@ def main(argv) -> None:
     if _CONFIG.value is None or not _WORKDIR.value:
         raise errors.InputError("--config=FILE.py:MODEL and --workdir=DIR are required; see --help")
     config = resolved(_CONFIG)
-    from llada_jax.training import hosts  # importing jax takes seconds: not before the flags are right
+    from llada_jax.runtime import distributed  # importing jax takes seconds: not before the flags are right
 
     peers = _COORDINATOR.value, _PROCESSES.value, _PROCESS.value
-    hosts.connect(*peers, peer_timeout=_PEER_TIMEOUT.value, start_timeout=_START_TIMEOUT.value)
-    from llada_jax.training.ending import ending_together
+    distributed.connect(*peers, peer_timeout=_PEER_TIMEOUT.value, start_timeout=_START_TIMEOUT.value)
+    from llada_jax.runtime.failure import ending_together
     from llada_jax.training.loop import train
 
     with ending_together(_PEER_TIMEOUT.value):
@@ -39,4 +39,4 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    command_line.run(main)

@@ -27,9 +27,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import llada_jax
+from llada_jax.checkpoint import weights
 from llada_jax.interop.convert import import_checkpoint
 from llada_jax.interop.export import export_checkpoint
-from llada_jax.training import checkpoint
 
 TOLERANCE = 2e-4
 LENGTH = 96
@@ -100,7 +100,7 @@ def round_trip(folder: Path, out: Path, yarn: float | None = None) -> tuple[floa
     if yarn is not None:
         config, source = config.extended(yarn), out / "extended"
         leaves = llada_jax.model.parameters.unstack(model.params, config)
-        checkpoint.write_weights(source, config, leaves.items(), {}, {"source": model.lineage})
+        weights.write_weights(source, config, leaves.items(), {}, {"source": model.lineage})
         before = np.asarray(llada_jax.forward(model.params, config, TOKENS, mask="causal"))
     export_checkpoint(str(source), str(out / "hf"))
     return float(np.abs(before).max()), imported, float(np.abs(logits_of(loaded_strictly(out / "hf")) - before).max())

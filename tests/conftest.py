@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import re
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -22,11 +21,9 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
-jax.config.update("jax_numpy_rank_promotion", "raise")
+from tests.helpers.paths import GOLDENS  # noqa: E402
 
-GOLDENS = Path(__file__).parent / "data" / "goldens"
-GEN_KEY = re.compile(r"gen_p(\d+)_g(\d+)_b(\d+)_s(\d+)_t([\d.]+)_e(\d)_eos(\d+)")
-EDIT_KEY = re.compile(r"edit_p(\d+)_g(\d+)_b(\d+)_t([\d.]+)_et([\d.]+)_ps(\d+)_e(\d)_eos(\d+)")
+jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_addoption(parser):
@@ -54,8 +51,8 @@ def golden(tmp_path_factory):
 
     def load(name: str):
         if name not in loaded:
+            from llada_jax.checkpoint.weights import load_checkpoint
             from llada_jax.interop.convert import import_checkpoint
-            from llada_jax.training.checkpoint import load_checkpoint
 
             out = tmp_path_factory.mktemp("goldens") / name
             import_checkpoint(str(GOLDENS / name), str(out))

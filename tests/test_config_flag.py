@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from absl import flags
 
-from llada_jax import config_flag, errors
+from llada_jax import command_line, config_flag
 from llada_jax.errors import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -131,12 +131,12 @@ def test_a_command_reads_its_config_flags_first(monkeypatch, capsys):
     values = flags.FlagValues()
     config_flag.config_flags.DEFINE_config_file("config", None, "", flag_values=values)
     flags.DEFINE_string("out", None, "", required=True, flag_values=values)
-    monkeypatch.setattr(errors.flags, "FLAGS", values)
+    monkeypatch.setattr(command_line.flags, "FLAGS", values)
     for arguments, said in (
         ([TINY, "--out=x", "--config.batch.rows=1.5"], "error: --config.batch.rows=1.5, expected an integer\n"),
         ([TINY], "error: --out is required; --help lists the flags\n"),
     ):
-        monkeypatch.setattr(errors.sys, "argv", ["train.py", *arguments])
+        monkeypatch.setattr(command_line.sys, "argv", ["train.py", *arguments])
         with pytest.raises(SystemExit) as ended:
-            errors.run(lambda argv: 0)
+            command_line.run(lambda argv: 0)
         assert ended.value.code == 2 and capsys.readouterr().err == said

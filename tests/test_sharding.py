@@ -120,7 +120,7 @@ import jax
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
 from llada_jax import sharding
-from test_sharding import loss_and_gradients, summary
+from tests.test_sharding import loss_and_gradients, summary
 mesh = sharding.make_mesh(data=1, fsdp=4, expert=2)
 (loss, load), gradients = loss_and_gradients("tiny_moe", mesh, summary, exchange="tokens")
 print(json.dumps([float(loss), [leaf.tolist() for leaf in jax.tree.leaves(gradients)]]))

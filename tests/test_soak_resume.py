@@ -6,8 +6,9 @@ python -m pytest tests/test_soak_resume.py --soak -s     # 50 kills; a few other
 import random
 
 import pytest
-from kill_loop import Tally, assert_same_end, run_killed, run_to_end, spawn
-from test_training_loop import text  # noqa: F401 (a fixture)
+
+from tests.helpers.kill_loop import Tally, assert_same_end, run_killed, run_to_end, spawn
+from tests.training.test_loop import text  # noqa: F401 (a fixture)
 
 STEPS = 400
 
@@ -16,7 +17,11 @@ def soak(text, folder, kills: int, seed: int, steps: int, longest: float) -> Tal
     """Kills runs of `steps` steps, one after the other, until `kills` have hit; compares each with the whole run."""
 
     def trainer(workdir):
-        arguments = [f"--config=tests/soak_config.py:{steps}", f"--workdir={workdir}", f"--config.data.source={text}"]
+        arguments = [
+            f"--config=tests/helpers/soak_config.py:{steps}",
+            f"--workdir={workdir}",
+            f"--config.data.source={text}",
+        ]
         return lambda: [spawn(arguments, folder / f"{workdir.name}.log", folder / "cache")]
 
     run_to_end(trainer(folder / "whole"))

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import GOLDENS
-from foreign_tokenizers import llama_like
 
+from llada_jax.checkpoint.weights import write_weights
 from llada_jax.data.byte_tokenizer import byte_tokenizer
 from llada_jax.data.pack import pack
 from llada_jax.interop.convert import import_checkpoint
-from llada_jax.interop.tokenizer import load_tokenizer
 from llada_jax.model import parameters
 from llada_jax.model.config import preset
-from llada_jax.training.checkpoint import write_weights
+from llada_jax.tokenizer import load_tokenizer
+from tests.helpers.foreign_tokenizers import llama_like
+from tests.helpers.paths import GOLDENS
 
 ROOT = Path(__file__).parent.parent
 

@@ -41,7 +41,7 @@ from pathlib import Path
 
 from absl import flags
 
-from llada_jax import errors
+from llada_jax import command_line
 from llada_jax.errors import InputError
 
 _TOPOLOGY = flags.DEFINE_string("topology", "v5p:2x2x1", "Slice to compile for, v5e | v5p | v6e | tpu7x.")
@@ -131,8 +131,8 @@ def _convert() -> Iterator[dict]:
 
 def _decode() -> Iterator[dict]:
     from llada_jax.bench.decode_report import PARTS, report
+    from llada_jax.chips import CHIPS
     from llada_jax.model.config import preset
-    from llada_jax.pod.chips import CHIPS
 
     parts = _PARTS.value or list(PARTS)
     for part in parts:
@@ -149,4 +149,4 @@ def _decode() -> Iterator[dict]:
 COMMANDS = {"attention": _attention, "train": _train, "experts": _experts, "convert": _convert, "decode": _decode}
 
 if __name__ == "__main__":
-    errors.run(main, commands=tuple(COMMANDS))
+    command_line.run(main, commands=tuple(COMMANDS))

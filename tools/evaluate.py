@@ -43,11 +43,11 @@ from pathlib import Path
 
 from absl import flags
 
-from llada_jax import errors
+from llada_jax import command_line
 from llada_jax.data import jsonl
 from llada_jax.errors import InputError
 from llada_jax.evaluation import report, table
-from llada_jax.sampling import flags as decoding
+from llada_jax.sampling import decoding_flags as decoding
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of the checkpoint or workdir.")
 _TASK = flags.DEFINE_string("task", "nelbo", "nelbo | preference | reasoning_gym:TASK | answers | needle | humaneval")
@@ -186,8 +186,8 @@ def _answers(task: str, name: str) -> dict:
 
 
 def _load(path: str, dataset: dict | None = None):
+    from llada_jax.checkpoint.weights import load_checkpoint
     from llada_jax.data.rows import packed_with
-    from llada_jax.training.checkpoint import load_checkpoint
 
     for written in (_OUTPUT.value, _RECORDS.value):  # all flags are right by now, and hours of work lie ahead
         jsonl.prepare(written)
@@ -280,4 +280,4 @@ def _preference() -> dict:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    command_line.run(main)

@@ -27,10 +27,10 @@ from pathlib import Path
 
 from absl import flags
 
-from llada_jax import errors
+from llada_jax import command_line
 from llada_jax.data import chat, jsonl
 from llada_jax.errors import InputError
-from llada_jax.sampling import flags as decoding
+from llada_jax.sampling import decoding_flags as decoding
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of the checkpoint or workdir.")
 _PROMPT = flags.DEFINE_string("prompt", None, "Text to continue.")
@@ -79,7 +79,7 @@ def main(argv) -> None:
 
     jsonl.prepare(_OUTPUT.value)
 
-    from llada_jax.training.checkpoint import load_checkpoint  # after the flags are right: jax takes seconds
+    from llada_jax.checkpoint.weights import load_checkpoint  # after the flags are right: jax takes seconds
 
     model = decoding.with_bos(load_checkpoint(_CHECKPOINT.value))
     if model.tokenizer is None:
@@ -244,4 +244,4 @@ def _prompt(place: str, row: dict, tokenizer) -> chat.Prompt:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    command_line.run(main)

@@ -9,7 +9,7 @@ Example:
 import jax
 from absl import flags
 
-from llada_jax import errors
+from llada_jax import command_line
 from llada_jax.interop import convert
 
 _SOURCE = flags.DEFINE_string(
@@ -38,4 +38,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    command_line.run(main)

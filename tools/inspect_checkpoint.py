@@ -8,8 +8,8 @@ tools/verify_checkpoint.py does.
 
 from absl import flags
 
-from llada_jax import errors
-from llada_jax.training import checkpoint, describe
+from llada_jax import command_line
+from llada_jax.checkpoint import describe, weights
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Directory of the checkpoint or workdir.", required=True)
 _STEP = flags.DEFINE_integer("step", None, "Step of the workdir; by default the newest.")
@@ -17,9 +17,9 @@ _STEP = flags.DEFINE_integer("step", None, "Step of the workdir; by default the 
 
 def main(argv) -> None:
     del argv
-    for line in describe.describe(checkpoint.directory_of(_CHECKPOINT.value, _STEP.value)):
+    for line in describe.describe(weights.directory_of(_CHECKPOINT.value, _STEP.value)):
         print(line)
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    command_line.run(main)

@@ -9,10 +9,10 @@ One checkpoint and --dtype: a conversion. An expert bias in float32 stays so.
 import jax
 from absl import flags
 
-from llada_jax import errors
+from llada_jax import command_line
+from llada_jax.checkpoint import merge
 from llada_jax.errors import InputError
 from llada_jax.interop.huggingface import parse_dtype
-from llada_jax.training import merge
 
 _CHECKPOINTS = flags.DEFINE_list("checkpoints", [], "Checkpoints to average.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of a training run, instead of --checkpoints.")
@@ -38,4 +38,4 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    command_line.run(main)

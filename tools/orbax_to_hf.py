@@ -9,7 +9,7 @@ may go on meanwhile). The weights of a LoRA run are merged. The same command goe
 import jax
 from absl import flags
 
-from llada_jax import errors
+from llada_jax import command_line
 from llada_jax.interop.export import export_checkpoint
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of the checkpoint or workdir.", required=True)
@@ -26,4 +26,4 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    command_line.run(main)

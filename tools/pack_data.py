@@ -18,12 +18,11 @@ import time
 
 from absl import flags
 
-from llada_jax import errors
+from llada_jax import command_line, errors, tokenizer
 from llada_jax.data import chat
 from llada_jax.data.pack import pack
 from llada_jax.data.pack_chat import pack_chat
 from llada_jax.data.pack_preference import pack_preference
-from llada_jax.interop import tokenizer
 
 _SOURCE = flags.DEFINE_string(
     "source", None, "File, folder (searched recursively) or saved dataset to pack.", required=True
@@ -115,4 +114,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    command_line.run(main)

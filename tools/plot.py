@@ -11,7 +11,7 @@ from pathlib import Path
 
 from absl import flags
 
-from llada_jax import errors
+from llada_jax import command_line
 from llada_jax.errors import InputError
 
 _SAVE = flags.DEFINE_string("save", "runs.svg", "Picture, .svg or .png.")
@@ -25,11 +25,11 @@ def main(argv) -> None:
         raise InputError(f"--save={_SAVE.value}, expected .svg or .png")
     if importlib.util.find_spec("matplotlib") is None:
         raise InputError("matplotlib is not installed; pip install 'llada_jax[plot]'")
-    from llada_jax.training.curves import draw, read_runs
+    from llada_jax.monitoring.curves import draw, read_runs
 
     draw(read_runs(argv[2:]), _SAVE.value, _METRIC.value)
     print(_SAVE.value)
 
 
 if __name__ == "__main__":
-    errors.run(main, commands=("runs",), more=True)
+    command_line.run(main, commands=("runs",), more=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from absl import flags
 
-from llada_jax import errors
+from llada_jax import command_line
 from llada_jax.errors import InputError
 
 _DOCUMENTS = flags.DEFINE_list("documents", ["7", "11", "6"], "Lengths of the documents of the row, in tokens.")
@@ -53,4 +53,4 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    command_line.run(main)

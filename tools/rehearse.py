@@ -20,7 +20,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from llada_jax import errors
+from llada_jax import command_line
 from llada_jax.config_flag import resolved
 from llada_jax.errors import InputError
 
@@ -50,8 +50,8 @@ def main(argv) -> None:
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # nothing runs on the TPU that the step is compiled for
+    from llada_jax.chips import parse_topology
     from llada_jax.pod import report
-    from llada_jax.pod.chips import parse_topology
     from llada_jax.pod.rehearse import DoesNotFit, Packing, Slices, rehearse
     from llada_jax.pod.rehearse_decode import rehearse_decode
 
@@ -93,4 +93,4 @@ def _write(values: dict) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    command_line.run(main)

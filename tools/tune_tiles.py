@@ -12,7 +12,7 @@ from pathlib import Path
 
 from absl import flags
 
-from llada_jax import errors
+from llada_jax import command_line
 from llada_jax.errors import InputError
 
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Slice to compile for, v5e | v5p | v6e | tpu7x, as in v5p:2x2x1.")
@@ -30,7 +30,7 @@ def main(argv) -> None:
     import jax
 
     from llada_jax.attention import tiles
-    from llada_jax.pod.chips import parse_topology
+    from llada_jax.chips import parse_topology
 
     if (_TOPOLOGY.value is None) == (_DEVICE.value is None):
         raise InputError("expected --topology=CHIP:SIDES or --device=tpu, one of them")
@@ -94,4 +94,4 @@ def _compare(old, new) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    command_line.run(main)

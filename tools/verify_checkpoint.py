@@ -9,8 +9,8 @@ problem and exits with code 2, or "ok: ..." for each checkpoint. Tensors are rea
 import jax
 from absl import flags
 
-from llada_jax import errors
-from llada_jax.training import checkpoint
+from llada_jax import command_line
+from llada_jax.checkpoint import weights
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Directory to verify.", required=True)
 
@@ -19,16 +19,16 @@ def main(argv) -> int:
     del argv
     jax.config.update("jax_platforms", "cpu")  # the chips may be another process's
     failed = False
-    for directory in checkpoint.candidates(_CHECKPOINT.value):
-        problems = checkpoint.verify(directory)
+    for directory in weights.candidates(_CHECKPOINT.value):
+        problems = weights.verify(directory)
         for problem in problems:
             print(problem)
         failed |= bool(problems)
         if not problems:
-            tensors, size = checkpoint.size(directory)
+            tensors, size = weights.size(directory)
             print(f"ok: {tensors} tensors, {size / 2**30:.2f} GiB, {directory}")
     return 2 if failed else 0
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    command_line.run(main)

@@ -11,19 +11,20 @@ import jax.numpy as jnp
 import numpy as np
 from runs import Run
 
+from llada_jax.checkpoint import merge, weights
 from llada_jax.data.order import Batch, Rows
 from llada_jax.data.pack import pack
 from llada_jax.diffusion import schedule
 from llada_jax.errors import InputError
 from llada_jax.evaluation.likelihood import ar_nll, block_nelbo
 from llada_jax.evaluation.tasks import answer_questions, reasoning_gym_questions
-from llada_jax.interop.tokenizer import load_tokenizer
 from llada_jax.model import parameters
+from llada_jax.monitoring.metrics import read_rows
 from llada_jax.sampling.generate import GenerateConfig
-from llada_jax.training import checkpoint, loop, merge
+from llada_jax.tokenizer import load_tokenizer
 from llada_jax.training import config as settings
+from llada_jax.training import loop
 from llada_jax.training.config import load_sibling
-from llada_jax.training.metrics import read_rows
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent
 BLOCK, ANSWER_LENGTH = 16, {"tiny": 32, "smollm2_135m": 64}  # of experiments/post_training
@@ -85,7 +86,7 @@ def start(place: Place, name: str, seed: int) -> str:
         return str(ar)
     path = place.out / (name if name == "ar_zero_mask" else f"{name}-{seed}")
     if not path.exists():
-        model = checkpoint.load_checkpoint(ar)
+        model = weights.load_checkpoint(ar)
         if name == "ar_zero_mask":
             embedding = jnp.asarray(model.params["embedding"]).at[model.config.mask_token_id].set(0)
             params = model.params | {"embedding": embedding}
@@ -93,7 +94,7 @@ def start(place: Place, name: str, seed: int) -> str:
             params = parameters.initialize(model.config, jax.random.key(seed))
         leaves = {leaf: np.asarray(value) for leaf, value in parameters.unstack(params, model.config).items()}
         lineage = {"source": f"{name} of {ar}"}
-        checkpoint.write_weights(path, model.config, leaves.items(), model.tokenizer.files, lineage)
+        weights.write_weights(path, model.config, leaves.items(), model.tokenizer.files, lineage)
     return str(path)
 
 
@@ -165,7 +166,7 @@ def train(config, workdir: Path) -> dict:
 # ---- scores
 
 
-def score_text(model: checkpoint.Model, place: Place) -> dict[str, list[float]]:
+def score_text(model: weights.Model, place: Place) -> dict[str, list[float]]:
     """{key of LIKELIHOODS, or "ar": [nats per token, standard error over rows]} of the last rows of the text.
 
     The same tokens are scored whatever the alignment: all but the first of each document.
@@ -186,7 +187,7 @@ def score_text(model: checkpoint.Model, place: Place) -> dict[str, list[float]]:
     return {key: [round(each.nats, 5), round(float(each.stderr), 5)] for key, each in found.items()}
 
 
-def score_answers(model: checkpoint.Model, rows: Path, place: Place) -> dict[str, list[float]]:
+def score_answers(model: weights.Model, rows: Path, place: Place) -> dict[str, list[float]]:
     """{"right", "tokens_per_forward", "nelbo": [value, standard error over questions or rows]}: answers to the first
     questions of the test of experiments/post_training, and the likelihood of the answers in the last rows.
     """

@@ -11,9 +11,9 @@ import jax
 from base import Place, merged, prepare, run_config, score_answers, score_text, train
 from runs import RUNS, Run
 
+from llada_jax.checkpoint.weights import code, load_checkpoint
 from llada_jax.errors import InputError
 from llada_jax.model import parameters
-from llada_jax.training.checkpoint import code, load_checkpoint
 
 
 def keep_programs(folder: Path) -> None:

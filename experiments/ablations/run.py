@@ -18,7 +18,7 @@ from pathlib import Path
 
 from absl import flags
 
-from llada_jax import errors
+from llada_jax import command_line
 from llada_jax.errors import InputError
 
 HERE = Path(__file__).resolve().parent
@@ -60,4 +60,4 @@ def main(argv) -> int:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    command_line.run(main)

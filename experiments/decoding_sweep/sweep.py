@@ -13,7 +13,7 @@ from pathlib import Path
 
 from absl import flags
 
-from llada_jax import errors, pictures
+from llada_jax import command_line, plots
 from llada_jax.errors import InputError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "post_training"))
@@ -56,9 +56,9 @@ def sweep(checkpoint: str, pairs):
         return
     import task  # of experiments/post_training
 
+    from llada_jax.checkpoint.weights import load_checkpoint
     from llada_jax.evaluation.tasks import answer_questions, reasoning_gym_questions
     from llada_jax.sampling.generate import GenerateConfig
-    from llada_jax.training.checkpoint import load_checkpoint
 
     model = load_checkpoint(checkpoint)
     questions = reasoning_gym_questions(task.NAME, _QUESTIONS.value, task.TEST_SEED, task.SETTINGS)
@@ -85,7 +85,7 @@ def table(rows) -> str:
 
 def draw(rows, path: str) -> None:
     """Score and tokens per forward over the threshold, a line for each block size."""
-    pyplot = pictures.open_pyplot()
+    pyplot = plots.open_pyplot()
 
     figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.6))
     blocks, thresholds = (sorted({row[name] for row in rows}) for name in ("block", "threshold"))
@@ -102,10 +102,10 @@ def draw(rows, path: str) -> None:
             )  # fmt: skip
     for axes, title in zip(panels, ("right answers, %", "tokens per forward"), strict=True):
         axes.set(title=title, xlabel="threshold", xticks=range(len(thresholds)), xticklabels=thresholds)
-        pictures.trim(axes)
+        plots.trim(axes)
     panels[1].legend(frameon=False)
-    pictures.save(figure, path, bbox_inches="tight")
+    plots.save(figure, path, bbox_inches="tight")
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    command_line.run(main)

@@ -10,7 +10,7 @@ from pathlib import Path
 from absl import flags
 from etils import epath
 
-from llada_jax import errors
+from llada_jax import command_line
 from llada_jax.errors import InputError
 
 _SOURCE = flags.DEFINE_string("source", None, "Folder, gs:// or local.")
@@ -52,4 +52,4 @@ def _copy(source: epath.Path, target: Path) -> int:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    command_line.run(main)

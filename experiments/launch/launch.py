@@ -33,9 +33,9 @@ import slices
 import trainer_flags
 from absl import flags
 
-from llada_jax import errors
+from llada_jax import command_line
+from llada_jax.chips import Topology, parse_topology
 from llada_jax.errors import InputError
-from llada_jax.pod.chips import Topology, parse_topology
 
 _NAME = flags.DEFINE_string("name", None, "Of the run: lower-case letters, digits and hyphens.")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "A slice, e.g. v5p:4x4x4, v6e:16x16, tpu7x:4x4x8.")
@@ -303,4 +303,4 @@ def main(argv) -> int:
 
 
 if __name__ == "__main__":
-    errors.run(main, commands=tuple(PLATFORMS), more=True)
+    command_line.run(main, commands=tuple(PLATFORMS), more=True)

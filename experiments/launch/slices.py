@@ -1,7 +1,7 @@
 """How gcloud and XPK are asked for a slice."""
 
+from llada_jax.chips import CHIPS, Topology
 from llada_jax.errors import InputError
-from llada_jax.pod.chips import CHIPS, Topology
 
 # cloud.google.com/tpu/docs/runtimes; tpu7x is served by GKE only.
 RUNTIMES = {"v5e": "v2-alpha-tpuv5-lite", "v5p": "v2-alpha-tpuv5", "v6e": "v2-alpha-tpuv6e"}

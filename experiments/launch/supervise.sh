@@ -59,7 +59,7 @@ while true; do
   wait "$show"
   lasted=$((SECONDS - begin))
   [ -z "$told_to_stop" ] || finish 143 "told to stop; the command ended with $code"
-  stopped='' # what every process prints when one of them is told to stop (training/preemption.py)
+  stopped='' # what every process prints when one of them is told to stop (runtime/preemption.py)
   if tail -c "+$((before + 1))" "$log" | grep '^SIGTERM: saving a checkpoint' >/dev/null; then stopped=yes; fi
   if [ "$code" = 0 ] && [ -z "$stopped" ]; then finish 0 "finished"; fi
   if [ "$code" = 2 ]; then finish 2 "bad input: see the line above"; fi

@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from llada_jax import pictures
+from llada_jax import plots
 
 FIELDS = (
     "checkpoint", "context", "yarn", "questions", "score", "score_stderr", "tokens_per_forward", "seconds",
@@ -38,10 +38,10 @@ def table(rows: list[dict]) -> str:
 
 def draw(rows: list[dict], path: str) -> None:
     """The score, and the seconds of a question, over the context; a line for each factor of YaRN."""
-    pyplot = pictures.open_pyplot()
+    pyplot = plots.open_pyplot()
 
     figure, (scores, seconds) = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    for factor, color in zip(sorted({row["yarn"] for row in rows}), pictures.COLORS, strict=False):
+    for factor, color in zip(sorted({row["yarn"] for row in rows}), plots.COLORS, strict=False):
         line = [row for row in rows if row["yarn"] == factor]
         contexts = [row["context"] for row in line]
         label = "no YaRN" if factor == 1 else f"YaRN x {factor:g}"
@@ -53,11 +53,11 @@ def draw(rows: list[dict], path: str) -> None:
     for axes, title in ((scores, "right answers, %"), (seconds, "seconds a question")):
         axes.set_xscale("log", base=2)
         axes.set(title=title, xlabel="context, tokens", xticks=ticks, xticklabels=[f"{tick:,}" for tick in ticks])
-        pictures.trim(axes)
+        plots.trim(axes)
     scores.set_ylim(-5, 105)
     seconds.set_yscale("log")
     scores.legend(frameon=False)
-    pictures.save(figure, path)
+    plots.save(figure, path)
 
 
 def main(folder: str, out: str) -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import jax
 
+from llada_jax.chips import parse_topology
 from llada_jax.pod import hlo
-from llada_jax.pod.chips import parse_topology
 from llada_jax.pod.operations import Cost
 from llada_jax.pod.rehearse import Slices, physical_devices
 from llada_jax.pod.step_cost import PARTS, step_lines

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from absl import flags
 
-from llada_jax import errors
+from llada_jax import command_line
 from llada_jax.errors import InputError
 
 _TABLE = flags.DEFINE_bool("table", False, "Print the table of what is recorded, rehearse nothing.")
@@ -123,4 +123,4 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main, more=True)
+    command_line.run(main, more=True)

@@ -24,7 +24,7 @@ import reasoning_gym
 import tokenizers
 
 from llada_jax.data.jsonl import write_values
-from llada_jax.interop.tokenizer import Tokenizer, load_tokenizer
+from llada_jax.tokenizer import Tokenizer, load_tokenizer
 
 NAME = "number_filtering"
 SETTINGS = dict(min_numbers=4, max_numbers=12, min_decimals=0, max_decimals=0, min_value=0, max_value=9)

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from report import mean
 
-from llada_jax import pictures
+from llada_jax import plots
 
 HERE = Path(__file__).resolve().parent
 STAGES = {"sft_longer": "SFT, equal steps", "cap": "CAP"}
@@ -32,9 +32,9 @@ def measure(folder: Path) -> list[dict]:
     """A row for each seed and stage."""
     import task
 
+    from llada_jax.checkpoint.weights import load_checkpoint
     from llada_jax.evaluation.tasks import answer_questions, reasoning_gym_questions
     from llada_jax.sampling.generate import GenerateConfig
-    from llada_jax.training.checkpoint import load_checkpoint
 
     questions = reasoning_gym_questions(task.NAME, QUESTIONS, task.TEST_SEED, task.SETTINGS)
     decoding = GenerateConfig(gen_length=32, block_length=16, steps=16, threshold=0.95, eos_early_stop=True)
@@ -75,17 +75,17 @@ def table(rows: list[dict]) -> str:
 
 
 def draw(rows: list[dict], path: str) -> None:
-    pyplot = pictures.open_pyplot()
+    pyplot = plots.open_pyplot()
 
     figure, panels = pyplot.subplots(1, len(MEASURES), figsize=(9, 3), layout="constrained")
     for axes, (name, (title, scale, _)) in zip(panels, MEASURES.items(), strict=True):
-        for place, (stage, color) in enumerate(zip(STAGES, ("#98a2b3", pictures.COLORS[0]), strict=True)):
+        for place, (stage, color) in enumerate(zip(STAGES, ("#98a2b3", plots.COLORS[0]), strict=True)):
             found = scale * values(rows, stage, name)
             error = np.std(found, ddof=1) / len(found) ** 0.5 if len(found) > 1 else None
             axes.bar(place, found.mean(), 0.6, yerr=error, color=color, capsize=3)
         axes.set(title=title, xticks=range(len(STAGES)), xticklabels=STAGES.values())
-        pictures.trim(axes)
-    pictures.save(figure, path)
+        plots.trim(axes)
+    plots.save(figure, path)
 
 
 def main(folder: str = "runs/post_training") -> None:

@@ -107,16 +107,16 @@ def blocks_cross(visibility: Visibility) -> jax.Array | None:
 
 
 def with_all_keys(attention):
-    """`attention(query, key, value, mask, *turns)` as sharding.over_heads runs it, for a rank with a part of the keys.
+    """`attention(query, key, value, mask, *rotary)` as sharding.over_heads runs it, for a rank with a part of the keys.
 
     mask: of all keys in order of position, noisy ones first, and of the rank's queries. crosses: of blocks_cross; None
     where no axis splits the keys.
     """
 
-    def call(query, key, value, mask, crosses, *turns):
+    def call(query, key, value, mask, crosses, *rotary):
         if crosses is not None:
             key, value = (_all_keys(x, mask.num_noisy, crosses) for x in (key, value))
-        return attention(query, key, value, mask, *turns)
+        return attention(query, key, value, mask, *rotary)
 
     return call
 

@@ -18,10 +18,10 @@ from llada_jax import sharding
 from llada_jax.attention import context, kernel_backward, kernel_forward, residuals
 from llada_jax.attention.kernel_operands import cotangent_tiles, rows_of_tiles, steps, tiles_of_rows
 from llada_jax.attention.plan import Plan, make_plan
+from llada_jax.attention.rotary import QueryKeyRotary
 from llada_jax.attention.tiles import Tiles, device_kind, tiles_for
 from llada_jax.attention.tiling import cut_keys, from_parts, pad_keys, pad_queries, to_parts
 from llada_jax.attention.visibility import Visibility
-from llada_jax.model.layers import Turns
 
 # Interpret mode takes any head_dim and is slow by the copy: few, small tiles.
 INTERPRET_TILES = Tiles(queries=32, chunk=32, forward=2, backward=2)
@@ -51,18 +51,18 @@ def kernel_plan(visibility: Visibility, num_keys: int, group: int, head_dim: int
 
 def kernel_attention(
     query: jax.Array, key: jax.Array, value: jax.Array, plan: Plan, interpret: bool = False,
-    crosses: jax.Array | None = None, turns: Turns = Turns(),
+    crosses: jax.Array | None = None, rotary: QueryKeyRotary = QueryKeyRotary(),
 ) -> jax.Array:  # fmt: skip
-    """Equals dense_attention of the turned query and key (layers.Turns), for the visibility that the plan was made of.
+    """Equals dense_attention of `rotary.apply(query, key)`, for the visibility that the plan was made of.
 
     query, key, value and the result are as there. A query that sees no key gives zeros. interpret=True runs the kernels
     on any device, slowly, for tests. With a context axis operands and crosses are as in blockwise_attention.
     """
-    if crosses is not None and turns.key is not None:  # keys go to ranks that have not their angles
-        key, turns = turns.key(key), turns._replace(key=None)
+    if crosses is not None and rotary.key is not None:  # keys go to ranks that have not their angles
+        key, rotary = rotary.key(key), rotary._replace(key=None)
     interpret = pltpu.InterpretParams() if interpret else False
     local = context.with_all_keys(lambda *operands: _attention(*operands, interpret))
-    return sharding.over_heads(local, joined=True)(query, key, value, plan, crosses, turns)
+    return sharding.over_heads(local, joined=True)(query, key, value, plan, crosses, rotary)
 
 
 def operand_steps(queries: int, heads: int, keys: int, kv_heads: int, head_dim: int, tiles: Tiles) -> dict[str, int]:
@@ -82,24 +82,24 @@ def operand_steps(queries: int, heads: int, keys: int, kv_heads: int, head_dim: 
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attention(query, key, value, plan, turns, interpret):
-    return _forward(query, key, value, plan, turns, interpret)[0]
+def _attention(query, key, value, plan, rotary, interpret):
+    return _forward(query, key, value, plan, rotary, interpret)[0]
 
 
-def _forward(query, key, value, plan, turns, interpret):
-    operands = _operands(query, key, value, plan, turns, interpret)
+def _forward(query, key, value, plan, rotary, interpret):
+    operands = _operands(query, key, value, plan, rotary, interpret)
     output_tiles, log_sum = kernel_forward.forward(*operands, plan, interpret)
     queries, _ = _sides(plan)
     output, _ = queries.rows(output_tiles, query, "attention_output", interpret=interpret)
     output, log_sum = residuals.named(output.reshape(*output.shape[:2], -1), log_sum)
-    # The gradient of the weights that come next would have it turned on its side, and then back for our kernels.
+    # The gradient of the weights that come next would have it transposed, and then back for our kernels.
     output = with_layout_constraint(output, Layout((0, 1, 2))).reshape(query.shape)
-    return output, (query, key, value, plan, turns, output, log_sum)
+    return output, (query, key, value, plan, rotary, output, log_sum)
 
 
 def _backward(interpret, saved, cotangent):
-    query, key, value, plan, turns, output, log_sum = saved
-    query_tiles, *keys_values = _operands(query, key, value, plan, turns, interpret)
+    query, key, value, plan, rotary, output, log_sum = saved
+    query_tiles, *keys_values = _operands(query, key, value, plan, rotary, interpret)
     queries, keys = _sides(plan)
     padded = queries.pad(output), queries.pad(cotangent)
     cotangent_and_sums = cotangent_tiles(*padded, log_sum, queries.tile, interpret)
@@ -122,19 +122,19 @@ def _backward(interpret, saved, cotangent):
         d_query, *d_keys_values = gradients(plan, *keys_values, query.dtype)
     # The kernel saw scores in units of log 2, and a query that held the scale.
     scale, (d_key, d_value) = query.shape[-1] ** -0.5, d_keys_values
-    d_query, d_query_turn = queries.rows(d_query, query, "attention_query", turns.query, scale, interpret)
-    d_key, d_key_turn = keys.rows(d_key, key, "attention_key", turns.key, math.log(2), interpret)
+    d_query, d_query_rotary = queries.rows(d_query, query, "attention_query", rotary.query, scale, interpret)
+    d_key, d_key_rotary = keys.rows(d_key, key, "attention_key", rotary.key, math.log(2), interpret)
     d_value, _ = keys.rows(d_value, value, "attention_value", interpret=interpret)
-    return d_query, d_key, d_value, None, Turns(d_query_turn, d_key_turn)
+    return d_query, d_key, d_value, None, QueryKeyRotary(d_query_rotary, d_key_rotary)
 
 
-def _operands(query, key, value, plan, turns, interpret):
+def _operands(query, key, value, plan, rotary, interpret):
     """In tiles and chunks; the query times log2(e) / sqrt(head_dim)."""
     queries, keys = _sides(plan)
     scale, kv_heads = query.shape[-1] ** -0.5 * math.log2(math.e), key.shape[2]
     return (
-        queries.tiles(query, kv_heads, "attention_query", turns.query, scale, interpret),
-        keys.tiles(key, kv_heads, "attention_key", turns.key, interpret=interpret),
+        queries.tiles(query, kv_heads, "attention_query", rotary.query, scale, interpret),
+        keys.tiles(key, kv_heads, "attention_key", rotary.key, interpret=interpret),
         keys.tiles(value, kv_heads, "attention_value", interpret=interpret),
     )
 
@@ -146,20 +146,20 @@ class _Side(NamedTuple):
     pad: Callable[[jax.Array], jax.Array]
     cut: Callable[[jax.Array], jax.Array]
 
-    def tiles(self, x, kv_heads, name, turn=None, scale=1.0, interpret=False):
+    def tiles(self, x, kv_heads, name, rotary=None, scale=1.0, interpret=False):
         """As kernel_operands.tiles_of_rows, of rows of any length."""
-        return tiles_of_rows(self.pad(x), kv_heads, self.tile, name, self._padded(turn), scale, interpret)
+        return tiles_of_rows(self.pad(x), kv_heads, self.tile, name, self._padded(rotary), scale, interpret)
 
-    def rows(self, tiles, x, name, turn=None, scale=1.0, interpret=False):
-        """(gradient of x, gradient of turn) as kernel_operands.rows_of_tiles, of rows of any length."""
-        rows, d_weight = rows_of_tiles(tiles, self.pad(x), self.tile, name, self._padded(turn), scale, interpret)
-        if turn is not None:  # whose angles have no gradient
-            d_weight = d_weight if d_weight is None else d_weight.astype(turn.weight.dtype)
-            turn = turn.replace(weight=d_weight, cos=None, sin=None)
-        return self.cut(rows), turn
+    def rows(self, tiles, x, name, rotary=None, scale=1.0, interpret=False):
+        """(gradient of x, gradient of rotary) as kernel_operands.rows_of_tiles, of rows of any length."""
+        rows, d_weight = rows_of_tiles(tiles, self.pad(x), self.tile, name, self._padded(rotary), scale, interpret)
+        if rotary is not None:  # whose angles have no gradient
+            d_weight = d_weight if d_weight is None else d_weight.astype(rotary.weight.dtype)
+            rotary = rotary.replace(weight=d_weight, cos=None, sin=None)
+        return self.cut(rows), rotary
 
-    def _padded(self, turn):
-        return turn and turn.replace(cos=self.pad(turn.cos), sin=self.pad(turn.sin))
+    def _padded(self, rotary):
+        return rotary and rotary.replace(cos=self.pad(rotary.cos), sin=self.pad(rotary.sin))
 
 
 def _sides(plan: Plan) -> tuple[_Side, _Side]:

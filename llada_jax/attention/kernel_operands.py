@@ -2,8 +2,8 @@
 
 Projections make and take rows, [batch, length, heads, head_dim], heads side by side in memory; the attention kernels
 take tiles, [kv_heads, tiles, rows, head_dim], a tile's rows being its heads x positions. Each function here goes from
-one to the other in one pass over HBM: RMSNorm and rotation (layers.Turn) are done on the way, in float32, and rounded
-once. XLA does the same in a dozen passes, as halves of a rotation make it turn every head on its side and back.
+one to the other in one pass over HBM: RMSNorm and rotation (rotary.py) are done on the way, in float32, and rounded
+once. XLA does the same in a dozen passes, as halves of a rotation make it transpose every head and back.
 
 name: of the operand, by which a rehearsal finds what a kernel costs. tile: positions of a tile of queries, or of a
 chunk of keys; length is a multiple of it. interpret: pltpu.InterpretParams() runs a kernel on any device.
@@ -16,55 +16,68 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from llada_jax.attention.kernel_turn import tile_turn
-from llada_jax.model.layers import Turn
+from llada_jax.attention.kernel_rotary import tile_rotary
+from llada_jax.attention.rotary import RotaryNorm
 
 _STEP_BYTES = 2**20  # of rows that a step of the grid takes: long copies, and several of them fit fast memory
 
 
 def tiles_of_rows(
-    x: jax.Array, kv_heads: int, tile: int, name: str, turn: Turn | None = None, scale: float = 1.0, interpret=False
+    x: jax.Array,
+    kv_heads: int,
+    tile: int,
+    name: str,
+    rotary: RotaryNorm | None = None,
+    scale: float = 1.0,
+    interpret=False,
 ) -> jax.Array:
-    """turn(x) * scale, as tiles: x [batch, length, heads, head_dim] -> [kv_heads, tiles, rows, head_dim]."""
+    """rotary(x) * scale, as tiles: x [batch, length, heads, head_dim] -> [kv_heads, tiles, rows, head_dim]."""
     cut = _Cut(x.shape, kv_heads, tile, x.dtype.itemsize)
 
     def kernel(*refs):
-        *turning, rows, tiles = refs
+        *rotary_refs, rows, tiles = refs
         for t in range(cut.tiles_a_step):
-            turned = tile_turn(turn, turning, cut.positions(t), cut.group, scale, cut.head_dim)
+            rotated = tile_rotary(rotary, rotary_refs, cut.positions(t), cut.group, scale, cut.head_dim)
             for h in range(kv_heads):
-                tiles[h, t] = turned.forward(cut.heads_of(rows, t, h)).astype(tiles.dtype)
+                tiles[h, t] = rotated.forward(cut.heads_of(rows, t, h)).astype(tiles.dtype)
 
-    inputs = [*cut.turning(turn), cut.in_rows(x)]
+    inputs = [*cut.in_rotary(rotary), cut.in_rows(x)]
     return cut.call(kernel, f"{name}_tiles", inputs, [cut.out_tiles(x.dtype)], interpret)[0]
 
 
 def rows_of_tiles(
-    tiles: jax.Array, x: jax.Array, tile: int, name: str, turn: Turn | None = None, scale: float = 1.0, interpret=False
+    tiles: jax.Array,
+    x: jax.Array,
+    tile: int,
+    name: str,
+    rotary: RotaryNorm | None = None,
+    scale: float = 1.0,
+    interpret=False,
 ):
-    """(gradient of x, of turn.weight: float32 [head_dim], None without one); tiles: that of tiles_of_rows(x, ...).
+    """(gradient of x, of rotary.weight: float32 [head_dim], None without one); tiles: that of tiles_of_rows(x, ...).
 
-    Without a turn, that is tiles_of_rows backwards, times scale: of x, only its shape and dtype matter.
+    Without a rotation, that is tiles_of_rows backwards, times scale: of x, only its shape and dtype matter.
     """
     shape, dtype = x.shape, x.dtype
     cut = _Cut(shape, tiles.shape[0], tile, dtype.itemsize)
-    normed = turn is not None and turn.weight is not None
+    normed = rotary is not None and rotary.weight is not None
 
     def kernel(*refs):
-        turning, (d_tiles, *rows), (d_rows, *d_weight) = refs[:first], refs[first : len(inputs)], refs[len(inputs) :]
+        rotary_refs, (d_tiles, *rows) = refs[:first], refs[first : len(inputs)]
+        d_rows, *d_weight = refs[len(inputs) :]
         sums = 0.0
         for t in range(cut.tiles_a_step):
-            turned = tile_turn(turn, turning, cut.positions(t), cut.group, scale, cut.head_dim)
+            rotated = tile_rotary(rotary, rotary_refs, cut.positions(t), cut.group, scale, cut.head_dim)
             for h in range(cut.kv_heads):
                 own = cut.heads_of(rows[0], t, h) if normed else None
-                d_heads, part = turned.backward(d_tiles[h, t].astype(dtype), own)
+                d_heads, part = rotated.backward(d_tiles[h, t].astype(dtype), own)
                 cut.set_heads(d_rows, t, h, d_heads.astype(dtype))
                 sums += part
         for out in d_weight:
             out[0] = sums.sum(axis=0, keepdims=True)
 
-    turning = cut.turning(turn)
-    first, inputs = len(turning), [*turning, cut.in_tiles(tiles), *([cut.in_rows(x)] if normed else [])]
+    rotary_refs = cut.in_rotary(rotary)
+    first, inputs = len(rotary_refs), [*rotary_refs, cut.in_tiles(tiles), *([cut.in_rows(x)] if normed else [])]
     outputs = [cut.out_rows(dtype)] + [cut.out_sums()] * normed
     d_rows, *d_weight = cut.call(kernel, f"{name}_rows", inputs, outputs, interpret)
     return d_rows.reshape(shape), d_weight[0].sum(axis=(0, 1)) if d_weight else None
@@ -138,14 +151,14 @@ class _Cut:
 
     in_statistics = in_tiles
 
-    def turning(self, turn: Turn | None) -> list:
-        if turn is None:
+    def in_rotary(self, rotary: RotaryNorm | None) -> list:
+        if rotary is None:
             return []
-        angles = [angle.reshape(-1, angle.shape[-1]) for angle in (turn.cos, turn.sin)]
+        angles = [angle.reshape(-1, angle.shape[-1]) for angle in (rotary.cos, rotary.sin)]
         operands = [(angle, self._row_block(angle.shape[-1])) for angle in angles]
-        if turn.weight is None:
+        if rotary.weight is None:
             return operands
-        weight = turn.weight.astype(jnp.float32)[None]
+        weight = rotary.weight.astype(jnp.float32)[None]
         return [*operands, (weight, pl.BlockSpec(weight.shape, lambda i: (0, 0)))]
 
     def out_rows(self, dtype):

@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 
-from llada_jax import pictures
+from llada_jax import plots
 from llada_jax.attention.visibility import block_diffusion_mask
 
 HIDDEN, NOISY_NOISY, NOISY_CLEAN, CLEAN_CLEAN = range(4)
@@ -36,7 +36,7 @@ def text(kind: np.ndarray) -> str:
 
 def draw(kind: np.ndarray, documents: list[int], block_size: int, path: str) -> None:
     """Writes the picture to `path`, .svg or .png."""
-    pyplot = pictures.open_pyplot()
+    pyplot = plots.open_pyplot()
     from matplotlib.patches import Patch, Rectangle
 
     size = len(kind)
@@ -55,7 +55,7 @@ def draw(kind: np.ndarray, documents: list[int], block_size: int, path: str) -> 
     )
     handles = [Patch(facecolor=_COLORS[k], label=label) for k, label in _LABELS.items()]
     axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.02), frameon=False, labelcolor=_INK)
-    pictures.save(figure, path, bbox_inches="tight", pad_inches=0.15)
+    plots.save(figure, path, bbox_inches="tight", pad_inches=0.15)
 
 
 def _runs(kind: np.ndarray):

@@ -7,7 +7,7 @@ then counted on 16 fixed rows of packed documents, and cycles are those of the 1
 TensorCore. Tile lists are built once per training step and are not in the numbers.
 
 The pass "decode" is another program, of our kernel only: 16 rows denoise a block each, against caches of `length` that
-are filled to different shares (bench/rows.py).
+are filled to different shares (pod/packings.py).
 """
 
 import dataclasses
@@ -23,35 +23,24 @@ from llada_jax.attention.dense import dense_attention
 from llada_jax.attention.kernel import operand_steps
 from llada_jax.attention.tiles import Tiles, tiles_for
 from llada_jax.attention.visibility import Visibility, block_diffusion, layout
-from llada_jax.bench import kernel, rows
 from llada_jax.bench.bars import bars
+from llada_jax.chips import Chip, parse_topology
 from llada_jax.errors import InputError
+from llada_jax.model.useful_flops import allowed_pairs
+from llada_jax.pod import attention_program, packings
 from llada_jax.pod.aot import Program, compile_program
-from llada_jax.pod.chips import Chip, parse_topology
+from llada_jax.pod.attention_cost import Class, kernel_classes, total_cycles
 from llada_jax.pod.hlo import parse
 from llada_jax.pod.operations import Cost as OperationCost
-from llada_jax.pod.schedule_reader import Kernel, region_costs
+from llada_jax.pod.schedule_reader import Kernel
 from llada_jax.pod.step_cost import step_lines
 from llada_jax.pod.stream_cost import compiled_costs
-from llada_jax.pod.useful_flops import allowed_pairs
 
 IMPLEMENTATIONS = ("llada", "splash_static", "splash_tiles", "dense")
 PASSES = ("forward", "backward", "both", "decode")
 BLOCK_SIZE, HEADS, KV_HEADS, HEAD_DIM = 32, 16, 4, 128
 # The backward pass computes the scores again.
 _MACS_PER_PAIR = {"forward": 2 * HEAD_DIM, "backward": 5 * HEAD_DIM, "decode": 2 * HEAD_DIM}
-
-
-@dataclasses.dataclass(frozen=True)
-class Class:
-    """A kernel's region, "step" (the rest of a grid step) or "xla" (all that XLA schedules, once a row).
-
-    tiles: how often the busiest core executes it. Its cycles are tiles x max(bundles, mxu_cycles).
-    """
-
-    bundles: float
-    mxu_cycles: float
-    tiles: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +127,7 @@ def _program(implementation: str, length: int, head_dim: int, tiles: dict | None
         return dense_attention, (q, k, k), Visibility(bound, bound, bound, bound, num_noisy=length)
     shape = length, HEADS, KV_HEADS, head_dim, BLOCK_SIZE
     if implementation == "llada":
-        return kernel.program(*shape, Tiles(**tiles) if tiles else None, decode)
+        return attention_program.program(*shape, Tiles(**tiles) if tiles else None, decode)
     return _splash().program(*shape, static=implementation == "splash_static")
 
 
@@ -148,24 +137,24 @@ def _splash():
     return splash
 
 
-def kernel_walks(direction: str, length: int, mean: int, head_dim: int, tiles: Tiles) -> list[rows.Walk]:
+def kernel_walks(direction: str, length: int, mean: int, head_dim: int, tiles: Tiles) -> list[packings.Walk]:
     """Of our kernel: a walk for each row, or the only one of a decoding batch."""
     if direction == "decode":
-        plans = [kernel.decoding_plan(jnp.asarray(rows.cached(length)), length, BLOCK_SIZE, tiles)]
+        plans = [attention_program.decoding_plan(jnp.asarray(packings.cached(length)), length, BLOCK_SIZE, tiles)]
     else:
-        plans = [kernel.plan(segments, BLOCK_SIZE, tiles) for segments in rows.segment_ids(length, mean)]
+        plans = [attention_program.plan(segments, BLOCK_SIZE, tiles) for segments in packings.segment_ids(length, mean)]
     direction = "backward" if direction == "backward" else "forward"
-    return [kernel.walk(plan, direction, HEADS, KV_HEADS, head_dim) for plan in plans]
+    return [attention_program.walk(plan, direction, HEADS, KV_HEADS, head_dim) for plan in plans]
 
 
-def _walks(implementation: str, direction: str, length: int, mean: int, chip: Chip) -> list[rows.Walk]:
+def _walks(implementation: str, direction: str, length: int, mean: int, chip: Chip) -> list[packings.Walk]:
     if implementation == "llada":
         queries = BLOCK_SIZE if direction == "decode" else 2 * length
         tiles = tiles_for(chip.device_kind, HEAD_DIM, HEADS // KV_HEADS, queries)
         return kernel_walks(direction, length, mean, HEAD_DIM, tiles)
     splash, static = _splash(), implementation == "splash_static"
     make = jax.jit(lambda segments: splash.tile_lists(length, BLOCK_SIZE, segments, static, splash.TILE))
-    plans = [make(segments) for segments in rows.segment_ids(length, mean)]
+    plans = [make(segments) for segments in packings.segment_ids(length, mean)]
     return [splash.walk(plan, direction, HEADS, KV_HEADS, HEAD_DIM) for plan in plans]
 
 
@@ -173,7 +162,7 @@ def _cost(implementation: str, direction: str, length: int, mean: int, compiled:
     tiles, tile_pairs, classes, dma_bytes = {"full": 0, "partial": 0}, {}, {}, 0
     directions = ("forward", "backward") if direction == "both" else (direction,)
     if implementation != "dense":
-        regions = (kernel if implementation == "llada" else _splash()).REGIONS
+        regions = (attention_program if implementation == "llada" else _splash()).REGIONS
         for name, schedule in zip(directions, attention_kernels(compiled), strict=True):
             walks = _walks(implementation, name, length, mean, chip)
             executed, part = kernel_classes(schedule, walks, regions[name], chip)
@@ -184,12 +173,12 @@ def _cost(implementation: str, direction: str, length: int, mean: int, compiled:
             dma_bytes += sum(walk.dma_bytes for walk in walks)
     # A decoding batch is one program.
     steps = _operand_steps(direction, length, chip) if implementation == "llada" else {}
-    classes["xla"] = Class(xla_cycles(compiled, chip, steps), 0.0, 1 if direction == "decode" else rows.ROWS)
+    classes["xla"] = Class(xla_cycles(compiled, chip, steps), 0.0, 1 if direction == "decode" else packings.ROWS)
     cycles = total_cycles(classes)
     if direction == "decode":
-        pairs = int((rows.cached(length) + BLOCK_SIZE).sum()) * BLOCK_SIZE
+        pairs = int((packings.cached(length) + BLOCK_SIZE).sum()) * BLOCK_SIZE
     else:
-        pairs = needed_pairs(rows.segment_ids(length, mean), BLOCK_SIZE)
+        pairs = needed_pairs(packings.segment_ids(length, mean), BLOCK_SIZE)
     macs = pairs * HEADS * sum(_MACS_PER_PAIR[name] for name in directions)
     return Cost(
         tiles=tiles,
@@ -207,14 +196,10 @@ def attention_kernels(compiled: Program) -> list[Kernel]:
     return [kernel for name, kernel in compiled.kernels.items() if not re.search(r"attention_\w+_(tiles|rows)", name)]
 
 
-def total_cycles(classes: dict[str, Class]) -> float:
-    return sum(part.tiles * max(part.bundles, part.mxu_cycles) for part in classes.values())
-
-
 def _operand_steps(direction: str, length: int, chip: Chip) -> dict[str, int]:
     batch, queries, keys = 1, 2 * length, 2 * length
     if direction == "decode":
-        batch, queries, keys = rows.ROWS, BLOCK_SIZE, BLOCK_SIZE + length
+        batch, queries, keys = packings.ROWS, BLOCK_SIZE, BLOCK_SIZE + length
     tiles = tiles_for(chip.device_kind, HEAD_DIM, HEADS // KV_HEADS, queries)
     return operand_steps(batch * queries, HEADS, batch * keys, KV_HEADS, HEAD_DIM, tiles)
 
@@ -227,16 +212,6 @@ def xla_cycles(compiled: Program, chip: Chip, steps: dict[str, int]) -> float:
     return sum(line.seconds for line in step_lines(parse(compiled.hlo), chip, costs | left_out)) * chip.clock
 
 
-def kernel_classes(schedule: Kernel, walks: list[rows.Walk], names, chip: Chip):
-    """(times that all cores execute each region, {region: Class} of the busiest core)."""
-    # The split axis is of heads or of key/value heads, which two cores divide evenly.
-    cores = chip.cores_per_device if schedule.split else 1
-    executed = {name: sum(walk.regions[name] for walk in walks) for name in (*names, "step")}
-    executed["launch"] = sum(max(walk.launches, cores) for walk in walks)
-    found = region_costs(schedule, names).items()
-    return executed, {name: Class(cost.bundles, cost.mxu_cycles, executed[name] // cores) for name, cost in found}
-
-
 def table(implementations, lengths, passes, topology_name: str) -> Iterator[dict]:
     """Prints a line for every cost, as it comes, and yields its values, then the bars that they can be held against.
 
@@ -244,7 +219,7 @@ def table(implementations, lengths, passes, topology_name: str) -> Iterator[dict
     """
     check_implementations(implementations)
     topology = parse_topology(topology_name)
-    for field, values, known in (("lengths", lengths, rows.LENGTHS), ("passes", passes, PASSES)):
+    for field, values, known in (("lengths", lengths, packings.LENGTHS), ("passes", passes, PASSES)):
         for value in values:
             if value not in known:
                 raise InputError(f"--{field}={value}, expected some of {', '.join(map(str, known))}")
@@ -255,7 +230,7 @@ def table(implementations, lengths, passes, topology_name: str) -> Iterator[dict
     found = []
     for length in lengths:
         for name in implementations:
-            for mean, direction, cost in costs(name, length, rows.MEANS, passes, topology.name):
+            for mean, direction, cost in costs(name, length, packings.MEANS, passes, topology.name):
                 print(
                     f"{length:6} {f'mean {mean}' if mean else 'one':9} {name:15} {direction:8} {cost.tiles['full']:11} "
                     f"{cost.tiles['partial']:8} {cost.cycles / 1e6:8.1f} {cost.peak_share:5.1%} "

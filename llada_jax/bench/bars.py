@@ -6,7 +6,7 @@ Tiles of different sizes compare by their cycles for each query-key pair.
 import dataclasses
 from collections.abc import Iterator
 
-from llada_jax.pod.chips import CHIPS
+from llada_jax.chips import CHIPS
 
 # Chip -> bars of a tile; the packed rows of the others.
 FULL_OVER_FLOOR = {"v5p": 1.25}

@@ -18,12 +18,12 @@ from pathlib import Path
 import numpy as np
 from etils import epath
 
+from llada_jax.checkpoint.stream import slabs
 from llada_jax.interop import hf_config, huggingface
 from llada_jax.interop.export import SHARD_BYTES, shard_name
 from llada_jax.interop.huggingface import source_name, stored_shape
 from llada_jax.model import parameters
 from llada_jax.model.config import ModelConfig, preset
-from llada_jax.training.checkpoint_stream import slabs
 
 TOOLS = Path(__file__).parents[2] / "tools"
 _RANDOM_BYTES = 64 * 2**20

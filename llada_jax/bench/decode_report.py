@@ -5,9 +5,9 @@ import dataclasses
 import jax
 
 from llada_jax.bench import decode
+from llada_jax.chips import Chip
 from llada_jax.model import parameters
 from llada_jax.model.config import ModelConfig, preset
-from llada_jax.pod.chips import Chip
 from llada_jax.sampling import cost
 
 GEN_LENGTH, STEPS = 128, 12  # 2.7 tokens a step, as LLaDA2.0-mini decodes at threshold 0.95 (its paper, Figure 4)

@@ -1,52 +1,14 @@
-"""What the grouped matmuls of a layer's experts cost on a TPU, by the compiler's schedules: megablox beside tokamax.
-
-One device's share of a step: TOKENS positions, each to num_experts_per_token experts, bfloat16, all experts here. Both
-kernels get the tiles of model/grouped_tiles.py; they are counted on one fixed draw of how many rows each expert gets,
-every expert being as likely, and cycles are those of the device's busiest TensorCore. Sorting, gathering and the lists
-of tiles are not in the numbers.
-"""
+"""The table of tools/bench.py experts: grouped matmuls of a layer's experts, megablox beside tokamax."""
 
 import dataclasses
 import importlib.util
 import itertools
 from collections.abc import Iterator
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from llada_jax.attention.tiles import device_kind
+from llada_jax.chips import parse_topology
 from llada_jax.errors import InputError
-from llada_jax.model import activation, grouped_matmul, grouped_tiles
-from llada_jax.model.config import ModelConfig, preset
-from llada_jax.pod.aot import compile_program
-from llada_jax.pod.chips import Chip, Topology, parse_topology
-from llada_jax.pod.schedule_reader import region_costs
-from llada_jax.pod.step_cost import KernelCost
-from llada_jax.pod.stream_cost import stream_costs
-
-IMPLEMENTATIONS = ("megablox", "tokamax")
-PASSES = ("forward", "dx", "dw")
-TOKENS = 4 * 8192  # four rows of 2 x 4096 positions
-# The kernels' regions that do vector work, in program order; tokamax's tile is the whole of a step, without a branch.
-_DW = ("zero", "tile", "write")
-REGIONS = {
-    "megablox": {"forward": ("tile",), "dx": ("tile",), "dw": _DW},
-    "tokamax": {"forward": (), "dx": (), "dw": _DW},
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Cost:
-    """tile: (rows, contracted, columns). steps: of the grid. peak_share: of the matrix units of all cores, counting the
-    rows only. dma_cycles: the kernel's copies at HBM bandwidth, which run beside its arithmetic.
-    """
-
-    tile: tuple[int, int, int]
-    steps: int
-    cycles: float
-    peak_share: float
-    dma_cycles: float
+from llada_jax.model.config import preset
+from llada_jax.pod.experts_cost import IMPLEMENTATIONS, PASSES, TOKENS, group_sizes, kernel_cost, matmuls
 
 
 def check_implementations(names) -> None:
@@ -56,135 +18,6 @@ def check_implementations(names) -> None:
             raise InputError(f"--implementations={name}, expected some of {', '.join(IMPLEMENTATIONS)}")
         if name == "tokamax" and importlib.util.find_spec("tokamax") is None:
             raise InputError("--implementations=tokamax: it is not installed; pip install 'llada_jax[bench]'")
-
-
-def matmuls(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """{name: (in, out)} of the grouped matmuls of a layer; gate and up are one."""
-    return {
-        "gate_up": (config.hidden_size, 2 * config.moe_intermediate_size),
-        "down": (config.moe_intermediate_size, config.hidden_size),
-    }
-
-
-def group_sizes(rows: int, groups: int) -> np.ndarray:
-    """Rows of each expert, int [groups]: a draw in which every expert is as likely."""
-    return np.random.default_rng(0).multinomial(rows, np.full(groups, 1 / groups))
-
-
-def program(implementation: str, direction: str, rows: int, groups: int, contracted: int, columns: int):
-    """The function that is compiled for y = x w, dx or dw, and its abstract arguments."""
-    x, w, y, sizes = (
-        jax.ShapeDtypeStruct(shape, dtype)
-        for shape, dtype in (
-            ((rows, contracted), jnp.bfloat16), ((groups, contracted, columns), jnp.bfloat16),
-            ((rows, columns), jnp.bfloat16), ((groups,), jnp.int32),
-        )
-    )  # fmt: skip
-    gmm, tgmm = (_megablox if implementation == "megablox" else _tokamax)()
-    if direction == "forward":
-        return lambda x, w, sizes: gmm(x, w, sizes, False), (x, w, sizes)
-    if direction == "dx":
-        return lambda y, w, sizes: gmm(y, w, sizes, True), (y, w, sizes)
-    return tgmm, (x, y, sizes)
-
-
-def _megablox():
-    def gmm(x, w, sizes, transposed):
-        return grouped_matmul.rows_times_groups(x, w, sizes, transpose_rhs=transposed)
-
-    return gmm, grouped_matmul.group_gradients
-
-
-def _tokamax():
-    from tokamax._src.ops.ragged_dot import pallas_mosaic_tpu_kernel as kernel  # an extra
-
-    common = dict(precision=(jax.lax.Precision.DEFAULT,) * 2, out_dtype=jnp.bfloat16)
-
-    def gmm(x, w, sizes, transposed):
-        tile = grouped_tiles.rows_times_groups(*x.shape, w.shape[1 if transposed else 2], device_kind())
-        return kernel.gmm(x, w, sizes, tiling=tile, transpose_rhs=transposed, **common)
-
-    def tgmm(x, y, sizes):
-        tile = grouped_tiles.group_gradients(*x.shape, y.shape[1], device_kind())
-        return kernel.tgmm(x.swapaxes(0, 1), y, sizes, tiling=tile, **common)
-
-    return gmm, tgmm
-
-
-def activation_program(rows: int, mlp: int):
-    """Both kernels of the activation between the matmuls, and their abstract arguments."""
-    gate_up, d_hidden = (jax.ShapeDtypeStruct((rows, width), jnp.bfloat16) for width in (2 * mlp, mlp))
-    weights = jax.ShapeDtypeStruct((rows,), jnp.float32)
-
-    def both(gate_up, weights, d_hidden):
-        hidden = activation.weighted_swiglu(gate_up, weights, "megablox")
-        return hidden, *activation.weighted_swiglu_gradients(gate_up, weights, d_hidden, "megablox")
-
-    return both, (gate_up, weights, d_hidden)
-
-
-def activation_costs(mlp: int, topology: Topology) -> dict[str, KernelCost]:
-    """Of the activation's kernels, at this width of an expert, by their names. Compiles them."""
-    rows = 8 * TOKENS  # more than fits fast memory
-    steps = -(-rows // activation.tile(rows, 2 * mlp, jnp.dtype("bfloat16")))
-    arguments = {"rows": rows, "mlp": mlp}
-    return stream_costs("llada_jax.bench.experts:activation_program", arguments, steps, "experts", topology)
-
-
-def kernel_cost(
-    implementation: str, direction: str, sizes: np.ndarray, contracted: int, columns: int, topology: str, rows: int = 0
-) -> Cost:
-    """Of a pass of y [rows, columns] = x [rows, contracted] times its group's matrix, on one device. Compiles it.
-
-    sizes: rows of each group; rows: of the buffer, where it is larger than their sum.
-    """
-    arguments = dict(rows=rows or int(sizes.sum()), groups=len(sizes), contracted=contracted, columns=columns)
-    arguments |= {"implementation": implementation, "direction": direction}
-    (kernel,) = compile_program("llada_jax.bench.experts:program", arguments, topology).kernels.values()
-    regions = region_costs(kernel, REGIONS[implementation][direction])
-    shape = (columns, contracted) if direction == "dx" else (contracted, columns)
-    return _cost(regions, kernel.split, direction, sizes, shape, parse_topology(topology).chip)
-
-
-def _cost(regions: dict, split: bool, direction: str, sizes: np.ndarray, shape: tuple[int, int], chip: Chip) -> Cost:
-    contracted, columns = shape
-    choose = grouped_tiles.group_gradients if direction == "dw" else grouped_tiles.rows_times_groups
-    tile = choose(int(sizes.sum()), contracted, columns, kind=chip.device_kind)
-    parts = -(-contracted // tile[1]) * -(-columns // tile[2])
-    visits = tile_visits(sizes, tile[0])
-    times = {"tile": visits * parts, "step": visits * parts, "launch": 1}
-    times |= {"zero": len(sizes) * parts, "write": len(sizes) * parts}
-    # The split axis is that of the columns; its tiles are dealt to the cores in turn.
-    cores = chip.cores_per_device if split else 1
-    tiles_of_columns = -(-columns // tile[2])
-    share = -(-tiles_of_columns // cores) / tiles_of_columns
-    cycles = sum(cost.cycles * times[region] * (1 if region == "launch" else share) for region, cost in regions.items())
-    macs = int(sizes.sum()) * contracted * columns
-    return Cost(
-        tile=tile,
-        steps=times["step"],
-        cycles=cycles,
-        peak_share=macs / (cycles * chip.macs_per_cycle * chip.cores_per_device),
-        dma_cycles=_moved(direction, sizes, tile, shape) / (chip.hbm_bandwidth / chip.devices) * chip.clock,
-    )
-
-
-def tile_visits(sizes: np.ndarray, tile: int) -> int:
-    """Tiles of `tile` rows that hold rows of a group, summed over groups: a tile on a border counts for both."""
-    ends = np.cumsum(sizes)
-    starts = ends - sizes
-    return int(np.where(sizes > 0, -(-ends // tile) - starts // tile, 0).sum())
-
-
-def _moved(direction: str, sizes: np.ndarray, tile, shape) -> int:
-    """Bytes that a kernel copies: a block is fetched when its index changes from one step to the next."""
-    rows, groups = int(sizes.sum()), int((sizes > 0).sum())
-    (contracted, columns), (_, part, width) = shape, tile
-    parts, widths = -(-contracted // part), -(-columns // width)
-    if direction == "dw":
-        return 2 * (rows * contracted * widths + rows * columns * parts + len(sizes) * contracted * columns)
-    again = groups if parts == 1 else tile_visits(sizes, tile[0])  # all of a group's matrix stays for its tiles
-    return 2 * (rows * contracted * widths + again * contracted * columns + rows * columns)
 
 
 def table(implementations, models, topology_name: str) -> Iterator[dict]:
@@ -206,5 +39,5 @@ def table(implementations, models, topology_name: str) -> Iterator[dict]:
                 f"{cost.peak_share:5.1%} {cost.dma_cycles / 1e6:7.2f}",
                 flush=True,
             )
-            where = {"implementation": name, "model": model, "matmul": matmul, "pass": direction}
-            yield where | dataclasses.asdict(cost) | {"topology": topology.name}
+            row = {"implementation": name, "model": model, "matmul": matmul, "pass": direction}
+            yield row | dataclasses.asdict(cost) | {"topology": topology.name}

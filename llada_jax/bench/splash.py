@@ -15,7 +15,7 @@ import numpy as np
 from tokamax._src.ops.experimental.tpu.splash_attention import base, splash_attention_kernel
 from tokamax._src.ops.experimental.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
-from llada_jax.bench.rows import Walk
+from llada_jax.pod.packings import Walk
 
 TILE = 512
 EMPTY, PARTIAL, FULL = 0, 1, 2  # splash's own codes of a tile

@@ -14,7 +14,7 @@ from llada_jax.diffusion.objectives import Objective
 from llada_jax.model import parameters
 from llada_jax.model.config import ModelConfig, preset
 from llada_jax.model.forward import Execution
-from llada_jax.training import state as states
+from llada_jax.training import train_state
 from llada_jax.training.step import denoising_loss, make_train_step
 
 REPEATS = 5
@@ -38,7 +38,7 @@ def compiled_step(model: ModelConfig, attention: str, segment_ids: np.ndarray, b
     optimizer = optax.adamw(1e-4)
     step = make_train_step(model, denoising_loss(model, Objective(), Execution(attention=attention), seed=0), optimizer)
     arguments = None, batch, jnp.int32(block_size), jnp.float32(0)
-    state = states.create(parameters.initialize(model, jax.random.key(0)), optimizer)
+    state = train_state.create(parameters.initialize(model, jax.random.key(0)), optimizer)
     return step.lower(state, *arguments, "both").compile(), (state, *arguments)
 
 

@@ -22,9 +22,9 @@ from llada_jax.diffusion.objectives import Example, Objective
 from llada_jax.model import experts, forward, head, parameters
 from llada_jax.model.config import ModelConfig, preset
 from llada_jax.model.forward import Execution
-from llada_jax.pod.useful_flops import mean_pairs, useful_flops
+from llada_jax.model.useful_flops import mean_pairs, useful_flops
 from llada_jax.training import config as settings
-from llada_jax.training import state as states
+from llada_jax.training import train_state
 from llada_jax.training.optimizer import make_optimizer
 from llada_jax.training.step import denoising_loss, make_train_step
 
@@ -40,7 +40,7 @@ def programs(model: ModelConfig, rows: int, length: int, execution: Execution) -
     config = settings.default_config("tiny")
     optimizer = make_optimizer(config.optimizer, model, 1000)
     params = parameters.initialize(model, jax.random.key(0))
-    state = states.create(jax.tree.map(jnp.copy, params), optimizer)
+    state = train_state.create(jax.tree.map(jnp.copy, params), optimizer)
     ids = np.random.default_rng(0).integers(0, model.mask_token_id, (rows, length), dtype=np.int32)
     index = np.arange(rows, dtype=np.uint32)
     batch = jax.device_put(Batch(ids, np.ones_like(ids), np.ones_like(ids, bool), index, np.zeros_like(index)))

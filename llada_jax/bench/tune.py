@@ -16,7 +16,6 @@ from llada_jax.attention.kernel import kernel_attention
 from llada_jax.attention.plan import make_plan
 from llada_jax.attention.tiles import Entry, Tiles, cut
 from llada_jax.attention.visibility import block_diffusion, layout, window
-from llada_jax.bench import kernel, rows
 from llada_jax.bench.attention import (
     BLOCK_SIZE,
     HEADS,
@@ -27,9 +26,10 @@ from llada_jax.bench.attention import (
     total_cycles,
 )
 from llada_jax.bench.timing import least_seconds
+from llada_jax.chips import parse_topology
 from llada_jax.errors import InputError
+from llada_jax.pod import attention_program, packings
 from llada_jax.pod.aot import compile_program
-from llada_jax.pod.chips import parse_topology
 
 PASSES = {"row": ("forward", "backward"), "decode": ("decode",)}
 LENGTHS = {"row": 4096, "decode": 8192}
@@ -90,23 +90,25 @@ def estimated(topology: str, head_dim: int) -> Price:
 
         def cycles(mean: int) -> float:
             walks = kernel_walks(name, length, mean, head_dim, tiles)
-            return total_cycles(kernel_classes(schedule, walks, kernel.REGIONS[name], chip)[1])
+            return total_cycles(kernel_classes(schedule, walks, attention_program.REGIONS[name], chip)[1])
 
-        return sum(map(cycles, (0,) if name == "decode" else rows.MEANS))
+        return sum(map(cycles, (0,) if name == "decode" else packings.MEANS))
 
     return price
 
 
-def timed(head_dim: int, interpret: bool = False, lengths=LENGTHS, batch: int = rows.ROWS) -> Price:
+def timed(head_dim: int, interpret: bool = False, lengths=LENGTHS, batch: int = packings.ROWS) -> Price:
     """Seconds on the device at hand, the least of REPEATS, over all kinds of documents. Smaller work is for tests."""
 
     def price(name: str, tiles: Tiles) -> float:
         length = lengths["decode" if name == "decode" else "row"]
         if name == "decode":
-            masks = [window(jnp.asarray(rows.cached(length)[:batch]), BLOCK_SIZE)]
+            masks = [window(jnp.asarray(packings.cached(length)[:batch]), BLOCK_SIZE)]
             queries, keys = BLOCK_SIZE, BLOCK_SIZE + length
         else:
-            segments = [jnp.asarray(rows.segment_ids(LENGTHS["row"], mean)[:batch, :length]) for mean in rows.MEANS]
+            segments = [
+                jnp.asarray(packings.segment_ids(LENGTHS["row"], mean)[:batch, :length]) for mean in packings.MEANS
+            ]
             masks, queries, keys = [block_diffusion(layout(x, BLOCK_SIZE)) for x in segments], 2 * length, 2 * length
         shapes = (queries, HEADS), (keys, KV_HEADS), (keys, KV_HEADS)
         random = zip(jax.random.split(jax.random.key(0), 3), shapes, strict=True)

@@ -2,8 +2,8 @@
 
 import json
 
-from llada_jax.interop.token_text import byte_characters
-from llada_jax.interop.tokenizer import Tokenizer, from_files
+from llada_jax.token_text import byte_characters
+from llada_jax.tokenizer import Tokenizer, from_files
 
 EOS, MASK = "<|endoftext|>", "<|mask|>"
 

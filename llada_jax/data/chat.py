@@ -16,7 +16,7 @@ from llada_jax.data.conversation import said, shapes, template, token_rows
 from llada_jax.data.conversation.messages import SUPERVISED, as_messages
 from llada_jax.data.conversation.template import Context, context_of
 from llada_jax.errors import InputError
-from llada_jax.interop.tokenizer import Tokenizer
+from llada_jax.tokenizer import Tokenizer
 
 TURNS = ("all", "last", "each")
 COLUMNS = tuple(

@@ -23,7 +23,7 @@ from llada_jax.data.progress import progress_lines
 from llada_jax.data.rows import FORMAT, encode_row, read_json
 from llada_jax.data.sources import Position
 from llada_jax.errors import InputError
-from llada_jax.interop.tokenizer import Tokenizer
+from llada_jax.tokenizer import Tokenizer
 
 _NOT_ALWAYS_KEPT = ("source_digest", "tokenizer_identity")  # in dataset.json: older ones have none
 _BATCH_DOCUMENTS = 512

@@ -18,7 +18,7 @@ from llada_jax.data.records import parse_row, read_rows
 from llada_jax.data.rows import FORMAT, encode_row
 from llada_jax.data.sources import ROW_SUFFIXES, Position, SourceFile, content_digest, list_files, place
 from llada_jax.errors import InputError
-from llada_jax.interop.tokenizer import Tokenizer
+from llada_jax.tokenizer import Tokenizer
 
 _OPEN_ROWS = 16
 

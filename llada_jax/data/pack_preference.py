@@ -8,7 +8,7 @@ import functools
 from llada_jax.data import chat, pairs
 from llada_jax.data.pack_examples import Kind, pack_examples
 from llada_jax.errors import InputError
-from llada_jax.interop.tokenizer import Tokenizer
+from llada_jax.tokenizer import Tokenizer
 
 
 def pack_preference(

@@ -16,7 +16,7 @@ from llada_jax.data.chat import Conversation, Rendered, plain, render_answer
 from llada_jax.data.conversation import shapes
 from llada_jax.data.conversation.messages import as_messages
 from llada_jax.errors import InputError
-from llada_jax.interop.tokenizer import Tokenizer
+from llada_jax.tokenizer import Tokenizer
 
 NAMES = ("chosen", "rejected")
 COLUMNS = tuple(dict.fromkeys(("prompt", *NAMES, "tools", *shapes.ASK, *shapes.COLUMNS)))

@@ -9,7 +9,7 @@ import msgpack
 import numpy as np
 
 from llada_jax.errors import InputError
-from llada_jax.interop.tokenizer import Tokenizer
+from llada_jax.tokenizer import Tokenizer
 
 FORMAT = "llada-jax-rows-1"
 

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from llada_jax import errors
+from llada_jax.checkpoint.weights import load_checkpoint
 from llada_jax.data import chat
 from llada_jax.data.order import Batch
 from llada_jax.errors import InputError
@@ -25,7 +26,6 @@ from llada_jax.evaluation import likelihood
 from llada_jax.model.forward import Execution
 from llada_jax.sampling.batching import Request, serve
 from llada_jax.sampling.generate import GenerateConfig, prefill_execution
-from llada_jax.training.checkpoint import load_checkpoint
 
 try:
     from lm_eval.api.model import TemplateLM

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from llada_jax.errors import InputError
-from llada_jax.interop.tokenizer import Tokenizer
 from llada_jax.sampling.generate import GenerateConfig
+from llada_jax.tokenizer import Tokenizer
 
 _LEAST_SHARE = 8  # of max_length, the inverse: what must be left for the context that is cut
 # Settings of others that change nothing at these values; at any other one they would, and are refused.

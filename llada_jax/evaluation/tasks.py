@@ -13,9 +13,9 @@ from llada_jax.data.conversation import shapes
 from llada_jax.errors import InputError
 from llada_jax.evaluation import grading
 from llada_jax.evaluation.report import mean_error
-from llada_jax.interop.tokenizer import Tokenizer
 from llada_jax.sampling.batching import Request, serve
 from llada_jax.sampling.generate import GenerateConfig, eos_ids_of, prefill_execution
+from llada_jax.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,8 +14,8 @@ from llada_jax.data.records import parse_row, read_rows
 from llada_jax.data.sources import SourceFile, list_files, place
 from llada_jax.data.text import iter_documents
 from llada_jax.errors import InputError
-from llada_jax.interop.tokenizer import Tokenizer
 from llada_jax.model.alignment import predictable
+from llada_jax.tokenizer import Tokenizer
 
 _LENGTH_STEP = 32
 

@@ -9,13 +9,14 @@ import time
 import numpy as np
 from etils import epath
 
+from llada_jax import tokenizer
+from llada_jax.checkpoint import weights
+from llada_jax.checkpoint.stream import Leaf, identity_of, slabs
 from llada_jax.errors import InputError
-from llada_jax.interop import config_keys, gguf, hf_config, huggingface, tied_head, tokenizer
-from llada_jax.interop.folder import file_in, open_source
+from llada_jax.folder import file_in, open_source
+from llada_jax.interop import config_keys, gguf, hf_config, huggingface, tied_head
 from llada_jax.model import parameters
 from llada_jax.model.config import ModelConfig
-from llada_jax.training import checkpoint
-from llada_jax.training.checkpoint_stream import Leaf, identity_of, slabs
 
 CONVERTER_VERSION = 1
 # LLaDA2's padded vocabulary and mask; in Ling's chat tokenizer the same id is <|role_end|>.
@@ -80,7 +81,7 @@ def import_checkpoint(
         "hf_config": found.hf,
         "notices": notices,
     }
-    checkpoint.write_leaves(
+    weights.write_leaves(
         out,
         mask.config,
         [with_mean_row(leaf) for leaf in leaves] if mask.appended else leaves,

@@ -13,19 +13,18 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
+from llada_jax.checkpoint import files, weights
+from llada_jax.checkpoint.lora import Rounding, stored_entries, update_of
+from llada_jax.checkpoint.progress import byte_progress
+from llada_jax.checkpoint.stream import identity_of, in_order, partial, slabs, split_axis, target_dtype
 from llada_jax.errors import InputError
 from llada_jax.interop import direct, hf_config
 from llada_jax.interop.huggingface import parse_dtype, source_name, stored_shape, transposed
 from llada_jax.interop.tied_head import HEAD
-from llada_jax.interop.tokenizer import read_json
 from llada_jax.model import parameters
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.parameters import Parameter
-from llada_jax.training import checkpoint
-from llada_jax.training import checkpoint_files as files
-from llada_jax.training.checkpoint_stream import identity_of, in_order, partial, slabs, split_axis, target_dtype
-from llada_jax.training.lora import Rounding, stored_entries, update_of
-from llada_jax.training.progress import byte_progress
+from llada_jax.tokenizer import read_json
 
 SHARD_BYTES = 5 * 10**9
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -68,12 +67,12 @@ def export_checkpoint(
     goes on behind its last whole shard. Raises InputError when `out` exists, a tensor is damaged, or its dtype has no
     place in safetensors.
     """
-    directory = checkpoint.directory_of(path, step)
-    config, lineage = checkpoint.read_config(directory)
-    reader = checkpoint.open_weights(directory)
+    directory = weights.directory_of(path, step)
+    config, lineage = weights.read_config(directory)
+    reader = weights.open_weights(directory)
     to = None if dtype is None else parse_dtype(dtype)
     shards = _shards(_groups(config, reader, to), shard_bytes)
-    others = checkpoint.read_tokenizer_files(directory)
+    others = weights.read_tokenizer_files(directory)
     generation = read_json(others, "generation_config.json")
     hf = hf_config.exported(config, source_config(lineage), shards[0][0].targets[0].dtype, generation)
     if modules := hf_config.remote_modules(hf):

@@ -18,17 +18,16 @@ import jax
 import numpy as np
 from etils import epath
 
+from llada_jax.checkpoint import digest, files
+from llada_jax.checkpoint.stream import Leaf, split_axis, target_dtype
 from llada_jax.errors import InputError
+from llada_jax.folder import file_in
 from llada_jax.interop import direct
-from llada_jax.interop.folder import file_in
 from llada_jax.interop.stored_tensor import DTYPES, StoredTensor
 from llada_jax.interop.torch_files import open_torch
 from llada_jax.model import parameters
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.parameters import Parameter
-from llada_jax.training import checkpoint_files as files
-from llada_jax.training import digest
-from llada_jax.training.checkpoint_stream import Leaf, split_axis, target_dtype
 
 _NAMES_SHOWN = 3
 

@@ -2,11 +2,11 @@
 
 import numpy as np
 
+from llada_jax.checkpoint.stream import in_order, slabs
 from llada_jax.errors import InputError
 from llada_jax.interop.stored_tensor import StoredTensor
 from llada_jax.model import parameters
 from llada_jax.model.config import ModelConfig
-from llada_jax.training.checkpoint_stream import in_order, slabs
 
 HEAD = "lm_head.weight"
 

@@ -21,12 +21,13 @@ from llada_jax.attention.cached import cached_attention
 from llada_jax.attention.dense import dense_attention
 from llada_jax.attention.kernel import kernel_attention, kernel_plan
 from llada_jax.attention.residuals import NAMES as ATTENTION_RESIDUALS
+from llada_jax.attention.rotary import QueryKeyRotary, RotaryNorm, rms_norm
 from llada_jax.errors import InputError
 from llada_jax.model import experts, head, parameters
 from llada_jax.model.alignment import align
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.grouped_matmul import KERNELS
-from llada_jax.model.layers import Turn, Turns, project, rms_norm, rope_angles, swiglu
+from llada_jax.model.layers import project, rope_angles, swiglu
 from llada_jax.model.lora import weight_of
 
 # "kernel" runs on TPUs, the others anywhere.
@@ -127,7 +128,7 @@ def run_layers(
         if cache is None:
             attend = attention_of(config, execution, visibility, tokens.shape[1])
         else:
-            attend = _of_turned(functools.partial(cached_attention, visibility=visibility)), tokens.shape[1]
+            attend = _rotated_first(functools.partial(cached_attention, visibility=visibility)), tokens.shape[1]
         layer = functools.partial(_layer, config, group, execution, attend, cos, sin, shared, counted)
         # Without a mesh there are no gathered weights to drop, and nothing to compute again.
         if execution.remat == "none" and sharding.mesh_in_force() is None:
@@ -156,8 +157,8 @@ def run_layers(
 
 
 def attention_of(config, execution, visibility, num_keys):
-    """(attention(query, key, value, turns=Turns()), its number of queries); what the mask decides is made here, for all
-    layers. turns: layers.Turns, still to be done.
+    """(attention(query, key, value, rotary=QueryKeyRotary()), its number of queries). What the mask decides is made
+    here, for all layers. rotary: what is still to be done to query and key.
     """
     queries = visibility.clean_start.shape[1]
     crosses = context.blocks_cross(visibility)
@@ -167,16 +168,16 @@ def attention_of(config, execution, visibility, num_keys):
         plan = kernel_plan(visibility, num_keys, group, config.head_dim, execution.interpret)
         attend = functools.partial(kernel_attention, plan=plan, interpret=execution.interpret, crosses=crosses)
     elif execution.attention == "blockwise":
-        attend = _of_turned(functools.partial(blockwise_attention, visibility=visibility, crosses=crosses))
+        attend = _rotated_first(functools.partial(blockwise_attention, visibility=visibility, crosses=crosses))
     elif crosses is not None:
         raise InputError(f"attention='dense' with mesh.context={context.ranks()}, expected 'blockwise' or 'kernel'")
     else:
-        attend = _of_turned(functools.partial(dense_attention, visibility=visibility))
+        attend = _rotated_first(functools.partial(dense_attention, visibility=visibility))
     return attend, queries
 
 
-def _of_turned(attention):
-    return lambda query, key, *others, turns=Turns(): attention(*turns.turned(query, key), *others)
+def _rotated_first(attention):
+    return lambda query, key, *others, rotary=QueryKeyRotary(): attention(*rotary.apply(query, key), *others)
 
 
 class Shared(NamedTuple):
@@ -242,10 +243,11 @@ def _attention(config, attend, weights, x, cos, sin, cache, layer):
     query, key, value = heads("query", context.first(x, queries)), heads("key", x), heads("value", x)
     norms = (weights["query_norm"], weights["key_norm"]) if config.qk_norm else (None, None)
     angles = tuple(context.first(angle, queries) for angle in (cos, sin)), (cos, sin)
-    turns = Turns(*(Turn(norm, *angle, config.rms_norm_eps) for norm, angle in zip(norms, angles, strict=True)))
-    own = {"key": turns.key(key), "value": value}
+    pairs = zip(norms, angles, strict=True)
+    rotary = QueryKeyRotary(*(RotaryNorm(norm, *angle, config.rms_norm_eps) for norm, angle in pairs))
+    own = {"key": rotary.key(key), "value": value}
     cached = () if cache is None else (cache["key"], cache["value"], layer)
-    return project(attend(query, key, value, *cached, turns=turns), weights, "output", contracted=2), own
+    return project(attend(query, key, value, *cached, rotary=rotary), weights, "output", contracted=2), own
 
 
 def _prepare(tokens, segment_ids, positions, block_size, block_origin):

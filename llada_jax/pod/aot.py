@@ -14,8 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from llada_jax.chips import parse_topology
 from llada_jax.errors import InputError
-from llada_jax.pod.chips import parse_topology
 from llada_jax.pod.schedule_reader import Kernel, read_schedule
 
 _KERNEL = re.compile(r"%([\w.\-]+) = [^\n]*custom_call_target=\"tpu_custom_call\"")

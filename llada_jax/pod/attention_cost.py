@@ -10,16 +10,15 @@ from llada_jax.attention import context
 from llada_jax.attention.kernel import kernel_attention, operand_steps
 from llada_jax.attention.kernel_backward import key_parts
 from llada_jax.attention.plan import Plan, make_plan
+from llada_jax.attention.rotary import QueryKeyRotary, RotaryNorm
 from llada_jax.attention.tiles import Tiles, device_kind, tiles_for
 from llada_jax.attention.visibility import block_causal, block_diffusion, layout
-from llada_jax.bench import kernel, rows
-from llada_jax.bench.attention import kernel_classes, total_cycles
-from llada_jax.bench.rows import Walk
-from llada_jax.model.layers import Turn, Turns
+from llada_jax.chips import Chip, Topology
+from llada_jax.pod import attention_program, packings
 from llada_jax.pod.aot import Program, compile_program
-from llada_jax.pod.chips import Chip, Topology
 from llada_jax.pod.operations import Cost
-from llada_jax.pod.schedule_reader import Kernel
+from llada_jax.pod.packings import Walk
+from llada_jax.pod.schedule_reader import Kernel, region_costs
 from llada_jax.pod.step_cost import KernelCost
 from llada_jax.pod.stream_cost import compiled_costs
 from llada_jax.pod.topology import one_device
@@ -27,6 +26,18 @@ from llada_jax.pod.topology import one_device
 PASSES = ("forward", "backward")
 NAME = "block_diffusion_attention_"
 _MATMULS = {"forward": 2, "backward": 5}  # of a tile; the backward pass computes the scores again
+
+
+@dataclasses.dataclass(frozen=True)
+class Class:
+    """A kernel's region, "step" (the rest of a grid step) or "xla" (all that XLA schedules, once a row).
+
+    tiles: how often the busiest core executes it. Its cycles are tiles x max(bundles, mxu_cycles).
+    """
+
+    bundles: float
+    mxu_cycles: float
+    tiles: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,17 +98,17 @@ def program(shape: dict):
         jax.ShapeDtypeStruct((shape.length,), jnp.int32),
     )
 
-    def both(query, key, value, turns, plan, cotangent):
-        def attend(query, key, value, turns):
-            return kernel_attention(query, key, value, plan, turns=turns)
+    def both(query, key, value, rotary, plan, cotangent):
+        def attend(query, key, value, rotary):
+            return kernel_attention(query, key, value, plan, rotary=rotary)
 
-        out, vjp = jax.vjp(attend, query, key, value, turns)
+        out, vjp = jax.vjp(attend, query, key, value, rotary)
         return out, vjp(cotangent)
 
     norm = jax.ShapeDtypeStruct((shape.head_dim,), jnp.bfloat16) if shape.qk_norm else None
     q_angle, k_angle = (jax.ShapeDtypeStruct((1, x.shape[1], shape.rotary_dim // 2), jnp.float32) for x in (q, k))
-    turns = Turns(*(Turn(norm, angle, angle, eps=1e-6) for angle in (q_angle, k_angle)))
-    return both, (q, k, k, turns if shape.ranks == 1 else turns._replace(key=None), plan, q)
+    rotary = QueryKeyRotary(*(RotaryNorm(norm, angle, angle, eps=1e-6) for angle in (q_angle, k_angle)))
+    return both, (q, k, k, rotary if shape.ranks == 1 else rotary._replace(key=None), plan, q)
 
 
 def kernel_costs(
@@ -124,13 +135,16 @@ def _walk_costs(shape: Shape, block_size: int, mean: int, compiled: Program, til
     """
     make = jax.jit(lambda row, queries: shape.plan(row, block_size, queries, tiles, parts))
     # [row][rank]
-    plans = [[make(row, queries) for queries in shape.rank_queries()] for row in rows.segment_ids(shape.length, mean)]
+    plans = [
+        [make(row, queries) for queries in shape.rank_queries()] for row in packings.segment_ids(shape.length, mean)
+    ]
     costs = {}
     for name in PASSES:
         (schedule,) = (schedule for kernel, schedule in compiled.kernels.items() if NAME + name in kernel)
         # [row, rank, call]
         walks = [[_walks(plan, name, shape) for plan in of_ranks] for of_ranks in plans]
-        seconds = _each(walks, lambda walk: _seconds(schedule, walk, kernel.REGIONS[name], chip)).mean(axis=2)  # noqa: B023
+        regions = attention_program.REGIONS[name]
+        seconds = _each(walks, lambda walk: _seconds(schedule, walk, regions, chip)).mean(axis=2)  # noqa: B023
         computed = _each(walks, lambda walk: walk.regions["full"] + walk.regions["partial"]).mean()
         pairs = tiles.queries * shape.heads // shape.kv_heads * getattr(tiles, name) * tiles.chunk
         flops = 2 * _MATMULS[name] * computed * pairs * shape.head_dim
@@ -141,7 +155,7 @@ def _walk_costs(shape: Shape, block_size: int, mean: int, compiled: Program, til
 def _walks(plan: Plan, name: str, shape: Shape) -> list[Walk]:
     """Of each call of a kernel."""
     calls = plan.parts if name == "backward" and plan.parts else (plan,)
-    return [kernel.walk(call, name, shape.heads, shape.kv_heads, shape.head_dim) for call in calls]
+    return [attention_program.walk(call, name, shape.heads, shape.kv_heads, shape.head_dim) for call in calls]
 
 
 def _each(walks: list[list[list[Walk]]], value) -> np.ndarray:
@@ -152,3 +166,17 @@ def _seconds(schedule: Kernel, walk: Walk, names, chip: Chip) -> float:
     """Of one row: the busiest core's cycles, or the copies at HBM bandwidth where they take longer."""
     cycles = total_cycles(kernel_classes(schedule, [walk], names, chip)[1])
     return max(cycles / chip.clock, walk.dma_bytes / (chip.hbm_bandwidth / chip.devices))
+
+
+def kernel_classes(schedule: Kernel, walks: list[Walk], names, chip: Chip):
+    """(times that all cores execute each region, {region: Class} of the busiest core)."""
+    # The split axis is of heads or of key/value heads, which two cores divide evenly.
+    cores = chip.cores_per_device if schedule.split else 1
+    executed = {name: sum(walk.regions[name] for walk in walks) for name in (*names, "step")}
+    executed["launch"] = sum(max(walk.launches, cores) for walk in walks)
+    found = region_costs(schedule, names).items()
+    return executed, {name: Class(cost.bundles, cost.mxu_cycles, executed[name] // cores) for name, cost in found}
+
+
+def total_cycles(classes: dict[str, Class]) -> float:
+    return sum(part.tiles * max(part.bundles, part.mxu_cycles) for part in classes.values())

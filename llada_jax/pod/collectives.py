@@ -15,7 +15,7 @@ import re
 
 import numpy as np
 
-from llada_jax.pod.chips import Topology
+from llada_jax.chips import Topology
 from llada_jax.pod.hlo import Module, Operation
 
 _GROUPS = re.compile(

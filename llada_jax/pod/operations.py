@@ -17,7 +17,7 @@ import dataclasses
 import math
 import re
 
-from llada_jax.pod.chips import Chip
+from llada_jax.chips import Chip
 from llada_jax.pod.hlo import Array, Module, Operation
 
 FREE = {

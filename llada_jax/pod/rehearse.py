@@ -17,24 +17,22 @@ from ml_collections import ConfigDict
 
 from llada_jax import sharding
 from llada_jax.attention import context
-from llada_jax.bench import experts
-from llada_jax.bench.rows import LENGTHS, LONG_LENGTHS, MEANS, segment_ids
+from llada_jax.chips import Topology
 from llada_jax.data.order import Batch
 from llada_jax.diffusion import schedule
 from llada_jax.errors import InputError
-from llada_jax.model import head, parameters
+from llada_jax.model import head, parameters, useful_flops
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.forward import Execution
 from llada_jax.model.lora import Lora
-from llada_jax.pod import attention_cost, hlo, routing_cost, schedule_reader, useful_flops
-from llada_jax.pod.chips import Topology
+from llada_jax.pod import attention_cost, experts_cost, hlo, routing_cost, schedule_reader
 from llada_jax.pod.collectives import Devices
 from llada_jax.pod.operations import Cost
+from llada_jax.pod.packings import LENGTHS, LONG_LENGTHS, MEANS, segment_ids
 from llada_jax.pod.step_cost import PARTS, Line, step_lines
 from llada_jax.pod.topology import slice_devices, slice_index
+from llada_jax.training import compiled_step, run_model, train_state
 from llada_jax.training import config as settings
-from llada_jax.training import run_model, saved_step
-from llada_jax.training import state as states
 from llada_jax.training.loop import train_loss
 from llada_jax.training.optimizer import make_optimizer
 from llada_jax.training.step import make_train_step
@@ -71,7 +69,7 @@ class Step:
 
     lowered: jax.stages.Lowered
     mesh: jax.sharding.Mesh
-    state: states.TrainState
+    state: train_state.TrainState
     model: ModelConfig
     trained: ModelConfig | Lora
     halves: str
@@ -93,7 +91,9 @@ def lower_step(config: ConfigDict, slices: Slices, halves: str) -> Step:
     settings.check_rows(config, mesh)
     with jax.set_mesh(mesh):
         optimizer = make_optimizer(config.optimizer, trained, schedule.total_steps(settings.phases(config)))
-        state = with_shardings(states.abstract(trained, optimizer), lambda x: states.shardings(x, trained, mesh))
+        state = with_shardings(
+            train_state.abstract(trained, optimizer), lambda x: train_state.shardings(x, trained, mesh)
+        )
         frozen = None
         if config.lora.rank or (config.preference.enabled and config.preference.reference == "frozen"):
             dtype = jnp.bfloat16 if config.lora.rank else jnp.float32
@@ -150,7 +150,7 @@ def _batch(config: ConfigDict, mesh) -> Batch | tuple:
 class Packing:
     """What the rows hold and how tokens choose experts: what run-time tile counts depend on.
 
-    mean_document: tokens, 0 for one document a row (bench/rows.py). busiest: load of the busiest shard's experts over
+    mean_document: tokens, 0 for one document a row (pod/packings.py). busiest: load of the busiest shard's experts over
     the mean; 1 is balanced.
     """
 
@@ -267,7 +267,7 @@ def rehearse(
 ) -> Rehearsal:
     """Raises InputError on bad input and DoesNotFit when the compiler runs out of a chip's memory.
 
-    save: a file for the compiled step (training/saved_step.py).
+    save: a file for the compiled step (training/compiled_step.py).
     """
     if packing.mean_document not in MEANS:
         raise InputError(f"--mean_document={packing.mean_document}, expected one of {', '.join(map(str, MEANS))}")
@@ -278,7 +278,7 @@ def rehearse(
     step = lower_step(config, slices, halves)
     compiled, compile_seconds = compile_step(step.lowered, step.mesh, slices)
     if save:
-        saved_step.save(save, compiled, saved_step.identity(config, step.trained, step.mesh, halves))
+        compiled_step.save(save, compiled, compiled_step.identity(config, step.trained, step.mesh, halves))
     module = hlo.parse(compiled.as_text())
     rows, length = config.batch.rows, config.data.length
     kernels = _kernels(config, step, slices, packing)
@@ -348,7 +348,7 @@ def _kernels(config: ConfigDict, step: Step, slices: Slices, packing: Packing):
             return "experts", grouped["gmm", product.shape[-1], result[0].shape[-1]]
 
         width = step.model.moe_intermediate_size // step.mesh.shape["tensor"]
-        kernels |= experts.activation_costs(width, slices.topology)
+        kernels |= experts_cost.activation_costs(width, slices.topology)
         kernels |= {"gmm": gmm, "tgmm": lambda result, operands: ("experts", grouped["tgmm", *result[0].shape[1:]])}
         ranks = step.mesh.shape["expert"] if config.execution.exchange == "tokens" else 1
         kernels |= routing_cost.kernel_costs(step.model, round(rows * shape.positions), ranks, slices.topology)
@@ -363,17 +363,17 @@ def _expert_costs(config: ConfigDict, step: Step, topology: Topology, tokens: fl
     model, mesh = step.model, step.mesh.shape
     width = model.moe_intermediate_size // mesh["tensor"]
     rows, groups = round(tokens) * model.num_experts_per_token, model.num_experts
-    sizes = experts.group_sizes(rows, groups)
+    sizes = experts_cost.group_sizes(rows, groups)
     if config.execution.exchange == "tokens" and mesh["expert"] > 1:
         # A rank holds its share of the experts; its buffers are for the worst case, all pairs of all ranks.
-        sizes = experts.group_sizes(round(rows * packing.busiest), groups // mesh["expert"])
+        sizes = experts_cost.group_sizes(round(rows * packing.busiest), groups // mesh["expert"])
         rows *= mesh["expert"]
     costs = {}
     for contracted, columns in ((model.hidden_size, 2 * width), (width, model.hidden_size)):
         flops = 2.0 * float(sizes.sum()) * contracted * columns
-        for direction in experts.PASSES:
+        for direction in experts_cost.PASSES:
             try:
-                found = experts.kernel_cost("megablox", direction, sizes, contracted, columns, topology.name, rows)
+                found = experts_cost.kernel_cost("megablox", direction, sizes, contracted, columns, topology.name, rows)
             except schedule_reader.UnknownRegions as error:
                 shape = f"experts of {model.hidden_size} x {width} on {topology.name}"
                 raise InputError(f"config.model={config.model}: no estimate of {shape}: {error}") from error

@@ -15,11 +15,11 @@ from ml_collections import ConfigDict
 
 from llada_jax import sharding
 from llada_jax.attention import cached
+from llada_jax.chips import Topology
 from llada_jax.errors import InputError
 from llada_jax.model import parameters
 from llada_jax.model.config import ModelConfig
 from llada_jax.pod import hlo, operations, routing_cost
-from llada_jax.pod.chips import Topology
 from llada_jax.pod.rehearse import (
     Memory,
     Slices,

@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 
+from llada_jax.chips import Topology
 from llada_jax.model import router_kernel
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.rows_kernel import PARTS, TILE, rows_by_expert
-from llada_jax.pod.chips import Topology
 from llada_jax.pod.step_cost import KernelCost
 from llada_jax.pod.stream_cost import stream_costs
 

@@ -16,7 +16,7 @@ import dataclasses
 import re
 from collections.abc import Iterator, Sequence
 
-from llada_jax.pod.chips import Chip
+from llada_jax.chips import Chip
 
 # Rows that one instruction streams through a matrix unit: 8 sublanes of 32 bits each; the "lmr" form, from transposed
 # registers, half of that.

@@ -14,7 +14,7 @@ import itertools
 import re
 from collections.abc import Callable, Collection, Mapping
 
-from llada_jax.pod.chips import Chip
+from llada_jax.chips import Chip
 from llada_jax.pod.collectives import Collective, Devices, collective_cost, kind_of
 from llada_jax.pod.hlo import Array, Module, Operation
 from llada_jax.pod.operations import Cost, is_matmul, operation_cost

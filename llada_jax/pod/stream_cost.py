@@ -6,9 +6,9 @@ schedule. Compiler-estimated, not measured.
 
 from collections.abc import Iterable, Mapping
 
+from llada_jax.chips import Chip, Topology
 from llada_jax.pod import hlo
 from llada_jax.pod.aot import Program, compile_program
-from llada_jax.pod.chips import Chip, Topology
 from llada_jax.pod.hlo import Array
 from llada_jax.pod.operations import Cost
 from llada_jax.pod.schedule_reader import grid_cycles

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 
+from llada_jax.chips import Topology
 from llada_jax.errors import InputError
-from llada_jax.pod.chips import Topology
 
 
 def slice_devices(topology: Topology, slices: int = 1) -> np.ndarray:

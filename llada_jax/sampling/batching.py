@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from llada_jax.errors import InputError
-from llada_jax.interop.tokenizer import Tokenizer
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.forward import Execution
 from llada_jax.sampling import decode
@@ -28,6 +27,7 @@ from llada_jax.sampling.generate import (
     requests_of,
 )
 from llada_jax.sampling.state import KEYS, State, empty_state
+from llada_jax.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import jax
 
+from llada_jax.chips import CHIPS, Chip
 from llada_jax.model.config import ModelConfig
-from llada_jax.pod.chips import CHIPS, Chip
 
 # What a window's second block costs on a device that chips.py does not know, as a share of a pass: nearly all of it, as
 # on CPUs (python tools/bench.py decode prints it).

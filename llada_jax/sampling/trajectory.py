@@ -3,7 +3,7 @@
 import numpy as np
 from rich.text import Text
 
-from llada_jax import pictures
+from llada_jax import plots
 
 _COLORS = ("#440154", "#46327e", "#365c8d", "#277f8e", "#1fa187", "#4ac16d", "#a0da39", "#fde725")  # early to late
 
@@ -35,7 +35,7 @@ def terminal(pieces: list[str], steps: np.ndarray, spans: list[slice]) -> Text:
 
 def draw(pieces: list[str], steps: np.ndarray, confidence: np.ndarray, spans: list[slice], path: str) -> None:
     """Writes the picture to `path`, .svg or .png: a row for each block, a cell for each token with its text."""
-    pyplot = pictures.open_pyplot()
+    pyplot = plots.open_pyplot()
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Rectangle
 
@@ -65,4 +65,4 @@ def draw(pieces: list[str], steps: np.ndarray, confidence: np.ndarray, spans: li
     bar = figure.colorbar(scale, ax=axes, orientation="horizontal", fraction=0.35 / (len(spans) + 1), pad=0.03)
     bar.set_ticks(sorted({round(tick) for tick in np.linspace(1, most, min(most, 8))}))
     bar.set_label("step of the block", fontsize=8)
-    pictures.save(figure, path, bbox_inches="tight")
+    plots.save(figure, path, bbox_inches="tight")

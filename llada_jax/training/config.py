@@ -21,8 +21,8 @@ from llada_jax.errors import InputError
 from llada_jax.model.config import PRESETS, ModelConfig
 from llada_jax.model.forward import Execution
 from llada_jax.model.parameters import adaptable
+from llada_jax.monitoring.profiling import parse_steps
 from llada_jax.training import fields
-from llada_jax.training.profiling import parse_steps
 
 FROM_CHECKPOINT = ("init_from", "auto", "")  # names of no preset: the model is that of config.init_from
 

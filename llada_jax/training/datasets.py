@@ -15,7 +15,7 @@ from llada_jax.data.mixture import Mixture, component_seed
 from llada_jax.data.order import Batch, Order, Rows
 from llada_jax.data.rows import packed_with, read_dataset
 from llada_jax.errors import InputError
-from llada_jax.interop.tokenizer import Tokenizer
+from llada_jax.tokenizer import Tokenizer
 from llada_jax.training import config as settings
 
 

@@ -30,7 +30,7 @@ from llada_jax.training.config import skips_steps
 FILE = "faults.jsonl"
 
 
-class Judge:
+class FaultPolicy:
     """Judges the steps of a run by config.faults; every process of it comes to the same decisions.
 
     host: what the checkpoint that the run goes on from keeps of host_state(), {} at the start.
@@ -65,7 +65,7 @@ class Judge:
             return ()
         return (self._limit(step) if self._faults.on_spike == "skip" else np.float32(np.inf),)
 
-    def judge(self, step: int, metrics: dict, row_ids: np.ndarray, now: bool) -> int | None:
+    def observe(self, step: int, metrics: dict, row_ids: np.ndarray, now: bool) -> int | None:
         """Takes what a step (from 0) returned; judges the step before it and, if `now`, the step itself.
 
         row_ids: stored indices of this process's rows. Returns the bad step that the run is to be rewound for, or None.

@@ -8,9 +8,9 @@ from ml_collections import ConfigDict
 from llada_jax.evaluation.likelihood import block_nelbo, weighted_mean
 from llada_jax.evaluation.preference import chosen_only, compare
 from llada_jax.evaluation.report import with_error
+from llada_jax.monitoring.metrics import MetricsWriter
 from llada_jax.training import config as settings
 from llada_jax.training.inputs import Inputs
-from llada_jax.training.metrics import MetricsWriter
 from llada_jax.training.reference import Reference, held_out_scores
 
 

@@ -12,18 +12,20 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from llada_jax import sharding
+from llada_jax.checkpoint import weights
 from llada_jax.data.byte_tokenizer import byte_tokenizer
 from llada_jax.data.mixture import parse_mixture
 from llada_jax.data.order import Batch, Order
 from llada_jax.data.rows import FORMAT
 from llada_jax.errors import InputError
 from llada_jax.interop.export import check_exportable
-from llada_jax.interop.tokenizer import Tokenizer, load_tokenizer, parse_add_bos
 from llada_jax.model import parameters
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.lora import Lora
-from llada_jax.training import checkpoint, hosts, run_model
+from llada_jax.runtime import distributed
+from llada_jax.tokenizer import Tokenizer, load_tokenizer, parse_add_bos
 from llada_jax.training import config as settings
+from llada_jax.training import run_model
 from llada_jax.training.datasets import Component, open_rows
 from llada_jax.training.lora import open_lora
 from llada_jax.training.source import Source, open_source
@@ -62,7 +64,7 @@ def open_inputs(config: ConfigDict, workdir: Path) -> Inputs:
 def initial_params(inputs: Inputs, seed: int, shardings):
     """What trains, float32: the weights of the source, or random ones drawn on the devices, as adapters always are."""
     if inputs.source is not None and inputs.lora is None:
-        return checkpoint.load_params(inputs.source.directory, dtype="float32", shardings=shardings)
+        return weights.load_params(inputs.source.directory, dtype="float32", shardings=shardings)
     key = jax.random.key(seed, impl="threefry2x32")
 
     def draw(bits):
@@ -76,7 +78,7 @@ def frozen_params(inputs: Inputs, mesh):
     """The weights of the source when they do not train: LoRA's base as it is stored, any other reference in float32."""
     where = sharding.shardings(parameters.abstract(inputs.model), parameters.logical_axes(inputs.model), mesh)
     dtype = None if inputs.lora else "float32"
-    return checkpoint.load_params(inputs.source.directory, dtype=dtype, shardings=where)
+    return weights.load_params(inputs.source.directory, dtype=dtype, shardings=where)
 
 
 def lineage(config: ConfigDict, inputs: Inputs) -> dict:
@@ -92,7 +94,7 @@ def _model(config: ConfigDict, source: Source | None) -> tuple[ModelConfig, Toke
     model = run_model.named(config) if source is None else source.model
     if source is not None:
         run_model.check_preset(config, model)
-        tokenizer = checkpoint.load_tokenizer(source.directory)
+        tokenizer = weights.load_tokenizer(source.directory)
     elif config.data.tokenizer == "bytes":
         if model.vocab_size < 258 or None in (model.eos_token_id, model.mask_token_id):
             raise InputError(f'config.data.tokenizer="bytes" does not fit model {config.model!r}')
@@ -171,5 +173,5 @@ def _packed(config: ConfigDict, workdir: Path, tokenizer: Tokenizer | None) -> s
         if not (out / "dataset.json").exists():
             pack(data.source, tokenizer, str(out), data.length, patterns=data.patterns, log=log)
 
-    hosts.in_turn(pack_once)
+    distributed.in_turn(pack_once)
     return str(out)

@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from llada_jax import sharding
+from llada_jax.checkpoint import saver, weights
 from llada_jax.data.order import prefetch
 from llada_jax.diffusion import schedule
 from llada_jax.diffusion.schedule import Phase
@@ -25,28 +26,28 @@ from llada_jax.errors import InputError
 from llada_jax.model import parameters
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.forward import Execution
-from llada_jax.training import checkpoint, held_out, hosts, saved_step, saver
+from llada_jax.monitoring.goodput import Goodput
+from llada_jax.monitoring.metrics import MetricsWriter, Progress
+from llada_jax.monitoring.mfu import Speed
+from llada_jax.monitoring.profiling import Profile, parse_steps
+from llada_jax.runtime import distributed
+from llada_jax.runtime.global_arrays import from_own_rows, on_all_devices, own_rows
+from llada_jax.runtime.preemption import Stop, stop_on_sigterm
+from llada_jax.runtime.remote_workdir import Mirror, open_workdir
+from llada_jax.runtime.retry import Retry
+from llada_jax.runtime.watchdog import watched
+from llada_jax.runtime.workdir_lock import claimed
+from llada_jax.training import compiled_step, held_out, train_state
 from llada_jax.training import config as settings
-from llada_jax.training import state as states
-from llada_jax.training.faults import Judge
-from llada_jax.training.goodput import Goodput
+from llada_jax.training.faults import FaultPolicy
 from llada_jax.training.inputs import Inputs, initial_params, open_inputs
-from llada_jax.training.keeper import Keeper, checkpoints
 from llada_jax.training.lora import describe
-from llada_jax.training.metrics import MetricsWriter, Progress
-from llada_jax.training.mirror import Mirror, open_workdir
 from llada_jax.training.optimizer import learning_rate, make_optimizer
-from llada_jax.training.patience import Patience
-from llada_jax.training.preemption import Stop, stop_on_sigterm
-from llada_jax.training.process_data import from_own_rows, on_all_devices, own_rows
-from llada_jax.training.profiling import Profile, parse_steps
 from llada_jax.training.reference import Reference, open_reference
 from llada_jax.training.run_model import fitted, length_notice
+from llada_jax.training.save_policy import SavePolicy, checkpoints
 from llada_jax.training.source import continue_learning_rate
-from llada_jax.training.speed import Speed
 from llada_jax.training.step import Loss, denoising_loss, make_train_step, preference_loss, whole
-from llada_jax.training.watchdog import watched
-from llada_jax.training.workdir import claimed
 from llada_jax.training.xla_options import xla_options
 
 
@@ -54,20 +55,20 @@ def train(config: ConfigDict, workdir: str, devices=None) -> None:
     """Trains to the end of the schedule, from the newest checkpoint of `workdir` if there is one.
 
     Writes config.json, checkpoints/, metrics.jsonl and TensorBoard event files, and faults.jsonl when a step was bad.
-    SIGTERM saves and returns. devices: those of the mesh, by default all. A workdir may be gs:// (training/mirror.py).
+    SIGTERM saves and returns. devices: those of the mesh, by default all. workdir: may be gs:// (remote_workdir.py).
     Raises InputError on bad input, before anything is written, when another trainer has the workdir, and when
     config.faults or a failing store ends the run.
 
-    Every process of a run makes this call (training/hosts.py).
+    Every process of a run makes this call (runtime/distributed.py).
     """
-    with hosts.console():
+    with distributed.console():
         _train(config, workdir, devices)
 
 
 def _train(config: ConfigDict, workdir: str, devices) -> None:
     settings.check(config)
     config = fitted(config)
-    hosts.check_same("config, code or JAX", config.to_json() + checkpoint.code() + jax.__version__)
+    distributed.check_same("config, code or JAX", config.to_json() + weights.code() + jax.__version__)
     phases = settings.phases(config)
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
     settings.check_rows(config, mesh)
@@ -82,14 +83,14 @@ def _train(config: ConfigDict, workdir: str, devices) -> None:
         if notice := length_notice(config, inputs.model):
             print(notice, flush=True)
         config = continue_learning_rate(config, inputs.source)
-        hosts.check_shared(epath.Path(workdir))
+        distributed.check_shared(epath.Path(workdir))
         with jax.set_mesh(mesh), stop_on_sigterm() as stop:
             _run(config, phases, mesh, mirror, inputs, stop)
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What does not change from step to step. beat: of training/watchdog.py."""
+    """What does not change from step to step. heartbeat: of runtime/watchdog.py."""
 
     config: ConfigDict
     phases: Sequence[Phase]
@@ -98,10 +99,10 @@ class Run:
     reference: Reference
     train_step: Callable
     batch_sharding: NamedSharding
-    keep: Keeper
-    patience: Patience
+    saves: SavePolicy
+    retry: Retry
     stop: Stop
-    beat: Callable[[], None]
+    heartbeat: Callable[[], None]
     mirror: Mirror
     goodput: Goodput
     speed: Speed
@@ -117,8 +118,8 @@ def _run(config, phases, mesh, mirror: Mirror, inputs: Inputs, stop) -> None:
     goodput = Goodput(workdir, writes=jax.process_index() == 0)
     last_step = schedule.total_steps(phases)
     optimizer = make_optimizer(config.optimizer, inputs.trained, last_step)
-    abstract = states.abstract(inputs.trained, optimizer)
-    where = states.shardings(abstract, inputs.trained, mesh)
+    abstract = train_state.abstract(inputs.trained, optimizer)
+    where = train_state.shardings(abstract, inputs.trained, mesh)
     batch_sharding = NamedSharding(mesh, PartitionSpec(sharding.spec(("batch",), (config.batch.rows,), mesh)[0]))
     reference = open_reference(config, phases, inputs, batch_sharding, workdir, stop)
     if reference is None:
@@ -133,55 +134,56 @@ def _run(config, phases, mesh, mirror: Mirror, inputs: Inputs, stop) -> None:
         settings.write(config, workdir / "config.json")
 
     train_step = goodput.timed_steps(_train_step(config, inputs, optimizer, mesh))
-    patience = Patience(config.checkpoint.retries, config.checkpoint.retry_seconds)
-    keep = Keeper(config, workdir, inputs, patience)
+    retry = Retry(config.checkpoint.retries, config.checkpoint.retry_seconds)
+    saves = SavePolicy(config, workdir, inputs, retry)
     with contextlib.ExitStack() as closing:
         if jax.process_count() == 1:  # several agree on how a save went, but an error of one is not waited for
-            closing.callback(keep.settle)  # what is being saved when an error ends the run
-        beat = closing.enter_context(watched(config.faults.hang_minutes, workdir, jax.process_index()))
+            closing.callback(saves.settle)  # what is being saved when an error ends the run
+        heartbeat = closing.enter_context(watched(config.faults.hang_minutes, workdir, jax.process_index()))
         profile = Profile(workdir / "profile", parse_steps(config.profile.steps), goodput.spent)
         closing.callback(profile.close)
+        speed = Speed(config, phases, inputs.model, inputs.held_out.segment_ids, mesh.devices.flat)
         run = Run(
-            config, phases, workdir, inputs, reference, train_step, batch_sharding, keep, patience, stop, beat,
-            mirror, goodput, Speed(config, phases, inputs, mesh.devices.flat), profile,
+            config, phases, workdir, inputs, reference, train_step, batch_sharding, saves, retry, stop, heartbeat,
+            mirror, goodput, speed, profile,
         )  # fmt: skip
         while True:
-            judge = Judge(config, phases, workdir, host)
-            done, bad_step = _steps(run, state, int(state.step), judge)
+            policy = FaultPolicy(config, phases, workdir, host)
+            done, bad_step = _steps(run, state, int(state.step), policy)
             if bad_step is None:
                 break
             goodput.mark(done)
             with goodput.spent("restore"):
-                keep.settle()
+                saves.settle()
                 state, host = load()
-            host = judge.rewound(bad_step, int(state.step), host)
+            host = policy.rewound(bad_step, int(state.step), host)
             print(f"rewound to step {int(state.step)}; the data goes on behind step {bad_step + 1}", flush=True)
-            beat()
+            heartbeat()
         with goodput.spent("save"):
-            keep.wait()
+            saves.wait()
     goodput.mark(done)
     ended = "finished" if done == last_step else "stopped"  # experiments/launch/supervise.sh looks for it
     print(f"{goodput.describe()}\n{ended} at step {done}: {mirror.remote or workdir}", flush=True)
 
 
-def _steps(run: Run, state: states.TrainState, first_step: int, judge: Judge) -> tuple[int, int | None]:
+def _steps(run: Run, state: train_state.TrainState, first_step: int, policy: FaultPolicy) -> tuple[int, int | None]:
     """Trains from `state`, which is donated, to the last step or to SIGTERM, and begins to save what it has then.
 
     Returns (steps done, the bad step to be rewound for or None).
     """
     config, inputs, reference, last_step = run.config, run.inputs, run.reference, run.last_step
     rates = learning_rate(config.optimizer, last_step)
-    writer = MetricsWriter(run.workdir, first_step, run.patience)
+    writer = MetricsWriter(run.workdir, first_step, run.retry)
     progress = Progress(first_step, last_step, config.batch.rows * config.data.length)
     mine = own_rows(run.batch_sharding, config.batch.rows)
-    batches = prefetch(inputs.rows, first_step, last_step, config.batch.rows, judge.data_offset, mine)
+    batches = prefetch(inputs.rows, first_step, last_step, config.batch.rows, policy.data_offset, mine)
     with contextlib.ExitStack() as closing:
         closing.callback(writer.close)
         closing.callback(batches.close)
         run.goodput.begin_steps(first_step)
         for step, batch in run.goodput.timed_batches(batches):
             done, phase = step + 1, schedule.phase_at(run.phases, step)
-            scalars = np.int32(phase.block_size), np.float32(_noise_std(config, step)), *judge.scalars(step)
+            scalars = np.int32(phase.block_size), np.float32(_noise_std(config, step)), *policy.scalars(step)
             scalars = on_all_devices(scalars, run.batch_sharding.mesh)
             row_ids = batch.row_ids
             batch = from_own_rows(reference.join(step, batch, mine), run.batch_sharding, config.batch.rows)
@@ -191,14 +193,14 @@ def _steps(run: Run, state: states.TrainState, first_step: int, judge: Judge) ->
             run.profile.after(done, metrics)
             due = _due(config, done, last_step)
             last = run.stop.after_step() or done == last_step
-            save = due.save or last or run.keep.due_anywhere(ask=due.log)
+            save = due.save or last or run.saves.due_anywhere(ask=due.log)
             shown = due.log or done == first_step + 1 or last
-            bad_step = judge.judge(step, metrics, row_ids, now=shown or due.evaluate or save)
-            run.beat()
+            bad_step = policy.observe(step, metrics, row_ids, now=shown or due.evaluate or save)
+            run.heartbeat()
             if bad_step is not None:
                 return done, bad_step
             if shown:
-                rate = float(rates(max(step - judge.skipped, 0)))
+                rate = float(rates(max(step - policy.skipped, 0)))
                 timed = run.speed.fields(phase, run.goodput.mark(done)) | run.goodput.fields()
                 _log(writer if due.log else None, progress, done, phase, metrics, rate, timed)
             score = None  # a step that SIGTERM or the clock makes us save has none: no other run would have it
@@ -206,13 +208,13 @@ def _steps(run: Run, state: states.TrainState, first_step: int, judge: Judge) ->
                 params = whole(state.params, reference.frozen, inputs.trained)
                 with run.goodput.spent("evaluate"):
                     score = held_out.evaluate(config, inputs, reference, params, writer, done)
-                run.beat()
+                run.heartbeat()
             if save:
                 with run.goodput.spent("save"):
                     writer.sync()  # a saved step has its rows of metrics
                     run.mirror.push()
-                    run.keep.save(done, state, score if due.save else None, judge.host_state())
-                run.beat()
+                    run.saves.save(done, state, score if due.save else None, policy.host_state())
+                run.heartbeat()
             if last:
                 break
     return done, None
@@ -242,8 +244,8 @@ def _train_step(config, inputs: Inputs, optimizer, mesh):
     train_step = make_train_step(inputs.trained, loss, optimizer, config.batch.micro_batches, rate, options, guard)
     if not config.compiled_step:
         return train_step
-    made_for = saved_step.identity(config, inputs.trained, mesh, config.compiled_halves)
-    compiled = saved_step.load(config.compiled_step, made_for, mesh.devices.flat)
+    made_for = compiled_step.identity(config, inputs.trained, mesh, config.compiled_halves)
+    compiled = compiled_step.load(config.compiled_step, made_for, mesh.devices.flat)
     return lambda *arguments: (
         compiled(*arguments[:-1]) if arguments[-1] == config.compiled_halves else train_step(*arguments)
     )
@@ -257,7 +259,7 @@ def train_loss(config: ConfigDict, model: ModelConfig, execution: Execution) -> 
     return preference_loss(*common, preference, config.preference.reference == "precomputed")
 
 
-def _load(config, workdir: Path, inputs: Inputs, optimizer, abstract, where) -> tuple[states.TrainState, dict]:
+def _load(config, workdir: Path, inputs: Inputs, optimizer, abstract, where) -> tuple[train_state.TrainState, dict]:
     """The state of the newest checkpoint, and the host state kept with it; without a checkpoint those of the start."""
     found = saver.restore(
         checkpoints(config, workdir), inputs.trained, abstract.params, abstract.optimizer,
@@ -265,10 +267,10 @@ def _load(config, workdir: Path, inputs: Inputs, optimizer, abstract, where) -> 
     )  # fmt: skip
     if found is None:
         params = initial_params(inputs, config.seed, where.params)
-        return jax.jit(lambda p: states.create(p, optimizer), out_shardings=where)(params), {}
+        return jax.jit(lambda p: train_state.create(p, optimizer), out_shardings=where)(params), {}
     step, params, optimizer_state, host = found
     if "rows_per_step" not in host:  # a checkpoint from before that was kept
-        before = checkpoint.read_config(epath.Path(checkpoints(config, workdir)) / str(step))[1].get("config", {})
+        before = weights.read_config(epath.Path(checkpoints(config, workdir)) / str(step))[1].get("config", {})
         host |= {"rows_per_step": before.get("batch", {}).get("rows", config.batch.rows)}
     if config.preference.enabled and inputs.source.weights != (started := host.get("init_weights")):
         raise InputError(
@@ -281,7 +283,7 @@ def _load(config, workdir: Path, inputs: Inputs, optimizer, abstract, where) -> 
             f"{workdir}: its rows are not those of the precomputed scores, as it was rewound or went on with another "
             'batch.rows; set config.preference.reference="frozen"'
         )
-    return states.TrainState(on_all_devices(np.int32(step), where.step.mesh), params, optimizer_state), host
+    return train_state.TrainState(on_all_devices(np.int32(step), where.step.mesh), params, optimizer_state), host
 
 
 def _noise_std(config, step: int) -> float:

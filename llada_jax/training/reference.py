@@ -20,16 +20,17 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from llada_jax.checkpoint import saver
 from llada_jax.data.order import Batch, prefetch
 from llada_jax.diffusion import preference, schedule
 from llada_jax.diffusion.schedule import Phase
 from llada_jax.evaluation.preference import pair_scores
+from llada_jax.monitoring.metrics import duration
+from llada_jax.runtime import distributed
+from llada_jax.runtime.global_arrays import from_own_rows, on_all_devices, own_rows
 from llada_jax.training import config as settings
-from llada_jax.training import hosts, saver
 from llada_jax.training.inputs import Inputs, frozen_params
-from llada_jax.training.keeper import checkpoints
-from llada_jax.training.metrics import duration
-from llada_jax.training.process_data import from_own_rows, on_all_devices, own_rows
+from llada_jax.training.save_policy import checkpoints
 from llada_jax.training.score_file import ScoreFile
 from llada_jax.training.step import join_rows, split_rows
 
@@ -81,7 +82,7 @@ def open_reference(
         held_out.append(held_out_scores(config, inputs, load()))
     if not steps.complete:
         _score_steps(config, phases, inputs, load(), batch_sharding, steps, stop)
-    hosts.barrier()  # process 0 has written what all have scored
+    distributed.barrier()  # process 0 has written what all have scored
     if not steps.complete:
         print(f"stopped after scoring {steps.stored} steps: {workdir}", flush=True)
         return None
@@ -109,7 +110,7 @@ def _files(config, phases, inputs: Inputs, max_pairs: int, workdir: Path) -> tup
     }
     shape, held_out = (config.batch.rows, max_pairs, 2), (len(inputs.held_out.ids), max_pairs, 2)
     how = {"writes": jax.process_index() == 0, "replace": not saver.steps(checkpoints(config, workdir))}
-    return hosts.in_turn(
+    return distributed.in_turn(
         lambda: (
             ScoreFile(workdir / "reference_scores.bin", of_steps, shape, schedule.total_steps(phases), **how),
             ScoreFile(workdir / "reference_scores_held_out.bin", of_held_out, held_out, 1, **how),

@@ -2,10 +2,10 @@
 
 from ml_collections import ConfigDict
 
+from llada_jax.checkpoint import weights
 from llada_jax.errors import InputError
 from llada_jax.model import parameters
 from llada_jax.model.config import ModelConfig, preset
-from llada_jax.training import checkpoint
 from llada_jax.training import config as settings
 
 # Fields that a preset and a checkpoint agree on. Others are the checkpoint's: import may add a token or name a mask.
@@ -21,7 +21,7 @@ def named(config: ConfigDict) -> ModelConfig:
     """
     if config.model not in settings.FROM_CHECKPOINT:
         return preset(config.model)
-    return checkpoint.read_config(checkpoint.locate(config.init_from))[0]
+    return weights.read_config(weights.locate(config.init_from))[0]
 
 
 def fitted(config: ConfigDict) -> ConfigDict:

@@ -9,15 +9,14 @@ import os
 from etils import epath
 from ml_collections import ConfigDict
 
+from llada_jax.checkpoint import files, weights
+from llada_jax.checkpoint.lora import stored_entries
 from llada_jax.diffusion import schedule
 from llada_jax.errors import InputError
 from llada_jax.model import parameters
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.lora import Lora
-from llada_jax.training import checkpoint
-from llada_jax.training import checkpoint_files as files
 from llada_jax.training import config as settings
-from llada_jax.training.lora import stored_entries
 from llada_jax.training.optimizer import learning_rate
 
 
@@ -67,20 +66,20 @@ class Source:
 
 def open_source(path: str | os.PathLike) -> Source:
     """Reads config and digests, no weights. Raises InputError when `path` is neither checkpoint nor workdir."""
-    directory = checkpoint.locate(path)
-    model, lineage = checkpoint.read_config(directory)
+    directory = weights.locate(path)
+    model, lineage = weights.read_config(directory)
     digests = files.read_digests(directory)
     identity = sorted((name, entry.digest) for name, entry in digests.tensors["params"].items())
-    if isinstance(held := checkpoint.read_held(directory), Lora):
+    if isinstance(held := weights.read_held(directory), Lora):
         identity += [held.scale, held.base_digest]
     sizes: dict[str, int] = {}
-    for entry in stored_entries(checkpoint.open_weights(directory)).values():
+    for entry in stored_entries(weights.open_weights(directory)).values():
         sizes[entry.dtype.name] = sizes.get(entry.dtype.name, 0) + math.prod(entry.shape)
     step = None
     if "train_state.json" in digests.files:
         step = json.loads(files.read_file(directory, digests, "train_state.json"))["step"]
-    weights = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
-    return Source(directory, model, lineage, step, weights, max(sizes, key=sizes.get))
+    identity_hex = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
+    return Source(directory, model, lineage, step, identity_hex, max(sizes, key=sizes.get))
 
 
 def last_learning_rate(source: Source) -> float:

@@ -20,7 +20,7 @@ from llada_jax.model.config import ModelConfig
 from llada_jax.model.forward import Execution
 from llada_jax.model.lora import Lora, attach
 from llada_jax.model.router import balanced_bias
-from llada_jax.training.state import TrainState
+from llada_jax.training.train_state import TrainState
 
 
 class Loss(NamedTuple):

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from llada_jax.data.conversation import template
 from llada_jax.data.conversation.messages import REASONING, SAID
 from llada_jax.errors import InputError
-from llada_jax.interop.tokenizer import Tokenizer
+from llada_jax.tokenizer import Tokenizer
 
 _END_OF_REASONING = re.compile(
     r"</(?:think|thinking|thought|thoughts|reasoning|seed:think)>|\[/THINK\]|<\|end_of_thought\|>|◁/think▷"

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from llada_jax.data.conversation.messages import SUPERVISED, check_tools
 from llada_jax.errors import InputError
-from llada_jax.interop.tokenizer import Tokenizer
+from llada_jax.tokenizer import Tokenizer
 
 _OURS = ("messages", "tools", "add_generation_prompt", "continue_final_message", "strftime_now")
 

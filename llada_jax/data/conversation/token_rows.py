@@ -3,7 +3,7 @@
 import numpy as np
 
 from llada_jax.errors import InputError
-from llada_jax.interop.tokenizer import Tokenizer
+from llada_jax.tokenizer import Tokenizer
 
 IGNORED = -100  # the label of a token that is not supervised
 _LENGTHS = ("prompt_length", "prompt_lengths")

@@ -1,0 +1,187 @@
+"""What a TPU chip can do, and the slices that exist: the facts that every estimate in this room rests on.
+
+Peaks, memory and links: the pages cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x}. TensorCores and VMEM: JAX's
+`pallas.tpu.get_tpu_info`. Multiply-accumulates per cycle: from the instructions of a compiled matmul (a 128 x 128
+matrix unit takes a row a cycle, a 256 x 256 one two rows), which tests/pod/test_schedule_reader.py checks on every
+chip. The clock follows: peak FLOP/s / (2 x multiply-accumulates of all cores).
+"""
+
+import dataclasses
+import math
+
+from llada_jax.errors import InputError
+
+_GIB = 2**30
+_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_BELOW_A_CUBE = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")
+# Of sizes that have several shapes, the one that the size alone stands for (cloud.google.com/tpu/docs/v5p).
+_DEFAULTS = ("4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16", "16x16x24")
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One chip. Rates are per second; bandwidths in bytes; `ici_bandwidth` is one way over one link."""
+
+    name: str
+    device_kind: str  # JAX's name
+    peak_bf16: float
+    hbm_bytes: int
+    hbm_bandwidth: float
+    ici_links: int  # also the neighbours: 4 in a 2-D torus, 6 in a 3-D torus
+    ici_bandwidth: float
+    dcn_bandwidth: float  # a chip's share of its host's data-centre network
+    cores: int  # TensorCores
+    devices: int  # JAX devices; v5p's two TensorCores are one device, tpu7x's are two
+    matrix_units: int  # of one TensorCore
+    matrix_unit_size: int  # rows and columns
+    rows_per_cycle: int  # rows of bfloat16 that a matrix unit takes per cycle; float32 is passed as bfloat16, 2 a row
+    vmem_bytes: int  # of one TensorCore
+    slices: tuple[str, ...]  # every slice, or those below a cube of 4 x 4 x 4 where larger ones are made of cubes
+    largest_slice: int  # chips
+
+    @property
+    def macs_per_cycle(self) -> int:
+        """Multiply-accumulates of one TensorCore's matrix units."""
+        return self.matrix_units * self.matrix_unit_size**2 * self.rows_per_cycle
+
+    @property
+    def clock(self) -> float:
+        """Cycles per second."""
+        return self.peak_bf16 / (2 * self.cores * self.macs_per_cycle)
+
+    @property
+    def cores_per_device(self) -> int:
+        return self.cores // self.devices
+
+
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip(
+            "v5e", "TPU v5 lite", 197e12, 16 * _GIB, 819e9, 4, 50e9, 3.125e9, 1, 1, 4, 128, 1, 128 * 2**20, _FLAT, 256
+        ),
+        Chip(
+            "v5p",
+            "TPU v5",
+            459e12,
+            95 * _GIB,
+            2765e9,
+            6,
+            100e9,
+            6.25e9,
+            2,
+            1,
+            4,
+            128,
+            1,
+            64 * 2**20,
+            _BELOW_A_CUBE,
+            6144,
+        ),
+        Chip(
+            "v6e", "TPU v6 lite", 918e12, 32 * _GIB, 1638e9, 4, 100e9, 12.5e9, 1, 1, 2, 256, 2, 128 * 2**20, _FLAT, 256
+        ),
+        Chip(
+            "tpu7x",
+            "TPU7x",
+            2307e12,
+            192 * _GIB,
+            7380e9,
+            6,
+            100e9,
+            12.5e9,
+            2,
+            2,
+            2,
+            256,
+            2,
+            64 * 2**20,
+            _BELOW_A_CUBE,
+            9216,
+        ),
+    )
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """A slice of one chip type, e.g. v5p:4x4x8."""
+
+    chip: Chip
+    shape: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.chip.name}:{self.shape_name}"
+
+    @property
+    def shape_name(self) -> str:
+        return "x".join(map(str, self.shape))
+
+    @property
+    def chips(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def num_devices(self) -> int:
+        return self.chips * self.chip.devices
+
+    @property
+    def wraps(self) -> tuple[bool, ...]:
+        """Of each side, whether its links close a ring: in cubes of 4 x 4 x 4 all, in two dimensions a side of 16."""
+        if len(self.shape) == 3:
+            return (all(side % 4 == 0 for side in self.shape),) * 3
+        return tuple(side == 16 for side in self.shape)
+
+    @property
+    def accelerator_type(self) -> str:
+        """The cloud's name, which counts TensorCores: v5p:4x4x4 is "v5p-128"."""
+        return f"{self.type_name}-{self.chips * self.chip.cores}"
+
+    @property
+    def type_name(self) -> str:
+        """The cloud's name of the chip."""
+        return {"v5e": "v5litepod"}.get(self.chip.name, self.chip.name)
+
+    @property
+    def is_default(self) -> bool:
+        """Whether accelerator_type alone stands for this slice."""
+        return self.is_the_only_one or self.shape_name in _DEFAULTS
+
+    @property
+    def is_the_only_one(self) -> bool:
+        """Whether no other slice of the chip has as many chips, so that accelerator_type says all."""
+        if len(self.shape) == 2 or self.chips % 64:
+            return True
+        cubes = self.chips // 64
+        sides = range(1, cubes + 1)
+        return sum(cubes % (a * b) == 0 and a <= b <= cubes // (a * b) for a in sides for b in sides) == 1
+
+
+def parse_topology(name: str) -> Topology:
+    """ "v5p:2x2x1" -> Topology. Raises InputError where no such chip or slice exists."""
+    chip_name, _, shape_text = name.partition(":")
+    if chip_name not in CHIPS:
+        raise InputError(f"topology {name}: unknown chip, expected one of {', '.join(CHIPS)}, as in v5p:2x2x1")
+    chip = CHIPS[chip_name]
+    sides = shape_text.split("x")
+    if not all(side.isdecimal() and int(side) > 0 for side in sides):
+        raise InputError(f"topology {name}: expected sides joined by x, as in {chip_name}:{chip.slices[0]}")
+    topology = Topology(chip, tuple(map(int, sides)))
+    if shape_text not in chip.slices and not _is_made_of_cubes(topology):
+        cubes = f", and multiples of 4x4x4 in ascending order up to {chip.largest_slice} chips"
+        raise InputError(
+            f"topology {name}: no such slice; {chip_name} has {', '.join(chip.slices)}"
+            + (cubes if chip.ici_links == 6 else "")
+        )
+    return topology
+
+
+def _is_made_of_cubes(topology: Topology) -> bool:
+    shape = topology.shape
+    return (
+        topology.chip.ici_links == len(shape) * 2 == 6
+        and all(side % 4 == 0 for side in shape)
+        and list(shape) == sorted(shape)
+        and topology.chips <= topology.chip.largest_slice
+    )

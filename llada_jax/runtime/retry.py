@@ -1,0 +1,33 @@
+"""What to do with a store that fails: a full disk may be emptied, and a network may come back."""
+
+import dataclasses
+import itertools
+import sys
+import time
+from collections.abc import Callable
+
+from llada_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Retry:
+    """`retries` more attempts, the first after `seconds`, each other after twice the pause before it."""
+
+    retries: int = 0
+    seconds: float = 0.0
+
+    def pause(self, failures: int) -> float:
+        """Seconds to wait after so many failures in a row, 1, 2, …"""
+        return self.seconds * 2 ** (failures - 1)
+
+    def attempt(self, action: Callable[[], None], what: object) -> None:
+        """Calls `action`, again when it raises OSError. Raises InputError naming `what` when it does so too often."""
+        for failures in itertools.count(1):
+            try:
+                return action()
+            except OSError as error:
+                text = f"{what}: cannot be written ({error.strerror or error})"
+                if failures > self.retries:
+                    raise InputError(f"{text}; given up after {failures} attempts") from error
+                print(f"{text}; trying again", file=sys.stderr, flush=True)
+                time.sleep(self.pause(failures))

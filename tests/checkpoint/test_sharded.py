@@ -1,0 +1,74 @@
+"""A process that holds a part of the weights reads that part of the checkpoint."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llada_jax.checkpoint import files, saver, weights
+from llada_jax.model import parameters
+from llada_jax.model.config import PRESETS
+
+CONFIG = PRESETS["tiny_moe"].replace(hidden_size=256, moe_intermediate_size=256, vocab_size=1024)
+PROCESS = """
+    import sys, jax, numpy as np, tensorstore as ts
+    if {count} > 1:
+        jax.distributed.initialize("localhost:{port}", {count}, int(sys.argv[1]))
+    from llada_jax import sharding
+    from llada_jax.model import parameters
+    from llada_jax.checkpoint import weights
+    config, _ = weights.read_config("{directory}")
+    mesh = sharding.make_mesh(data=1, fsdp={count})
+    where = sharding.shardings(parameters.abstract(config), parameters.logical_axes(config), mesh)
+
+    def bytes_read():
+        found = ts.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
+        return sum(value["value"] for metric in found for value in metric["values"])
+
+    before = bytes_read()
+    params = weights.load_params("{directory}", shardings=where)
+    leaves = jax.tree.leaves(params)
+    needed = sum(shard.data.nbytes for leaf in leaves for shard in leaf.addressable_shards)
+    print("read", bytes_read() - before, "needed", needed, "whole", sum(leaf.nbytes for leaf in leaves))
+"""
+
+
+def write_small_chunks(directory: Path, monkeypatch) -> None:
+    monkeypatch.setattr(files, "CHUNK_BYTES", 2**16)
+    leaves = {n: np.ones(p.shape, np.float32) for n, (p, _) in parameters.leaves(CONFIG).items()}
+    weights.write_weights(directory, CONFIG, leaves.items(), {}, {})
+
+
+def save_on_one_device(directory: Path, monkeypatch) -> None:
+    """A step of a run: by itself Orbax would make each tensor one chunk, which every process had to read whole."""
+    monkeypatch.setattr(files, "CHUNK_BYTES", 2**16)
+    writer = saver.Saver(directory.parent)
+    params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), parameters.abstract(CONFIG))
+    writer.save(int(directory.name), params, {}, {}, CONFIG, {}, {})
+    writer.wait()
+
+
+@pytest.mark.parametrize("write", [write_small_chunks, save_on_one_device])
+def test_each_of_two_processes_reads_its_half(tmp_path, monkeypatch, write):
+    write(tmp_path / "1", monkeypatch)
+    code = PROCESS.format(port=20000 + (os.getpid() + 7919) % 20000, directory=tmp_path / "1", count=2)
+    environment = os.environ | {"PYTHONPATH": ".", "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(code), str(rank)], env=environment, text=True,
+            cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    for output in [process.communicate(timeout=120)[0] for process in processes]:
+        line = next((line.split() for line in output.splitlines() if line.startswith("read ")), None)
+        assert line is not None, output
+        read, needed, whole = int(line[1]), int(line[3]), int(line[5])
+        assert needed < 0.52 * whole  # but for norms, a process holds half
+        assert 0.95 * needed < read < 1.05 * needed + 2**18  # compressed a little; the rest is index and small tensors

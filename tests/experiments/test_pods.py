@@ -1,0 +1,51 @@
+"""The configs of pod launches: they fit their slices, and say what was rehearsed."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llada_jax.chips import parse_topology
+from llada_jax.training import config as settings
+
+ROOT = Path(__file__).resolve().parents[2]
+PODS = settings.load_sibling(str(ROOT / "experiments" / "pods" / "x.py"), "rehearse")
+
+
+@pytest.mark.parametrize("name", PODS.NAMES)
+def test_a_config_shares_its_rows_out_over_its_slices(name):
+    module = PODS.load(name)
+    config = module.get_config()
+    settings.check(config)
+    devices = parse_topology(module.TOPOLOGY).num_devices * module.SLICES
+    sizes = dict(config.mesh)
+    known = math.prod(size for size in sizes.values() if size != -1)
+    sizes = {axis: devices // known if size == -1 else size for axis, size in sizes.items()}
+    assert math.prod(sizes.values()) == devices and sizes["data"] % module.SLICES == 0
+    assert config.batch.rows % (devices // sizes["tensor"]) == 0
+
+
+@pytest.mark.parametrize("name", PODS.NAMES)
+def test_what_its_docstring_says_was_rehearsed(name):
+    values = PODS.recorded()[name]
+    words = " ".join(PODS.load(name).__doc__.split())
+    assert f"python {' '.join(PODS.command(name))}" in words
+    assert PODS.summary(values) in words and f"--config=experiments/pods/{name}.py" in words
+    assert values["fits"] and values["topology"] == PODS.load(name).TOPOLOGY
+    config = PODS.load(name).get_config()
+    assert values["global_clean_tokens"] == config.batch.rows * config.data.length
+
+
+def test_the_readme_has_the_table():
+    assert PODS.table(PODS.recorded()) in (ROOT / "README.md").read_text()
+
+
+def test_an_unknown_name_is_one_line():
+    command = [sys.executable, str(ROOT / "experiments" / "pods" / "rehearse.py"), "mini_v4"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == (
+        "error: mini_v4: no such config here; there are mini_v5p, mini_v6e, mini_tpu7x, flash_v5p, flash_v6e, "
+        "flash_tpu7x\n"
+    )

@@ -1,0 +1,113 @@
+"""Trainers of several processes, each with fake CPU devices of its own."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from llada_jax.runtime import distributed
+
+ROOT = Path(__file__).parents[2]
+TRAINER = (str(ROOT / "tests" / "helpers" / "small_trainer.py"),)
+# Devices on two busy cores are slow to meet, not stuck; what runs for seconds is not worth optimising.
+_XLA = (
+    "--xla_cpu_collective_call_terminate_timeout_seconds=600 "
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
+
+
+def small_run(last_steps: int = 14, save_every: int = 4) -> list[str]:
+    """A model, and a curriculum of 6 + last_steps steps, that take seconds; no data, no workdir."""
+    return [
+        f"--config={ROOT}/configs/wsd.py:tiny_hosts,length=32",
+        "--config.batch.rows=8",
+        "--config.data.held_out_rows=4",
+        "--config.schedule.warmup_blocks=(1,4)",
+        "--config.schedule.warmup_steps=(2,2)",
+        "--config.schedule.stable_steps=0",  # another program
+        "--config.schedule.decay_blocks=(16,8)",
+        f"--config.schedule.decay_steps=(2,{last_steps})",
+        f"--config.checkpoint.every_steps={save_every}",
+        "--config.checkpoint.keep_last=0",
+        "--config.evaluation.every_steps=10",
+        "--config.evaluation.block_sizes=(8,)",
+        "--config.evaluation.rows=4",
+        "--config.log_every_steps=1",
+    ]
+
+
+def start(
+    arguments: Sequence[str],
+    logs: Path,
+    cache: Path,
+    processes: int = 2,
+    devices: int = 4,
+    program: Sequence[str] = TRAINER,
+    own: dict[int, Sequence[str]] | None = None,
+    **environment: str,
+) -> list[subprocess.Popen]:
+    """Starts the processes of one run. Process i appends to LOGS/i.out and LOGS/i.err; own: more arguments of some.
+
+    cache: compiled programs, which all meshes and lives share. devices: of each process.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {_XLA}",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        **environment,
+    }
+    peers = [f"--coordinator=localhost:{free_port()}", f"--processes={processes}"] if processes > 1 else []
+    running = []
+    for i in range(processes):
+        which = [f"--process={i}"] if processes > 1 else []
+        command = [sys.executable, *program, *arguments, *peers, *which, *(own or {}).get(i, ())]
+        with open(logs / f"{i}.out", "ab") as out, open(logs / f"{i}.err", "ab") as err:
+            running.append(subprocess.Popen(command, env=env, cwd=ROOT, stdout=out, stderr=err))
+    return running
+
+
+def run(*arguments, **more) -> list[int]:
+    """Exit codes of what `start` starts; again, as a supervisor does, when the processes lost each other.
+
+    Gloo waits 30 seconds for a process that a busy machine holds up.
+    """
+    for _ in range(3):
+        found = codes(start(*arguments, **more), 300)
+        if distributed.LOST_PEER not in found:
+            break
+    return found
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def codes(running: Sequence[subprocess.Popen], seconds: float = 120) -> list[int]:
+    """Exit codes; what is left after `seconds` is killed and counts as -9."""
+    try:
+        return [process.wait(seconds) for process in running]
+    except subprocess.TimeoutExpired:
+        return [kill(process) for process in running]
+    finally:
+        for process in running:
+            kill(process)
+
+
+def kill(process: subprocess.Popen) -> int:
+    process.kill()
+    return process.wait()
+
+
+def text(logs: Path, process: int, stream: str) -> str:
+    """Without the lines that gloo prints, whose threads break into each other's: a number of theirs may stand alone."""
+    lines = (logs / f"{process}.{stream}").read_text().splitlines(keepends=True)
+    return "".join(line for line in lines if not re.search(r"\[Gloo\]|connected peer ranks|^\d*$", line))

@@ -1,0 +1,147 @@
+"""A rehearsal of the trainer's own step, for slices that are not there."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llada_jax.model.config import preset
+from llada_jax.model.useful_flops import layer_weights, useful_flops
+from tests.helpers.command_lines import run_all
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.timeout(1500)  # minutes on idle cores, but not every machine's are
+
+
+def run(*arguments, config="wsd.py:llada2_mini"):
+    command = [sys.executable, str(ROOT / "tools/rehearse.py"), f"--config={ROOT}/configs/{config}", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=1400)
+
+
+@pytest.fixture(scope="module")
+def mini(tmp_path_factory):
+    """llada2_mini as its config has it, on 64 chips."""
+    out = tmp_path_factory.mktemp("rehearse") / "mini.json"
+    done = run("--topology=v5p:4x4x4", f"--json={out}")
+    assert done.returncode == 0, done.stderr
+    return done.stdout, json.loads(out.read_text())
+
+
+def test_mini_fits_64_chips(mini):
+    text, values = mini
+    assert "compiler-estimated" in text
+    assert values["fits"] and values["hbm_bytes"] < values["hbm_capacity_bytes"] == 95 * 2**30
+    assert values["rows_per_chip"] == 4 and values["global_clean_tokens"] == 256 * 4096
+    # Master weights and two moments, float32, split over all chips.
+    state = values["hbm"]["parameters"] + values["hbm"]["optimizer"]
+    assert state == pytest.approx(12 * 16.26e9 / 64, rel=0.01)
+
+
+def test_its_numbers_fit_together(mini):
+    _, values = mini
+    seconds = sum(values["seconds"].values())
+    peak = values["chips"] * values["chip_peak_flops"]
+    assert values["serial_mfu"] == pytest.approx(values["useful_flops"] / (peak * seconds))
+    assert values["serial_mfu"] <= values["overlapped_mfu"] <= 1
+    assert values["flops"] >= values["useful_flops"]  # some is computed twice
+    assert sum(line["seconds"] for line in values["per_op"]) == pytest.approx(seconds)
+    assert values["bytes_model_share"] < 0.2
+    # Forward and backward gather all weights, and the backward pass sums all gradients, in bfloat16.
+    assert 3 * 31e9 < sum(values["collective_bytes"].values()) < 3.3 * 32.5e9
+
+
+def test_mini_uses_its_chips(mini):
+    _, values = mini
+    assert values["serial_mfu"] > MINI_SERIAL_MFU
+
+
+MINI_SERIAL_MFU = 0.45
+
+
+def test_a_step_that_does_not_fit_exits_1_and_says_what_to_change(tmp_path):
+    out = tmp_path / "out.json"
+    done = run("--topology=v5e:2x2", f"--json={out}", "--config.batch.rows=4", "--config.mesh.expert=1")
+    assert done.returncode == 1
+    assert "does not fit a chip of v5e:2x2" in done.stderr and "too much; try" in done.stderr
+    values = json.loads(out.read_text())
+    assert not values["fits"] and values["hbm_bytes"] > values["hbm_capacity_bytes"] == 16 * 2**30
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["--topology=v5p:3x3x3"], "no such slice"),
+        ([], "--topology=CHIP:SHAPE are required"),
+        (
+            ["--topology=v5p:2x2x1", "--config.mesh.expert=16"],
+            "mesh {'data': 1, 'fsdp': -1, 'expert': 16, 'context': 1, 'tensor': 1} does not match 4 devices",
+        ),
+        (
+            ["--topology=v5p:2x2x1", "--config.mesh.expert=4", "--config.batch.rows=3"],
+            "config.batch.rows=3 cannot be shared by 4 devices",
+        ),
+        (["--topology=v5p:2x2x1", "--mean_document=7"], "--mean_document=7"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message):
+    done = run(*arguments)
+    *_, last = done.stderr.strip().splitlines()  # libtpu talks before
+    assert done.returncode == 2 and message in last and "Traceback" not in done.stderr
+
+
+SMALL = ["--config=configs/wsd.py:smollm2_135m,length=2048", "--topology=v5p:2x2x1"]
+MOE = ["--config=configs/wsd.py:tiny_moe", "--topology=v6e:2x2", "--config.data.length=2048"]
+REFUSED = {  # before anything is compiled
+    "config.execution.attention='blockwise': no estimate, expected 'kernel'": [
+        *SMALL, "--config.execution.attention=blockwise",
+    ],
+    "config.execution.experts='xla': no estimate, expected 'megablox'": [
+        *MOE, "--config.execution.attention=dense", "--config.execution.experts=xla",
+    ],
+    "experts='xla': no estimate": [*MOE, "--decode", "--config.execution.experts=xla"],
+    "--rows: only with --decode": [*SMALL, "--rows=4"],
+    "--canvas: only with --decode": [*SMALL, "--canvas=256"],
+    "--halves: of a training step, not of --decode": [*SMALL, "--decode", "--halves=clean"],
+    "--save: of a training step": [*SMALL, "--decode", "--save=x"],
+    "--json=/nowhere/x.json: no such folder": [*SMALL, "--json=/nowhere/x.json"],
+    "--save=/nowhere/step: no such folder": [*SMALL, "--save=/nowhere/step"],
+    "--busiest=nan": [*SMALL, "--busiest=nan"],
+    "--busiest=0.5, expected at least 1": [*SMALL, "--busiest=0.5"],
+    "--block_size": [*SMALL, "--block_size=0"],
+    "config.data.length=1024: packings exist of 2048, 4096": [
+        "--config=configs/wsd.py:smollm2_135m,length=1024", "--topology=v5p:2x2x1",
+    ],
+    "config.batch.rows=6 cannot be shared by 4 devices": [*SMALL, "--config.batch.rows=6"],
+    "unknown chip": [*SMALL, "--topology=v4:2x2x1"],
+    "expected sides": [*SMALL, "--topology=v5p"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def refused():
+    lines = [[ROOT / "tools" / "rehearse.py", *arguments] for arguments in REFUSED.values()]
+    return dict(zip(REFUSED, run_all(lines), strict=True))
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_has_no_estimate_is_refused_before_it_is_compiled(refused, message):
+    done = refused[message]
+    *_, last = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and message in last and "Traceback" not in done.stderr, done.stderr
+    assert done.stdout == ""
+
+
+def test_useful_flops_of_mini():
+    """By hand: 16 + 8 heads of 128, 8 routed experts and a shared one of 512, a router of 256, 157,184 words."""
+    mini = preset("llada2_mini")
+    attention = 2048 * 24 * 128 + 2048 * 2048
+    assert layer_weights(mini) == {
+        "dense": attention + 3 * 2048 * 5120, "sparse": attention + 9 * 3 * 2048 * 512 + 2048 * 256
+    }  # fmt: skip
+    weights = layer_weights(mini)["dense"] + 19 * layer_weights(mini)["sparse"]
+    forward = 2 * 8192 * weights + 20 * 4 * 16 * 128 * 1e6 + 2 * 2048 * 157184 * 2048
+    assert useful_flops(mini, 2, 4096, "both", 1e6) == pytest.approx(2 * 3 * forward)
+    stable = 2 * 4096 * weights + 20 * 4 * 16 * 128 * 1e6 + 2 * 2048 * 157184 * 2048
+    assert useful_flops(mini, 1, 4096, "noisy", 1e6) == pytest.approx(3 * stable)
