@@ -91,7 +91,7 @@ def _dpo(config):
     config.schedule.steps = 100
     config.batch.rows = 4
     config.preference.draws = 4
-    config.optimizer.learning_rate = 0.0  # where CAP ended, 2e-5
+    config.optimizer.learning_rate = None  # where CAP ended, 2e-5
     config.optimizer.warmup_steps = 5
     config.optimizer.decay_steps = 50
     config.evaluation.every_steps = 50

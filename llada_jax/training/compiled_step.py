@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from llada_jax.errors import InputError
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.lora import Lora
-from llada_jax.training import config as settings
+from llada_jax.training.config import skips_steps
 
 # What the program depends on.
 _SECTIONS = ("alignment", "seed", "batch", "schedule", "objective", "preference", "lora", "optimizer", "execution")
@@ -31,7 +31,7 @@ def identity(config: ConfigDict, model: ModelConfig | Lora, mesh, halves: str) -
     """What a step is compiled for, by the name that a refusal gives it."""
     sections = json.loads(config.to_json())
     parts = {name: sections[name] for name in _SECTIONS} | {"length": config.data.length, "model": repr(model)}
-    parts["guard"] = settings.skips_steps(config)
+    parts["guard"] = skips_steps(config)
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     return {
         "JAX": jax.__version__,

@@ -16,7 +16,7 @@ from llada_jax.data.order import Batch, Order, Rows
 from llada_jax.data.rows import packed_with, read_dataset
 from llada_jax.errors import InputError
 from llada_jax.tokenizer import Tokenizer
-from llada_jax.training import config as settings
+from llada_jax.training.config import evaluation_block_sizes, phases
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,8 +128,8 @@ def _check_blocks(config: ConfigDict, path: str, dataset: dict) -> None:
     one_each = dataset["documents"] <= dataset["rows"]  # no row has two
     if dataset.get("kind", "text") == "text" or c.block_origin != "global" or not c.document_mask or one_each:
         return
-    sizes = {size: "config.evaluation.block_sizes" for size in settings.evaluation_block_sizes(config)}
-    sizes |= {phase.block_size: "config.schedule" for phase in settings.phases(config)}
+    sizes = {size: "config.evaluation.block_sizes" for size in evaluation_block_sizes(config)}
+    sizes |= {phase.block_size: "config.schedule" for phase in phases(config)}
     for size, field in sizes.items():
         if align % size and size < config.data.length:
             raise InputError(

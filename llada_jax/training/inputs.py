@@ -24,8 +24,8 @@ from llada_jax.model.config import ModelConfig
 from llada_jax.model.lora import Lora
 from llada_jax.runtime import distributed
 from llada_jax.tokenizer import Tokenizer, load_tokenizer, parse_add_bos
-from llada_jax.training import config as settings
 from llada_jax.training import run_model
+from llada_jax.training.config import extended
 from llada_jax.training.datasets import Component, open_rows
 from llada_jax.training.lora import open_lora
 from llada_jax.training.source import Source, open_source
@@ -108,7 +108,7 @@ def _model(config: ConfigDict, source: Source | None) -> tuple[ModelConfig, Toke
         tokenizer = _checked(config, model, tokenizer)
     if config.alignment:
         model = model.replace(alignment=config.alignment)
-    model = settings.extended(config, model)
+    model = extended(config, model)
     if source is not None and model.rope_scaling != source.model.rope_scaling:
         check_exportable(model, source.lineage)
     if config.schedule.kind == "ar" and model.alignment != "shifted":

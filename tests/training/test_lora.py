@@ -73,7 +73,7 @@ def config_of(text, base, **changes):
         config.schedule.update(kind="constant", block_size=8, steps=3)
         config.optimizer.update(learning_rate=1e-2, warmup_steps=0, decay_steps=0)
         config.lora.rank = 4
-        config.checkpoint.update(every_steps=2, keep_last=0)
+        config.checkpoint.update(every_steps=2, keep_last=None)
         config.evaluation.update(every_steps=100, block_sizes=(8,), rows=4)
         config.log_every_steps = 1
         for field, value in changes.items():

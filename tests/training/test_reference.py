@@ -48,7 +48,7 @@ def config_of(start, kind, **changes):
     config.objective.block_origin = "document"
     config.preference.update(enabled=True, reference=kind, draws=2, max_pairs=4)
     config.optimizer.update(learning_rate=3e-3, warmup_steps=0)
-    config.checkpoint.update(every_steps=3, keep_last=0)
+    config.checkpoint.update(every_steps=3, keep_last=None)
     config.evaluation.update(every_steps=3, block_sizes=(8,), rows=4, preference_draws=2)
     config.log_every_steps = 1
     config.update_from_flattened_dict(changes)

@@ -42,7 +42,7 @@ def workdir(tmp_path_factory):
 @pytest.mark.parametrize("step,rate", [(5, 1e-3), (40, 2e-3), (75, 2e-3 * (1 - 0.9 * 25 / 50)), (100, 2e-4)])
 def test_the_rate_goes_on_where_the_step_before_ended(workdir, step, rate):
     source = open_source(workdir / "checkpoints" / str(step))
-    config = continue_learning_rate(run_config(learning_rate=0.0), source)
+    config = continue_learning_rate(run_config(learning_rate=None), source)
     assert config.optimizer.learning_rate == pytest.approx(rate, rel=1e-5) and config.is_locked
     given = run_config()
     assert continue_learning_rate(given, source) is given
@@ -88,14 +88,15 @@ def test_checkpoints_that_no_run_wrote_have_no_rate(tmp_path, lineage, said):
     source = open_source(tmp_path / "a")
     assert source.step is None and said in source.describe()
     with pytest.raises(InputError, match="has no recorded schedule; set the rate"):
-        continue_learning_rate(run_config(learning_rate=0.0), source)
+        continue_learning_rate(run_config(learning_rate=None), source)
 
 
 def test_a_rate_that_ended_at_zero_is_refused(tmp_path):
     writer = saver.Saver(tmp_path / "checkpoints")
-    config = run_config(decay_steps=0, learning_rate=0.0)
-    params = parameters.initialize(CONFIG, jax.random.key(0))
-    writer.save(9, params, {}, {}, CONFIG, {}, {"config": json.loads(config.to_json())})
+    config = run_config(decay_steps=0, learning_rate=None)
+    params, recorded = parameters.initialize(CONFIG, jax.random.key(0)), json.loads(config.to_json())
+    recorded["optimizer"]["learning_rate"] = 0.0
+    writer.save(9, params, {}, {}, CONFIG, {}, {"config": recorded})
     writer.wait()
     with pytest.raises(InputError, match="ended at 0.0; set the rate"):
         continue_learning_rate(config, open_source(tmp_path))
