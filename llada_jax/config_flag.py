@@ -96,20 +96,20 @@ def optional_fields(section: ConfigDict) -> dict[str, type]:
     return {name: value.get_type() for name, value in fields if isinstance(value, FieldReference)}
 
 
-def field_of(config: ConfigDict, field: str, where: str):
-    """The value of "section.field", which may be an old name. Raises InputError that begins with `where` and names the
+def field_of(config: ConfigDict, field: str, label: str):
+    """The value of "section.field", which may be an old name. Raises InputError that begins with `label` and names the
     fields there are.
     """
     field = config_renames.renamed_field(field)
     node, parts = config, field.split(".")
     for depth, name in enumerate(parts):
         if not isinstance(node, ConfigDict):
-            raise InputError(f"{where}: config.{'.'.join(parts[:depth])} is a value, it has no fields")
+            raise InputError(f"{label}: config.{'.'.join(parts[:depth])} is a value, it has no fields")
         if name not in node:
-            raise InputError(f"{where}: no such field, config.{field}; {_near(config, node, parts, depth)}")
+            raise InputError(f"{label}: no such field, config.{field}; {_near(config, node, parts, depth)}")
         node = node[name]
     if isinstance(node, ConfigDict):
-        raise InputError(f"{where}: config.{field} is a section; set its fields, {', '.join(sorted(node))}")
+        raise InputError(f"{label}: config.{field} is a section; set its fields, {', '.join(sorted(node))}")
     return node
 
 
@@ -117,8 +117,8 @@ def _near(config: ConfigDict, node: ConfigDict, parts: list[str], depth: int) ->
     """Fields like the one that there is not, of its section or of any, and all of its section."""
     section = ".".join([NAME, *parts[:depth]])
     here = {name: f"{section}.{name}" for name in node}
-    sections = {part: held for part, held in config.items() if isinstance(held, ConfigDict)}
-    anywhere = {name: f"{NAME}.{part}.{name}" for part, held in sections.items() for name in held}
+    sections = {part: section for part, section in config.items() if isinstance(section, ConfigDict)}
+    anywhere = {name: f"{NAME}.{part}.{name}" for part, fields in sections.items() for name in fields}
     for known in (here, anywhere):
         if close := [known[name] for name in difflib.get_close_matches(parts[depth], known, n=2)]:
             break
@@ -126,8 +126,8 @@ def _near(config: ConfigDict, node: ConfigDict, parts: list[str], depth: int) ->
     return f"did you mean {' or '.join(close)}? {there}" if close else there
 
 
-def read_value(text: str, default, where: str, optional: type | None = None):
-    """`text` as a value of the type of `default`. Raises InputError that begins with `where`.
+def read_value(text: str, default, label: str, optional: type | None = None):
+    """`text` as a value of the type of `default`. Raises InputError that begins with `label`.
 
     A tuple may be written (1,4), [1,4], 1,4 or, of one entry, 1. optional: the type of a field that may be None.
     """
@@ -135,10 +135,10 @@ def read_value(text: str, default, where: str, optional: type | None = None):
         return None
     if isinstance(default, tuple):
         kind = type(default[0]) if default else str
-        return tuple(_checked_entry(entry, kind, f"{where}={text}") for entry in _entries(text, kind, where))
+        return tuple(_checked_entry(entry, kind, f"{label}={text}") for entry in _entries(text, kind, label))
     kind = type(default) if optional is None else optional
     if kind not in EXPECTED:
-        raise InputError(f"{where}: the config file sets {default!r} there, expected {', '.join(EXPECTED.values())}")
+        raise InputError(f"{label}: the config file sets {default!r} there, expected {', '.join(EXPECTED.values())}")
     try:
         if kind is bool:
             return _BOOLS[text.lower()]
@@ -148,16 +148,16 @@ def read_value(text: str, default, where: str, optional: type | None = None):
                 return value
     except (KeyError, ValueError):
         pass
-    raise InputError(f"{where}={text}, expected {EXPECTED[kind]}{' or None' * (optional is not None)}")
+    raise InputError(f"{label}={text}, expected {EXPECTED[kind]}{' or None' * (optional is not None)}")
 
 
-def _checked_entry(value, kind: type, where: str):
+def _checked_entry(value, kind: type, label: str):
     if type(value) is not kind:
-        raise InputError(f"{where}: {value!r}, expected {EXPECTED[kind]}")
+        raise InputError(f"{label}: {value!r}, expected {EXPECTED[kind]}")
     return value
 
 
-def _entries(text: str, kind: type, where: str) -> list:
+def _entries(text: str, kind: type, label: str) -> list:
     """What a tuple's text holds: the entries of a literal, else the words between its commas."""
     try:
         value = ast.literal_eval(text)
@@ -168,7 +168,7 @@ def _entries(text: str, kind: type, where: str) -> list:
             words = words[1:-1]
         entries = [word.strip().strip("'\"") for word in words.strip(", ").split(",")]
         if not all(entries) or set(words) & set("()[]"):
-            raise InputError(f"{where}={text}, expected values with commas between them, or () for none") from error
+            raise InputError(f"{label}={text}, expected values with commas between them, or () for none") from error
         return [int(word) if kind is int and re.fullmatch(r"-?\d+", word) else word for word in entries]
 
 

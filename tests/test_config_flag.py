@@ -92,8 +92,8 @@ def test_bad_values_name_flag_and_value(flag):
 )
 def test_good_values(flags, field, value):
     config = config_flag.load([TINY, *flags])
-    found = config_flag.field_of(config, field, "")
-    assert found == value and type(found) is type(value)
+    actual = config_flag.field_of(config, field, "")
+    assert actual == value and type(actual) is type(value)
 
 
 FILES = {

@@ -52,8 +52,8 @@ def test_every_rename_is_tested_and_has_a_name_of_its_own():
 def test_a_flag(flag, capsys):
     field, value = OLD[flag]
     config = config_flag.load([TINY, f"--config.{flag}"])
-    found = config_flag.field_of(config, field, "")
-    assert found == value and type(found) is type(value)
+    actual = config_flag.field_of(config, field, "")
+    assert actual == value and type(actual) is type(value)
     assert capsys.readouterr().err == f"--config.{flag} is now --config.{field}={value}\n"
 
 
@@ -66,8 +66,8 @@ def test_a_config_file(flag, tmp_path, capsys):
         f"    config.{old} = {old_value(text)!r}\n    return config\n"
     )
     config = config_flag.load([f"--config={file}", "--config.seed=3"])
-    found = config_flag.field_of(config, field, "")
-    assert found == value and type(found) is type(value)
+    actual = config_flag.field_of(config, field, "")
+    assert actual == value and type(actual) is type(value)
     name, new = old.rpartition(".")[2], field.rpartition(".")[2]
     assert capsys.readouterr().err == f"config: {name}={old_value(text)!r} is now {new}={value!r}\n"
     if old != field:

@@ -76,17 +76,21 @@ def initial_params(inputs: Inputs, seed: int, shardings):
 
 def frozen_params(inputs: Inputs, mesh):
     """The weights of the source when they do not train: LoRA's base as it is stored, any other reference in float32."""
-    where = sharding.shardings(parameters.abstract(inputs.model), parameters.logical_axes(inputs.model), mesh)
+    shardings = sharding.shardings(parameters.abstract(inputs.model), parameters.logical_axes(inputs.model), mesh)
     dtype = None if inputs.lora else "float32"
-    return weights.load_params(inputs.source.directory, dtype=dtype, shardings=where)
+    return weights.load_params(inputs.source.directory, dtype=dtype, shardings=shardings)
 
 
 def lineage(config: ConfigDict, inputs: Inputs) -> dict:
     """What the checkpoints of the run say of where they come from: the run itself, and all stages before it."""
-    found = {"config": json.loads(config.to_json())}
+    recorded = {"config": json.loads(config.to_json())}
     if inputs.source is not None:
-        found |= {"init_from": str(config.init_from), "loaded": inputs.source.record(), "source": inputs.source.lineage}
-    return found
+        recorded |= {
+            "init_from": str(config.init_from),
+            "loaded": inputs.source.record(),
+            "source": inputs.source.lineage,
+        }
+    return recorded
 
 
 def _model(config: ConfigDict, source: Source | None) -> tuple[ModelConfig, Tokenizer | None]:

@@ -95,8 +95,8 @@ def guarded(train_step: Callable) -> Callable:
         new, metrics = train_step(state, frozen, batch, block_size, embedding_noise_std, halves)
         loss, norm = metrics["loss"], metrics["gradient_norm"]
         good = jnp.isfinite(loss) & jnp.isfinite(norm) & (loss <= largest_loss)
-        kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), new, state)
-        return kept.replace(step=new.step), metrics
+        applied = jax.tree.map(lambda new, old: jnp.where(good, new, old), new, state)
+        return applied.replace(step=new.step), metrics
 
     return guarded_step
 

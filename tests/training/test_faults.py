@@ -187,15 +187,15 @@ def test_verdicts_do_not_depend_on_when_metrics_are_read_or_where_a_run_was_resu
     losses = np.exp(rng.normal(0, 0.3, 80)).astype(np.float32)
 
     def limits(nows, resume_at):
-        policy, found = policy_of(config, tmp_path), []
+        policy, limits = policy_of(config, tmp_path), []
         for step, loss in enumerate(losses):
             if step in resume_at:  # all was judged before it was saved
                 assert not policy._pending
                 policy = policy_of(config, tmp_path, json.loads(json.dumps(policy.host_state())))
-            found.append(float(policy.scalars(step)[0]))
+            limits.append(float(policy.scalars(step)[0]))
             now = nows[step] or step + 1 in resume_at
             policy.observe(step, {"loss": loss, "gradient_norm": np.float32(1)}, np.arange(2), now)
-        return found, policy.skipped
+        return limits, policy.skipped
 
     whole = limits([False] * 80, ())
     assert np.isinf(whole[0][:5]).all() and np.isinf(whole[0][40:45]).all()  # a phase begins without a level
@@ -309,10 +309,10 @@ def test_a_trained_run_goes_on_behind_its_rows(text, tmp_path, monkeypatch):
     met, real = {}, Order.batch
 
     def batch(self, step, rows_per_step, offset=0, which=slice(None)):
-        found = real(self, step, rows_per_step, offset, which)
+        batch = real(self, step, rows_per_step, offset, which)
         if not isinstance(which, slice):  # of training, not of what is held out
-            met[step] = list(zip(found.row_ids.tolist(), found.epochs.tolist(), strict=True))
-        return found
+            met[step] = list(zip(batch.row_ids.tolist(), batch.epochs.tolist(), strict=True))
+        return batch
 
     monkeypatch.setattr(Order, "batch", batch)
     config = faulty_config(text)
@@ -335,8 +335,8 @@ def test_an_older_checkpoint_says_its_rows_by_its_config(text, tmp_path, monkeyp
     restored = saver.restore
 
     def older(*arguments):
-        *found, host = restored(*arguments)
-        return *found, {name: value for name, value in host.items() if name != "rows_per_step"}
+        *state, host = restored(*arguments)
+        return *state, {name: value for name, value in host.items() if name != "rows_per_step"}
 
     monkeypatch.setattr(saver, "restore", older)
     seen = []

@@ -258,10 +258,10 @@ def test_fsdp_splits_weights_and_moments():
     config = default_config("tiny")
     mesh = sharding.make_mesh(data=2, fsdp=4)
     optimizer = make_optimizer(config.optimizer, preset("tiny"), 10)
-    where = train_state.shardings(train_state.abstract(preset("tiny"), optimizer), preset("tiny"), mesh)
-    assert "fsdp" in str(where.params["dense"]["query"].spec)
-    adam = next(s for s in jax.tree.leaves(where.optimizer, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(s, "mu"))
-    assert adam.mu["dense"]["query"].spec == adam.nu["dense"]["query"].spec == where.params["dense"]["query"].spec
+    shardings = train_state.shardings(train_state.abstract(preset("tiny"), optimizer), preset("tiny"), mesh)
+    assert "fsdp" in str(shardings.params["dense"]["query"].spec)
+    adam = next(s for s in jax.tree.leaves(shardings.optimizer, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(s, "mu"))
+    assert adam.mu["dense"]["query"].spec == adam.nu["dense"]["query"].spec == shardings.params["dense"]["query"].spec
 
 
 def test_sigterm_saves_and_a_second_run_goes_on(tmp_path):

@@ -68,8 +68,8 @@ def test_stages_train_a_checkpoint_of_any_size(folders, tmp_path, stage, capsys)
         "config.data.length=64: the model has seen 48 positions (max_position_embeddings); config.yarn_factor=2"
         in printed
     )
-    held = json.loads((tmp_path / "checkpoints" / "1" / "config.json").read_text())
-    assert held["model"]["hidden_size"] == 24 and held["model"]["architecture"] == "qwen3"
+    saved = json.loads((tmp_path / "checkpoints" / "1" / "config.json").read_text())
+    assert saved["model"]["hidden_size"] == 24 and saved["model"]["architecture"] == "qwen3"
     written = json.loads((tmp_path / "config.json").read_text())
     assert written["lora"]["targets"] == list(parameters.adaptable(QWEN)) and written["mesh"]["fsdp"] == 1
 

@@ -63,17 +63,17 @@ def test_a_lora_step_is_the_merged_model(tmp_path):
         changed = leaves | {first: scale * leaves[first]}
         stored = ((leaf, value.astype(ml_dtypes.bfloat16)) for leaf, value in changed.items())
         write_weights(tmp_path / name, CONFIG, stored, {}, {})
-    found = []
+    sources = []
     for i, (name, alpha) in enumerate([("base", 2.0), ("moved", 2.0), ("other", 2.0), ("base", 4.0)]):
         identity = files.read_digests(tmp_path / name).sha256
         lora = Lora(CONFIG, 2, alpha, ("query",), str(tmp_path / name), identity)
         writer = saver.Saver(tmp_path / f"run-{i}" / "checkpoints")
         writer.save(1, parameters.initialize(lora, jax.random.key(1)), {}, {}, lora, {}, {})
         writer.wait()
-        found.append(open_source(tmp_path / f"run-{i}"))
-    weights = [source.weights for source in found]
+        sources.append(open_source(tmp_path / f"run-{i}"))
+    weights = [source.weights for source in sources]
     assert weights[0] == weights[1] and len(set(weights)) == 3
-    assert (found[0].dtype, found[0].record()["parameters"]) == ("bfloat16", parameters.count(CONFIG))
+    assert (sources[0].dtype, sources[0].record()["parameters"]) == ("bfloat16", parameters.count(CONFIG))
 
 
 @pytest.mark.parametrize(
