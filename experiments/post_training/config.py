@@ -106,7 +106,8 @@ def _accelerator(config):
         config.optimizer[field] *= more
     config.schedule.stable_steps *= 20
     config.schedule.steps *= more
-    config.optimizer.learning_rate /= 5
+    if config.optimizer.learning_rate is not None:  # DPO goes on where CAP ended
+        config.optimizer.learning_rate /= 5
     config.execution.dtype = "bfloat16"
     config.execution.attention = "auto"
     config.checkpoint.every_steps = config.evaluation.every_steps = 1000

@@ -35,3 +35,7 @@ def test_without_decay_it_stays_and_a_warm_up_may_fill_the_run():
     assert (rates(6, end_fraction=0.0) == 1).all()
     np.testing.assert_allclose(rates(4, warmup_steps=8, decay_steps=3), [0.25, 0.5, 0.75, 1])
     assert rates(1, decay_steps=1) == np.float32(0.1) and rates(1) == 1
+
+
+def test_a_rate_that_is_not_known_yet_is_zero_in_a_rehearsal():
+    assert (rates(4, learning_rate=None, warmup_steps=2, decay_steps=1) == 0).all()
