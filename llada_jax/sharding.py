@@ -182,15 +182,15 @@ def gradients_together(tree):
 
 def _gradients_together_forward(tree):
     # What is frozen has no gradient: waited for, one would be computed. () and None hold no array: tracing knows them.
-    wanted = tuple(() if leaf.perturbed else None for leaf in jax.tree.leaves(tree))
-    return jax.tree.map(lambda leaf: leaf.value, tree), wanted
+    has_gradient = tuple(() if leaf.perturbed else None for leaf in jax.tree.leaves(tree))
+    return jax.tree.map(lambda leaf: leaf.value, tree), has_gradient
 
 
-def _gradients_together_backward(wanted, cotangents):
+def _gradients_together_backward(has_gradient, cotangents):
     leaves, structure = jax.tree.flatten(cotangents)
     leaves = [jnp.zeros(d.shape, d.dtype) if isinstance(d, SymbolicZero) else d for d in leaves]
-    waited = iter(jax.lax.optimization_barrier([d for d, w in zip(leaves, wanted, strict=True) if w is not None]))
-    return (structure.unflatten(d if w is None else next(waited) for d, w in zip(leaves, wanted, strict=True)),)
+    joint = iter(jax.lax.optimization_barrier([d for d, w in zip(leaves, has_gradient, strict=True) if w is not None]))
+    return (structure.unflatten(d if w is None else next(joint) for d, w in zip(leaves, has_gradient, strict=True)),)
 
 
 gradients_together.defvjp(_gradients_together_forward, _gradients_together_backward, symbolic_zeros=True)

@@ -70,11 +70,11 @@ def _forward(query, key, value, visibility):
             scores = _scores(q, keys[:, chunk], mask, scale)
             new_highest = jnp.maximum(highest, scores.max(axis=-1))
             weights = jnp.exp(scores - new_highest[..., None])
-            kept = jnp.exp(highest - new_highest)
+            decay = jnp.exp(highest - new_highest)
             update = jnp.einsum(
                 "krs,ksd->krd", weights.astype(value.dtype), values[:, chunk], preferred_element_type=jnp.float32
             )
-            return output * kept[..., None] + update, new_highest, total * kept + weights.sum(axis=-1)
+            return output * decay[..., None] + update, new_highest, total * decay + weights.sum(axis=-1)
 
         start = jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:-1], _LOWEST), jnp.zeros(q.shape[:-1])
         output, highest, total = jax.lax.fori_loop(0, tile.run[plans.COUNT], visit, start)

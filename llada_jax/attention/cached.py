@@ -41,11 +41,11 @@ def cached_attention(
             scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
         new_highest = jnp.maximum(highest, scores.max(axis=-1))
         weights = jnp.exp(scores - new_highest[..., None])
-        kept = jnp.exp(highest - new_highest)
+        decay = jnp.exp(highest - new_highest)
         update = jnp.einsum(
             "bkgqs,bskd->bkgqd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32
         )
-        return output * kept[..., None] + update, new_highest, total * kept + weights.sum(axis=-1)
+        return output * decay[..., None] + update, new_highest, total * decay + weights.sum(axis=-1)
 
     length = cached_key.shape[2]
     chunk = chunk_of(length)

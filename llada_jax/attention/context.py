@@ -147,11 +147,11 @@ def _own_rounds(x):
     return _rounds(x[:, None], 1, stripe_size(x.shape[1] * count, count))
 
 
-def _rounds(x, held, stripe):
+def _rounds(x, stripes, stripe):
     """[batch, halves, length / ranks, ...] -> [batch, halves, rounds, held, stripe, ...]; held: stripes of a round that
     are here, those of all ranks or of one.
     """
-    return x.reshape(*x.shape[:2], -1, held, stripe, *x.shape[3:])
+    return x.reshape(*x.shape[:2], -1, stripes, stripe, *x.shape[3:])
 
 
 def _joined(x, axis):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.layout import Layout, with_layout_constraint
+from jax.experimental import layout
 from jax.experimental.pallas import tpu as pltpu
 
 from llada_jax import sharding
@@ -93,7 +93,7 @@ def _forward(query, key, value, plan, rotary, interpret):
     output, _ = queries.rows(output_tiles, query, "attention_output", interpret=interpret)
     output, log_sum = residuals.named(output.reshape(*output.shape[:2], -1), log_sum)
     # The gradient of the weights that come next would have it transposed, and then back for our kernels.
-    output = with_layout_constraint(output, Layout((0, 1, 2))).reshape(query.shape)
+    output = layout.with_layout_constraint(output, layout.Layout((0, 1, 2))).reshape(query.shape)
     return output, (query, key, value, plan, rotary, output, log_sum)
 
 

@@ -142,10 +142,10 @@ def _kernel(
             d_value_sum[chunk] = jnp.zeros_like(d_value_sum[chunk])
 
     def finish_row(row):
-        where = pl.ds(row * plan.chunks_per_row, plan.chunks_per_row)
+        row_chunks = pl.ds(row * plan.chunks_per_row, plan.chunks_per_row)
         copies = (
-            pltpu.make_async_copy(d_key_sum, d_key.at[head, where], row_done.at[0]),
-            pltpu.make_async_copy(d_value_sum, d_value.at[head, where], row_done.at[1]),
+            pltpu.make_async_copy(d_key_sum, d_key.at[head, row_chunks], row_done.at[0]),
+            pltpu.make_async_copy(d_value_sum, d_value.at[head, row_chunks], row_done.at[1]),
         )
         for copy in copies:
             copy.start()

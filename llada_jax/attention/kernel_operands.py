@@ -131,13 +131,13 @@ class _Cut:
 
     def heads_of(self, rows, t: int, h: int) -> jax.Array:
         """The heads of tile t of a block of rows that go with key/value head h, one after the other."""
-        return jnp.concatenate([rows[self._where(t, h, i)] for i in range(self.group)], axis=0)
+        return jnp.concatenate([rows[self._slices(t, h, i)] for i in range(self.group)], axis=0)
 
     def set_heads(self, rows, t: int, h: int, heads: jax.Array) -> None:
         for i in range(self.group):
-            rows[self._where(t, h, i)] = heads[i * self.tile : (i + 1) * self.tile]
+            rows[self._slices(t, h, i)] = heads[i * self.tile : (i + 1) * self.tile]
 
-    def _where(self, t: int, h: int, i: int):
+    def _slices(self, t: int, h: int, i: int):
         first = (h * self.group + i) * self.head_dim
         return self.positions(t), slice(first, first + self.head_dim)
 

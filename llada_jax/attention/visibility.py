@@ -45,7 +45,7 @@ class Layout:
     block_end: jax.Array
 
 
-def layout(segment_ids: jax.Array, block_size: jax.Array | int, block_origin: str = "global") -> Layout:
+def make_layout(segment_ids: jax.Array, block_size: jax.Array | int, block_origin: str = "global") -> Layout:
     """Document and block bounds of each position.
 
     segment_ids [batch, length] int; block_size may be traced. Raises ValueError on an unknown block_origin.
@@ -68,7 +68,7 @@ def layout(segment_ids: jax.Array, block_size: jax.Array | int, block_origin: st
     return Layout(start, end, jnp.maximum(block, start), block_end)
 
 
-def block_causal(where: Layout) -> Visibility:
+def block_causal(layout: Layout) -> Visibility:
     """One stream of clean tokens: each sees its document up to the end of its own block.
 
     Block size 1 is causal attention, block size = length is bidirectional attention (MDLM, Eq. 4). B = 2:
@@ -79,11 +79,11 @@ def block_causal(where: Layout) -> Visibility:
         2   x x x x
         3   x x x x
     """
-    nothing = jnp.zeros_like(where.block_end)
-    return Visibility(where.document_start, where.block_end, nothing, nothing, num_noisy=0)
+    nothing = jnp.zeros_like(layout.block_end)
+    return Visibility(layout.document_start, layout.block_end, nothing, nothing, num_noisy=0)
 
 
-def block_diffusion(where: Layout) -> Visibility:
+def block_diffusion(layout: Layout) -> Visibility:
     """The two-stream mask of Eq. 3 over [x_t | x_0], noisy half first. L = 4, B = 2:
 
               noisy    clean
@@ -99,21 +99,21 @@ def block_diffusion(where: Layout) -> Visibility:
 
     all within one document. Queries and keys both have length 2L.
     """
-    nothing = jnp.zeros_like(where.block_end)
+    nothing = jnp.zeros_like(layout.block_end)
 
     def both(noisy, clean):
         return jnp.concatenate([noisy, clean], axis=1)
 
     return Visibility(
-        clean_start=both(where.document_start, where.document_start),
-        clean_end=both(where.block_start, where.block_end),
-        noisy_start=both(where.block_start, nothing),
-        noisy_end=both(where.block_end, nothing),
-        num_noisy=where.block_end.shape[1],
+        clean_start=both(layout.document_start, layout.document_start),
+        clean_end=both(layout.block_start, layout.block_end),
+        noisy_start=both(layout.block_start, nothing),
+        noisy_end=both(layout.block_end, nothing),
+        num_noisy=layout.block_end.shape[1],
     )
 
 
-def window(starts: jax.Array, block_size: int) -> Visibility:
+def block_window(starts: jax.Array, block_size: int) -> Visibility:
     """Decoding: the queries are one block per row, its own keys are the noisy ones, the cache holds the clean ones.
 
     starts [batch] int32: number of cached positions the block may see (all before it).
@@ -169,8 +169,8 @@ def block_diffusion_mask(length: int, block_size: int, segment_ids=None, block_o
     if segments.shape != (length,):
         raise ValueError(f"segment_ids has shape {segments.shape}, expected ({length},)")
     check_contiguous(segments[None])
-    where = layout(jnp.asarray(segments)[None], block_size, block_origin)
-    return np.asarray(dense_mask(block_diffusion(where), 2 * length)[0])
+    layout = make_layout(jnp.asarray(segments)[None], block_size, block_origin)
+    return np.asarray(dense_mask(block_diffusion(layout), 2 * length)[0])
 
 
 def check_contiguous(segment_ids: np.ndarray) -> None:

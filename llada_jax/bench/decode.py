@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llada_jax.attention import visibility as vis
+from llada_jax.attention.visibility import block_causal, make_layout
 from llada_jax.bench.timing import least_seconds
 from llada_jax.model import experts, head
 from llada_jax.model.config import ModelConfig
@@ -66,7 +66,7 @@ def cached_against_recomputed(params, config: ModelConfig, tokens: int = 512) ->
     @functools.partial(jax.jit, static_argnames=("end",), donate_argnames=("canvas",))
     def step(canvas, masked, end):
         window = canvas[:, :end]
-        visibility = vis.block_causal(vis.layout(jnp.ones_like(window), BLOCK))
+        visibility = block_causal(make_layout(jnp.ones_like(window), BLOCK))
         positions = jnp.broadcast_to(jnp.arange(end), window.shape)
         hidden, _ = hidden_states(params, config, window, positions, visibility)
         logits = head.logits(params, config, hidden[:, -BLOCK:]).at[..., config.mask_token_id].set(-jnp.inf)
@@ -165,7 +165,7 @@ def expert_hits(params, config: ModelConfig, tokens: int) -> np.ndarray:
             experts.route = original
 
     ids = np.random.default_rng(tokens).integers(0, config.vocab_size - 16, (1, tokens), dtype=np.int32)
-    visibility = vis.block_causal(vis.layout(jnp.ones_like(ids), BLOCK))
+    visibility = block_causal(make_layout(jnp.ones_like(ids), BLOCK))
     positions = jnp.broadcast_to(jnp.arange(tokens), ids.shape)
     with recorded():
         run = jax.jit(lambda params: hidden_states(params, config, ids, positions, visibility, Execution())[0])

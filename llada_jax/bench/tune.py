@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from llada_jax.attention.kernel import kernel_attention
 from llada_jax.attention.plan import make_plan
 from llada_jax.attention.tiles import Entry, Tiles, cut
-from llada_jax.attention.visibility import block_diffusion, layout, window
+from llada_jax.attention.visibility import block_diffusion, block_window, make_layout
 from llada_jax.bench.attention import (
     BLOCK_SIZE,
     HEADS,
@@ -103,13 +103,14 @@ def timed(head_dim: int, interpret: bool = False, lengths=LENGTHS, batch: int = 
     def price(name: str, tiles: Tiles) -> float:
         length = lengths["decode" if name == "decode" else "row"]
         if name == "decode":
-            masks = [window(jnp.asarray(packings.cached(length)[:batch]), BLOCK_SIZE)]
+            masks = [block_window(jnp.asarray(packings.cached(length)[:batch]), BLOCK_SIZE)]
             queries, keys = BLOCK_SIZE, BLOCK_SIZE + length
         else:
             segments = [
                 jnp.asarray(packings.segment_ids(LENGTHS["row"], mean)[:batch, :length]) for mean in packings.MEANS
             ]
-            masks, queries, keys = [block_diffusion(layout(x, BLOCK_SIZE)) for x in segments], 2 * length, 2 * length
+            masks = [block_diffusion(make_layout(x, BLOCK_SIZE)) for x in segments]
+            queries = keys = 2 * length
         shapes = (queries, HEADS), (keys, KV_HEADS), (keys, KV_HEADS)
         random = zip(jax.random.split(jax.random.key(0), 3), shapes, strict=True)
         arrays = [jax.random.normal(key, (batch, *shape, head_dim), jnp.bfloat16) for key, shape in random]

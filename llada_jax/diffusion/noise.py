@@ -83,7 +83,7 @@ class Part:
 def draw_masking(
     keys: jax.Array,
     eligible: jax.Array,
-    where: Layout,
+    layout: Layout,
     spec: NoiseSpec,
     source: jax.Array | None = None,
     part: Part | None = None,
@@ -98,7 +98,7 @@ def draw_masking(
     def unit(use):
         return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, use), (length,)))(keys)
 
-    group_start = where.block_start if spec.times == "block" else where.document_start
+    group_start = layout.block_start if spec.times == "block" else layout.document_start
     u = _spread(unit(TIMES), group_start) if spec.spread else unit(TIMES)
     scores = unit(MASKS)
     if source is not None:
@@ -110,7 +110,7 @@ def draw_masking(
     rate = spec.rate_low + (spec.rate_high - spec.rate_low) * (1 - u)  # 1 - u is in (0, 1]
     if spec.masking == "bernoulli":
         return Masking(eligible & (scores < rate), rate)
-    return _fixed_count(rate, scores, eligible, where)
+    return _fixed_count(rate, scores, eligible, layout)
 
 
 def _spread(u: jax.Array, group_start: jax.Array) -> jax.Array:
@@ -122,10 +122,10 @@ def _spread(u: jax.Array, group_start: jax.Array) -> jax.Array:
     return jnp.mod(u[:, :1] + fraction, 1.0)
 
 
-def _fixed_count(rate: jax.Array, scores: jax.Array, eligible: jax.Array, where: Layout) -> Masking:
+def _fixed_count(rate: jax.Array, scores: jax.Array, eligible: jax.Array, layout: Layout) -> Masking:
     """Masks the ceil(t n) lowest-scored of each block's n eligible tokens."""
     sums = jnp.pad(jnp.cumsum(eligible, axis=1), ((0, 0), (1, 0)))
-    start, end = where.block_start, where.block_end
+    start, end = layout.block_start, layout.block_end
     n = jnp.take_along_axis(sums, end, axis=1) - jnp.take_along_axis(sums, start, axis=1)
     count = jnp.clip(jnp.ceil(rate * n), 1, jnp.maximum(n, 1))
     # Sorting by score and then, stably, by block leaves each block in its own places, ordered by score.

@@ -14,7 +14,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from llada_jax.attention import visibility as vis
+from llada_jax.attention.visibility import BLOCK_ORIGINS, Layout, make_layout
 from llada_jax.diffusion.noise import EMBEDDING, Masking, NoiseSpec, Part, complement, draw_masking, mask_tokens
 from llada_jax.errors import InputError, check_range
 from llada_jax.model import head
@@ -47,7 +47,7 @@ class Objective:
         for field, choices in (
             ("time_weight", ("elbo", "uniform")),
             ("normalizer", ("tokens", "masked")),
-            ("block_origin", vis.BLOCK_ORIGINS),
+            ("block_origin", BLOCK_ORIGINS),
         ):
             if getattr(self, field) not in choices:
                 raise InputError(f"objective.{field}={getattr(self, field)!r}, expected one of {', '.join(choices)}")
@@ -72,7 +72,7 @@ class Example:
     segment_ids: jax.Array
     real: jax.Array
     positions: jax.Array
-    where: vis.Layout
+    layout: Layout
     keys: jax.Array
 
 
@@ -117,19 +117,19 @@ def prepare(
     tail = tails(segment_ids, supervised)
     if not objective.document_mask:
         segment_ids = one_document(segment_ids)
-    where = vis.layout(segment_ids, block_size, objective.block_origin)
-    eligible = predictable(where, segment_ids, config.alignment) & supervised
+    layout = make_layout(segment_ids, block_size, objective.block_origin)
+    eligible = predictable(layout, segment_ids, config.alignment) & supervised
     if halves == "clean":
         masking = Masking(eligible, jnp.ones(tokens.shape))
     else:
-        source = None if noise_source is None else noise_source(where, segment_ids)
-        masking = draw_masking(keys, eligible | tail, where, objective.noise, source, part)
+        source = None if noise_source is None else noise_source(layout, segment_ids)
+        masking = draw_masking(keys, eligible | tail, layout, objective.noise, source, part)
     if objective.complementary and halves != "clean":
         inverse = complement(masking, eligible | tail)
-        masking, tokens, segment_ids, real, eligible, where, keys = jax.tree.map(
+        masking, tokens, segment_ids, real, eligible, layout, keys = jax.tree.map(
             lambda a, b: jnp.concatenate([a, b]),
-            (masking, tokens, segment_ids, real, eligible, where, keys),
-            (inverse, tokens, segment_ids, real, eligible, where, keys),
+            (masking, tokens, segment_ids, real, eligible, layout, keys),
+            (inverse, tokens, segment_ids, real, eligible, layout, keys),
         )
     masked = masking.masked & eligible
     weights = masked.astype(jnp.float32)
@@ -144,8 +144,8 @@ def prepare(
         weights=weights,
         segment_ids=segment_ids,
         real=real,
-        positions=jnp.arange(tokens.shape[1])[None] - where.document_start,
-        where=where,
+        positions=jnp.arange(tokens.shape[1])[None] - layout.document_start,
+        layout=layout,
         keys=keys,
     )
 
@@ -156,10 +156,10 @@ def tails(segment_ids: jax.Array, supervised: jax.Array) -> jax.Array:
     Documents end with their last answer, so this is what fills its last block (--tail of tools/pack_data.py). When the
     answer is decoded, that block is masked to its end: a clean tail in the noisy half would show where the answer ends.
     """
-    where = vis.layout(segment_ids, 1)
+    layout = make_layout(segment_ids, 1)
     sums = jnp.pad(jnp.cumsum(supervised & (segment_ids > 0), axis=1), ((0, 0), (1, 0)))
     before, through, end = (
-        jnp.take_along_axis(sums, at, axis=1) for at in (where.document_start, where.block_end, where.document_end)
+        jnp.take_along_axis(sums, at, axis=1) for at in (layout.document_start, layout.block_end, layout.document_end)
     )
     return (segment_ids > 0) & (before < end) & (through == end) & ~supervised
 
@@ -211,7 +211,7 @@ def score(
     if embedding_noise_std is not None and noisy is not None:
         added = _embedding_noise(example, embedding_noise_std, config.hidden_size)
     hidden, load = denoising_pass(
-        params, config, noisy, clean, example.where, example.positions, execution, added, example.real
+        params, config, noisy, clean, example.layout, example.positions, execution, added, example.real
     )
     matrix = head.head_matrix(params, config)
     scores = head.token_scores(

@@ -48,7 +48,7 @@ class PreferenceSums:
     pairs: jax.Array
 
 
-def shared_source(where: Layout, segment_ids: jax.Array) -> jax.Array:
+def shared_source(layout: Layout, segment_ids: jax.Array) -> jax.Array:
     """Noise source of each position (noise.draw_masking): a rejected answer uses the numbers of its chosen one.
 
     segment_ids [batch, length]. Returns [batch, length] int32.
@@ -57,7 +57,7 @@ def shared_source(where: Layout, segment_ids: jax.Array) -> jax.Array:
     starts = jax.vmap(lambda i, s: jax.ops.segment_min(i, s, num_segments=segment_ids.shape[1] + 1))(index, segment_ids)
     chosen_start = jnp.take_along_axis(starts, jnp.maximum(segment_ids - 1, 0), axis=1)
     rejected = (segment_ids > 0) & (segment_ids % 2 == 0)
-    return jnp.where(rejected, index - where.document_start + chosen_start, index)
+    return jnp.where(rejected, index - layout.document_start + chosen_start, index)
 
 
 def prepare(
@@ -90,8 +90,8 @@ def score(
     draws = example.clean.shape[1]
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), example)
     _, tokens = objectives.score(params, model, flat, halves, execution)
-    found = document_scores(tokens.nll, flat.weights, flat.segment_ids, max_pairs)
-    return found.reshape(-1, draws, *found.shape[1:]).mean(1)
+    scores = document_scores(tokens.nll, flat.weights, flat.segment_ids, max_pairs)
+    return scores.reshape(-1, draws, *scores.shape[1:]).mean(1)
 
 
 def document_scores(nll: jax.Array, weights: jax.Array, segment_ids: jax.Array, max_pairs: int) -> jax.Array:

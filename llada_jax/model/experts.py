@@ -110,8 +110,8 @@ def read_in_place(stacks: dict[str, jax.Array], axes: dict[str, tuple], executio
         return False
     if (mesh := sharding.mesh_in_force()) is None:
         return True
-    kept = {"tensor", "expert"} if execution.exchange == "tokens" else {"tensor"}
-    return all(kept.issuperset(sharding.split_over(axes[name], w.shape, mesh)) for name, w in stacks.items())
+    allowed_axes = {"tensor", "expert"} if execution.exchange == "tokens" else {"tensor"}
+    return all(allowed_axes.issuperset(sharding.split_over(axes[name], w.shape, mesh)) for name, w in stacks.items())
 
 
 def combine_experts(

@@ -60,6 +60,7 @@ def _num_inputs(axes: tuple[str | None, ...]) -> int:
 
 
 Declarations = dict[str, "Parameter | dict[str, Parameter]"]
+Params = dict[str, "jax.Array | dict[str, jax.Array]"]  # weights in memory: the tree of the module's docstring
 
 
 def declare(config: ModelConfig | Lora) -> Declarations:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from llada_jax import sharding
-from llada_jax.attention import visibility as vis
+from llada_jax.attention.visibility import block_causal, block_window, make_layout, two_block_window
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.forward import hidden_states
 from llada_jax.model.head import head_matrix
@@ -50,13 +50,12 @@ def _advance(params, config: ModelConfig, program: Program, state: State, iterat
 
 def _admit(params, config, program, state: State, rows, requests, prompts, prefill_length: int) -> State:
     block, canvas = program.block_length, state.tokens.shape[1]
-    where = jnp.arange(canvas)[None]
-    inside = where < requests.prompt_length[:, None]
+    inside = jnp.arange(canvas)[None] < requests.prompt_length[:, None]
     start = requests.prompt_length // block * block
     cache, last_hidden = state.cache, jnp.zeros((len(rows), state.last_hidden.shape[1]), state.last_hidden.dtype)
     if prefill_length:
         prompt = prompts[:, :prefill_length]
-        visibility = vis.block_causal(vis.layout(jnp.ones_like(prompt), block))
+        visibility = block_causal(make_layout(jnp.ones_like(prompt), block))
         positions = jnp.broadcast_to(jnp.arange(prefill_length), prompt.shape)
         hidden, computed = hidden_states(params, config, prompt, positions, visibility, program.execution)
 
@@ -110,7 +109,7 @@ def iterate(params, config: ModelConfig, program: Program, state: State) -> Stat
     passes = [functools.partial(window_pass, params, config, program, state, blocks) for blocks in (1, 2)]
     hidden, computed, last_hidden = jax.lax.cond(fused, passes[1], passes[0])
 
-    write = functools.partial(_write, at=state.start - block, where=committing)
+    write = functools.partial(_write, at=state.start - block, selected=committing)
     cache = jax.tree.map(write, state.cache, computed)
     last_hidden = jnp.where(committing[:, None], last_hidden, state.last_hidden)
 
@@ -135,14 +134,15 @@ def constrain_cache(cache):
     return jax.tree.map(lambda x: sharding.constrain(x, CACHE_AXES), cache)
 
 
-def _write(cache, block, at, where):
-    """cache [layers, rows, positions, ...] with block, of fewer positions, written at `at` [rows], in the rows `where`.
+def _write(cache, block, at, selected):
+    """Writes `block` into the cache at position `at` [rows], in the `selected` rows (bool [rows]) only.
 
-    Row by row, in place: an update under vmap is a scatter, for which XLA on TPUs turns the cache around and back.
+    cache [layers, rows, positions, ...]; block: the same shape with fewer positions. Row by row and in place: an update
+    under vmap is a scatter, for which XLA on TPUs transposes the cache and transposes it back.
     """
 
-    def write(cache, block, at, where):
-        rows = jnp.nonzero(where, size=where.shape[0], fill_value=0)[0]
+    def write(cache, block, at, selected):
+        rows = jnp.nonzero(selected, size=selected.shape[0], fill_value=0)[0]
 
         def write_row(i, cache):
             row = rows[i]
@@ -150,14 +150,14 @@ def _write(cache, block, at, where):
             return jax.lax.dynamic_update_slice(cache, part, (0, row, at[row], 0, 0))
 
         with jax.named_scope(WRITTEN_ROWS):
-            return jax.lax.fori_loop(0, where.sum(), write_row, cache)
+            return jax.lax.fori_loop(0, selected.sum(), write_row, cache)
 
     if (mesh := sharding.mesh_in_force()) is None:
-        return write(cache, block, at, where)
+        return write(cache, block, at, selected)
     split = sharding.spec(CACHE_AXES, cache.shape, mesh)
     rows = PartitionSpec(split[1])
     run = jax.shard_map(write, in_specs=(split, split, rows, rows), out_specs=split, check_vma=False)
-    return run(cache, block, at, where)
+    return run(cache, block, at, selected)
 
 
 def window_pass(params, config: ModelConfig, program: Program, state: State, blocks: int):
@@ -167,10 +167,10 @@ def window_pass(params, config: ModelConfig, program: Program, state: State, blo
     canvas = state.tokens.shape[1]
     if blocks == 1:
         first = jnp.where(state.pending, state.start - block, state.start)
-        visibility = vis.window(first, block)
+        visibility = block_window(first, block)
     else:
         first = state.start - block
-        visibility = vis.two_block_window(state.start, block, ~state.pending)
+        visibility = two_block_window(state.start, block, ~state.pending)
     window = jnp.clip(first[:, None] + jnp.arange(blocks * block)[None], 0, canvas - 1)
     tokens = jnp.take_along_axis(state.tokens, window, axis=1)
     hidden, computed = hidden_states(params, config, tokens, window, visibility, program.execution, cache=state.cache)
@@ -191,14 +191,15 @@ def _denoise(params, config, program, state: State, hidden, denoising) -> State:
     sampling = requests.sampling
     sampling = sampling.replace(key=jax.vmap(key_of)(sampling.key, state.start, state.step))
     kind = Kind(program.mask_id, program.sample, program.cut, entropy=rule == "entropy", raw=rule == "dinfer")
-    found = predict(head_matrix(params, config), hidden, needed, sampling, kind)
+    prediction = predict(head_matrix(params, config), hidden, needed, sampling, kind)
 
-    accepted = _accept(program, state, found) & needed & masked
+    accepted = _accept(program, state, prediction) & needed & masked
     edited = jnp.zeros_like(accepted)
     if rule == "llada2.1":
-        edited = accept.edits(found.confidence, found.token, old, needed & ~masked, requests.editing_threshold)
+        editable = needed & ~masked
+        edited = accept.edits(prediction.confidence, prediction.token, old, editable, requests.editing_threshold)
     left, written = masked & ~accepted, accepted | edited
-    tokens = jnp.where(written, found.token, old)
+    tokens = jnp.where(written, prediction.token, old)
     full, step, post_steps = _progress(program, state, left, edited)
     full &= denoising
     ended = _ended(program, requests, generated, tokens, left, written, full)
@@ -210,7 +211,7 @@ def _denoise(params, config, program, state: State, hidden, denoising) -> State:
         tokens=_put(state.tokens, tokens, state.start),
         steps=_put(state.steps, jnp.where(written, state.step[:, None], _get(state.steps, window)), state.start),
         confidence=_put(
-            state.confidence, jnp.where(written, found.confidence, _get(state.confidence, window)), state.start
+            state.confidence, jnp.where(written, prediction.confidence, _get(state.confidence, window)), state.start
         ),
         masked=left | moves[:, None],
         start=start,
@@ -230,9 +231,9 @@ def _put(canvas, block, start):
     return jax.vmap(lambda row, part, at: jax.lax.dynamic_update_slice(row, part, (at,)))(canvas, block, start)
 
 
-def _accept(program: Program, state: State, found) -> jax.Array:
+def _accept(program: Program, state: State, prediction) -> jax.Array:
     """Masked positions that the rule accepts, bool [rows, block]."""
-    requests, masked, confidence = state.requests, state.masked, found.confidence
+    requests, masked, confidence = state.requests, state.masked, prediction.confidence
     due = accept.due(program.block_length, requests.steps, state.step)
     match program.rule:
         case "llada2":
@@ -240,9 +241,9 @@ def _accept(program: Program, state: State, found) -> jax.Array:
         case "llada2.1" | "sglang":  # at least one token a step, no schedule
             return accept.sglang(confidence, masked, requests.threshold)
         case "dinfer":
-            return accept.dinfer(confidence, masked, requests.threshold, found.mask)
+            return accept.dinfer(confidence, masked, requests.threshold, prediction.mask)
         case "entropy":
-            return accept.entropy(found.entropy, masked, requests.entropy_bound)
+            return accept.entropy(prediction.entropy, masked, requests.entropy_bound)
         case "fixed":
             return accept.fixed(confidence, masked, due)
 

@@ -88,7 +88,7 @@ def _predict(head, hidden, needed, sampling, kind, vocab_axis) -> Prediction:
     # Needed positions first; the padding is out of bounds: reads fill, writes drop.
     order = jnp.nonzero(needed.reshape(-1), size=-(-positions // tile) * tile, fill_value=positions)[0]
 
-    def one_tile(i, found):
+    def one_tile(i, prediction):
         index = jax.lax.dynamic_slice_in_dim(order, i * tile, tile)
         row = jnp.minimum(index // block, rows - 1)
         settings = jax.tree.map(lambda x: x[row], sampling)
@@ -96,13 +96,13 @@ def _predict(head, hidden, needed, sampling, kind, vocab_axis) -> Prediction:
             settings = settings.replace(key=jax.vmap(jax.random.fold_in)(settings.key, index % block))
         part = flat.at[index].get(mode="fill", fill_value=0)
         scored = _score(head, part, settings, kind, vocab_axis)
-        return jax.tree.map(lambda whole, x: whole.at[index].set(x, mode="drop"), found, scored)
+        return jax.tree.map(lambda whole, x: whole.at[index].set(x, mode="drop"), prediction, scored)
 
     zeros = jnp.zeros(positions, jnp.float32)
     nothing = Prediction(jnp.zeros(positions, jnp.int32), zeros, zeros, zeros > 0)
     with jax.named_scope(TILES):
-        found = jax.lax.fori_loop(0, -(-needed.sum() // tile), one_tile, nothing)
-    return jax.tree.map(lambda x: x.reshape(rows, block), found)
+        prediction = jax.lax.fori_loop(0, -(-needed.sum() // tile), one_tile, nothing)
+    return jax.tree.map(lambda x: x.reshape(rows, block), prediction)
 
 
 class _Running(NamedTuple):
@@ -159,11 +159,11 @@ def _score(head, hidden, settings: Sampling, kind: Kind, vocab_axis) -> Predicti
     return Prediction(state.token, confidence, entropy, state.mask > state.best)
 
 
-def _fold(state: _Running, ids, z, kept, settings, kind: Kind) -> _Running:
+def _fold(state: _Running, ids, z, allowed, settings, kind: Kind) -> _Running:
     """The state with a tile of tokens more: z [positions, ids], and `kept`, the same with -inf for what is cut off."""
-    score = kept
+    score = allowed
     if kind.sample:
-        score = kept + jnp.where(settings.temperature > 0, 1.0, 0.0)[:, None] * _gumbel(settings.key, ids)
+        score = allowed + jnp.where(settings.temperature > 0, 1.0, 0.0)[:, None] * _gumbel(settings.key, ids)
     is_mask = (ids == kind.mask_id)[None]
     of_mask = jnp.where(is_mask, score, -jnp.inf).max(axis=-1) if kind.raw else state.mask
     score = jnp.where(is_mask, -jnp.inf, score)
@@ -177,7 +177,7 @@ def _fold(state: _Running, ids, z, kept, settings, kind: Kind) -> _Running:
         return old * before + jnp.sum(new, axis=-1)
 
     uncut, weighted, raw = state.uncut, state.weighted, state.raw
-    total = sum_of(state.total, jnp.where(kept > -jnp.inf, weights, 0.0) if kind.cut else weights)
+    total = sum_of(state.total, jnp.where(allowed > -jnp.inf, weights, 0.0) if kind.cut else weights)
     if kind.entropy:
         uncut = sum_of(uncut, weights) if kind.cut else total
         weighted = sum_of(weighted, jnp.where(weights > 0, weights * z, 0.0))
