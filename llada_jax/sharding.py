@@ -108,7 +108,7 @@ def gathered(w: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class Shards:
+class WeightShards:
     """What a function under `over_batch` knows of the mesh: the size of each axis, and how each weight is split.
 
     Without a mesh there is one of everything, and nothing to gather.
@@ -136,7 +136,7 @@ class Shards:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def gather_axes(x: jax.Array, axes: tuple[str, ...], dimension: int, reduce_dtype: str | None = None) -> jax.Array:
-    """Under shard_map, x gathered along a dimension that is split over `axes`; the gradient as in Shards.gather."""
+    """Under shard_map, x gathered along a dimension that is split over `axes`; the gradient as in WeightShards.gather."""
     return jax.lax.all_gather(x, axes, axis=dimension, tiled=True)
 
 
@@ -200,16 +200,16 @@ def over_batch(function, axes: Mapping[str, tuple], reduce_dtype: str | None = N
     """`function(x, weights, shards)` run by each shard of the tokens on its own ones, with its own part of each weight.
 
     x: an array or a tree of arrays that lead with batch and length, as the results must. weights: a dict; axes: the
-    logical axes of each; `shards.gather` gives the whole of one. reduce_dtype: as in Shards. Without a mesh in force it
-    is the plain function; a batch that does not divide is whole everywhere.
+    logical axes of each; `shards.gather` gives the whole of one. reduce_dtype: as in WeightShards. Without a mesh in
+    force it is the plain function; a batch that does not divide is whole everywhere.
     """
 
     def call(x, weights):
         if (mesh := mesh_in_force()) is None:
-            return function(x, weights, Shards())
+            return function(x, weights, WeightShards())
         tokens = spec(("batch", "length"), jax.tree.leaves(x)[0].shape[:2], mesh)
         specs = {name: spec(axes[name], w.shape, mesh) for name, w in weights.items()}
-        local = functools.partial(function, shards=Shards(dict(mesh.shape), specs, reduce_dtype))
+        local = functools.partial(function, shards=WeightShards(dict(mesh.shape), specs, reduce_dtype))
         return jax.shard_map(local, in_specs=(tokens, specs), out_specs=tokens, check_vma=False)(x, weights)
 
     return call

@@ -133,7 +133,7 @@ def _record(answer) -> dict:
         "tokens_per_forward": round(answer.tokens_per_forward, 4),
         "positions_evaluated": answer.positions_evaluated,
         "token_ids": answer.tokens.tolist(),
-        "steps": answer.steps.tolist(),
+        "steps": answer.written_at.tolist(),
         "confidences": [round(float(p), 4) for p in answer.confidence],
     }
 
@@ -184,9 +184,9 @@ def _show(model, prompt: list[int], answer, config) -> None:
     pieces = [model.tokenizer.text.piece(ids[:end], ids[end]) for end in range(len(prompt), len(ids))]
     spans = trajectory.blocks(len(prompt), answer.tokens, config.block_length)
     if _TRAJECTORY.value:
-        rich.print(trajectory.terminal(pieces, answer.steps, spans))
+        rich.print(trajectory.terminal(pieces, answer.written_at, spans))
     if _SAVE.value:
-        trajectory.draw(pieces, answer.steps, answer.confidence, spans, _SAVE.value)
+        trajectory.draw(pieces, answer.written_at, answer.confidence, spans, _SAVE.value)
         print(_SAVE.value)
 
 

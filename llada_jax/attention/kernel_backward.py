@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from llada_jax.attention.kernel_walk import AHEAD, FOR_SPILLS, RING, Step, Walk, dot, launch, scratch_bytes
+from llada_jax.attention.kernel_walk import AHEAD, FOR_SPILLS, RING, TileStep, Walk, dot, launch, scratch_bytes
 from llada_jax.attention.plan import Plan, part_chunks
 from llada_jax.attention.tiles import Tiles
 
@@ -155,7 +155,7 @@ def _kernel(
 
     def body(index, carry):
         full, *flat = carry
-        step, *later = (Step(*pair) for pair in zip(flat[::2], flat[1::2], strict=True))
+        step, *later = (TileStep(*pair) for pair in zip(flat[::2], flat[1::2], strict=True))
         wait_chunks(index)
 
         @pl.when(step.number == 0)

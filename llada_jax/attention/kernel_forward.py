@@ -11,7 +11,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from llada_jax.attention.kernel_walk import AHEAD, HIDDEN, RING, Step, Walk, dot, launch
+from llada_jax.attention.kernel_walk import AHEAD, HIDDEN, RING, TileStep, Walk, dot, launch
 from llada_jax.attention.plan import Plan
 
 
@@ -132,7 +132,7 @@ def _kernel(
 
     def body(index, carry):
         full, *flat = carry
-        step, following, *later = (Step(*pair) for pair in zip(flat[::2], flat[1::2], strict=True))
+        step, following, *later = (TileStep(*pair) for pair in zip(flat[::2], flat[1::2], strict=True))
         walk.wait_chunks(value, value_ring, value_done, index % RING)
         pl.when(step.number == 0)(lambda: bounds_copy(step.tile).wait())
         wait_for_scores(following, index + 1)

@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from llada_jax.attention import plan as plans
+from llada_jax.attention.plan import CLEAN_OFFSET, COLUMNS, COUNT, NOISY_COUNT, NOISY_OFFSET, ROW, Plan, is_full
 from llada_jax.errors import InputError
 
 # A step's copies start this many steps ahead of it, into a ring of one more buffers.
@@ -26,7 +26,7 @@ FOR_SPILLS = 16 << 20
 HIDDEN = -1e30
 
 
-class Step(NamedTuple):
+class TileStep(NamedTuple):
     """Query tile and number of the step within it, int32 scalars; tile == the number of tiles is past the end."""
 
     tile: jax.Array
@@ -36,37 +36,37 @@ class Step(NamedTuple):
 class Walk:
     """Steps of `chunks` chunks over a plan whose runs lie in scalar memory."""
 
-    def __init__(self, runs, plan: plans.Plan, num_tiles: int, chunks: int):
+    def __init__(self, runs, plan: Plan, num_tiles: int, chunks: int):
         self.runs, self.num_tiles, self.chunks, self.plan = runs, num_tiles, chunks, plan
         self.num_rows = num_tiles // plan.tiles_per_row
 
     def column(self, tile, column: int):
-        return self.runs[tile * plans.COLUMNS + column]
+        return self.runs[tile * COLUMNS + column]
 
     def row(self, tile):
-        return self.column(tile, plans.ROW)
+        return self.column(tile, ROW)
 
-    def first(self) -> list[Step]:
+    def first(self) -> list[TileStep]:
         """The first RING steps."""
-        steps = [Step(jnp.int32(0), jnp.int32(0))]
+        steps = [TileStep(jnp.int32(0), jnp.int32(0))]
         while len(steps) < RING:
             steps.append(self.after(steps[-1]))
         return steps
 
-    def after(self, step: Step) -> Step:
-        same = (step.number + 1) * self.chunks < self.column(step.tile, plans.COUNT)
+    def after(self, step: TileStep) -> TileStep:
+        same = (step.number + 1) * self.chunks < self.column(step.tile, COUNT)
         tile = jnp.where(same, step.tile, jnp.minimum(step.tile + 1, self.num_tiles))
-        return Step(tile, jnp.where(same, step.number + 1, 0))
+        return TileStep(tile, jnp.where(same, step.number + 1, 0))
 
-    def is_last(self, step: Step):
-        return (step.number + 1) * self.chunks >= self.column(step.tile, plans.COUNT)
+    def is_last(self, step: TileStep):
+        return (step.number + 1) * self.chunks >= self.column(step.tile, COUNT)
 
-    def is_full(self, step: Step):
-        return plans.is_full(lambda column: self.column(step.tile, column), step.number * self.chunks, self.chunks)
+    def is_full(self, step: TileStep):
+        return is_full(lambda column: self.column(step.tile, column), step.number * self.chunks, self.chunks)
 
-    def step_chunks(self, step: Step):
+    def step_chunks(self, step: TileStep):
         """For each chunk of a step: its number in the row, whether it holds noisy keys, whether it is in the run."""
-        columns = (plans.COUNT, plans.NOISY_COUNT, plans.NOISY_OFFSET, plans.CLEAN_OFFSET)
+        columns = (COUNT, NOISY_COUNT, NOISY_OFFSET, CLEAN_OFFSET)
         count, noisy_count, noisy_offset, clean_offset = (self.column(step.tile, column) for column in columns)
         for i in range(self.chunks):
             position = step.number * self.chunks + i
@@ -75,7 +75,7 @@ class Walk:
             noisy = position < noisy_count
             yield position + jnp.where(noisy, noisy_offset, clean_offset), noisy, inside
 
-    def start_chunks(self, head, step: Step, slot, sources, rings, semaphores):
+    def start_chunks(self, head, step: TileStep, slot, sources, rings, semaphores):
         """Starts copying the step's chunks of sources [heads, chunks, chunk, head_dim] into rings at slot."""
         # Past the end of the list: some chunk, so that no copy needs a branch.
         row = jnp.minimum(self.row(step.tile), self.num_rows - 1) * self.plan.chunks_per_row
@@ -89,7 +89,7 @@ class Walk:
         source = source.at[0, pl.ds(0, self.chunks)]
         pltpu.make_async_copy(source, ring.at[slot], done.at[slot]).wait()
 
-    def masked(self, scores, bounds, step: Step):
+    def masked(self, scores, bounds, step: TileStep):
         """scores [keys, rows] with HIDDEN where the row does not see the key; bounds [4, tile] int32."""
         chunk_size, tile = self.plan.tiles.chunk, bounds.shape[1]
         heads = scores.shape[1] // tile

@@ -32,7 +32,7 @@ class Tiles:
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class TileEntry:
     """A row of the table. rows: of a query tile, heads of the group x positions; the others are as in Tiles.
 
     cost: what the tool found, {"unit": "cycles" of the compiler's estimate or "seconds" of a device, a number for each
@@ -53,13 +53,13 @@ class Entry:
         return self.device_kind, self.head_dim, self.shape
 
 
-def read_table(path: Path = TABLE) -> dict[tuple[str, int, str], Entry]:
-    """{(device kind, head_dim, shape): Entry}."""
-    entries = [Entry(**entry) for entry in json.loads(path.read_text())]
+def read_table(path: Path = TABLE) -> dict[tuple[str, int, str], TileEntry]:
+    """{(device kind, head_dim, shape): TileEntry}."""
+    entries = [TileEntry(**entry) for entry in json.loads(path.read_text())]
     return {entry.key: entry for entry in entries}
 
 
-def write_table(entries: dict[tuple[str, int, str], Entry], path: Path = TABLE) -> None:
+def write_table(entries: dict[tuple[str, int, str], TileEntry], path: Path = TABLE) -> None:
     """An entry a line, sorted: a change is a line of a diff."""
     lines = [json.dumps(dataclasses.asdict(entries[key])) for key in sorted(entries)]
     path.write_text("[\n" + ",\n".join(lines) + "\n]\n")
@@ -89,7 +89,7 @@ def tiles_for(kind: str, head_dim: int, group: int, queries: int) -> Tiles:
     return cut(ENTRIES[kind, head_dim, shape], group, queries)
 
 
-def cut(entry: Entry, group: int, queries: int) -> Tiles:
+def cut(entry: TileEntry, group: int, queries: int) -> Tiles:
     """The tiles of an entry for a group and a number of query positions."""
     # Whole registers of positions where possible: the mask of a tile is then made once for all heads of the group.
     unit = 128 if entry.rows // group >= 128 else 32

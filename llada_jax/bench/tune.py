@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from llada_jax.attention.kernel import kernel_attention
 from llada_jax.attention.plan import make_plan
-from llada_jax.attention.tiles import Entry, Tiles, cut
+from llada_jax.attention.tiles import TileEntry, Tiles, cut
 from llada_jax.attention.visibility import block_diffusion, block_window, make_layout
 from llada_jax.bench.attention import (
     BLOCK_SIZE,
@@ -39,14 +39,14 @@ REPEATS = 5
 Price = Callable[[str, Tiles], float]
 
 
-def candidates(device_kind: str, head_dim: int, shape: str, all_rows, chunk_sizes, steps) -> Iterator[Entry]:
+def candidates(device_kind: str, head_dim: int, shape: str, all_rows, chunk_sizes, steps) -> Iterator[TileEntry]:
     """Every combination; decoding has no backward pass, and takes the same number of chunks for it."""
     for tile_rows, chunk, forward, backward in itertools.product(all_rows, chunk_sizes, steps, steps):
         if shape != "decode" or forward == backward:
-            yield Entry(device_kind, head_dim, shape, tile_rows, forward, backward, chunk)
+            yield TileEntry(device_kind, head_dim, shape, tile_rows, forward, backward, chunk)
 
 
-def ranking(entries: Iterable[Entry], price: Price, unit: str, report: Callable[[str], None]) -> list[Entry]:
+def ranking(entries: Iterable[TileEntry], price: Price, unit: str, report: Callable[[str], None]) -> list[TileEntry]:
     """The entries with their costs, cheapest first. A candidate that the compiler refuses is reported and left out.
 
     report: is told each price as it is found. Passes are priced once for all entries that differ only in the other.
@@ -74,7 +74,7 @@ def ranking(entries: Iterable[Entry], price: Price, unit: str, report: Callable[
     return sorted(ranked, key=total)
 
 
-def total(entry: Entry) -> float:
+def total(entry: TileEntry) -> float:
     return sum(entry.cost[name] for name in PASSES[entry.shape])
 
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from llada_jax.attention.visibility import BLOCK_ORIGINS, Layout, make_layout
-from llada_jax.diffusion.noise import EMBEDDING, Masking, NoiseSpec, Part, complement, draw_masking, mask_tokens
+from llada_jax.diffusion.noise import EMBEDDING, Masking, NoiseSpec, Stratum, complement, draw_masking, mask_tokens
 from llada_jax.errors import InputError, check_range
 from llada_jax.model import head
 from llada_jax.model.alignment import predictable
@@ -78,16 +78,18 @@ class Example:
 
 @flax.struct.dataclass
 class Sums:
-    """Sums over a batch, float32 scalars: of weighted nll, of nll, correctness and entropy of the correct ones over
-    supervised tokens, and of supervised and eligible tokens. expert_load int32 [layers with experts, experts]: how many
-    real tokens each expert got, of both halves where there are two; None in a dense model.
+    """Sums over a batch, float32 scalars.
+
+    weighted: of weighted nll. nll, correct, correct_entropy: of nll, correctness and the entropy of correct
+    predictions, over the masked tokens. masked, eligible: numbers of tokens, as in Example. expert_load int32 [layers
+    with experts, experts]: real tokens that each expert got, in both halves where there are two; None in a dense model.
     """
 
     weighted: jax.Array
     nll: jax.Array
     correct: jax.Array
     correct_entropy: jax.Array
-    supervised: jax.Array
+    masked: jax.Array
     eligible: jax.Array
     expert_load: jax.Array | None = None
 
@@ -102,14 +104,14 @@ def prepare(
     objective: Objective,
     halves="both",
     noise_source=None,
-    part: Part | None = None,
+    stratum: Stratum | None = None,
 ) -> Example:
     """Draws the noise of a batch.
 
     tokens, segment_ids [batch, length] int; supervised [batch, length] bool: tokens that may be masked and scored (a
     document's tail behind them is masked with them, not scored: see `tails`); keys [batch]; block_size a traced or
     concrete int; halves as in schedule.Phase; noise_source: a function of (layout, segment_ids) that gives `source` of
-    noise.draw_masking, or None; part: of noise.draw_masking. A complementary objective returns 2 * batch rows, the
+    noise.draw_masking, or None; stratum: of noise.draw_masking. A complementary objective returns 2 * batch rows, the
     inverses after the originals.
     """
     real = segment_ids > 0
@@ -123,7 +125,7 @@ def prepare(
         masking = Masking(eligible, jnp.ones(tokens.shape))
     else:
         source = None if noise_source is None else noise_source(layout, segment_ids)
-        masking = draw_masking(keys, eligible | tail, layout, objective.noise, source, part)
+        masking = draw_masking(keys, eligible | tail, layout, objective.noise, source, stratum)
     if objective.complementary and halves != "clean":
         inverse = complement(masking, eligible | tail)
         masking, tokens, segment_ids, real, eligible, layout, keys = jax.tree.map(
@@ -222,7 +224,7 @@ def score(
         nll=scores.nll.sum(),
         correct=scores.correct.sum(),
         correct_entropy=(scores.correct * scores.entropy).sum(),
-        supervised=example.masked.sum().astype(jnp.float32),
+        masked=example.masked.sum().astype(jnp.float32),
         eligible=example.eligible.sum().astype(jnp.float32),
         expert_load=load,
     ), scores

@@ -32,7 +32,7 @@ EXPERTS = ("gate", "up", "down")
 
 
 def moe(
-    inputs: tuple[jax.Array, ...], weights: dict[str, jax.Array], shards: sharding.Shards, config: ModelConfig,
+    inputs: tuple[jax.Array, ...], weights: dict[str, jax.Array], shards: sharding.WeightShards, config: ModelConfig,
     execution,
 ):  # fmt: skip
     """Routed experts plus the shared one, added to what they correct: y = residual + (sum_k w_k E_k(x) + S(x)).

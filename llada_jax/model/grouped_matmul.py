@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas import tpu as pltpu
 
 from llada_jax.attention.tiles import device_kind
-from llada_jax.model import grouped_tiles as table
+from llada_jax.model import grouped_tiles
 
 # The package exports its module's function under the module's name.
 megablox = importlib.import_module("jax.experimental.pallas.ops.tpu.megablox.gmm")
@@ -86,7 +86,7 @@ def rows_times_groups(x, w, group_sizes, interpret=False, transpose_rhs=False, f
     first: the matrix of group 0, in a w of more matrices than groups.
     """
     columns = w.shape[1 if transpose_rhs else 2]
-    tiles = _interpreted(x, columns) if interpret else table.rows_times_groups(*x.shape, columns, device_kind())
+    tiles = _interpreted(x, columns) if interpret else grouped_tiles.rows_times_groups(*x.shape, columns, device_kind())
     y = megablox.gmm(
         _whole_tiles(x, tiles[0]), w, group_sizes.astype(jnp.int32), preferred_element_type=x.dtype, tiling=tiles,
         group_offset=None if first is None else -first,  # it counts from the groups that w's first matrix is of
@@ -98,7 +98,7 @@ def rows_times_groups(x, w, group_sizes, interpret=False, transpose_rhs=False, f
 def group_gradients(x, dy, group_sizes, interpret=False) -> jax.Array:
     """sum over the rows of each group of x^T dy, [groups, in, out] in x's dtype, by the Pallas kernel."""
     columns = dy.shape[1]
-    tiles = _interpreted(x, columns) if interpret else table.group_gradients(*x.shape, columns, device_kind())
+    tiles = _interpreted(x, columns) if interpret else grouped_tiles.group_gradients(*x.shape, columns, device_kind())
     x, dy = _whole_tiles(x, tiles[0]), _whole_tiles(dy, tiles[0])
     return megablox.tgmm(
         x.swapaxes(0, 1), dy, group_sizes.astype(jnp.int32), preferred_element_type=x.dtype, tiling=tiles,

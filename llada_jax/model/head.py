@@ -48,7 +48,7 @@ def logits(params, config: ModelConfig, hidden: jax.Array) -> jax.Array:
 
 @flax.struct.dataclass
 class TokenScores:
-    """Per position, float32 [batch, length]; zero where nothing is supervised.
+    """Per position, float32 [batch, length]; zero where the token is not masked.
 
     nll: -log p(target), nats. correct: 1 where the target is the most probable token. entropy: of
     softmax(logits / entropy_temperature), nats, or zero when it was not asked for.
@@ -62,29 +62,29 @@ class TokenScores:
 def token_scores(
     hidden: jax.Array,
     targets: jax.Array,
-    supervised: jax.Array,
+    masked: jax.Array,
     head: jax.Array,
     entropy_temperature: float | None = None,
     reduce_dtype: str | None = None,
 ) -> TokenScores:
-    """Scores of the supervised positions only, CHUNK of them at a time; the backward pass computes logits again.
+    """Scores of the masked positions only, CHUNK of them at a time; the backward pass computes logits again.
 
-    hidden [batch, length, embed] aligned to its targets; targets [batch, length] int; supervised [batch, length] bool;
+    hidden [batch, length, embed] aligned to its targets; targets [batch, length] int; masked [batch, length] bool;
     head [embed, vocab]. Over a mesh each shard of the batch scores its own positions: it gathers the head once, and its
-    chunks without a supervised position cost nothing. The tensor axis splits the vocabulary: its ranks then exchange
-    a few numbers a position. reduce_dtype: of the head's gradient, as in sharding.Shards.
+    chunks without a masked position cost nothing. The tensor axis splits the vocabulary: its ranks then exchange
+    a few numbers a position. reduce_dtype: of the head's gradient, as in sharding.WeightShards.
     """
     local = jax.named_scope("head")(
         functools.partial(_local_scores, temperature=entropy_temperature, vocab=head.shape[1])
     )
     hidden, head = sharding.gradients_together((hidden, head))
     scores = sharding.over_batch(local, {"head": ("embed", "vocab")}, reduce_dtype)
-    return TokenScores(*scores((hidden, targets, supervised), {"head": head}))
+    return TokenScores(*scores((hidden, targets, masked), {"head": head}))
 
 
 def _local_scores(inputs, weights, shards, temperature, vocab):
     """(nll, correct, entropy), each float32 [batch, length], of a shard's rows."""
-    hidden, targets, supervised = inputs
+    hidden, targets, masked = inputs
     batch, length, width = hidden.shape
     head = shards.gather(weights["head"].astype(hidden.dtype), "head", keep=("tensor",))
     axis = None if head.shape[1] == vocab else "tensor"
@@ -94,14 +94,14 @@ def _local_scores(inputs, weights, shards, temperature, vocab):
     def flat(x):
         return jnp.pad(x.reshape(batch * length, *x.shape[2:]), ((0, padding),) + ((0, 0),) * (x.ndim - 2))
 
-    targets, supervised = flat(targets), flat(supervised)
-    order = jnp.argsort(~supervised, stable=True)  # supervised positions first
+    targets, masked = flat(targets), flat(masked)
+    order = jnp.argsort(~masked, stable=True)  # masked positions first
     back = jnp.argsort(order)
     chunks = permute(flat(hidden), order, back).reshape(-1, chunk, width)
-    used = (supervised.sum(dtype=jnp.int32) + chunk - 1) // chunk
+    used = (masked.sum(dtype=jnp.int32) + chunk - 1) // chunk
     scores = _score_chunks(chunks, head, targets[order].reshape(-1, chunk), used, temperature, axis)
     scores = jnp.moveaxis(scores, 1, 0).reshape(3, -1)
-    scores = permute(scores.T, back, order).T * supervised[None]
+    scores = permute(scores.T, back, order).T * masked[None]
     return tuple(scores[:, : batch * length].reshape(3, batch, length))
 
 

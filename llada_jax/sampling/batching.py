@@ -21,9 +21,9 @@ from llada_jax.sampling.generate import (
     check_prompts,
     collect,
     cut,
+    decode_settings,
     eos_ids_of,
     pad,
-    program_of,
     requests_of,
 )
 from llada_jax.sampling.state import KEYS, State, empty_state
@@ -55,7 +55,7 @@ class Answer:
     forward_passes: int
     commit_passes: int
     positions_evaluated: int
-    steps: np.ndarray
+    written_at: np.ndarray
     confidence: np.ndarray
 
     @property
@@ -118,18 +118,18 @@ def serve(
         running |= dict(new)
         if not running:
             return
-        program = program_of(config, [r.request.config for r in running.values()], execution)
+        settings = decode_settings(config, [r.request.config for r in running.values()], execution)
         if state is None:
-            block = program.block_length
+            block = settings.block_length
             dtype = execution.dtype or str(params["embedding"].dtype)
             if fuse_share is None:
                 fuse_share = second_block_price(config, rows, block)
-            shared = dataclasses.replace(program, sample=False, cut=False)
+            shared = dataclasses.replace(settings, sample=False, cut=False)
             state = empty_state(config, shared, rows, -(-max_length // block) * block, dtype, fuse_share)
-        elif program.block_length != block:
-            raise InputError(f"block_length={program.block_length} beside {block} in one batch, expected one value")
-        state = _admit(params, config, program, state, new, usage)
-        state = decode.advance(params, config, program, state, jnp.int32(admit_every))
+        elif settings.block_length != block:
+            raise InputError(f"block_length={settings.block_length} beside {block} in one batch, expected one value")
+        state = _admit(params, config, settings, state, new, usage)
+        state = decode.advance(params, config, settings, state, jnp.int32(admit_every))
         yield from _finished(config, state, running, block, tokenizer, on_tokens, usage, rows)
 
 
@@ -161,7 +161,7 @@ def _check(config: ModelConfig, index: int, request: Request, max_length: int) -
     return _Running(index, request, prompt)
 
 
-def _admit(params, config, program, state: State, new, usage: Usage) -> State:
+def _admit(params, config, settings, state: State, new, usage: Usage) -> State:
     """Prefills new requests together; numbers and lengths are rounded up to powers of two, to compile few programs."""
     if not new:
         return state
@@ -172,13 +172,13 @@ def _admit(params, config, program, state: State, new, usage: Usage) -> State:
     seeds = [run.index if run.request.seed is None else run.request.seed for run in runs]
     keys = jax.random.wrap_key_data(np.array([_key_data(seed) for seed in seeds], np.uint32), impl=KEYS)
     requests = requests_of(config, lengths, [run.request.config for run in runs], keys)
-    canvas, blocks = state.tokens.shape[1], int(lengths.max()) // program.block_length
-    prefill = min((1 << (blocks - 1).bit_length()) * program.block_length, canvas) if blocks else 0
+    canvas, blocks = state.tokens.shape[1], int(lengths.max()) // settings.block_length
+    prefill = min((1 << (blocks - 1).bit_length()) * settings.block_length, canvas) if blocks else 0
     usage.prefill_passes += prefill > 0
     usage.prefill_positions += prefill * count
     rows = np.array([row for row, _ in padded], np.int32)
     return decode.admit(
-        params, config, program, state, rows, requests, pad([run.prompt for run in runs], canvas), prefill
+        params, config, settings, state, rows, requests, pad([run.prompt for run in runs], canvas), prefill
     )
 
 
@@ -196,7 +196,7 @@ def _finished(config, state: State, running: dict, block: int, tokenizer, on_tok
     usage.iterations += int(state.iterations)
     usage.row_passes += int(state.iterations) * rows
     usage.running_row_passes += int(state.busy)
-    usage.decoding_positions += int(state.positions_evaluated)
+    usage.decoding_positions += int(state.batch_positions)
     done = [row for row in running if finished[row]]
     if on_tokens is not None:
         tokens = np.asarray(state.tokens)
@@ -221,7 +221,7 @@ def _finished(config, state: State, running: dict, block: int, tokenizer, on_tok
             forward_passes=int(out.forward_passes[i]),
             commit_passes=int(out.commit_passes[i]),
             positions_evaluated=int(out.positions_evaluated[i]),
-            steps=out.steps[i],
+            written_at=out.written_at[i],
             confidence=out.confidence[i],
         )
 

@@ -14,7 +14,7 @@ UNKNOWN_PRICE = 0.75
 
 
 @dataclasses.dataclass(frozen=True)
-class Cost:
+class PassCost:
     """Of one pass over one device's worth of weights: bytes read from memory, FLOPs of its matmuls."""
 
     bytes: float
@@ -41,7 +41,7 @@ def pass_cost(
     context: int = 0,
     hits: Callable[[ModelConfig, int], float] = uniform_hits,
     bytes_per_value: int = 2,
-) -> Cost:
+) -> PassCost:
     """Cost of a pass over `tokens` window tokens, `head_positions` of which need logits.
 
     cached_tokens: in the caches of all rows; context: keys that a token sees. hits(config, tokens): distinct experts
@@ -62,7 +62,7 @@ def pass_cost(
     head = d * config.vocab_size
     cache = 2 * config.num_layers * kv_values * cached_tokens
     scores = 4 * config.num_layers * head_values * context * tokens
-    return Cost(
+    return PassCost(
         bytes=(read + (head if head_positions else 0) + tokens * d + cache) * bytes_per_value,
         flops=2 * per_token * tokens + 2 * head * head_positions + scores,
     )

@@ -8,8 +8,16 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llada_jax.attention import plan as plans
-from llada_jax.attention.plan import make_plan, step_classes
+from llada_jax.attention.plan import (
+    CLEAN_OFFSET,
+    COLUMNS,
+    COUNT,
+    NOISY_COUNT,
+    NOISY_OFFSET,
+    ROW,
+    make_plan,
+    step_classes,
+)
 from llada_jax.attention.tiles import Tiles
 from llada_jax.attention.visibility import block_causal, block_diffusion, block_window, dense_mask, make_layout
 
@@ -43,10 +51,10 @@ def padded_mask(visibility, num_keys, tiles):
 
 def tile_steps(plan, chunks):
     """Chunks of each step of each query tile, read from the plan's columns."""
-    for run in np.asarray(plan.runs).reshape(-1, plans.COLUMNS)[:-1]:
-        positions = np.arange(run[plans.COUNT])
-        offsets = np.where(positions < run[plans.NOISY_COUNT], run[plans.NOISY_OFFSET], run[plans.CLEAN_OFFSET])
-        yield run[plans.ROW], np.split(positions + offsets, range(chunks, len(positions), chunks))
+    for run in np.asarray(plan.runs).reshape(-1, COLUMNS)[:-1]:
+        positions = np.arange(run[COUNT])
+        offsets = np.where(positions < run[NOISY_COUNT], run[NOISY_OFFSET], run[CLEAN_OFFSET])
+        yield run[ROW], np.split(positions + offsets, range(chunks, len(positions), chunks))
 
 
 @settings(max_examples=100, deadline=None)

@@ -84,25 +84,25 @@ def test_bad_values_are_refused(values, message):
         NoiseSpec(**values)
 
 
-def parts_of(spec, parts, length=64, block_size=8):
+def strata_of(spec, strata, length=64, block_size=8):
     keys = noise.example_keys(0, jnp.arange(4, dtype=jnp.uint32), jnp.zeros(4, jnp.uint32))
     layout = make_layout(jnp.ones((4, length), jnp.int32), block_size)
     eligible = jnp.arange(length)[None] % 5 > 0
     eligible = jnp.broadcast_to(eligible, (4, length))
-    return eligible, [noise.draw_masking(keys, eligible, layout, spec, part=part) for part in parts]
+    return eligible, [noise.draw_masking(keys, eligible, layout, spec, stratum=stratum) for stratum in strata]
 
 
 def test_strata_share_out_the_band():
-    _, found = parts_of(NoiseSpec(rate_low=0.2, rate_high=0.8), [noise.Part(i, 3) for i in range(3)])
+    _, found = strata_of(NoiseSpec(rate_low=0.2, rate_high=0.8), [noise.Stratum(i, 3) for i in range(3)])
     for i, masking in enumerate(found):
         assert (masking.rate >= 0.6 - 0.2 * i - 1e-6).all() and (masking.rate <= 0.8 - 0.2 * i + 1e-6).all()
 
 
 def test_a_mirrored_draw_has_the_complementary_mask_and_rate():
-    eligible, (first, second) = parts_of(NoiseSpec(rate_low=0.0), [noise.Part(), noise.Part(mirrored=True)])
+    eligible, (first, second) = strata_of(NoiseSpec(rate_low=0.0), [noise.Stratum(), noise.Stratum(mirrored=True)])
     assert np.array_equal(first.masked ^ second.masked, eligible)
     np.testing.assert_allclose(first.rate + second.rate, 1, atol=1e-6)
-    whole = parts_of(NoiseSpec(rate_low=0.0), [None])[1][0]
+    whole = strata_of(NoiseSpec(rate_low=0.0), [None])[1][0]
     assert np.array_equal(whole.masked, first.masked) and np.array_equal(whole.rate, first.rate)
 
 

@@ -151,8 +151,8 @@ def test_shifted_reads_the_noisy_half_inside_a_block_only():
 def test_no_gradient_across_documents_or_from_clean_blocks_at_or_after_ones_own(config, origin):
     """Gradients of a noisy token's hidden state with respect to every input embedding, exactly zero or not."""
     from llada_jax.attention.visibility import block_diffusion, make_layout
-    from llada_jax.model import forward as f
     from llada_jax.model.alignment import align
+    from llada_jax.model.forward import hidden_states
 
     length, b = 12, 4
     segments = jnp.asarray([[1] * 5 + [2] * 6 + [0]])
@@ -162,7 +162,7 @@ def test_no_gradient_across_documents_or_from_clean_blocks_at_or_after_ones_own(
     positions = jnp.tile(jnp.arange(length)[None] - layout.document_start, (1, 2))
 
     def hidden(extra):
-        h, _ = f.hidden_states(
+        h, _ = hidden_states(
             params_of(config), config, tokens, positions, block_diffusion(layout), embedding_noise=extra
         )
         return align(h[:, :length], h[:, length:], layout, config.alignment)[0].sum(-1)
