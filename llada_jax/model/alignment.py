@@ -12,10 +12,10 @@ from llada_jax.attention.visibility import Layout
 
 
 def align(noisy: jax.Array | None, clean: jax.Array | None, layout: Layout, alignment: str) -> jax.Array:
-    """Hidden states [batch, length, embed] aligned with the tokens they predict.
+    """Returns hidden states [batch, length, embed] aligned with the tokens they predict.
 
-    noisy, clean: hidden states [batch, length, embed] of the two halves; either may be None when the pass has one
-    half only. The first token of a document has no predecessor: its state is zero (so its logits are uniform).
+    noisy, clean [batch, length, embed]: hidden states of the two halves; None where the pass has one half only. The
+    first token of a document has no predecessor: its state is zero, so its logits are uniform.
     """
     if alignment == "same":
         return clean if noisy is None else noisy
@@ -30,7 +30,9 @@ def align(noisy: jax.Array | None, clean: jax.Array | None, layout: Layout, alig
 
 
 def predictable(layout: Layout, segment_ids: jax.Array, alignment: str) -> jax.Array:
-    """bool [batch, length]: tokens that the model can be asked for: no padding and, shifted, no first of a document."""
+    """Returns bool [batch, length]: tokens that the model can predict. Excludes padding and, if alignment is "shifted",
+    the first token of each document.
+    """
     real = segment_ids > 0
     if alignment == "same":
         return real

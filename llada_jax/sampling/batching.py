@@ -1,7 +1,8 @@
-"""Continuous batching: requests from an iterator, answers as they finish; a finished row is given the next request.
+"""Continuous batching: takes requests from an iterator and yields answers as they finish. A finished row takes the next
+request.
 
-The device runs `admit_every` passes over the batch between two looks of the host. What a request gets depends on the
-request alone: not on its batch mates, nor on when it was admitted.
+The device runs `admit_every` passes over the batch, then the host collects and admits. An answer depends on its request
+alone: not on the rest of the batch, nor on when it was admitted.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ import numpy as np
 from llada_jax.errors import InputError
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.forward import Execution
+from llada_jax.model.parameters import Params
 from llada_jax.sampling import decode
 from llada_jax.sampling.cost import second_block_price
 from llada_jax.sampling.generate import (
@@ -32,8 +34,10 @@ from llada_jax.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """prompt: 1-D int ids. seed: of its draws, an int in [0, 2^32), or a pair of them, (seed of a run, number of a
-    request): no two pairs share draws. None is its number in the stream.
+    """One prompt and how to decode it.
+
+    prompt: 1-D int array of token ids. seed: of its draws, an int in [0, 2^32), or a pair of them (seed of a run,
+    number of the request): different pairs share no draws. None is the request's number in the stream.
     """
 
     prompt: np.ndarray
@@ -43,9 +47,8 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What one request got; `index` is its number in the stream. See sampling.generate.Generation.
-
-    text: what the tokens add to the prompt's, without special ones; None without a tokenizer.
+    """The answer to one request. index: its number in the stream, from 0. text: the text that the tokens add to the
+    prompt, without special tokens; None without a tokenizer. The rest is as in sampling.generate.Generation.
     """
 
     index: int
@@ -59,6 +62,11 @@ class Answer:
     confidence: np.ndarray
 
     @property
+    def steps(self) -> np.ndarray:
+        """Former name of written_at."""
+        return self.written_at
+
+    @property
     def tokens_per_forward(self) -> float:
         """Answer tokens over all passes."""
         return len(self.tokens) / max(self.prefill_passes + self.forward_passes + self.commit_passes, 1)
@@ -66,9 +74,9 @@ class Answer:
 
 @dataclasses.dataclass
 class Usage:
-    """What the device has done so far. Positions are those of all rows: idle ones and the padding of prefills included.
+    """Work of the device so far. Positions are those of all rows, idle rows and the padding of prefills included.
 
-    iterations: passes of decoding; row_passes: rows summed over them, running_row_passes those with a request.
+    iterations: decoding passes. row_passes: rows summed over them; running_row_passes: rows with a request.
     """
 
     iterations: int = 0
@@ -80,12 +88,12 @@ class Usage:
 
     @property
     def busy(self) -> float:
-        """Share of the rows that were running, over all passes of decoding."""
+        """Share of rows with a request, over all decoding passes."""
         return self.running_row_passes / max(self.row_passes, 1)
 
 
 def serve(
-    params,
+    params: Params,
     config: ModelConfig,
     requests: Iterable[Request],
     rows: int,
@@ -97,13 +105,13 @@ def serve(
     usage: Usage | None = None,
     on_tokens: Callable[[int, np.ndarray], None] | None = None,
 ) -> Iterator[Answer]:
-    """Yields an Answer for each request, in the order in which they finish.
+    """Yields an Answer per request, in the order in which they finish (`in_order` restores that of the requests).
 
-    requests: read only as rows become free; their configs may differ in all but block_length, mask_id and rule.
-    rows: requests decoded together. max_length: of a prompt and its answer, in tokens. admit_every: passes between
-    admissions. fuse_share: see sampling.generate.generate. usage: is kept up to date. on_tokens(index, tokens): called
-    as blocks of an answer are finished, with the tokens that are new. Raises InputError on a request that is too long
-    or cannot join the batch.
+    requests: read only as rows become free; all must share block_length, mask_id and rule. rows: requests decoded
+    together. max_length: most tokens of a prompt and its answer together. tokenizer: decodes Answer.text. admit_every:
+    passes between admissions. execution, fuse_share: as in sampling.generate.generate. usage: updated in place.
+    on_tokens(index, tokens): called with the new tokens whenever a block of an answer is finished. Raises InputError on
+    a request that is too long or cannot join the batch.
     """
     if rows < 1 or admit_every < 1:
         raise InputError(f"rows={rows}, admit_every={admit_every}, expected at least 1")
@@ -162,7 +170,7 @@ def _check(config: ModelConfig, index: int, request: Request, max_length: int) -
 
 
 def _admit(params, config, settings, state: State, new, usage: Usage) -> State:
-    """Prefills new requests together; numbers and lengths are rounded up to powers of two, to compile few programs."""
+    """Prefills new requests together. Rounds their number and length up to powers of two, to compile few programs."""
     if not new:
         return state
     count = 1 << (len(new) - 1).bit_length()
@@ -183,7 +191,7 @@ def _admit(params, config, settings, state: State, new, usage: Usage) -> State:
 
 
 def _key_data(seed: int | tuple[int, int]) -> tuple[int, int]:
-    """The two words of a key: of an int those of jax.random.key, of a pair its hash."""
+    """The two words of a key: those of jax.random.key for an int, a hash for a pair."""
     if not isinstance(seed, tuple):
         return 0, seed
     first, second = np.random.SeedSequence(seed).generate_state(2)
@@ -191,7 +199,7 @@ def _key_data(seed: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def _finished(config, state: State, running: dict, block: int, tokenizer, on_tokens, usage: Usage, rows: int):
-    """Answers of the rows that have finished, which become free; tells on_tokens of finished blocks."""
+    """Yields answers of finished rows and frees the rows; reports finished blocks to on_tokens."""
     finished, start = np.asarray(state.finished), np.asarray(state.start)
     usage.iterations += int(state.iterations)
     usage.row_passes += int(state.iterations) * rows
@@ -227,7 +235,7 @@ def _finished(config, state: State, running: dict, block: int, tokenizer, on_tok
 
 
 def in_order(answers: Iterable[Answer]) -> Iterator[Answer]:
-    """The answers in the order of their requests, each as soon as those before it have come."""
+    """Yields the answers in the order of their requests, each as soon as all before it are there."""
     waiting: dict[int, Answer] = {}
     following = 0
     for answer in answers:

@@ -1,13 +1,14 @@
 """Block-by-block decoding on the device: one `lax.while_loop`, each row at its own block and its own step.
 
-An iteration is one forward pass over a window of every row against the keys and values of the row's finished blocks. A
-block that has just been finished is committed, its keys and values computed from its final tokens, in one of two ways:
+An iteration is one forward pass over a window of every row, against the cached keys and values of the row's finished
+blocks. A block that has just been finished is committed: its keys and values are computed from its final tokens, in one
+of two ways.
 
-    separate   the row's window is the finished block; it denoises nothing in this iteration
-    fused      the windows have two blocks, and the finished one is committed by the next one's first step
+    separate   the row's window is the finished block; the row denoises nothing in this iteration
+    fused      all windows have two blocks; the first step of the next block also commits the finished one
 
-Both are exact, because clean tokens see clean blocks only. Which one an iteration takes depends on how many of its rows
-have a block to commit (State.fuse_share): alone, a row's commits are always free of a pass of their own.
+Both are exact, because clean tokens see clean blocks only. The share of rows with a block to commit decides which one
+an iteration takes (State.fuse_share). With a single row commits are always fused.
 """
 
 import functools
@@ -32,7 +33,7 @@ WRITTEN_ROWS = "written_rows"  # scope of the loop over the rows whose blocks ar
 def decode(
     params, config: ModelConfig, settings: DecodeSettings, requests: Requests, prompts, fuse_share, prefill_length: int
 ) -> State:
-    """Decodes a whole batch to its end in one program. prompts [rows, canvas] int32; the rest as in `admit`."""
+    """Decodes a whole batch to its end in one program. prompts [rows, canvas] int32; other arguments as in `admit`."""
     dtype = settings.execution.dtype or params["embedding"].dtype
     state = empty_state(config, settings, *prompts.shape, dtype, fuse_share)
     state = _admit(params, config, settings, state, jnp.arange(prompts.shape[0]), requests, prompts, prefill_length)
@@ -81,28 +82,28 @@ def _admit(params, config, settings, state: State, rows, requests, prompts, pref
 def admit(
     params, config: ModelConfig, settings: DecodeSettings, state: State, rows, requests, prompts, prefill_length: int
 ):
-    """Puts requests into the `rows` [n] of a state (out of bounds: dropped) and prefills them. Donates the state.
+    """Puts requests into `rows` [n] of a state (out of bounds: dropped) and prefills them. Donates the state.
 
-    requests: Requests of [n]; prompts [n, canvas] int32, anything after each prompt. prefill_length (static): whole
-    prompt blocks of the longest prompt, in tokens, computed in one block-causal pass; a prompt's tail joins its first
-    decoded block.
+    requests: Requests with arrays [n]. prompts [n, canvas] int32: anything may follow each prompt. prefill_length
+    (static): tokens in whole blocks of the longest prompt, computed in one block-causal pass. The tail of a prompt is
+    part of its first decoded block.
     """
     return _admit(params, config, settings, state, rows, requests, prompts, prefill_length)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "settings"), donate_argnames=("state",))
 def advance(params, config: ModelConfig, settings: DecodeSettings, state: State, iterations) -> State:
-    """At most `iterations` (int32) passes over the batch; fewer when every row has finished. Donates the state.
+    """Runs at most `iterations` (int32) passes over the batch, fewer if every row finishes. Donates the state.
 
-    The state's counts of passes, running rows and positions are those of this call.
+    Afterwards the state's iterations, busy and batch_positions count this call alone.
     """
     return _advance(params, config, settings, state, iterations)
 
 
 def iterate(params, config: ModelConfig, settings: DecodeSettings, state: State) -> State:
-    """One forward pass over the batch, and what follows from it: the step of decoding that is repeated.
+    """One decoding step of the whole batch: a forward pass, then commits, acceptance and moves to the next block.
 
-    Pure, and can be lowered from abstract arguments (sampling/state.py, empty_state).
+    Pure, and can be lowered from abstract arguments (state.empty_state).
     """
     block = settings.block_length
     running = ~state.finished
@@ -163,8 +164,11 @@ def _write(cache, block, at, selected):
 
 
 def window_pass(params, config: ModelConfig, settings: DecodeSettings, state: State, blocks: int):
-    """Forward over a window of one or two blocks: (hidden [rows, block, embed] of the window's last block, keys and
-    values of its first block, hidden [rows, embed] of the last token of its first block)."""
+    """Forward pass over a window of one or two blocks per row.
+
+    Returns hidden states [rows, block, embed] of the window's last block, the keys and values of its first block, and
+    the hidden state [rows, embed] of the last token of its first block.
+    """
     block = settings.block_length
     canvas = state.tokens.shape[1]
     if blocks == 1:
@@ -180,7 +184,7 @@ def window_pass(params, config: ModelConfig, settings: DecodeSettings, state: St
 
 
 def _denoise(params, config, settings, state: State, hidden, denoising) -> State:
-    """Accepts predictions into the blocks of the rows that are `denoising` [rows], and moves on those that are full."""
+    """Accepts predictions in the rows that are `denoising` (bool [rows]); rows with a full block go to the next one."""
     rule, requests, masked, block = settings.rule, state.requests, state.masked, settings.block_length
     window = state.start[:, None] + jnp.arange(block)[None]
     old = _get(state.tokens, window)
@@ -238,7 +242,7 @@ def _put(canvas, block, start):
 
 
 def _accept(settings: DecodeSettings, state: State, prediction) -> jax.Array:
-    """Masked positions that the rule accepts, bool [rows, block]."""
+    """Returns the masked positions that the rule accepts, bool [rows, block]."""
     requests, masked, confidence = state.requests, state.masked, prediction.confidence
     due = accept.due(settings.block_length, requests.max_steps, state.step)
     match settings.rule:
@@ -267,7 +271,7 @@ def _progress(settings, state: State, left, edited):
 
 
 def _ended(settings, requests: Requests, generated, tokens, left, written, full) -> jax.Array:
-    """Rows [rows] with an end of sequence among their generated tokens, where the rule stops for it.
+    """Returns bool [rows]: rows that stop at an end of sequence in the current block, as the rule has it.
 
     Earlier blocks hold none, or the row would have stopped there.
     """

@@ -1,4 +1,4 @@
-"""What decoding carries from one iteration to the next: the requests of a batch, how far each is, and their cache."""
+"""The state of decoding between iterations: the requests of a batch, the progress of each, and the cache."""
 
 import dataclasses
 import functools
@@ -93,9 +93,9 @@ class State:
 
 @functools.partial(jax.jit, static_argnames=("config", "settings", "rows", "canvas", "dtype"))
 def empty_state(config: ModelConfig, settings: DecodeSettings, rows: int, canvas: int, dtype, fuse_share=0.0) -> State:
-    """A batch without requests. canvas: most positions of a request, a multiple of the block length.
+    """Returns a state without requests. canvas: most positions of a request, a multiple of the block length.
 
-    jax.eval_shape of it gives the abstract arguments that decode.iterate and decode.advance are lowered from.
+    jax.eval_shape of this function gives abstract arguments to lower decode.iterate and decode.advance from.
     """
 
     def zeros(*shape, dtype=jnp.int32):
