@@ -14,17 +14,8 @@ warm-up: it is read from the step that init_from stands for. An init_from that n
 --config.optimizer.learning_rate=R. Options: length, steps (as in configs/sft.py).
 """
 
-from llada_jax.training.config import load_sibling
+from llada_jax.training import stages
 
 
 def get_config(argument=None):
-    config = load_sibling(__file__, "sft").get_config(argument)
-    config.stage = "dpo"
-    config.preference.enabled = True
-    config.objective.complementary = False
-    config.objective.rate_low = 1e-3
-    config.objective.rate_high = 1.0
-    config.objective.block_origin = "document"  # both answers to a prompt then have the same blocks
-    config.optimizer.learning_rate = 0.0  # where the stage before ended
-    config.optimizer.warmup_steps = 0
-    return config
+    return stages.parse("dpo", argument)

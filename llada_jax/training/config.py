@@ -6,7 +6,6 @@ A file in configs/ starts from `default_config` and changes fields; flags overri
 
 import importlib.util
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -182,18 +181,6 @@ def pod_mesh(model: ModelConfig) -> tuple[int, int]:
     return (-1, model.num_experts) if _is_large(model) else (1, -1)
 
 
-def parse_argument(argument: str | None, default_model: str = "tiny") -> tuple[str, dict[str, int]]:
-    """Splits "MODEL[,option=value]..." of --config=FILE.py:ARGUMENT; options are integers."""
-    model, *options = (argument or default_model).split(",")
-    parsed = {}
-    for option in options:
-        name, equals, value = option.partition("=")
-        if not equals or not value.lstrip("-").isdigit():
-            raise InputError(f"config argument: {option!r}, expected option=INTEGER")
-        parsed[name] = int(value)
-    return model, parsed
-
-
 def load_sibling(file: str, name: str):
     """The config NAME.py in the folder of `file`, as a module: configs/ is a folder of programs, not a package."""
     path = Path(file).with_name(f"{name}.py")
@@ -201,11 +188,6 @@ def load_sibling(file: str, name: str):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def refuse_unknown(options: dict, known: Sequence[str]) -> None:
-    if unknown := sorted(set(options) - set(known)):
-        raise InputError(f"config argument: unknown option {unknown[0]!r}; options: {', '.join(known)}")
 
 
 def extended(config: ConfigDict, model: ModelConfig) -> ModelConfig:

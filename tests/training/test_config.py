@@ -6,13 +6,14 @@ import pytest
 from llada_jax.errors import InputError
 from llada_jax.model.config import RopeScaling, preset
 from llada_jax.training import config as settings
+from llada_jax.training import stages
 
 
 @pytest.mark.parametrize("backend, expected", [("tpu", "kernel"), ("cpu", "blockwise"), ("gpu", "blockwise")])
 def test_real_models_take_the_kernel_on_a_tpu_and_blockwise_attention_elsewhere(monkeypatch, backend, expected):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     for stage in ("wsd", "sft", "cap", "dpo"):
-        config = settings.load_sibling("configs/ar.py", stage).get_config("llada2_mini")
+        config = stages.parse(stage, "llada2_mini")
         assert settings.execution(config).attention == expected
         assert settings.execution(config).experts == ("megablox" if backend == "tpu" else "xla")
     config.execution.attention = "dense"

@@ -20,8 +20,8 @@ from llada_jax.data.pack_preference import pack_preference
 from llada_jax.errors import InputError
 from llada_jax.model.config import PRESETS, preset
 from llada_jax.monitoring.metrics import TIMED
-from llada_jax.training import loop
-from llada_jax.training.config import default_config, load_sibling
+from llada_jax.training import loop, stages
+from llada_jax.training.config import default_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -176,7 +176,7 @@ def test_sft_then_cap_then_dpo_from_packed_rows(tmp_path):
     pack_chat(str(chats), tokenizer, rows, 128, block_align=32)
     before = ""
     for stage in ("sft", "cap", "dpo"):
-        config = load_sibling(str(ROOT / "configs" / "sft.py"), stage).get_config("tiny,length=128,steps=3")
+        config = stages.parse(stage, "tiny,length=128,steps=3")
         config.model = "small"
         config.init_from = before
         config.data.update(path=rows, source="", tokenizer="" if before else "bytes", held_out_rows=4)

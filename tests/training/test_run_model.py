@@ -1,7 +1,6 @@
 """The model of a run: a preset, or whatever the checkpoint holds that the run starts from."""
 
 import json
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,9 +14,8 @@ from llada_jax.model import parameters
 from llada_jax.model.config import RopeScaling, preset
 from llada_jax.pod import rehearse
 from llada_jax.training import config as settings
-from llada_jax.training import loop, run_model
+from llada_jax.training import loop, run_model, stages
 
-ROOT = Path(__file__).parents[2]
 SHAPE = dict(hidden_size=24, num_heads=3, num_kv_heads=1, head_dim=8, rotary_dim=8, intermediate_size=40)
 QWEN = preset("tiny").replace(architecture="qwen3", qk_norm=True, num_layers=1, max_position_embeddings=48, **SHAPE)
 SPARSE = preset("tiny_moe").replace(num_layers=2, moe_intermediate_size=16, **SHAPE | dict(rotary_dim=4))
@@ -42,7 +40,7 @@ def folders(tmp_path_factory):
 
 
 def config_of(folders, stage, model="qwen", argument="init_from,length=64,steps=1"):
-    config = settings.load_sibling(str(ROOT / "configs" / "sft.py"), stage).get_config(argument)
+    config = stages.parse(stage, argument)
     config.init_from = str(folders / model)
     config.data.path = str(folders / ("pairs" if stage == "dpo" else "chats"))
     config.data.held_out_rows, config.evaluation.rows, config.batch.rows = 2, 1, 2
@@ -83,7 +81,7 @@ def test_what_follows_from_the_model(folders):
     fitted = run_model.fitted(config)
     assert (fitted.mesh.data, fitted.mesh.fsdp, fitted.execution.remat) == (1, -1, "hidden")
     assert fitted.lora.targets == parameters.adaptable(SPARSE) and config.mesh.fsdp == 0
-    preset_config = settings.load_sibling(str(ROOT / "configs" / "sft.py"), "sft").get_config("llada2_mini")
+    preset_config = stages.sft("llada2_mini")
     assert (preset_config.mesh.data, preset_config.mesh.fsdp, preset_config.execution.remat) == (1, -1, "hidden")
     config.mesh.fsdp, config.mesh.data, config.lora.targets = 2, 4, ("query",)
     fitted = run_model.fitted(config)
