@@ -28,7 +28,7 @@ from pathlib import Path
 from absl import flags
 
 from llada_jax import command_line
-from llada_jax.data import chat, jsonl
+from llada_jax.data import jsonl
 from llada_jax.errors import InputError
 from llada_jax.sampling import decoding_flags as decoding
 
@@ -138,8 +138,11 @@ def _record(answer) -> dict:
     }
 
 
-def _answer_one(model, prompt: chat.Prompt, config):
-    """Prints the answer as its blocks are finished, and what was asked for about it; returns it."""
+def _answer_one(model, prompt, config):
+    """Prints the answer to a data.chat.Prompt as its blocks are finished, and what was asked for about it.
+
+    Returns the answer.
+    """
     import numpy as np
 
     from llada_jax.sampling.batching import Request, serve
@@ -192,6 +195,8 @@ def _show(model, prompt: list[int], answer, config) -> None:
 
 def _converse(model, config) -> None:
     """Turns of a conversation from the terminal, until its end (Ctrl-D) or an empty line."""
+    from llada_jax.data import chat
+
     messages = []
     while True:
         print("> " if sys.stdin.isatty() else "", end="", flush=True)
@@ -235,8 +240,12 @@ def _config_of(config, place: str, row: dict):
         raise InputError(f"{place}: {error}") from error
 
 
-def _prompt(place: str, row: dict, tokenizer) -> chat.Prompt:
-    """What the model continues. Raises InputError naming the place if that is nothing, or not all that the row says."""
+def _prompt(place: str, row: dict, tokenizer):
+    """What the model continues, a data.chat.Prompt. Raises InputError naming the place if that is nothing, or not all
+    that the row says.
+    """
+    from llada_jax.data import chat
+
     try:
         return chat.prompt({name: value for name, value in row.items() if value is not None}, tokenizer, _CHAT.value)
     except InputError as error:
