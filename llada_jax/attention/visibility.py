@@ -168,6 +168,13 @@ def block_diffusion_mask(
     segment_ids int [length]: document numbers from 1, each document contiguous; 0 is padding. None: one document.
     block_origin: blocks count from the start of the row ("global") or of each "document". Raises ValueError if a size
     is not positive, or segment_ids has another length or a document in several pieces.
+
+    Example:
+        >>> import llada_jax
+        >>> llada_jax.block_diffusion_mask(4, block_size=2)[0].astype(int)  # noisy token 0: its own block alone
+        array([1, 1, 0, 0, 0, 0, 0, 0])
+        >>> llada_jax.block_diffusion_mask(4, block_size=2)[3].astype(int)  # noisy token 3: and the clean block before
+        array([0, 0, 1, 1, 1, 1, 0, 0])
     """
     if length < 1 or block_size < 1:
         raise ValueError(f"length={length} and block_size={block_size} must be positive")

@@ -36,6 +36,12 @@ class Objective:
     with the inverse mask. block_origin: "global" (Eq. 3) or "document". confidence_weight: lambda of Eq. 6; the entropy
     is taken at confidence_temperature. document_mask: attention stays within documents (Eq. 3, 4). Without it a row is
     one document, from its first token to its last, and padding in between is text that is never masked.
+
+    Example:
+        >>> import llada_jax
+        >>> cap = llada_jax.Objective(time_weight="uniform", normalizer="masked", confidence_weight=0.1)
+        >>> cap.noise.masking
+        'bernoulli'
     """
 
     noise: NoiseSpec = NoiseSpec()

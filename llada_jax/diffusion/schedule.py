@@ -33,6 +33,12 @@ def wsd(
 
     warmup, decay: (block size, steps) pairs, in order. stable_steps: steps of full-sequence MDLM between them. Raises
     InputError if a block size does not divide the length or a number of steps is negative.
+
+    Example:
+        >>> import llada_jax
+        >>> phases = llada_jax.wsd_schedule(64, warmup=[(1, 10), (8, 10)], stable_steps=50, decay=[(32, 10)])
+        >>> [(phase.name, phase.block_size, phase.steps) for phase in phases]
+        [('warmup', 1, 10), ('warmup', 8, 10), ('stable', 64, 50), ('decay', 32, 10)]
     """
     phases = [_both("warmup", length, *pair) for pair in warmup]
     phases.append(Phase("stable", length, stable_steps, "noisy"))

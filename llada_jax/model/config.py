@@ -39,6 +39,12 @@ class ModelConfig:
     """A decoder-only transformer; hashable, so that it can be a static argument of jit.
 
     Raises InputError, naming the field, when a value is out of range.
+
+    Example:
+        >>> import llada_jax
+        >>> config = llada_jax.preset("tiny").replace(num_layers=2)
+        >>> llada_jax.ModelConfig.from_dict(config.to_dict()) == config
+        True
     """
 
     architecture: str
@@ -297,7 +303,13 @@ PRESETS: dict[str, ModelConfig] = {
 
 
 def preset(name: str) -> ModelConfig:
-    """The preset of that name. Raises InputError naming the presets."""
+    """The preset of that name. Raises InputError naming the presets.
+
+    Example:
+        >>> import llada_jax
+        >>> llada_jax.preset("llada2_mini").num_experts
+        256
+    """
     if name not in PRESETS:
         raise InputError(f"unknown model {name!r}; presets: {', '.join(PRESETS)}")
     return PRESETS[name]

@@ -339,6 +339,14 @@ def forward(
     is padding. A token sees its own document only. positions [batch, length] int: by default they restart at each
     document. block_origin: blocks count from the start of the row ("global", Eq. 3) or of each "document". Raises
     ValueError naming the argument on a bad shape, dtype, mask or token id.
+
+    Example:
+        >>> import jax, llada_jax
+        >>> config = llada_jax.preset("tiny")
+        >>> params = llada_jax.init(config, jax.random.key(0))
+        >>> tokens = jax.random.randint(jax.random.key(1), (2, 32), 0, 256)
+        >>> llada_jax.forward(params, config, tokens, mask=("block_causal", 8)).shape
+        (2, 32, 512)
     """
     tokens, segment_ids, positions = checked_inputs(config, {"tokens": tokens}, segment_ids, positions)
     (tokens,) = tokens
@@ -364,6 +372,15 @@ def denoise(
     (model/alignment.py). noisy, clean [batch, length] int: x_t and x_0. Each noisy block sees itself and the clean
     blocks before it. The last block of a row or document may be short. segment_ids, positions, block_origin: as in
     `forward`. Raises ValueError naming the argument on a bad shape, dtype, block size or token id.
+
+    Example:
+        >>> import jax, llada_jax
+        >>> config = llada_jax.preset("tiny")
+        >>> params = llada_jax.init(config, jax.random.key(0))
+        >>> clean = jax.random.randint(jax.random.key(1), (2, 32), 0, 256)
+        >>> noisy = clean.at[:, 1::2].set(config.mask_token_id)
+        >>> llada_jax.denoise(params, config, noisy, clean, block_size=8).shape
+        (2, 32, 512)
     """
     if block_size < 1:
         raise ValueError(f"block_size={block_size}, expected at least 1")

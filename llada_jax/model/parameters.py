@@ -249,7 +249,14 @@ def decayed(config: ModelConfig | Lora):
 
 
 def initialize(config: ModelConfig | Lora, key: jax.Array, dtype=jnp.float32):
-    """Random weights: N(0, initializer_range), ones for norms, zeros for biases and an adapter's B."""
+    """Random weights: N(0, initializer_range), ones for norms, zeros for biases and an adapter's B.
+
+    Example:
+        >>> import jax, llada_jax
+        >>> params = llada_jax.init(llada_jax.preset("tiny"), jax.random.key(0))
+        >>> sum(leaf.size for leaf in jax.tree.leaves(params))
+        918656
+    """
     leaves, treedef = jax.tree.flatten(stacked_map(lambda p, leading: (p, leading), config), is_leaf=_is_pair)
     keys = jax.random.split(key, len(leaves))
 

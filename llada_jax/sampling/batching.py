@@ -38,6 +38,12 @@ class Request:
 
     prompt: 1-D int array of token ids. seed: of its draws, an int in [0, 2^32), or a pair of them (seed of a run,
     number of the request): different pairs share no draws. None is the request's number in the stream.
+
+    Example:
+        >>> import llada_jax, numpy as np
+        >>> request = llada_jax.Request(np.array([5, 6, 7]), llada_jax.GenerateConfig(gen_length=8), seed=1)
+        >>> request.config.block_length
+        32
     """
 
     prompt: np.ndarray
@@ -112,6 +118,16 @@ def serve(
     passes between admissions. execution, fuse_share: as in sampling.generate.generate. usage: updated in place.
     on_tokens(index, tokens): called with the new tokens whenever a block of an answer is finished. Raises InputError on
     a request that is too long or cannot join the batch.
+
+    Example:
+        >>> import llada_jax
+        >>> model = llada_jax.load_checkpoint("checkpoint")
+        >>> settings = llada_jax.GenerateConfig(gen_length=8, block_length=8, steps=2)
+        >>> prompts = [model.tokenizer.encode(text) for text in ("def f(", "class", "if")]
+        >>> requests = [llada_jax.Request(prompt, settings) for prompt in prompts]
+        >>> answers = llada_jax.serve(model.params, model.config, requests, rows=2, max_length=16)
+        >>> sorted(answer.index for answer in answers)
+        [0, 1, 2]
     """
     if rows < 1 or admit_every < 1:
         raise InputError(f"rows={rows}, admit_every={admit_every}, expected at least 1")

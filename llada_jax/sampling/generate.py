@@ -32,6 +32,11 @@ class GenerateConfig:
     sampling/accept.py. "llada2.1" also edits written tokens whose prediction changes with probability above
     editing_threshold (0: always), for at most max_post_steps steps after a block is full. entropy_bound: nats that rule
     "entropy" may write per step, the largest not counted. Raises InputError naming the field.
+
+    Example:
+        >>> import llada_jax
+        >>> llada_jax.GenerateConfig(gen_length=64, rule="llada2.1", threshold=0.7).editing_threshold
+        0.5
     """
 
     gen_length: int
@@ -118,6 +123,14 @@ def generate(
     fuse_share: 0 always commits finished blocks in two-block windows, above 1 never does; None takes what is cheaper
     for this batch on this device (sampling/cost.py). A row's answer does not depend on the other rows. Raises
     InputError if the checkpoint has no mask token or the configs cannot share a batch, ValueError on a bad prompt.
+
+    Example:
+        >>> import llada_jax
+        >>> model = llada_jax.load_checkpoint("checkpoint")
+        >>> settings = llada_jax.GenerateConfig(gen_length=8, block_length=8, steps=2)
+        >>> out = llada_jax.generate(model.params, model.config, [model.tokenizer.encode("def f(")], settings)
+        >>> 0 < len(out.tokens[0]) <= 8
+        True
     """
     prompts = check_prompts(config, prompts)
     one = isinstance(generate_config, GenerateConfig)
