@@ -4,6 +4,7 @@ A tool of several commands has a `Command` for each, with a help of its own. Eit
 (tools/bench.py attention), or a flag does (tools/evaluate.py --task=nelbo).
 """
 
+import copy
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -109,6 +110,7 @@ def _flags_help(names: Sequence[str]) -> str:
 
 def _parse_flags(argv: Sequence[str], commands: Sequence[str], more: bool) -> Sequence[str]:
     """Returns the positional arguments. Raises InputError on a bad flag or argument."""
+    _check_other_flags(argv)
     if "config" in flags.FLAGS:
         from llada_jax import config_flag  # ml_collections, which only these commands need
 
@@ -122,6 +124,23 @@ def _parse_flags(argv: Sequence[str], commands: Sequence[str], more: bool) -> Se
     if len(rest) > 1 + bool(commands) and not more:
         raise InputError(f"unexpected argument {rest[1 + bool(commands)]!r}; --help lists the flags")
     return rest
+
+
+def _check_other_flags(argv: Sequence[str]) -> None:
+    """Raises InputError on a bad flag beside --config, before the config file is read: most import jax."""
+    if "config" not in flags.FLAGS:
+        return
+    from llada_jax import config_flag
+
+    others = flags.FlagValues()
+    others.set_gnu_getopt(True)
+    for name in flags.FLAGS:
+        if name not in (config_flag.NAME, flags.FLAGS[name].short_name):
+            others[name] = copy.deepcopy(flags.FLAGS[name])
+    try:
+        others(config_flag.other_arguments(argv))
+    except (flags.Error, ValueError) as error:
+        raise InputError(_first_line(error)) from error
 
 
 def _first_line(error: Exception) -> str:

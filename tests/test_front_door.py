@@ -100,7 +100,8 @@ from absl import flags
 for path in sys.argv[1:]:
     sys.stdout.flush()
     if not os.fork():
-        sys.argv[:] = [path, "--nosuchflag"]
+        config = ["--config=configs/wsd.py:tiny", "--config.batch.rows=8"] * ("DEFINE_config_file" in open(path).read())
+        sys.argv[:] = [path, *config, "--nosuchflag"]
         sys.path.insert(0, os.path.dirname(path))
         try:
             runpy.run_path(path, run_name="__main__")

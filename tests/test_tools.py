@@ -11,6 +11,7 @@ import pytest
 
 from llada_jax.checkpoint.weights import write_weights
 from llada_jax.data.byte_tokenizer import byte_tokenizer
+from llada_jax.data.chat import TURNS
 from llada_jax.data.pack import pack
 from llada_jax.interop.convert import import_checkpoint
 from llada_jax.model import parameters
@@ -254,6 +255,7 @@ def test_help_shows_flags_and_use(tool):
     done = run(tool, "--help")
     assert done.returncode == 0 and f"tools/{tool}.py" in done.stdout and "--" in done.stdout
     assert ("--gen_length" in done.stdout) == (tool == "generate")
+    assert (f"--turns: <{'|'.join(TURNS)}>" in done.stdout) == (tool == "pack_data")
 
 
 @pytest.mark.parametrize(
