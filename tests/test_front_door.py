@@ -141,6 +141,15 @@ def test_no_command_imports_jax_before_its_flags_are_right():
     assert {path: found for path, _, modules in results if (found := sorted(slow & set(modules)))} == {}
 
 
+def test_lm_evals_own_flags_are_read_before_jax():
+    command = [sys.executable, "-X", "importtime", "-m", "llada_jax.evaluation.lm_eval", "run", "--nosuchflag"]
+    env = {"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"]}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "unrecognized arguments: --nosuchflag" in done.stderr
+    modules = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "lm_eval._cli" in modules and not {"jax", "torch", "transformers"} & modules
+
+
 # ---- loss
 
 
