@@ -1,12 +1,13 @@
 """The backward kernel: the gradients of query, key and value in one pass over the steps of a plan.
 
-The weights are recomputed from the saved log-sum. Gradients of keys and values gather in fast memory, float32 for all
-keys of one row and one key/value head, and leave it when the row ends; that of queries gathers per query tile. So each
-tile is visited once (five matrix products), and nothing larger than the gradients is ever written.
+The weights are recomputed from the saved log-sum. Gradients of keys and values accumulate in fast memory, in float32
+for all keys of one row and one key/value head, and are written when the row ends. The gradient of queries accumulates
+per query tile. So each tile is visited once (five matrix products), and nothing larger than the gradients is ever
+written.
 
-Fast memory bounds the keys of a row, at head_dim 64 and 128 alike (a register has 128 lanes): 44 thousand on v5p and
-tpu7x, 109 thousand on v5e and v6e. Longer rows go in equal parts (`key_parts`): the kernel runs once for each part of
-the keys, and the gradients of queries, float32, are added up between the runs.
+Fast memory limits the keys of a row, at head_dim 64 and 128 alike (a register has 128 lanes): 44 thousand on v5p and
+tpu7x, 109 thousand on v5e and v6e. Longer rows are cut into equal parts (`key_parts`): the kernel runs once for each
+part of the keys, and the gradients of queries are summed between the runs in float32.
 """
 
 import functools
@@ -22,7 +23,7 @@ from llada_jax.attention.tiles import Tiles
 
 
 def key_parts(num_noisy: int, num_keys: int, tiles: Tiles, group: int, head_dim: int) -> int:
-    """In how many parts the keys of a row must go, so that their gradients fit the fast memory of the chip at hand."""
+    """Returns into how many parts to cut the keys of a row so that their gradients fit the chip's fast memory."""
     room = pltpu.get_tpu_info().vmem_capacity_bytes - FOR_SPILLS
     parts = 1
     while True:
@@ -50,12 +51,12 @@ def _scratch(tiles: Tiles, rows: int, chunks_per_row: int, head_dim: int, dtype,
 
 
 def backward(query, key, value, cotangent, statistics, plan: Plan, d_query_dtype, interpret=False):
-    """Gradients of (scaled query, key, value), each like its operand; key's and value's are float32.
+    """Returns the gradients of (scaled query, key, value), each like its operand; key's and value's are float32.
 
     query, key, value as in the forward kernel; cotangent [kv_heads, query tiles, rows, head_dim]; statistics [kv_heads,
     query tiles, 2, rows] float32: the forward kernel's log-sums and the sums of output * cotangent over head_dim.
-    The gradient is that of exp2: the caller multiplies by what log2(e) / sqrt(head_dim) asks for. Raises InputError
-    when the gradients of all the plan's keys do not fit fast memory: key and value are then to come in parts.
+    The gradient is that of exp2: the caller applies the factors for log2(e) / sqrt(head_dim). Raises InputError if the
+    gradients of all the plan's keys do not fit fast memory: key and value must then come in parts.
     """
     _, num_tiles, rows, head_dim = query.shape
     scratch = _scratch(plan.tiles, rows, plan.chunks_per_row, head_dim, query.dtype, d_query_dtype)

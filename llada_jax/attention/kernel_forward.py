@@ -16,11 +16,11 @@ from llada_jax.attention.plan import Plan
 
 
 def forward(query, key, value, plan: Plan, interpret=False):
-    """(output, log2 of the softmax's denominator) of every query tile.
+    """Returns the output and the log2 of the softmax's denominator of every query tile.
 
     query [kv_heads, query tiles, rows, head_dim], scaled by log2(e) / sqrt(head_dim); key, value [kv_heads, chunks,
-    chunk, head_dim]. Returns [kv_heads, query tiles, rows, head_dim] in query's dtype and [kv_heads, query tiles, 1,
-    rows] float32. A query that sees nothing gives zeros, and -HIDDEN for the denominator.
+    chunk, head_dim]. The output is like query, the denominators are float32 [kv_heads, query tiles, 1, rows]. For a
+    query that sees nothing they are zeros and -HIDDEN.
     """
     kv_heads, num_tiles, rows, head_dim = query.shape
     chunks, chunk = plan.tiles.forward, plan.tiles.chunk
