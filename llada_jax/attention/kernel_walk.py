@@ -5,7 +5,9 @@ matrix products of the next steps overlap with the arithmetic of this one across
 [keys, rows]: a query's maximum, sum and interval are then row vectors, and no reduction crosses lanes.
 """
 
+import collections
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -113,32 +115,46 @@ def dot(a, b, contract_a: int, contract_b: int):
     return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
 
-def launch(kernel, name, steps, runs, operands, results, scratch, semaphores, interpret):
-    """Runs `kernel` once per key/value head (the leading axis of operands[0]) and returns its results.
+def launch(
+    kernel: Callable,
+    name: str,
+    steps: jax.Array,
+    plan: Plan,
+    operands: dict[str, jax.Array],
+    results: dict[str, pltpu.HBM],
+    scratch: dict[str, pltpu.VMEM],
+    semaphores: dict[str, int],
+    interpret,
+) -> list[jax.Array]:
+    """Runs `kernel(steps, runs, refs)` once per key/value head (the leading axis of the operands); returns its results.
 
-    steps, runs: of the plan, for scalar memory. results: their shapes, each a pltpu.HBM. scratch: buffers in fast
-    memory. semaphores: the size of each array of them.
+    steps, runs: Plan.forward_steps or .backward_steps and Plan.runs, in scalar memory. refs: a named tuple of the
+    references to operands, results, scratch buffers and arrays of semaphores, under the names that they have here.
+    results: shapes and dtypes. scratch: buffers in fast memory. semaphores: the size of each array of them.
 
     Operands and results stay in HBM: XLA would move some into fast memory, and the kernel's copies would then be loops
     of vector moves.
     """
+    arrays = list(operands.values())
     if not interpret:
-        operands = [pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in operands]
+        arrays = [pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in arrays]
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
+    references = collections.namedtuple("References", [*operands, *results, *scratch, *semaphores])
+    buffers = list(scratch.values())
     return pl.pallas_call(
-        kernel,
+        lambda steps, runs, *refs: kernel(steps, runs, references(*refs)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
-            grid=(operands[0].shape[0],),
+            grid=(arrays[0].shape[0],),
             in_specs=[hbm] * len(operands),
             out_specs=[hbm] * len(results),
-            scratch_shapes=scratch + [pltpu.SemaphoreType.DMA((size,)) for size in semaphores],
+            scratch_shapes=buffers + [pltpu.SemaphoreType.DMA((size,)) for size in semaphores.values()],
         ),
-        out_shape=results,
-        compiler_params=_compiler_params(scratch, interpret),
+        out_shape=list(results.values()),
+        compiler_params=_compiler_params(buffers, interpret),
         interpret=interpret,
         name=name,
-    )(steps, runs, *operands)
+    )(steps, plan.runs, *arrays)
 
 
 def scratch_bytes(scratch) -> int:
