@@ -43,9 +43,9 @@ def blockwise_attention(
 ) -> jax.Array:
     """Equals dense_attention (same arguments and result) but never holds more than a tile of the scores.
 
-    A query that sees no key gives 0. Under a mesh (`jax.set_mesh`) each shard works on its own rows and heads, and with
-    a context axis on its own queries: all operands then lie as context.to_ranks lays them, crosses being blocks_cross
-    of the visibility.
+    Returns 0 for a query that sees no key. Under a mesh (`jax.set_mesh`) each shard works on its own rows and heads,
+    and with a context axis on its own queries: all operands are then ordered as context.to_ranks orders them, and
+    crosses is context.blocks_cross of the visibility.
     """
     return sharding.over_heads(context.with_all_keys(_attention))(query, key, value, visibility, crosses)
 

@@ -29,8 +29,8 @@ class PassCost:
 
 
 def uniform_hits(config: ModelConfig, tokens: int) -> float:
-    """Expected number of experts of a layer that `tokens` tokens reach if routing is uniform and independent. Real
-    routing reaches fewer.
+    """Expected number of experts of a layer that `tokens` tokens reach, if routing is uniform and independent: an upper
+    estimate.
     """
     return config.num_experts * (1 - (1 - config.num_experts_per_token / config.num_experts) ** tokens)
 

@@ -8,7 +8,7 @@ of two ways.
     fused      all windows have two blocks; the first step of the next block also commits the finished one
 
 Both are exact, because clean tokens see clean blocks only. The share of rows with a block to commit decides which one
-an iteration takes (State.fuse_share). With a single row commits are always fused.
+an iteration takes (State.fuse_share): a single row's commits are fused unless fuse_share is above 1.
 """
 
 import functools
