@@ -182,11 +182,12 @@ def test_loss_is_the_trainers(rows, objective, block_size, halves):
         assert float(compute(jax.random.key(6))) != pytest.approx(float(found), rel=1e-3)
 
 
-def test_loss_without_a_block_size_is_of_one_block(rows):
-    config = llada_jax.preset("tiny").replace(num_layers=1)
-    compute = functools.partial(llada_jax.loss, llada_jax.init(config, jax.random.key(0)), config, rows)
-    key = jax.random.key(0)
-    assert compute(key, block_size=None) == compute(key, block_size=32, halves="noisy")
+def test_loss_without_a_block_size_is_of_one_block(rows, monkeypatch):
+    seen = []
+    monkeypatch.setattr("llada_jax.diffusion.loss._loss", lambda *arguments: seen.append(arguments))
+    for choices in (dict(block_size=None), dict(block_size=32, halves="noisy")):
+        llada_jax.loss({}, llada_jax.preset("tiny"), rows, None, **choices)
+    assert seen[0] == seen[1] and seen[0][4:7] == (32, Objective(), "noisy")
 
 
 def test_loss_refuses(rows):
