@@ -51,6 +51,11 @@ def config_arguments(argv: Sequence[str]) -> list[str]:
     return [text for text in _joined(argv) if re.match(r"--?(no)?config[.=]", text)]
 
 
+def other_arguments(argv: Sequence[str]) -> list[str]:
+    """A command line without its --config flags."""
+    return [text for text in _joined(argv) if not re.match(r"--?(no)?config([.=]|$)", text)]
+
+
 def checked(argv: Sequence[str]) -> list[str]:
     """argv with the values of all --config.FIELD as ml_collections understands them.
 

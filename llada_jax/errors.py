@@ -5,7 +5,16 @@ import sys
 
 
 class InputError(ValueError):
-    """The user's input is wrong. The message is one line that names the file, field or value."""
+    """The user's input is wrong. The message is one line that names the file, field or value.
+
+    Example:
+        >>> import llada_jax
+        >>> try:
+        ...     llada_jax.preset("huge")
+        ... except llada_jax.InputError as error:
+        ...     print(error)
+        unknown model 'huge'; presets: ...
+    """
 
 
 def check_range(

@@ -1,8 +1,8 @@
-"""The mesh, and the one table from logical axes to mesh axes.
+"""The mesh, and the table from logical axes to mesh axes.
 
 Mesh axes: "data" (replicas), "fsdp" (parameters and optimizer state split, gathered for use), "expert", "context" (the
 tokens of a row split, attention/context.py), "tensor"; any may be 1. XLA places the collectives (Auto axes); shard_map
-is used only where a program must speak of ranks.
+is used only where a program must address ranks.
 """
 
 import dataclasses
@@ -21,8 +21,8 @@ from llada_jax.errors import InputError
 
 MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
 
-# Logical axis -> mesh axes, of which a dimension takes the first ones that divide it and that no dimension before it
-# has taken. Experts come before "embed": whole experts are gathered where they are needed, without a transposition.
+# Logical axis -> mesh axes. A dimension takes the first ones that divide it and that no earlier dimension has taken.
+# Experts come before "embed": whole experts are then gathered for use, without a transposition.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp", "expert"),
     "length": ("context",),
@@ -36,11 +36,15 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 
 
-GATHERED = "gathered_weight"  # what remat policies call gathered weights: keeping them would undo "fsdp"
+GATHERED = "gathered_weight"  # name of gathered weights in remat policies: keeping them would undo "fsdp"
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, expert: int = 1, context: int = 1, tensor: int = 1, devices=None) -> Mesh:
-    """Mesh over all devices; one size may be -1 ("what is left"). Raises InputError when the product is wrong."""
+    """Returns a mesh over all devices with axes MESH_AXES. One size may be -1: the devices that the others leave.
+
+    devices: by default jax.devices(). Raises InputError if the product is not the number of devices, or if "data" is
+    not a multiple of the number of slices.
+    """
     devices = jax.devices() if devices is None else devices
     sizes = dict(zip(MESH_AXES, (data, fsdp, expert, context, tensor), strict=True))
     free = [axis for axis, size in sizes.items() if size == -1]
@@ -65,7 +69,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, expert: int = 1, context: int = 1, 
 
 
 def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh) -> PartitionSpec:
-    """PartitionSpec of an array with these logical axes on `mesh` (concrete or abstract)."""
+    """Returns the PartitionSpec of an array with these logical axes and shape on `mesh` (concrete or abstract)."""
     entries, taken = [], set()
     for axis, size in zip(axes, shape, strict=True):
         free = [name for name in RULES.get(axis, ()) if mesh.shape[name] > 1 and name not in taken]
@@ -77,41 +81,41 @@ def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh) -> Partitio
 
 
 def shardings(abstract, logical_axes, mesh: Mesh):
-    """Tree of NamedSharding for a tree of shaped values and the tree of their logical axes."""
+    """Returns a tree of NamedSharding for a tree of shaped values and the tree of their logical axes."""
     return jax.tree.map(lambda leaf, axes: NamedSharding(mesh, spec(axes, leaf.shape, mesh)), abstract, logical_axes)
 
 
 def mesh_in_force():
-    """The mesh of `jax.set_mesh` when it has several devices, else None: then there is nothing to share out."""
+    """Returns the mesh of `jax.set_mesh` if it has several devices, else None."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty or mesh.size == 1 else mesh
 
 
 def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-    """Asks XLA to lay x out by its logical axes on the mesh in force (`jax.set_mesh`); without one, x unchanged."""
+    """Constrains x to the sharding of its logical axes on the mesh in force; without a mesh, returns x."""
     if (mesh := mesh_in_force()) is None:
         return x
     return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh))
 
 
 def replicated(tree):
-    """Asks XLA to give every device, so every process, the whole of each array of a tree; without a mesh, unchanged."""
+    """Constrains each array of a tree to be whole on every device; without a mesh, returns the tree."""
     if mesh_in_force() is None:
         return tree
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, PartitionSpec()), tree)
 
 
 def gathered(w: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-    """A weight as a matmul takes it: gathered over "fsdp", still split over "tensor" (`axes` are its logical axes)."""
+    """Returns a weight as matmuls use it: gathered over "fsdp", still split over "tensor". axes: its logical axes."""
     whole = tuple(None if axis == "embed" else axis for axis in axes)
     return checkpoint_name(constrain(w, whole), GATHERED)
 
 
 @dataclasses.dataclass(frozen=True)
-class Shards:
-    """What a function under `over_batch` knows of the mesh: the size of each axis, and how each weight is split.
+class WeightShards:
+    """What a function under `over_batch` knows about the mesh: the size of each axis, and how each weight is split.
 
-    Without a mesh there is one of everything, and nothing to gather.
+    Without a mesh all sizes are 1 and `gather` returns its argument.
     """
 
     sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
@@ -122,10 +126,10 @@ class Shards:
         return self.sizes.get(axis, 1)
 
     def gather(self, x: jax.Array, name: str, keep: Sequence[str] = ()) -> jax.Array:
-        """The whole of x, an array that is split as weight `name` is, but along the mesh axes in `keep`.
+        """Gathers x, an array split as weight `name` is. It stays split over the mesh axes in `keep`.
 
-        A dimension's axes are gathered at once. The gradient is summed and split again in reduce_dtype, by default that
-        of x: each rank's own part was accumulated in float32 and rounded once.
+        The axes of one dimension are gathered together. The gradient is reduce-scattered in reduce_dtype, by default
+        that of x: each rank accumulated its own part in float32 and rounded it once.
         """
         for dimension, axes in enumerate(self.specs.get(name, ())):
             axes = (axes,) if isinstance(axes, str) else axes or ()
@@ -136,7 +140,7 @@ class Shards:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def gather_axes(x: jax.Array, axes: tuple[str, ...], dimension: int, reduce_dtype: str | None = None) -> jax.Array:
-    """Under shard_map, x gathered along a dimension that is split over `axes`; the gradient as in Shards.gather."""
+    """Under shard_map, x gathered along a dimension split over `axes`; the gradient is that of WeightShards.gather."""
     return jax.lax.all_gather(x, axes, axis=dimension, tiled=True)
 
 
@@ -154,7 +158,7 @@ gather_axes.defvjp(_gather_axes_forward, _gather_axes_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def sum_over(x: jax.Array, axis: str) -> jax.Array:
-    """Under `over_batch`, the sum of x over the ranks of a mesh axis, for a result that is the same on all of them."""
+    """Under `over_batch`, the sum of x over the ranks of a mesh axis, where the result is the same on all of them."""
     return jax.lax.psum(x, axis)
 
 
@@ -172,75 +176,75 @@ sum_over.defvjp(_sum_over_forward, _sum_over_backward)
 
 @jax.custom_vjp
 def gradients_together(tree):
-    """The tree, of whose gradients none is used before all are there.
+    """Returns the tree; in the backward pass none of its gradients is used before all of them are computed.
 
-    For weights that are met once, with the input of what meets them: XLA would sum their gradients over ranks behind
-    the loop over the layers that comes next in the backward pass, and hold them whole as long as it runs.
+    For weights that are used once, together with the input of that use. XLA would otherwise sum their gradients over
+    ranks only after the loop over the layers, which comes next in the backward pass, and keep them whole until then.
     """
     return tree
 
 
 def _gradients_together_forward(tree):
-    # What is frozen has no gradient: waited for, one would be computed. () and None hold no array: tracing knows them.
-    wanted = tuple(() if leaf.perturbed else None for leaf in jax.tree.leaves(tree))
-    return jax.tree.map(lambda leaf: leaf.value, tree), wanted
+    # Frozen leaves have no gradient: waiting for one would compute it. () and None are static under tracing.
+    has_gradient = tuple(() if leaf.perturbed else None for leaf in jax.tree.leaves(tree))
+    return jax.tree.map(lambda leaf: leaf.value, tree), has_gradient
 
 
-def _gradients_together_backward(wanted, cotangents):
+def _gradients_together_backward(has_gradient, cotangents):
     leaves, structure = jax.tree.flatten(cotangents)
     leaves = [jnp.zeros(d.shape, d.dtype) if isinstance(d, SymbolicZero) else d for d in leaves]
-    waited = iter(jax.lax.optimization_barrier([d for d, w in zip(leaves, wanted, strict=True) if w is not None]))
-    return (structure.unflatten(d if w is None else next(waited) for d, w in zip(leaves, wanted, strict=True)),)
+    joint = iter(jax.lax.optimization_barrier([d for d, w in zip(leaves, has_gradient, strict=True) if w is not None]))
+    return (structure.unflatten(d if w is None else next(joint) for d, w in zip(leaves, has_gradient, strict=True)),)
 
 
 gradients_together.defvjp(_gradients_together_forward, _gradients_together_backward, symbolic_zeros=True)
 
 
 def over_batch(function, axes: Mapping[str, tuple], reduce_dtype: str | None = None):
-    """`function(x, weights, shards)` run by each shard of the tokens on its own ones, with its own part of each weight.
+    """Wraps `function(x, weights, shards)` in shard_map: each shard runs it on its own tokens and weight parts.
 
-    x: an array or a tree of arrays that lead with batch and length, as the results must. weights: a dict; axes: the
-    logical axes of each; `shards.gather` gives the whole of one. reduce_dtype: as in Shards. Without a mesh in force it
-    is the plain function; a batch that does not divide is whole everywhere.
+    x: an array or a tree of arrays with leading axes batch and length; results must have them too. weights: a dict;
+    axes: the logical axes of each weight. `shards.gather` returns a whole weight. reduce_dtype: as in WeightShards.
+    Without a mesh in force the function runs unwrapped. A batch that the mesh does not divide is whole on every shard.
     """
 
     def call(x, weights):
         if (mesh := mesh_in_force()) is None:
-            return function(x, weights, Shards())
+            return function(x, weights, WeightShards())
         tokens = spec(("batch", "length"), jax.tree.leaves(x)[0].shape[:2], mesh)
         specs = {name: spec(axes[name], w.shape, mesh) for name, w in weights.items()}
-        local = functools.partial(function, shards=Shards(dict(mesh.shape), specs, reduce_dtype))
+        local = functools.partial(function, shards=WeightShards(dict(mesh.shape), specs, reduce_dtype))
         return jax.shard_map(local, in_specs=(tokens, specs), out_specs=tokens, check_vma=False)(x, weights)
 
     return call
 
 
 def kv_copies(heads: int, kv_heads: int) -> int:
-    """How often each key/value head is repeated so that the mesh's tensor axis can split them: 1 where it can."""
+    """Returns how often each key/value head must be repeated so that the tensor axis can split them; 1: not at all."""
     mesh = mesh_in_force()
     tensor = 1 if mesh is None else mesh.shape["tensor"]
     return tensor // kv_heads if tensor % kv_heads == 0 and heads % tensor == 0 and tensor > kv_heads else 1
 
 
 def split_over(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh) -> tuple[str, ...]:
-    """The mesh axes in the `spec` of these."""
+    """Returns the mesh axes that `spec` of the same arguments names."""
     entries = spec(axes, shape, mesh)
     return tuple(name for entry in entries if entry for name in ([entry] if isinstance(entry, str) else entry))
 
 
 def tokens_joined(shape: tuple[int, ...], mesh) -> PartitionSpec:
-    """Of arrays that are a concatenation over the shards of [batch, length, ...] of this shape."""
+    """Returns the spec of arrays that concatenate one part per shard of a [batch, length, ...] array of this shape."""
     return PartitionSpec(split_over(("batch", "length"), shape[:2], mesh) or None)
 
 
 def over_heads(attention, joined: bool = False):
-    """`attention(query, key, value, mask, crosses, *rotary)` run by each shard of tokens and key/value heads alone.
+    """Wraps `attention(query, key, value, mask, crosses, *rotary)` in shard_map over tokens and key/value heads.
 
-    query [batch, queries, heads, head_dim], key and value [batch, keys, kv_heads, head_dim]: query heads split as
-    key/value heads do, or their groups would be torn apart; a tensor axis beyond the key/value heads gets copies of
-    them (kv_copies), one for each rank. mask: a tree of arrays that lead with batch and queries, or are `joined`, as in
-    tokens_joined. crosses: attention/context.blocks_cross of the mask. rotary: trees of arrays that lead with
-    batch and length, and of vectors, which all shards have.
+    query [batch, queries, heads, head_dim]; key, value [batch, keys, kv_heads, head_dim]. Query heads are split as
+    key/value heads are, to keep groups together. A tensor axis larger than kv_heads gets copies of the key/value heads
+    (kv_copies), one per rank. mask: a tree of arrays with leading axes batch and queries, or `joined` (tokens_joined).
+    crosses: attention/context.blocks_cross of the mask. rotary: trees of arrays with leading axes batch and length, or
+    of vectors, which every shard gets whole.
     """
 
     def call(query, key, value, mask, crosses=None, *rotary):

@@ -1,8 +1,10 @@
 """Chips and slices."""
 
+import dataclasses
+
 import pytest
 
-from llada_jax.chips import CHIPS, parse_topology
+from llada_jax.chips import CHIPS, Chip, parse_topology
 from llada_jax.errors import InputError
 from llada_jax.pod.topology import slice_devices
 
@@ -11,6 +13,13 @@ from llada_jax.pod.topology import slice_devices
 def test_peak_is_what_the_matrix_units_can_do(chip):
     assert chip.peak_bf16 == pytest.approx(2 * chip.cores * chip.macs_per_cycle * chip.clock)
     assert 1.4e9 < chip.clock < 2.3e9
+
+
+def test_facts_of_a_chip_are_given_by_name():
+    facts = dataclasses.asdict(CHIPS["v5p"])
+    assert Chip(**facts) == CHIPS["v5p"]
+    with pytest.raises(TypeError):
+        Chip(*facts.values())
 
 
 @pytest.mark.parametrize(

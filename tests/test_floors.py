@@ -9,7 +9,7 @@ from tests.helpers.paths import ROOT
 
 # From the ground up. Rooms on one floor do not import each other; llada_jax itself, the front door, may import all.
 FLOORS = (
-    ("config_renames", "errors", "plots", "token_text"),
+    ("_moved", "config_renames", "errors", "plots", "token_text"),
     ("chat_template", "chips", "config_flag", "folder", "runtime", "sharding"),
     ("attention", "command_line", "config_fields", "tokenizer"),
     ("data", "model"),

@@ -11,6 +11,7 @@ import pytest
 
 from llada_jax.checkpoint.weights import write_weights
 from llada_jax.data.byte_tokenizer import byte_tokenizer
+from llada_jax.data.chat import TURNS
 from llada_jax.data.pack import pack
 from llada_jax.interop.convert import import_checkpoint
 from llada_jax.model import parameters
@@ -219,6 +220,9 @@ def test_verify(checkpoint):
         ("generate", ["--checkpoint=CHECKPOINT", "--prompt=x", "--save=picture.txt"], "--save=picture.txt"),
         ("generate", ["--checkpoint=CHECKPOINT", "--prompt=x", "--output=/tmp/x"], "--input"),
         ("bench", ["decode", "--parts=speed"], "--parts=speed"),
+        ("bench", ["--layers=3", "attention"], "--layers=3 is for convert, not for attention"),
+        ("bench", ["layers"], "expected a command, one of attention, train"),
+        ("evaluate", ["--task=nelbo", "--gen_length=3"], "--gen_length=3 is for reasoning_gym, answers, needle, human"),
         ("evaluate", ["--checkpoint=CHECKPOINT", "--data=/nowhere"], "/nowhere"),
         ("evaluate", ["--checkpoint=CHECKPOINT", "--data=x", "--task=mmlu"], "mmlu"),
         ("evaluate", ["--checkpoint=CHECKPOINT", "--data=x", "--task=preference"], "--task=preference needs one"),
@@ -250,4 +254,40 @@ def test_bad_input_is_one_line_and_exit_code_2(checkpoint, tool, arguments, mess
 def test_help_shows_flags_and_use(tool):
     done = run(tool, "--help")
     assert done.returncode == 0 and f"tools/{tool}.py" in done.stdout and "--" in done.stdout
-    assert ("--gen_length" in done.stdout) == (tool in ("generate", "evaluate")), "flags that both tools share"
+    assert ("--gen_length" in done.stdout) == (tool == "generate")
+    assert (f"--turns: <{'|'.join(TURNS)}>" in done.stdout) == (tool == "pack_data")
+
+
+@pytest.mark.parametrize(
+    "arguments,shown,hidden",
+    [
+        (["bench"], ["tools/bench.py COMMAND", "attention  Attention of", "--json"], ["--topology"]),
+        (["bench", "convert"], ["tools/bench.py convert [--layers=6]", "--layers", "--json"], ["--topology", "tiles"]),
+        (["bench", "--topology=v5p:2x2x1", "attention"], ["--topology", "--passes"], ["--layers", "--parts"]),
+        (["evaluate"], ["tools/evaluate.py", "needle  ", "--checkpoint"], ["--gen_length", "--context"]),
+        (["evaluate", "--task", "needle"], ["--gen_length", "--context", "--seed"], ["--block_sizes", "--extract"]),
+        (["evaluate", "--task=reasoning_gym:sum"], ["--gen_length", "--task_settings"], ["--samples", "--beta"]),
+        (["evaluate", "--task=nelbo"], ["--block_sizes", "--repeats"], ["--gen_length", "--beta"]),
+    ],
+)
+def test_every_command_and_task_has_a_help_of_its_own(arguments, shown, hidden):
+    done = run(*arguments, "--help")
+    assert done.returncode == 0 and not done.stderr
+    assert [text for text in shown if text not in done.stdout] == []
+    assert [text for text in hidden if text in done.stdout] == []
+
+
+@pytest.mark.parametrize("tool,table,shared", [("bench", "COMMANDS", '("json",)'), ("evaluate", "TASKS", "_COMMON")])
+def test_every_flag_is_of_a_command_or_of_all(tool, table, shared):
+    """So that the help of one at least shows it."""
+    code = f"""
+from absl import flags
+from tools.{tool} import *
+import tools.{tool} as tool
+shared = {shared if "(" in shared else "tool." + shared}
+taken = {{name for command in {table}.values() for name in command.flags}}
+modules = flags.FLAGS.flags_by_module_dict()
+defined = {{flag.name for module in modules if "absl" not in module for flag in modules[module]}}
+assert taken & set(shared) == set() and taken | set(shared) == defined, taken ^ defined
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)

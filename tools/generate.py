@@ -28,7 +28,7 @@ from pathlib import Path
 from absl import flags
 
 from llada_jax import command_line
-from llada_jax.data import chat, jsonl
+from llada_jax.data import jsonl
 from llada_jax.errors import InputError
 from llada_jax.sampling import decoding_flags as decoding
 
@@ -133,13 +133,16 @@ def _record(answer) -> dict:
         "tokens_per_forward": round(answer.tokens_per_forward, 4),
         "positions_evaluated": answer.positions_evaluated,
         "token_ids": answer.tokens.tolist(),
-        "steps": answer.steps.tolist(),
+        "steps": answer.written_at.tolist(),
         "confidences": [round(float(p), 4) for p in answer.confidence],
     }
 
 
-def _answer_one(model, prompt: chat.Prompt, config):
-    """Prints the answer as its blocks are finished, and what was asked for about it; returns it."""
+def _answer_one(model, prompt, config):
+    """Prints the answer to a data.chat.Prompt as its blocks are finished, and what was asked for about it.
+
+    Returns the answer.
+    """
     import numpy as np
 
     from llada_jax.sampling.batching import Request, serve
@@ -184,14 +187,16 @@ def _show(model, prompt: list[int], answer, config) -> None:
     pieces = [model.tokenizer.text.piece(ids[:end], ids[end]) for end in range(len(prompt), len(ids))]
     spans = trajectory.blocks(len(prompt), answer.tokens, config.block_length)
     if _TRAJECTORY.value:
-        rich.print(trajectory.terminal(pieces, answer.steps, spans))
+        rich.print(trajectory.terminal(pieces, answer.written_at, spans))
     if _SAVE.value:
-        trajectory.draw(pieces, answer.steps, answer.confidence, spans, _SAVE.value)
+        trajectory.draw(pieces, answer.written_at, answer.confidence, spans, _SAVE.value)
         print(_SAVE.value)
 
 
 def _converse(model, config) -> None:
     """Turns of a conversation from the terminal, until its end (Ctrl-D) or an empty line."""
+    from llada_jax.data import chat
+
     messages = []
     while True:
         print("> " if sys.stdin.isatty() else "", end="", flush=True)
@@ -235,8 +240,12 @@ def _config_of(config, place: str, row: dict):
         raise InputError(f"{place}: {error}") from error
 
 
-def _prompt(place: str, row: dict, tokenizer) -> chat.Prompt:
-    """What the model continues. Raises InputError naming the place if that is nothing, or not all that the row says."""
+def _prompt(place: str, row: dict, tokenizer):
+    """What the model continues, a data.chat.Prompt. Raises InputError naming the place if that is nothing, or not all
+    that the row says.
+    """
+    from llada_jax.data import chat
+
     try:
         return chat.prompt({name: value for name, value in row.items() if value is not None}, tokenizer, _CHAT.value)
     except InputError as error:

@@ -6,11 +6,9 @@ Example:
   python tools/hf_to_orbax.py --source=Ling-mini-base-2.0 --out=checkpoints/ling_mini --add_mask_token
 """
 
-import jax
 from absl import flags
 
 from llada_jax import command_line
-from llada_jax.interop import convert
 
 _SOURCE = flags.DEFINE_string(
     "source", None, "Hugging Face folder, hf://OWNER/NAME[@REVISION], or .gguf file.", required=True
@@ -26,6 +24,10 @@ _ADD_MASK_TOKEN = flags.DEFINE_bool("add_mask_token", False, "Make a mask token:
 
 def main(argv):
     del argv
+    import jax  # importing jax takes seconds: not before the flags are right
+
+    from llada_jax.interop import convert
+
     jax.config.update("jax_platforms", "cpu")  # the chips may be another process's
     convert.import_checkpoint(
         _SOURCE.value,

@@ -9,7 +9,6 @@ tools/verify_checkpoint.py does.
 from absl import flags
 
 from llada_jax import command_line
-from llada_jax.checkpoint import describe, weights
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Directory of the checkpoint or workdir.", required=True)
 _STEP = flags.DEFINE_integer("step", None, "Step of the workdir; by default the newest.")
@@ -17,6 +16,8 @@ _STEP = flags.DEFINE_integer("step", None, "Step of the workdir; by default the 
 
 def main(argv) -> None:
     del argv
+    from llada_jax.checkpoint import describe, weights  # jax, which takes seconds: not before the flags are right
+
     for line in describe.describe(weights.directory_of(_CHECKPOINT.value, _STEP.value)):
         print(line)
 

@@ -6,13 +6,10 @@ python tools/merge_checkpoints.py --workdir=DIR --best=3 --out=DIR     (the 3 sa
 One checkpoint and --dtype: a conversion. An expert bias in float32 stays so.
 """
 
-import jax
 from absl import flags
 
 from llada_jax import command_line
-from llada_jax.checkpoint import merge
 from llada_jax.errors import InputError
-from llada_jax.interop.huggingface import parse_dtype
 
 _CHECKPOINTS = flags.DEFINE_list("checkpoints", [], "Checkpoints to average.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of a training run, instead of --checkpoints.")
@@ -23,9 +20,14 @@ _DTYPE = flags.DEFINE_string("dtype", None, "float32 or bfloat16; by default tha
 
 def main(argv) -> None:
     del argv
-    jax.config.update("jax_platforms", "cpu")  # the chips may be another process's
     if bool(_CHECKPOINTS.value) == bool(_WORKDIR.value):
         raise InputError("one of --checkpoints=A,B,C and --workdir=DIR is required")
+    import jax  # importing jax takes seconds: not before the flags are right
+
+    from llada_jax.checkpoint import merge
+    from llada_jax.interop.huggingface import parse_dtype
+
+    jax.config.update("jax_platforms", "cpu")  # the chips may be another process's
     paths = _CHECKPOINTS.value
     if _WORKDIR.value:
         best = merge.best_steps(_WORKDIR.value, _BEST.value)

@@ -6,11 +6,9 @@ DIR: a converted or merged checkpoint, one step of a training run, or a workdir 
 may go on meanwhile). The weights of a LoRA run are merged. The same command goes on where a killed one was.
 """
 
-import jax
 from absl import flags
 
 from llada_jax import command_line
-from llada_jax.interop.export import export_checkpoint
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of the checkpoint or workdir.", required=True)
 _OUT = flags.DEFINE_string("out", None, "Folder of the result.", required=True)
@@ -20,6 +18,10 @@ _DTYPE = flags.DEFINE_string("dtype", None, "float32 or bfloat16; by default tha
 
 def main(argv) -> None:
     del argv
+    import jax  # importing jax takes seconds: not before the flags are right
+
+    from llada_jax.interop.export import export_checkpoint
+
     jax.config.update("jax_platforms", "cpu")  # the chips may be another process's
     export_checkpoint(_CHECKPOINT.value, _OUT.value, dtype=_DTYPE.value, step=_STEP.value)
     print(f"{_OUT.value}: written")

@@ -18,11 +18,7 @@ import time
 
 from absl import flags
 
-from llada_jax import command_line, errors, tokenizer
-from llada_jax.data import chat
-from llada_jax.data.pack import pack
-from llada_jax.data.pack_chat import pack_chat
-from llada_jax.data.pack_preference import pack_preference
+from llada_jax import command_line, errors
 
 _SOURCE = flags.DEFINE_string(
     "source", None, "File, folder (searched recursively) or saved dataset to pack.", required=True
@@ -42,7 +38,7 @@ flags.DEFINE_list("patterns", [], 'Text: more files to read as plain text, e.g. 
 flags.DEFINE_enum(
     "turns",
     "all",
-    list(chat.TURNS),
+    ["all", "last", "each"],
     "Chat: supervise all of the assistant's turns in one document, the last one only, or each in a document of its "
     "own after all that was said before it. With all, a turn that ends inside a block sees the beginning of the "
     "user's next turn; each and last are exact.",
@@ -78,24 +74,31 @@ flags.DEFINE_integer(
     "processes", 1, "Processes that read and tokenise. The output is the same, byte for byte, with any number.", 1
 )
 _COMMON = ("split", "block_align", "rows_per_shard", "processes")
-_KINDS = {  # the packer, what dataset.json calls its examples, and its own flags
-    "text": (pack, None, ("field", "patterns")),
-    "chat": (pack_chat, "conversations", ("turns", "tail", "skip_malformed", "template_date")),
-    "preference": (pack_preference, "pairs", ("max_pairs", "tail", "skip_malformed", "template_date")),
+_KINDS = {  # what dataset.json calls its examples, and its own flags
+    "text": (None, ("field", "patterns")),
+    "chat": ("conversations", ("turns", "tail", "skip_malformed", "template_date")),
+    "preference": ("pairs", ("max_pairs", "tail", "skip_malformed", "template_date")),
 }
 
 
 def main(argv):
     del argv
-    packer, unit, own = _KINDS[_KIND.value]
-    for name in (name for _, _, names in _KINDS.values() for name in names):
+    unit, own = _KINDS[_KIND.value]
+    for name in (name for _, names in _KINDS.values() for name in names):
         if flags.FLAGS[name].present and name not in own:
-            kinds = " or ".join(f"--kind={kind}" for kind, (_, _, names) in _KINDS.items() if name in names)
+            kinds = " or ".join(f"--kind={kind}" for kind, (_, names) in _KINDS.items() if name in names)
             raise errors.InputError(f"--{name} is for {kinds}")
     options = {name: flags.FLAGS[name].value for name in (*_COMMON, *own)}
     options = {name: value for name, value in options.items() if value is not None}
     if options.get("tail", "").isdecimal():
         options["tail"] = int(options["tail"])
+    # The packers' modules take half a second to import: not before the flags are right.
+    from llada_jax import tokenizer
+    from llada_jax.data.pack import pack
+    from llada_jax.data.pack_chat import pack_chat
+    from llada_jax.data.pack_preference import pack_preference
+
+    packer = {"text": pack, "chat": pack_chat, "preference": pack_preference}[_KIND.value]
     begun = time.monotonic()
     source, vocabulary = _SOURCE.value, tokenizer.load_tokenizer(_TOKENIZER.value)
     if day := options.pop("template_date", None):

@@ -27,14 +27,14 @@ _TABLE = flags.DEFINE_string("table", None, "Another table than the package's.")
 
 
 def main(argv) -> None:
-    import jax
+    if (_TOPOLOGY.value is None) == (_DEVICE.value is None):
+        raise InputError("expected --topology=CHIP:SIDES or --device=tpu, one of them")
+    numbers = {name: _numbers(name, flag.value) for name, flag in _LISTS.items()}
+    import jax  # importing jax takes seconds: not before the flags are right
 
     from llada_jax.attention import tiles
     from llada_jax.chips import parse_topology
 
-    if (_TOPOLOGY.value is None) == (_DEVICE.value is None):
-        raise InputError("expected --topology=CHIP:SIDES or --device=tpu, one of them")
-    numbers = {name: _numbers(name, flag.value) for name, flag in _LISTS.items()}
     for shape in _SHAPES.value:
         if shape not in tiles.SHAPES:
             raise InputError(f"--shapes={shape}, expected some of {', '.join(tiles.SHAPES)}")

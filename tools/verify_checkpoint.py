@@ -6,17 +6,19 @@ DIR: a converted checkpoint, one step of a training run, or a workdir (all its c
 problem and exits with code 2, or "ok: ..." for each checkpoint. Tensors are read one by one.
 """
 
-import jax
 from absl import flags
 
 from llada_jax import command_line
-from llada_jax.checkpoint import weights
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Directory to verify.", required=True)
 
 
 def main(argv) -> int:
     del argv
+    import jax  # importing jax takes seconds: not before the flags are right
+
+    from llada_jax.checkpoint import weights
+
     jax.config.update("jax_platforms", "cpu")  # the chips may be another process's
     failed = False
     for directory in weights.candidates(_CHECKPOINT.value):

@@ -14,8 +14,7 @@ import jax.numpy as jnp
 
 from llada_jax import sharding
 from llada_jax.attention import context, residuals
-from llada_jax.attention import plan as plans
-from llada_jax.attention.plan import Plan, make_plan
+from llada_jax.attention.plan import CLEAN_OFFSET, COLUMNS, COUNT, NOISY_COUNT, NOISY_OFFSET, ROW, Plan, make_plan
 from llada_jax.attention.tiles import Tiles
 from llada_jax.attention.tiling import from_chunks, from_tiles, to_chunks, to_tiles
 from llada_jax.attention.visibility import Visibility
@@ -32,11 +31,11 @@ class _Tile(NamedTuple):
 
     def chunk(self, i: jax.Array, plan: Plan) -> tuple[jax.Array, jax.Array]:
         """(number of the i-th chunk to visit among those of the batch, bool [tile, chunk]: who sees which key)."""
-        noisy = i < self.run[plans.NOISY_COUNT]
-        chunk = i + jnp.where(noisy, self.run[plans.NOISY_OFFSET], self.run[plans.CLEAN_OFFSET])
+        noisy = i < self.run[NOISY_COUNT]
+        chunk = i + jnp.where(noisy, self.run[NOISY_OFFSET], self.run[CLEAN_OFFSET])
         start, end = jnp.where(noisy, self.bounds[:2], self.bounds[2:])[:, :, None]
         key = (chunk * TILES.chunk + jnp.arange(TILES.chunk))[None]
-        return self.run[plans.ROW] * plan.chunks_per_row + chunk, (key >= start) & (key < end)
+        return self.run[ROW] * plan.chunks_per_row + chunk, (key >= start) & (key < end)
 
 
 def blockwise_attention(
@@ -44,9 +43,9 @@ def blockwise_attention(
 ) -> jax.Array:
     """Equals dense_attention (same arguments and result) but never holds more than a tile of the scores.
 
-    A query that sees no key gives 0. Under a mesh (`jax.set_mesh`) each shard works on its own rows and heads, and with
-    a context axis on its own queries: all operands then lie as context.to_ranks lays them, crosses being blocks_cross
-    of the visibility.
+    Returns 0 for a query that sees no key. Under a mesh (`jax.set_mesh`) each shard works on its own rows and heads,
+    and with a context axis on its own queries: all operands are then ordered as context.to_ranks orders them, and
+    crosses is context.blocks_cross of the visibility.
     """
     return sharding.over_heads(context.with_all_keys(_attention))(query, key, value, visibility, crosses)
 
@@ -70,14 +69,14 @@ def _forward(query, key, value, visibility):
             scores = _scores(q, keys[:, chunk], mask, scale)
             new_highest = jnp.maximum(highest, scores.max(axis=-1))
             weights = jnp.exp(scores - new_highest[..., None])
-            kept = jnp.exp(highest - new_highest)
+            decay = jnp.exp(highest - new_highest)
             update = jnp.einsum(
                 "krs,ksd->krd", weights.astype(value.dtype), values[:, chunk], preferred_element_type=jnp.float32
             )
-            return output * kept[..., None] + update, new_highest, total * kept + weights.sum(axis=-1)
+            return output * decay[..., None] + update, new_highest, total * decay + weights.sum(axis=-1)
 
         start = jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:-1], _LOWEST), jnp.zeros(q.shape[:-1])
-        output, highest, total = jax.lax.fori_loop(0, tile.run[plans.COUNT], visit, start)
+        output, highest, total = jax.lax.fori_loop(0, tile.run[COUNT], visit, start)
         total = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
         return (output / total[..., None]).astype(query.dtype), highest + jnp.log(total)
 
@@ -110,7 +109,7 @@ def _backward(saved, cotangent):
             return d_query + dot("krs,ksd->krd", d_scores, keys[:, chunk]), (d_key, d_value)
 
         start = jnp.zeros(q.shape, jnp.float32), gradients
-        d_query, gradients = jax.lax.fori_loop(0, tile.run[plans.COUNT], visit, start)
+        d_query, gradients = jax.lax.fori_loop(0, tile.run[COUNT], visit, start)
         return gradients, d_query.astype(query.dtype)
 
     zeros = jnp.zeros(keys.shape, jnp.float32)
@@ -134,7 +133,7 @@ def _scores(q, keys, mask, scale) -> jax.Array:
 
 def _tiles(plan: Plan) -> _Tile:
     """All tiles of the batch, row by row."""
-    return _Tile(plan.runs.reshape(-1, plans.COLUMNS)[:-1], plan.bounds)
+    return _Tile(plan.runs.reshape(-1, COLUMNS)[:-1], plan.bounds)
 
 
 def _tiles_first(x: jax.Array, kv_heads: int, plan: Plan) -> jax.Array:

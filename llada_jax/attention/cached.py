@@ -1,7 +1,7 @@
-"""Attention of decoding: a few queries a row, their own keys, and a long cache of clean keys read in place.
+"""Attention of decoding: a few queries per row, their own keys, and a long cache of clean keys that is read in place.
 
-The cache is read a chunk at a time, up to the longest prefix that a row of the batch may see: a step costs what its
-prefix costs, not what the cache could hold, and the two are never copied together.
+The cache is read in chunks, up to the longest prefix that any row of the batch may see. So a step costs as much as its
+prefix, not as the whole cache, and cached and own keys are never copied into one array.
 """
 
 import jax
@@ -21,12 +21,12 @@ def cached_attention(
     """dense_attention over [own keys, cached keys]: the noisy intervals are in own keys, the clean ones in the cache.
 
     query [batch, queries, heads, head_dim]; key, value [batch, own, kv_heads, head_dim]; cached_key, cached_value
-    [layers, batch, cached, kv_heads, head_dim], of which `layer` is read where it lies. A query that sees no key gives
-    0. Returns query's shape and dtype.
+    [layers, batch, cached, kv_heads, head_dim], of which `layer` is read in place. Returns query's shape and dtype;
+    zeros for a query that sees no key.
     """
     batch, queries, heads, head_dim = query.shape
     kv_heads = key.shape[2]
-    # [batch, kv_heads, group * queries, head_dim]: one matrix a key head, made once, which CPUs multiply faster.
+    # [batch, kv_heads, group * queries, head_dim]: one matrix per key head, made once; CPUs multiply it faster.
     grouped = query.reshape(batch, queries, kv_heads, heads // kv_heads, head_dim) * head_dim**-0.5
     grouped = jnp.transpose(grouped, (0, 2, 3, 1, 4)).reshape(batch, kv_heads, -1, head_dim)
     shape = (batch, kv_heads, heads // kv_heads, queries)
@@ -41,11 +41,11 @@ def cached_attention(
             scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
         new_highest = jnp.maximum(highest, scores.max(axis=-1))
         weights = jnp.exp(scores - new_highest[..., None])
-        kept = jnp.exp(highest - new_highest)
+        decay = jnp.exp(highest - new_highest)
         update = jnp.einsum(
             "bkgqs,bskd->bkgqd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32
         )
-        return output * kept[..., None] + update, new_highest, total * kept + weights.sum(axis=-1)
+        return output * decay[..., None] + update, new_highest, total * decay + weights.sum(axis=-1)
 
     length = cached_key.shape[2]
     chunk = chunk_of(length)
@@ -63,7 +63,7 @@ def cached_attention(
     state = jnp.zeros((*shape, head_dim), jnp.float32), jnp.full(shape, _LOWEST), jnp.zeros(shape)
     state = visit(state, key, value, _inside(jnp.arange(key.shape[1]), visibility.noisy_start, visibility.noisy_end))
     seen = jnp.max(jnp.where(visibility.clean_start < visibility.clean_end, visibility.clean_end, 0))
-    # Chunks that all queries see whole, as a lone request's are, need no mask.
+    # Chunks that all queries see whole need no mask; those of a single request are such.
     whole = jnp.where((visibility.clean_start == 0).all(), visibility.clean_end.min() // chunk, 0)
     with jax.named_scope(WHOLE_CHUNKS):
         state = jax.lax.fori_loop(0, whole, lambda i, state: visit(state, *part(i * chunk)), state)
@@ -74,7 +74,7 @@ def cached_attention(
 
 
 def chunk_of(length: int) -> int:
-    """Positions of a cache of `length` that are read at a time."""
+    """Returns how many positions of a cache of `length` are read at a time."""
     return min(length, MOST_CHUNK, max(LEAST_CHUNK, length // 8))
 
 

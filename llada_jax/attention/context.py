@@ -1,17 +1,17 @@
-"""Context parallelism: the tokens of a row are shared out over the mesh axis "context".
+"""Context parallelism: the tokens of a row are split over the mesh axis "context".
 
-A row is cut in stripes of at most STRIPE tokens, dealt to the c ranks one after the other, as cards are: stripe i is
-rank (i mod c)'s, of the noisy and of the clean half alike. (Striped attention, arXiv 2311.09431, by tiles.) Every rank
-has early and late tokens of every document but the shortest, so that all need about as many query-key pairs, which two
-long chunks a rank, one from each end of the row, do for rows of one document only: in rows of 64k packed with documents
-of 1024 tokens on average, the busiest of 8 ranks then needs 1.9 times the mean of its row, of stripes 1.07 times.
+A row is cut into stripes of at most STRIPE tokens, dealt to the c ranks like cards: stripe i belongs to rank i mod c,
+in the noisy and the clean half alike. (Striped attention, arXiv 2311.09431, by tiles.) Every rank has early and late
+tokens of every document but the shortest ones, so all ranks need about the same number of query-key pairs. Two long
+chunks per rank, one from each end of the row, balance rows of a single document only. In rows of 64k tokens packed with
+documents of 1024 tokens on average, the busiest of 8 ranks has 1.9 times the mean with them, 1.07 times with stripes.
 
-What moves in a layer: keys and values of the clean half (of a pass with one half, of that), which every rank gathers
-and puts in order of position. The mask of a rank is then the bounds of its own queries, as they were. Noisy keys stay
-where they are, since a noisy block lies within a stripe; only when some block of the batch crosses the border of one
-(one that counts from its document's start, or is larger than a stripe) are they gathered too, which is decided once a
-pass, at run time. Gradients go the same ways back, summed. Once a pass, tokens and bounds go to the ranks, and the last
-hidden states come back: outside the layers a row lies in order of position, in c equal parts.
+Communication per layer: every rank gathers the keys and values of the clean half (or of the only half) and puts them in
+order of position. The mask of a rank is then simply the bounds of its own queries. Noisy keys stay on their rank, since
+a noisy block lies within a stripe. They are gathered too if some block of the batch crosses the border of a stripe: one
+that counts from its document's start, or is larger than a stripe. That is decided once per pass, at run time. Gradients
+take the same paths back, summed. Once per pass, tokens and bounds are sent to the ranks and the last hidden states are
+sent back: outside the layers a row is in order of position, in c equal parts.
 """
 
 import math
@@ -37,9 +37,9 @@ def ranks() -> int:
 
 
 def stripe_size(length: int, ranks: int) -> int:
-    """Tokens of a stripe: each of `ranks` equal parts of a row must deal as many to every rank.
+    """Returns the tokens per stripe. Each of `ranks` equal parts of a row must deal as many tokens to every rank.
 
-    Raises InputError where the row cannot be cut so.
+    Raises InputError if the row cannot be cut so.
     """
     if length % ranks**2:
         raise InputError(f"mesh.context={ranks}: rows of {length} tokens, expected a multiple of {ranks**2}")
@@ -53,8 +53,8 @@ def positions(length: int, ranks: int) -> np.ndarray:
 
 
 def to_ranks(x: jax.Array) -> jax.Array:
-    """[batch, halves, length, ...] in order of position -> [batch, halves * length, ...] as the layers have it: what
-    each rank has of every half, rank after rank. Without the axis, half after half.
+    """[batch, halves, length, ...] in order of position -> [batch, halves * length, ...] in the order of the layers:
+    rank after rank, and each rank's share of one half after the other. Without the axis, half after half.
     """
 
     def local(x):
@@ -85,7 +85,7 @@ def to_positions(x: jax.Array, halves: int) -> jax.Array:
 
 
 def first(x: jax.Array, count: int) -> jax.Array:
-    """Of x [batch, positions, ...] as the layers have it, the first `count` positions: of each rank its share."""
+    """Returns the first `count` positions of x [batch, positions, ...] in the order of the layers: a share per rank."""
     if count == x.shape[1]:
         return x
     parts = x.reshape(x.shape[0], ranks(), -1, *x.shape[2:])
@@ -107,10 +107,11 @@ def blocks_cross(visibility: Visibility) -> jax.Array | None:
 
 
 def with_all_keys(attention):
-    """`attention(query, key, value, mask, *rotary)` as sharding.over_heads runs it, for a rank with a part of the keys.
+    """Adapts `attention(query, key, value, mask, *rotary)` to sharding.over_heads, for ranks that have a part of the
+    keys.
 
-    mask: of all keys in order of position, noisy ones first, and of the rank's queries. crosses: of blocks_cross; None
-    where no axis splits the keys.
+    mask: over all keys in order of position, noisy ones first, for the rank's queries. crosses: of blocks_cross; None
+    if no axis splits the keys.
     """
 
     def call(query, key, value, mask, crosses, *rotary):
@@ -122,7 +123,7 @@ def with_all_keys(attention):
 
 
 def _all_keys(x, num_noisy, crosses):
-    """[batch, keys of this rank, kv_heads, head_dim] -> [batch, keys, ...]; noisy ones that nobody here sees are 0."""
+    """[batch, keys of this rank, kv_heads, head_dim] -> [batch, keys, ...]; noisy keys of other ranks may be zeros."""
     own = num_noisy // jax.lax.axis_size(AXIS)
     clean = _gathered(x[:, own:])
     if not own:
@@ -147,11 +148,11 @@ def _own_rounds(x):
     return _rounds(x[:, None], 1, stripe_size(x.shape[1] * count, count))
 
 
-def _rounds(x, held, stripe):
-    """[batch, halves, length / ranks, ...] -> [batch, halves, rounds, held, stripe, ...]; held: stripes of a round that
-    are here, those of all ranks or of one.
+def _rounds(x, stripes, stripe):
+    """[batch, halves, length / ranks, ...] -> [batch, halves, rounds, stripes, stripe, ...]; stripes: how many stripes
+    of each round x has, those of all ranks or of one.
     """
-    return x.reshape(*x.shape[:2], -1, held, stripe, *x.shape[3:])
+    return x.reshape(*x.shape[:2], -1, stripes, stripe, *x.shape[3:])
 
 
 def _joined(x, axis):

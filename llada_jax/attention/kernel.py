@@ -1,4 +1,4 @@
-"""The TPU attention: one Pallas kernel each way for every mask of the project.
+"""The TPU attention: one forward and one backward Pallas kernel for every mask of the project.
 
 Masks are key intervals (attention/visibility.py), cut into a work list once per step (attention/plan.py); the kernels
 (kernel_forward.py, kernel_backward.py) walk that list. Memory is O(length): no array of queries x keys exists.
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.layout import Layout, with_layout_constraint
+from jax.experimental import layout
 from jax.experimental.pallas import tpu as pltpu
 
 from llada_jax import sharding
@@ -23,16 +23,16 @@ from llada_jax.attention.tiles import Tiles, device_kind, tiles_for
 from llada_jax.attention.tiling import cut_keys, from_parts, pad_keys, pad_queries, to_parts
 from llada_jax.attention.visibility import Visibility
 
-# Interpret mode takes any head_dim and is slow by the copy: few, small tiles.
+# Interpret mode takes any head_dim, and its time is that of its copies: few, small tiles.
 INTERPRET_TILES = Tiles(queries=32, chunk=32, forward=2, backward=2)
 
 
 def kernel_plan(visibility: Visibility, num_keys: int, group: int, head_dim: int, interpret: bool = False) -> Plan:
-    """What kernel_attention needs to know of a mask: made once per pass, outside the layers.
+    """Returns the plan of a mask for kernel_attention. Made once per pass, outside the layers.
 
-    visibility [batch, queries] over num_keys keys; group: query heads of each key/value head. Under a mesh
-    (`jax.set_mesh`) each shard of the tokens plans its own queries. Raises InputError when the device is not a TPU that
-    attention/tiles.py knows; interpret=True plans for kernel_attention(..., interpret=True), on any device.
+    visibility [batch, queries] over num_keys keys; group: query heads per key/value head. Under a mesh (`jax.set_mesh`)
+    each shard of the tokens plans its own queries. interpret=True plans for kernel_attention(..., interpret=True), on
+    any device; otherwise raises InputError if the device is not a TPU in the table of attention/tiles.py.
     """
     queries = visibility.clean_start.shape[1]
     tiles, parts = INTERPRET_TILES, 1
@@ -53,12 +53,12 @@ def kernel_attention(
     query: jax.Array, key: jax.Array, value: jax.Array, plan: Plan, interpret: bool = False,
     crosses: jax.Array | None = None, rotary: QueryKeyRotary = QueryKeyRotary(),
 ) -> jax.Array:  # fmt: skip
-    """Equals dense_attention of `rotary.apply(query, key)`, for the visibility that the plan was made of.
+    """Equals dense_attention of `rotary.apply(query, key)`, with the visibility that the plan was made from.
 
-    query, key, value and the result are as there. A query that sees no key gives zeros. interpret=True runs the kernels
+    query, key, value and the result are as there; zeros for a query that sees no key. interpret=True runs the kernels
     on any device, slowly, for tests. With a context axis operands and crosses are as in blockwise_attention.
     """
-    if crosses is not None and rotary.key is not None:  # keys go to ranks that have not their angles
+    if crosses is not None and rotary.key is not None:  # keys go to ranks that do not have their angles
         key, rotary = rotary.key(key), rotary._replace(key=None)
     interpret = pltpu.InterpretParams() if interpret else False
     local = context.with_all_keys(lambda *operands: _attention(*operands, interpret))
@@ -66,9 +66,9 @@ def kernel_attention(
 
 
 def operand_steps(queries: int, heads: int, keys: int, kv_heads: int, head_dim: int, tiles: Tiles) -> dict[str, int]:
-    """{name: steps of the grid} of the kernels around an attention of one bfloat16 row.
+    """Returns {kernel name: grid steps} of the kernels around the attention of one bfloat16 row.
 
-    queries, keys: positions, in whole tiles and chunks.
+    queries, keys: numbers of positions, in whole tiles and chunks.
     """
 
     def count(length, heads, tile, itemsize=2):
@@ -92,8 +92,8 @@ def _forward(query, key, value, plan, rotary, interpret):
     queries, _ = _sides(plan)
     output, _ = queries.rows(output_tiles, query, "attention_output", interpret=interpret)
     output, log_sum = residuals.named(output.reshape(*output.shape[:2], -1), log_sum)
-    # The gradient of the weights that come next would have it transposed, and then back for our kernels.
-    output = with_layout_constraint(output, Layout((0, 1, 2))).reshape(query.shape)
+    # XLA would transpose it for the gradient of the next weights, and back again for our kernels.
+    output = layout.with_layout_constraint(output, layout.Layout((0, 1, 2))).reshape(query.shape)
     return output, (query, key, value, plan, rotary, output, log_sum)
 
 
@@ -120,7 +120,7 @@ def _backward(interpret, saved, cotangent):
         d_query, d_keys_values = d_query.astype(query.dtype), [from_parts(x, plan) for x in d_keys_values]
     else:
         d_query, *d_keys_values = gradients(plan, *keys_values, query.dtype)
-    # The kernel saw scores in units of log 2, and a query that held the scale.
+    # The kernel's scores are in units of log 2, and its query includes the scale.
     scale, (d_key, d_value) = query.shape[-1] ** -0.5, d_keys_values
     d_query, d_query_rotary = queries.rows(d_query, query, "attention_query", rotary.query, scale, interpret)
     d_key, d_key_rotary = keys.rows(d_key, key, "attention_key", rotary.key, math.log(2), interpret)

@@ -1,12 +1,12 @@
-"""What goes into the attention kernels and comes out of them: heads normalised, rotated, scaled and cut into tiles.
+"""Operands and results of the attention kernels: heads are normalised, rotated, scaled and cut into tiles.
 
-Projections make and take rows, [batch, length, heads, head_dim], heads side by side in memory; the attention kernels
-take tiles, [kv_heads, tiles, rows, head_dim], a tile's rows being its heads x positions. Each function here goes from
-one to the other in one pass over HBM: RMSNorm and rotation (rotary.py) are done on the way, in float32, and rounded
-once. XLA does the same in a dozen passes, as halves of a rotation make it transpose every head and back.
+Projections work on rows, [batch, length, heads, head_dim], with heads side by side in memory. The attention kernels
+work on tiles, [kv_heads, tiles, rows, head_dim]; the rows of a tile are heads x positions. Each function here converts
+one to the other in one pass over HBM, and does RMSNorm and rotation (rotary.py) on the way, in float32, rounded once.
+XLA takes a dozen passes for that: the halves of a rotation make it transpose every head and back.
 
-name: of the operand, by which a rehearsal finds what a kernel costs. tile: positions of a tile of queries, or of a
-chunk of keys; length is a multiple of it. interpret: pltpu.InterpretParams() runs a kernel on any device.
+Arguments in common. name: of the operand; a rehearsal finds the kernel's cost by it. tile: positions per query tile or
+chunk of keys, a divisor of the length. interpret: pltpu.InterpretParams() runs a kernel on any device.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 from llada_jax.attention.kernel_rotary import tile_rotary
 from llada_jax.attention.rotary import RotaryNorm
 
-_STEP_BYTES = 2**20  # of rows that a step of the grid takes: long copies, and several of them fit fast memory
+_STEP_BYTES = 2**20  # bytes of rows per grid step: copies are long, and several steps fit fast memory
 
 
 def tiles_of_rows(
@@ -31,7 +31,7 @@ def tiles_of_rows(
     scale: float = 1.0,
     interpret=False,
 ) -> jax.Array:
-    """rotary(x) * scale, as tiles: x [batch, length, heads, head_dim] -> [kv_heads, tiles, rows, head_dim]."""
+    """Returns rotary(x) * scale in tiles: x [batch, length, heads, head_dim] -> [kv_heads, tiles, rows, head_dim]."""
     cut = _Cut(x.shape, kv_heads, tile, x.dtype.itemsize)
 
     def kernel(*refs):
@@ -54,9 +54,10 @@ def rows_of_tiles(
     scale: float = 1.0,
     interpret=False,
 ):
-    """(gradient of x, of rotary.weight: float32 [head_dim], None without one); tiles: that of tiles_of_rows(x, ...).
+    """Returns the gradients of x and of rotary.weight (float32 [head_dim], None without one).
 
-    Without a rotation, that is tiles_of_rows backwards, times scale: of x, only its shape and dtype matter.
+    tiles: gradient of the result of tiles_of_rows(x, ...). Without a rotation this is the inverse of tiles_of_rows
+    times scale, and only the shape and dtype of x matter.
     """
     shape, dtype = x.shape, x.dtype
     cut = _Cut(shape, tiles.shape[0], tile, dtype.itemsize)
@@ -84,7 +85,7 @@ def rows_of_tiles(
 
 
 def cotangent_tiles(output: jax.Array, cotangent: jax.Array, log_sum: jax.Array, tile: int, interpret=False):
-    """(the cotangent's tiles, statistics), as the backward kernel takes them.
+    """Returns the cotangent's tiles and the statistics that the backward kernel takes.
 
     output, cotangent [batch, queries, heads, head_dim]; log_sum [kv_heads, query tiles, 1, rows].
     """
@@ -105,12 +106,12 @@ def cotangent_tiles(output: jax.Array, cotangent: jax.Array, log_sum: jax.Array,
 
 
 def steps(shape: Sequence[int], kv_heads: int, tile: int, itemsize: int) -> int:
-    """Of the grid of a kernel here, which takes rows of this shape and of so many bytes an element."""
+    """Returns the grid steps of a kernel here, for rows of this shape with `itemsize` bytes per element."""
     return _Cut(shape, kv_heads, tile, itemsize).steps
 
 
 class _Cut:
-    """How rows are cut into tiles, and both into blocks, one for a step of the grid."""
+    """How rows are cut into tiles, and both into blocks, one per grid step."""
 
     def __init__(self, shape: Sequence[int], kv_heads: int, tile: int, itemsize: int):
         batch, length, self.num_heads, self.head_dim = shape
@@ -131,13 +132,13 @@ class _Cut:
 
     def heads_of(self, rows, t: int, h: int) -> jax.Array:
         """The heads of tile t of a block of rows that go with key/value head h, one after the other."""
-        return jnp.concatenate([rows[self._where(t, h, i)] for i in range(self.group)], axis=0)
+        return jnp.concatenate([rows[self._slices(t, h, i)] for i in range(self.group)], axis=0)
 
     def set_heads(self, rows, t: int, h: int, heads: jax.Array) -> None:
         for i in range(self.group):
-            rows[self._where(t, h, i)] = heads[i * self.tile : (i + 1) * self.tile]
+            rows[self._slices(t, h, i)] = heads[i * self.tile : (i + 1) * self.tile]
 
-    def _where(self, t: int, h: int, i: int):
+    def _slices(self, t: int, h: int, i: int):
         first = (h * self.group + i) * self.head_dim
         return self.positions(t), slice(first, first + self.head_dim)
 

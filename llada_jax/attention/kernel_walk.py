@@ -5,7 +5,9 @@ matrix products of the next steps overlap with the arithmetic of this one across
 [keys, rows]: a query's maximum, sum and interval are then row vectors, and no reduction crosses lanes.
 """
 
+import collections
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -14,59 +16,56 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from llada_jax.attention import plan as plans
+from llada_jax.attention.plan import CLEAN_OFFSET, COLUMNS, COUNT, NOISY_COUNT, NOISY_OFFSET, ROW, Plan, is_full
 from llada_jax.errors import InputError
 
-# A step's copies start this many steps ahead of it, into a ring of one more buffers.
-AHEAD = 3
-RING = AHEAD + 1
-# Bytes of fast memory for what the compiler spills.
-FOR_SPILLS = 16 << 20
-# Of a score that the mask hides: finite, so that a row with nothing visible yet has finite differences.
-HIDDEN = -1e30
+AHEAD = 3  # a step's copies start this many steps before it ...
+RING = AHEAD + 1  # ... into a ring of this many buffers
+FOR_SPILLS = 16 << 20  # bytes of fast memory for the compiler's spills
+HIDDEN = -1e30  # score of a masked pair: finite, so that a row that sees nothing yet has finite differences
 
 
-class Step(NamedTuple):
-    """Query tile and number of the step within it, int32 scalars; tile == the number of tiles is past the end."""
+class TileStep(NamedTuple):
+    """A step of the walk: its query tile and its number within it, int32 scalars. tile == num_tiles: past the end."""
 
     tile: jax.Array
     number: jax.Array
 
 
 class Walk:
-    """Steps of `chunks` chunks over a plan whose runs lie in scalar memory."""
+    """The steps over a plan, `chunks` chunks of keys each. runs: Plan.runs, in scalar memory."""
 
-    def __init__(self, runs, plan: plans.Plan, num_tiles: int, chunks: int):
+    def __init__(self, runs, plan: Plan, num_tiles: int, chunks: int):
         self.runs, self.num_tiles, self.chunks, self.plan = runs, num_tiles, chunks, plan
         self.num_rows = num_tiles // plan.tiles_per_row
 
     def column(self, tile, column: int):
-        return self.runs[tile * plans.COLUMNS + column]
+        return self.runs[tile * COLUMNS + column]
 
     def row(self, tile):
-        return self.column(tile, plans.ROW)
+        return self.column(tile, ROW)
 
-    def first(self) -> list[Step]:
+    def first(self) -> list[TileStep]:
         """The first RING steps."""
-        steps = [Step(jnp.int32(0), jnp.int32(0))]
+        steps = [TileStep(jnp.int32(0), jnp.int32(0))]
         while len(steps) < RING:
             steps.append(self.after(steps[-1]))
         return steps
 
-    def after(self, step: Step) -> Step:
-        same = (step.number + 1) * self.chunks < self.column(step.tile, plans.COUNT)
+    def after(self, step: TileStep) -> TileStep:
+        same = (step.number + 1) * self.chunks < self.column(step.tile, COUNT)
         tile = jnp.where(same, step.tile, jnp.minimum(step.tile + 1, self.num_tiles))
-        return Step(tile, jnp.where(same, step.number + 1, 0))
+        return TileStep(tile, jnp.where(same, step.number + 1, 0))
 
-    def is_last(self, step: Step):
-        return (step.number + 1) * self.chunks >= self.column(step.tile, plans.COUNT)
+    def is_last(self, step: TileStep):
+        return (step.number + 1) * self.chunks >= self.column(step.tile, COUNT)
 
-    def is_full(self, step: Step):
-        return plans.is_full(lambda column: self.column(step.tile, column), step.number * self.chunks, self.chunks)
+    def is_full(self, step: TileStep):
+        return is_full(lambda column: self.column(step.tile, column), step.number * self.chunks, self.chunks)
 
-    def step_chunks(self, step: Step):
-        """For each chunk of a step: its number in the row, whether it holds noisy keys, whether it is in the run."""
-        columns = (plans.COUNT, plans.NOISY_COUNT, plans.NOISY_OFFSET, plans.CLEAN_OFFSET)
+    def step_chunks(self, step: TileStep):
+        """Yields per chunk of a step: its number in the row, whether its keys are noisy, whether it is in the run."""
+        columns = (COUNT, NOISY_COUNT, NOISY_OFFSET, CLEAN_OFFSET)
         count, noisy_count, noisy_offset, clean_offset = (self.column(step.tile, column) for column in columns)
         for i in range(self.chunks):
             position = step.number * self.chunks + i
@@ -75,7 +74,7 @@ class Walk:
             noisy = position < noisy_count
             yield position + jnp.where(noisy, noisy_offset, clean_offset), noisy, inside
 
-    def start_chunks(self, head, step: Step, slot, sources, rings, semaphores):
+    def start_chunks(self, head, step: TileStep, slot, sources, rings, semaphores):
         """Starts copying the step's chunks of sources [heads, chunks, chunk, head_dim] into rings at slot."""
         # Past the end of the list: some chunk, so that no copy needs a branch.
         row = jnp.minimum(self.row(step.tile), self.num_rows - 1) * self.plan.chunks_per_row
@@ -89,7 +88,7 @@ class Walk:
         source = source.at[0, pl.ds(0, self.chunks)]
         pltpu.make_async_copy(source, ring.at[slot], done.at[slot]).wait()
 
-    def masked(self, scores, bounds, step: Step):
+    def masked(self, scores, bounds, step: TileStep):
         """scores [keys, rows] with HIDDEN where the row does not see the key; bounds [4, tile] int32."""
         chunk_size, tile = self.plan.tiles.chunk, bounds.shape[1]
         heads = scores.shape[1] // tile
@@ -116,36 +115,50 @@ def dot(a, b, contract_a: int, contract_b: int):
     return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
 
-def launch(kernel, name, steps, runs, operands, results, scratch, semaphores, interpret):
-    """Runs `kernel` once per key/value head, the leading axis of operands[0], and returns its results.
+def launch(
+    kernel: Callable,
+    name: str,
+    steps: jax.Array,
+    plan: Plan,
+    operands: dict[str, jax.Array],
+    results: dict[str, pltpu.HBM],
+    scratch: dict[str, pltpu.VMEM],
+    semaphores: dict[str, int],
+    interpret,
+) -> list[jax.Array]:
+    """Runs `kernel(steps, runs, refs)` once per key/value head (the leading axis of the operands); returns its results.
 
-    results: their shapes, each a pltpu.HBM; steps, runs: of the plan, for scalar memory; scratch: buffers in fast
-    memory; semaphores: the size of each array of them.
+    steps, runs: Plan.forward_steps or .backward_steps and Plan.runs, in scalar memory. refs: a named tuple of the
+    references to operands, results, scratch buffers and arrays of semaphores, under the names that they have here.
+    results: shapes and dtypes. scratch: buffers in fast memory. semaphores: the size of each array of them.
 
-    Operands are kept in HBM, as results are: XLA would move some into fast memory, and the kernel's copies would then
-    be loops of vector moves.
+    Operands and results stay in HBM: XLA would move some into fast memory, and the kernel's copies would then be loops
+    of vector moves.
     """
+    arrays = list(operands.values())
     if not interpret:
-        operands = [pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in operands]
+        arrays = [pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in arrays]
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
+    references = collections.namedtuple("References", [*operands, *results, *scratch, *semaphores])
+    buffers = list(scratch.values())
     return pl.pallas_call(
-        kernel,
+        lambda steps, runs, *refs: kernel(steps, runs, references(*refs)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
-            grid=(operands[0].shape[0],),
+            grid=(arrays[0].shape[0],),
             in_specs=[hbm] * len(operands),
             out_specs=[hbm] * len(results),
-            scratch_shapes=scratch + [pltpu.SemaphoreType.DMA((size,)) for size in semaphores],
+            scratch_shapes=buffers + [pltpu.SemaphoreType.DMA((size,)) for size in semaphores.values()],
         ),
-        out_shape=results,
-        compiler_params=_compiler_params(scratch, interpret),
+        out_shape=list(results.values()),
+        compiler_params=_compiler_params(buffers, interpret),
         interpret=interpret,
         name=name,
-    )(steps, runs, *operands)
+    )(steps, plan.runs, *arrays)
 
 
 def scratch_bytes(scratch) -> int:
-    """Of fast memory; the last axis of a buffer takes whole registers of 128 lanes."""
+    """Returns the bytes of fast memory that buffers take; their last axis fills whole registers of 128 lanes."""
 
     def size(buffer):
         *major, lanes = buffer.shape
@@ -155,12 +168,12 @@ def scratch_bytes(scratch) -> int:
 
 
 def _compiler_params(scratch, interpret):
-    """Key/value heads are shared out to the cores; raises InputError when the scratch does not fit fast memory."""
+    """Cores split the key/value heads. Raises InputError if the scratch does not fit fast memory."""
     limit = scratch_bytes(scratch) + FOR_SPILLS
     if not interpret and limit > (capacity := pltpu.get_tpu_info().vmem_capacity_bytes):
         raise InputError(
             f"attention='kernel': the gradients of a row's keys need {limit >> 20} MiB of fast memory, the chip has "
-            f"{capacity >> 20}; make_plan must be told to go in parts"
+            f"{capacity >> 20}; make the plan with more `parts`"
         )
-    # Addresses are right by construction (interpret mode raises otherwise); checks would split every block of copies.
+    # Addresses are right by construction (interpret mode raises otherwise). Checks would split every block of copies.
     return pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=limit, disable_bounds_checks=True)

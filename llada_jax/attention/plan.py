@@ -1,10 +1,12 @@
 """Which chunks of keys each tile of queries reads: the kernel's work list, made once per step from key intervals.
 
 A query tile reads at most two runs of chunks, one of noisy keys and one of clean keys: the hull of its queries'
-intervals. The runs are read back to back, a fixed number of chunks a step, so a step may hold chunks of both. Chunks
-outside the runs cost nothing, steps whose every chunk is seen by every query cost no mask arithmetic, and the list is
-a handful of integers per query tile, made by a few minima and maxima.
+intervals. The runs are read back to back, a fixed number of chunks per step, so a step may hold chunks of both. Chunks
+outside the runs cost nothing. A step whose chunks are all seen by all queries of the tile costs no mask arithmetic. The
+list is a few integers per query tile, computed by minima and maxima.
 """
+
+from collections.abc import Callable
 
 import flax.struct
 import jax
@@ -24,12 +26,12 @@ COLUMNS = 9
 class Plan:
     """The work list of a batch of rows; tile t of row b is query tile b * tiles_per_row + t.
 
-    runs [(query tiles + 1) * COLUMNS] int32; a last, empty tile, of row `batch`, ends the list. bounds [query tiles,
-    4, tile] int32: noisy start, noisy end, clean start, clean end of each query, half-open, in keys of the row with
-    each half padded to whole chunks. forward_steps, backward_steps [1] int32: steps in all. parts: where the gradients
-    of all keys do not fit fast memory at once, a plan of the same queries for each part of the keys, equally large ones
-    of some noisy and some clean keys, for the backward pass. Under a mesh the arrays are concatenations of what each
-    shard of the tokens planned for its own queries, and num_queries is that of a shard.
+    runs [(query tiles + 1) * COLUMNS] int32; an empty tile of row `batch` ends the list. bounds [query tiles, 4, tile]
+    int32: noisy start, noisy end, clean start, clean end of each query, half-open, in keys of the row with each half
+    padded to whole chunks. forward_steps, backward_steps [1] int32: total numbers of steps. parts: for the backward
+    pass, if the gradients of all keys do not fit fast memory together: one plan of the same queries for each part of
+    the keys. Parts are equally large and have noisy and clean keys. Under a mesh the arrays concatenate the plans of
+    all shards of the tokens, each for its own queries, and num_queries is that of one shard.
     """
 
     runs: jax.Array
@@ -56,7 +58,10 @@ class Plan:
 
 
 def make_plan(visibility: Visibility, num_keys: int, tiles: Tiles, parts: int = 1) -> Plan:
-    """Plan of visibility [batch, queries] over num_keys keys, noisy ones first; in how many parts to go backward."""
+    """Returns the plan of a visibility [batch, queries] over num_keys keys, noisy ones first.
+
+    parts: how many parts of the keys the backward pass takes one after the other.
+    """
     batch, queries = visibility.clean_start.shape
     noisy_chunks = -(-visibility.num_noisy // tiles.chunk)
     padding = -queries % tiles.queries
@@ -80,7 +85,7 @@ def make_plan(visibility: Visibility, num_keys: int, tiles: Tiles, parts: int = 
     clean_offset = clean_first - noisy_count
     columns = [
         jnp.broadcast_to(jnp.arange(batch, dtype=jnp.int32)[:, None], noisy_count.shape),
-        # A tile that sees nothing takes a step all the same, fully masked: it must write its output.
+        # A tile that sees nothing still takes one step, fully masked: it must write its output.
         jnp.maximum(noisy_count + clean_count, 1),
         noisy_count,
         noisy_first,
@@ -109,13 +114,13 @@ def make_plan(visibility: Visibility, num_keys: int, tiles: Tiles, parts: int = 
 
 
 def part_chunks(num_noisy: int, num_keys: int, chunk: int, parts: int) -> tuple[int, int]:
-    """Noisy and clean chunks in each of so many equal parts of the keys."""
+    """Returns the numbers of noisy and of clean chunks in each of `parts` equal parts of the keys."""
     return tuple(-(-size // (chunk * parts)) for size in (num_noisy, num_keys - num_noisy))
 
 
 def _parts(visibility: Visibility, num_keys: int, tiles: Tiles, parts: int) -> tuple[Plan, ...]:
     noisy, clean = (n * tiles.chunk for n in part_chunks(visibility.num_noisy, num_keys, tiles.chunk, parts))
-    # Parts are as large as padded keys: ends beyond the keys that there are must not reach into the padding.
+    # Parts cover padded keys: interval ends beyond the real keys must not reach into the padding.
     noisy_end = jnp.minimum(visibility.noisy_end, visibility.num_noisy)
     clean_end = jnp.minimum(visibility.clean_end, num_keys - visibility.num_noisy)
 
@@ -147,10 +152,10 @@ def _run(start, end, chunk):
 
 
 def step_classes(plan: Plan, chunks: int) -> jax.Array:
-    """[query tiles, most steps of a tile] int32: 0 no such step, 1 partial (masked), 2 full (no mask).
+    """Returns int32 [query tiles, most steps of a tile]: 0 no such step, 1 partial (masked), 2 full (no mask).
 
-    For tests and benchmarks: the kernel decides the same from the same numbers. A step that is full in part by a noisy
-    run and in part by a clean one counts as partial.
+    For tests and benchmarks: the kernel decides the same from the same numbers. A step with chunks of both runs counts
+    as partial, even if every query sees all of them.
     """
     runs = plan.runs.reshape(-1, COLUMNS)[:-1, :, None]
     first = jnp.arange(-(-plan.chunks_per_row // chunks), dtype=jnp.int32)[None] * chunks
@@ -158,8 +163,11 @@ def step_classes(plan: Plan, chunks: int) -> jax.Array:
     return jnp.where(first < runs[:, COUNT], 1 + full, 0)
 
 
-def is_full(column, first, chunks):
-    """Whether every query of the tile sees every key of positions first .. first + chunks of its run."""
+def is_full(column: Callable[[int], jax.Array], first: jax.Array, chunks: int) -> jax.Array:
+    """Returns whether every query of a tile sees every key at positions first .. first + chunks of the tile's run.
+
+    column(i): column i of the tile's run.
+    """
     last = first + chunks
     noisy = (first >= column(NOISY_FULL_START)) & (last <= column(NOISY_FULL_END))
     clean = (first >= column(CLEAN_FULL_START)) & (last <= column(CLEAN_FULL_END))

@@ -1,7 +1,7 @@
-"""What the backward pass of an attention needs beside its operands, by name, so that a remat policy can keep it.
+"""Names of the residuals of attention, other than its operands, so that a remat policy can keep them.
 
-With `jax.checkpoint_policies.save_only_these_names(*NAMES)` a layer is computed again up to the operands of attention,
-but attention itself is not: its output and a float32 per query and head are kept.
+With `jax.checkpoint_policies.save_only_these_names(*NAMES)` the backward pass recomputes a layer up to the operands of
+attention, but not attention itself: its output and one float32 per query and head are kept.
 """
 
 import jax
@@ -11,5 +11,5 @@ NAMES = ("attention_output", "attention_log_sum")
 
 
 def named(output: jax.Array, log_sum: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(output, log_sum) as remat policies see them."""
+    """Returns (output, log_sum) with their names for remat policies."""
     return tuple(checkpoint_name(x, name) for x, name in zip((output, log_sum), NAMES, strict=True))

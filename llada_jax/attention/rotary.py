@@ -1,4 +1,4 @@
-"""What becomes of the heads of queries and keys before they meet: RMSNorm (QK norm) and rotation (RoPE)."""
+"""RMSNorm (QK norm) and rotary embedding (RoPE) of query and key heads, before attention."""
 
 from typing import NamedTuple
 
@@ -27,8 +27,8 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 @flax.struct.dataclass
 class RotaryNorm:
-    """What becomes of every head of the queries, or of the keys, before they meet: RMSNorm, where there is a weight
-    [head_dim], and rotation by cos, sin, float32 [batch, length, rotary_dim / 2].
+    """RMSNorm and rotation of every head of queries or keys. weight [head_dim]: of RMSNorm; None for none. cos, sin
+    float32 [batch, length, rotary_dim / 2].
     """
 
     weight: jax.Array | None
@@ -42,7 +42,7 @@ class RotaryNorm:
 
 
 class QueryKeyRotary(NamedTuple):
-    """None where that side needs none, or has had it."""
+    """The RotaryNorm of queries and that of keys; None if not needed, or applied already."""
 
     query: RotaryNorm | None = None
     key: RotaryNorm | None = None

@@ -1,7 +1,7 @@
 """Tile sizes of the attention kernel: a checked-in table, never a flag and never tuned at run time.
 
-The table is tiles.json beside this file, an entry for each chip, head size and kind of row; tools/tune_tiles.py fills
-it, and writes beside each choice what it costs.
+The table is tiles.json beside this file, with one entry per chip, head size and kind of row. tools/tune_tiles.py fills
+it and records the cost of each choice.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import jax
 from llada_jax.errors import InputError
 
 TABLE = Path(__file__).with_name("tiles.json")
-# Kinds of rows, and the most query positions of each: a block or two against a cache, or a whole row.
+# Kinds of rows and their most query positions: a block or two against a cache, or a whole row.
 SHAPES = {"decode": 64, "row": None}
 
 
@@ -21,8 +21,8 @@ SHAPES = {"decode": 64, "row": None}
 class Tiles:
     """How the kernel cuts its work.
 
-    queries: positions of a query tile; the tile holds every query head of one key/value head at these positions.
-    forward, backward: chunks of keys in one step. chunk: keys that are skipped or fetched as a whole.
+    queries: positions per query tile; the tile holds all query heads of one key/value head at these positions. forward,
+    backward: chunks of keys per step of that pass. chunk: keys that are fetched or skipped together.
     """
 
     queries: int
@@ -32,11 +32,11 @@ class Tiles:
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
-    """A row of the table. rows: of a query tile, heads of the group x positions; the others are as in Tiles.
+class TileEntry:
+    """One entry of the table. rows: rows of a query tile, heads of the group x positions; the rest is as in Tiles.
 
-    cost: what the tool found, {"unit": "cycles" of the compiler's estimate or "seconds" of a device, a number for each
-    pass}; None where the choice was made by hand.
+    cost: measured by the tool, {"unit": "cycles" (compiler's estimate) or "seconds" (on a device), and one number per
+    pass}; None if the choice was made by hand.
     """
 
     device_kind: str
@@ -53,14 +53,14 @@ class Entry:
         return self.device_kind, self.head_dim, self.shape
 
 
-def read_table(path: Path = TABLE) -> dict[tuple[str, int, str], Entry]:
-    """{(device kind, head_dim, shape): Entry}."""
-    entries = [Entry(**entry) for entry in json.loads(path.read_text())]
+def read_table(path: Path = TABLE) -> dict[tuple[str, int, str], TileEntry]:
+    """{(device kind, head_dim, shape): TileEntry}."""
+    entries = [TileEntry(**entry) for entry in json.loads(path.read_text())]
     return {entry.key: entry for entry in entries}
 
 
-def write_table(entries: dict[tuple[str, int, str], Entry], path: Path = TABLE) -> None:
-    """An entry a line, sorted: a change is a line of a diff."""
+def write_table(entries: dict[tuple[str, int, str], TileEntry], path: Path = TABLE) -> None:
+    """Writes one entry per line, sorted, so that a change is one line of a diff."""
     lines = [json.dumps(dataclasses.asdict(entries[key])) for key in sorted(entries)]
     path.write_text("[\n" + ",\n".join(lines) + "\n]\n")
 
@@ -69,15 +69,15 @@ ENTRIES = read_table()
 
 
 def device_kind() -> str:
-    """The kind of device that a program traced now is for: that of the mesh in force, else the default device's."""
+    """Returns the device kind that the current trace is for: that of the mesh in force, else of the default device."""
     abstract = jax.sharding.get_abstract_mesh().abstract_device
     return abstract.device_kind if abstract is not None else jax.devices()[0].device_kind
 
 
 def tiles_for(kind: str, head_dim: int, group: int, queries: int) -> Tiles:
-    """Tile sizes for a device kind, head_dim, group (query heads of a key/value head) and number of query positions.
+    """Returns tile sizes for a device kind, head_dim, group (query heads per key/value head) and query positions.
 
-    Raises InputError when the table has no such device or head_dim.
+    Raises InputError if the table has no such device or head_dim.
     """
     shape = next(name for name, most in SHAPES.items() if most is None or queries <= most)
     if (kind, head_dim, shape) not in ENTRIES:
@@ -89,8 +89,8 @@ def tiles_for(kind: str, head_dim: int, group: int, queries: int) -> Tiles:
     return cut(ENTRIES[kind, head_dim, shape], group, queries)
 
 
-def cut(entry: Entry, group: int, queries: int) -> Tiles:
-    """The tiles of an entry for a group and a number of query positions."""
+def cut(entry: TileEntry, group: int, queries: int) -> Tiles:
+    """Returns the tiles of an entry for a group (query heads per key/value head) and a number of query positions."""
     # Whole registers of positions where possible: the mask of a tile is then made once for all heads of the group.
     unit = 128 if entry.rows // group >= 128 else 32
     fitting = max(unit, entry.rows // group // unit * unit)

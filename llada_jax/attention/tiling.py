@@ -1,4 +1,4 @@
-"""How the operands of attention lie in the tiles and chunks of a plan, and back."""
+"""Cuts the operands of attention into the tiles and chunks of a plan, and joins them again."""
 
 import jax
 import jax.numpy as jnp
@@ -34,12 +34,12 @@ def from_chunks(x: jax.Array, shape: tuple[int, ...], plan: Plan) -> jax.Array:
 
 
 def pad_queries(x: jax.Array, plan: Plan) -> jax.Array:
-    """x [batch, queries, ...] with zeros after it, so that it is whole tiles."""
+    """Pads the queries of x [batch, queries, ...] with zeros to whole tiles."""
     return _pad(x, plan.tiles.queries)
 
 
 def pad_keys(x: jax.Array, plan: Plan) -> jax.Array:
-    """x [batch, keys, ...] with zeros after each half, so that each is whole chunks."""
+    """Pads each half of the keys of x [batch, keys, ...] with zeros to whole chunks."""
     chunk = plan.tiles.chunk
     if not (plan.num_noisy % chunk or x.shape[1] % chunk):
         return x

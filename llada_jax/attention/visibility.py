@@ -2,7 +2,8 @@
 
 Every mask of the project has this form, so a mask is four integers per query and never an [L, L] array. Block size,
 document boundaries and the phase of the curriculum are then run-time values of one compiled program. The dense oracle,
-the blockwise path and the kernels all read these intervals.
+the blockwise path and the kernels all read these intervals. A mask is made in two steps: `make_layout` (bounds of
+documents and blocks), then one of the constructors below it.
 
 Documents are runs of equal segment ids. Segment 0 is padding: a padding position sees only itself, nothing sees it.
 Blocks count from the start of the row (`block_origin="global"`, Eq. 3 of the paper: b(k) = floor(k / B), intersected
@@ -13,6 +14,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 BLOCK_ORIGINS = ("global", "document")
 
@@ -21,8 +23,8 @@ BLOCK_ORIGINS = ("global", "document")
 class Visibility:
     """Half-open key intervals of each query; an empty interval has start >= end.
 
-    clean_start, clean_end, noisy_start, noisy_end: [batch, queries] int32. The keys are laid out noisy first: key
-    j < num_noisy is noisy key j, key num_noisy + j is clean key j.
+    clean_start, clean_end, noisy_start, noisy_end: [batch, queries] int32. Noisy keys come first: key j < num_noisy is
+    noisy key j, key num_noisy + j is clean key j.
     """
 
     clean_start: jax.Array
@@ -34,9 +36,9 @@ class Visibility:
 
 @flax.struct.dataclass
 class Layout:
-    """Where each position of a row lies. All [batch, length] int32, half-open, in row indices.
+    """Bounds of the document and the block that each position belongs to, half-open row indices, [batch, length] int32.
 
-    A block ends where its document ends, so the last block of a document may be short.
+    No block crosses the end of its document, so the last block of a document may be short.
     """
 
     document_start: jax.Array
@@ -45,10 +47,11 @@ class Layout:
     block_end: jax.Array
 
 
-def layout(segment_ids: jax.Array, block_size: jax.Array | int, block_origin: str = "global") -> Layout:
-    """Document and block bounds of each position.
+def make_layout(segment_ids: jax.Array, block_size: jax.Array | int, block_origin: str = "global") -> Layout:
+    """Returns the document and block bounds of each position.
 
-    segment_ids [batch, length] int; block_size may be traced. Raises ValueError on an unknown block_origin.
+    segment_ids [batch, length] int. block_size: may be traced. block_origin: see the module's docstring. Raises
+    ValueError on an unknown block_origin.
     """
     if block_origin not in BLOCK_ORIGINS:
         raise ValueError(f"block_origin={block_origin!r}, expected one of {BLOCK_ORIGINS}")
@@ -68,10 +71,10 @@ def layout(segment_ids: jax.Array, block_size: jax.Array | int, block_origin: st
     return Layout(start, end, jnp.maximum(block, start), block_end)
 
 
-def block_causal(where: Layout) -> Visibility:
+def block_causal(layout: Layout) -> Visibility:
     """One stream of clean tokens: each sees its document up to the end of its own block.
 
-    Block size 1 is causal attention, block size = length is bidirectional attention (MDLM, Eq. 4). B = 2:
+    Block size 1 is causal attention; block size = length is bidirectional attention (MDLM, Eq. 4). L = 4, B = 2:
 
         q\\k 0 1 2 3
         0   x x . .
@@ -79,11 +82,11 @@ def block_causal(where: Layout) -> Visibility:
         2   x x x x
         3   x x x x
     """
-    nothing = jnp.zeros_like(where.block_end)
-    return Visibility(where.document_start, where.block_end, nothing, nothing, num_noisy=0)
+    nothing = jnp.zeros_like(layout.block_end)
+    return Visibility(layout.document_start, layout.block_end, nothing, nothing, num_noisy=0)
 
 
-def block_diffusion(where: Layout) -> Visibility:
+def block_diffusion(layout: Layout) -> Visibility:
     """The two-stream mask of Eq. 3 over [x_t | x_0], noisy half first. L = 4, B = 2:
 
               noisy    clean
@@ -97,26 +100,26 @@ def block_diffusion(where: Layout) -> Visibility:
         c2    . . . .  x x x x
         c3    . . . .  x x x x
 
-    all within one document. Queries and keys both have length 2L.
+    all within one document. There are 2L queries and 2L keys.
     """
-    nothing = jnp.zeros_like(where.block_end)
+    nothing = jnp.zeros_like(layout.block_end)
 
     def both(noisy, clean):
         return jnp.concatenate([noisy, clean], axis=1)
 
     return Visibility(
-        clean_start=both(where.document_start, where.document_start),
-        clean_end=both(where.block_start, where.block_end),
-        noisy_start=both(where.block_start, nothing),
-        noisy_end=both(where.block_end, nothing),
-        num_noisy=where.block_end.shape[1],
+        clean_start=both(layout.document_start, layout.document_start),
+        clean_end=both(layout.block_start, layout.block_end),
+        noisy_start=both(layout.block_start, nothing),
+        noisy_end=both(layout.block_end, nothing),
+        num_noisy=layout.block_end.shape[1],
     )
 
 
-def window(starts: jax.Array, block_size: int) -> Visibility:
-    """Decoding: the queries are one block per row, its own keys are the noisy ones, the cache holds the clean ones.
+def block_window(starts: jax.Array, block_size: int) -> Visibility:
+    """Decoding: the queries are one block per row. The block's own keys count as noisy, those of the cache as clean.
 
-    starts [batch] int32: number of cached positions the block may see (all before it).
+    starts [batch] int32: number of cached positions that the block may see (all before it).
     """
     zeros = jnp.zeros((starts.shape[0], block_size), jnp.int32)
     return Visibility(zeros, zeros + starts[:, None], zeros, zeros + block_size, num_noisy=block_size)
@@ -125,8 +128,8 @@ def window(starts: jax.Array, block_size: int) -> Visibility:
 def two_block_window(starts: jax.Array, block_size: int, in_cache: jax.Array) -> Visibility:
     """Decoding with a commit: the queries are the finished block before `starts` and the block at `starts`.
 
-    starts [batch] int32; in_cache [batch] bool: the finished block is in the cache already, else the second block sees
-    it among the window's own keys. B = 2, cached | window:
+    starts [batch] int32. in_cache [batch] bool: the finished block is in the cache already; otherwise the second block
+    sees it among the window's own keys. B = 2, cached | window:
 
             not in cache       in cache
         q\\k  ..c | p p n n    ..c p p | p p n n
@@ -142,7 +145,7 @@ def two_block_window(starts: jax.Array, block_size: int, in_cache: jax.Array) ->
 
 
 def dense_mask(visibility: Visibility, num_keys: int) -> jax.Array:
-    """The mask as bool [batch, queries, num_keys]; for the dense oracle, pictures and tests."""
+    """Returns the mask as bool [batch, queries, num_keys]; for the dense oracle, pictures and tests."""
     key = jnp.arange(num_keys)
     noisy = key < visibility.num_noisy
     position = jnp.where(noisy, key, key - visibility.num_noisy)[None, None]
@@ -157,11 +160,21 @@ def dense_mask(visibility: Visibility, num_keys: int) -> jax.Array:
     )
 
 
-def block_diffusion_mask(length: int, block_size: int, segment_ids=None, block_origin: str = "global") -> np.ndarray:
-    """The mask of Eq. 3 as numpy bool [2 * length, 2 * length], rows and columns noisy half first.
+def block_diffusion_mask(
+    length: int, block_size: int, segment_ids: ArrayLike | None = None, block_origin: str = "global"
+) -> np.ndarray:
+    """Returns the mask of Eq. 3 as numpy bool [2 * length, 2 * length]; rows are queries, the noisy half comes first.
 
-    segment_ids: int [length]; 0 is padding, documents count from 1 and are contiguous. None: one document.
-    Raises ValueError when a size is not positive or segment_ids has another length or a divided document.
+    segment_ids int [length]: document numbers from 1, each document contiguous; 0 is padding. None: one document.
+    block_origin: blocks count from the start of the row ("global") or of each "document". Raises ValueError if a size
+    is not positive, or segment_ids has another length or a document in several pieces.
+
+    Example:
+        >>> import llada_jax
+        >>> llada_jax.block_diffusion_mask(4, block_size=2)[0].astype(int)  # noisy token 0: its own block alone
+        array([1, 1, 0, 0, 0, 0, 0, 0])
+        >>> llada_jax.block_diffusion_mask(4, block_size=2)[3].astype(int)  # noisy token 3: and the clean block before
+        array([0, 0, 1, 1, 1, 1, 0, 0])
     """
     if length < 1 or block_size < 1:
         raise ValueError(f"length={length} and block_size={block_size} must be positive")
@@ -169,12 +182,12 @@ def block_diffusion_mask(length: int, block_size: int, segment_ids=None, block_o
     if segments.shape != (length,):
         raise ValueError(f"segment_ids has shape {segments.shape}, expected ({length},)")
     check_contiguous(segments[None])
-    where = layout(jnp.asarray(segments)[None], block_size, block_origin)
-    return np.asarray(dense_mask(block_diffusion(where), 2 * length)[0])
+    layout = make_layout(jnp.asarray(segments)[None], block_size, block_origin)
+    return np.asarray(dense_mask(block_diffusion(layout), 2 * length)[0])
 
 
 def check_contiguous(segment_ids: np.ndarray) -> None:
-    """Raises ValueError when a document of [batch, length] segment_ids is not one contiguous run, or an id is < 0."""
+    """Raises ValueError if a document of segment_ids [batch, length] is not contiguous, or an id is negative."""
     if segment_ids.min(initial=0) < 0:
         raise ValueError(f"segment_ids holds {segment_ids.min()}; 0 is padding and documents count from 1")
     for row, segments in enumerate(segment_ids):

@@ -22,7 +22,7 @@ import numpy as np
 from llada_jax.attention.dense import dense_attention
 from llada_jax.attention.kernel import operand_steps
 from llada_jax.attention.tiles import Tiles, tiles_for
-from llada_jax.attention.visibility import Visibility, block_diffusion, layout
+from llada_jax.attention.visibility import Visibility, block_diffusion, make_layout
 from llada_jax.bench.bars import bars
 from llada_jax.chips import Chip, parse_topology
 from llada_jax.errors import InputError
@@ -110,7 +110,7 @@ def costs(implementation: str, length: int, means, passes, topology: str) -> Ite
 
 def needed_pairs(segments: np.ndarray, block_size: int) -> int:
     """Query-key pairs that the mask allows, summed over rows. segments [rows, length]."""
-    return allowed_pairs(block_diffusion(layout(jnp.asarray(segments), block_size)))
+    return allowed_pairs(block_diffusion(make_layout(jnp.asarray(segments), block_size)))
 
 
 def _compile(implementation: str, direction: str, length: int, topology: str) -> Program:

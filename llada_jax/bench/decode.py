@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llada_jax.attention import visibility as vis
+from llada_jax.attention.visibility import block_causal, make_layout
 from llada_jax.bench.timing import least_seconds
 from llada_jax.model import experts, head
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.forward import Execution, hidden_states
 from llada_jax.sampling import accept, decode
 from llada_jax.sampling.batching import Request, Usage, serve
-from llada_jax.sampling.generate import GenerateConfig, generate, pad, program_of, requests_of
+from llada_jax.sampling.generate import GenerateConfig, decode_settings, generate, pad, requests_of
 from llada_jax.sampling.state import KEYS, empty_state
 
 BLOCK = 32
@@ -66,7 +66,7 @@ def cached_against_recomputed(params, config: ModelConfig, tokens: int = 512) ->
     @functools.partial(jax.jit, static_argnames=("end",), donate_argnames=("canvas",))
     def step(canvas, masked, end):
         window = canvas[:, :end]
-        visibility = vis.block_causal(vis.layout(jnp.ones_like(window), BLOCK))
+        visibility = block_causal(make_layout(jnp.ones_like(window), BLOCK))
         positions = jnp.broadcast_to(jnp.arange(end), window.shape)
         hidden, _ = hidden_states(params, config, window, positions, visibility)
         logits = head.logits(params, config, hidden[:, -BLOCK:]).at[..., config.mask_token_id].set(-jnp.inf)
@@ -95,7 +95,7 @@ def cached_against_recomputed(params, config: ModelConfig, tokens: int = 512) ->
 def step_seconds(params, config: ModelConfig, prefixes=(0, 512)) -> dict[int, float]:
     """Seconds of a denoising step, one row, in the first block after each prefix."""
     g = GenerateConfig(gen_length=BLOCK, block_length=BLOCK, threshold=2.0, eos_id=-1)
-    program = program_of(config, [g])
+    settings = decode_settings(config, [g])
     canvas = max(prefixes) + BLOCK
     steps = BLOCK - 2
     seconds = {prefix: [] for prefix in prefixes}
@@ -105,12 +105,12 @@ def step_seconds(params, config: ModelConfig, prefixes=(0, 512)) -> dict[int, fl
             request = dataclasses.replace(g, gen_length=BLOCK - 1)
             key = jax.random.key(0, impl=KEYS)[None]
             requests = requests_of(config, np.array([prefix + 1]), [request], key)
-            state = empty_state(config, program, 1, canvas, str(params["embedding"].dtype))
+            state = empty_state(config, settings, 1, canvas, str(params["embedding"].dtype))
             rows = np.zeros(1, np.int32)
-            state = decode.admit(params, config, program, state, rows, requests, pad([prompt], canvas), prefix)
+            state = decode.admit(params, config, settings, state, rows, requests, pad([prompt], canvas), prefix)
             jax.block_until_ready(state)
             begin = time.perf_counter()
-            jax.block_until_ready(decode.advance(params, config, program, state, jnp.int32(steps)))
+            jax.block_until_ready(decode.advance(params, config, settings, state, jnp.int32(steps)))
             seconds[prefix].append((time.perf_counter() - begin) / steps)
     return {prefix: min(times[1:]) for prefix, times in seconds.items()}
 
@@ -118,11 +118,11 @@ def step_seconds(params, config: ModelConfig, prefixes=(0, 512)) -> dict[int, fl
 def pass_seconds(params, config: ModelConfig, rows: int) -> tuple[float, float]:
     """Seconds of a pass over windows of one and of two blocks."""
     g = GenerateConfig(gen_length=BLOCK, block_length=BLOCK)
-    program = program_of(config, [g])
-    state = empty_state(config, program, rows, 4 * BLOCK, str(params["embedding"].dtype))
+    settings = decode_settings(config, [g])
+    state = empty_state(config, settings, rows, 4 * BLOCK, str(params["embedding"].dtype))
     state = state.replace(start=state.start + BLOCK)
     one_or_two = [
-        jax.jit(functools.partial(decode.window_pass, params, config, program, blocks=blocks)) for blocks in (1, 2)
+        jax.jit(functools.partial(decode.window_pass, params, config, settings, blocks=blocks)) for blocks in (1, 2)
     ]
     return tuple(least_seconds(lambda p=p: p(state), 11) for p in one_or_two)  # one compiles
 
@@ -165,7 +165,7 @@ def expert_hits(params, config: ModelConfig, tokens: int) -> np.ndarray:
             experts.route = original
 
     ids = np.random.default_rng(tokens).integers(0, config.vocab_size - 16, (1, tokens), dtype=np.int32)
-    visibility = vis.block_causal(vis.layout(jnp.ones_like(ids), BLOCK))
+    visibility = block_causal(make_layout(jnp.ones_like(ids), BLOCK))
     positions = jnp.broadcast_to(jnp.arange(tokens), ids.shape)
     with recorded():
         run = jax.jit(lambda params: hidden_states(params, config, ids, positions, visibility, Execution())[0])

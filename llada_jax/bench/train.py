@@ -78,7 +78,7 @@ def _passes(model: ModelConfig, params, example: Example, execution: Execution):
 
     def layers(params):
         return forward.denoised_hidden(
-            params, model, example.noisy, example.clean, example.where, example.positions, execution
+            params, model, example.noisy, example.clean, example.layout, example.positions, execution
         )
 
     def score(hidden, matrix):
@@ -90,7 +90,7 @@ def _passes(model: ModelConfig, params, example: Example, execution: Execution):
                   for heads in (model.num_heads, model.num_kv_heads))  # fmt: skip
 
     def attention(query, own):
-        attend, _ = forward.attention_of(model, execution, block_diffusion(example.where), 2 * length)
+        attend, _ = forward.attention_of(model, execution, block_diffusion(example.layout), 2 * length)
         return attend(query, own, own)
 
     hidden = jax.random.normal(key, (rows, length, model.hidden_size), dtype)

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 
 from llada_jax.attention.kernel import kernel_attention
 from llada_jax.attention.plan import make_plan
-from llada_jax.attention.tiles import Entry, Tiles, cut
-from llada_jax.attention.visibility import block_diffusion, layout, window
+from llada_jax.attention.tiles import TileEntry, Tiles, cut
+from llada_jax.attention.visibility import block_diffusion, block_window, make_layout
 from llada_jax.bench.attention import (
     BLOCK_SIZE,
     HEADS,
@@ -39,14 +39,14 @@ REPEATS = 5
 Price = Callable[[str, Tiles], float]
 
 
-def candidates(device_kind: str, head_dim: int, shape: str, all_rows, chunk_sizes, steps) -> Iterator[Entry]:
+def candidates(device_kind: str, head_dim: int, shape: str, all_rows, chunk_sizes, steps) -> Iterator[TileEntry]:
     """Every combination; decoding has no backward pass, and takes the same number of chunks for it."""
     for tile_rows, chunk, forward, backward in itertools.product(all_rows, chunk_sizes, steps, steps):
         if shape != "decode" or forward == backward:
-            yield Entry(device_kind, head_dim, shape, tile_rows, forward, backward, chunk)
+            yield TileEntry(device_kind, head_dim, shape, tile_rows, forward, backward, chunk)
 
 
-def ranking(entries: Iterable[Entry], price: Price, unit: str, report: Callable[[str], None]) -> list[Entry]:
+def ranking(entries: Iterable[TileEntry], price: Price, unit: str, report: Callable[[str], None]) -> list[TileEntry]:
     """The entries with their costs, cheapest first. A candidate that the compiler refuses is reported and left out.
 
     report: is told each price as it is found. Passes are priced once for all entries that differ only in the other.
@@ -74,7 +74,7 @@ def ranking(entries: Iterable[Entry], price: Price, unit: str, report: Callable[
     return sorted(ranked, key=total)
 
 
-def total(entry: Entry) -> float:
+def total(entry: TileEntry) -> float:
     return sum(entry.cost[name] for name in PASSES[entry.shape])
 
 
@@ -103,13 +103,14 @@ def timed(head_dim: int, interpret: bool = False, lengths=LENGTHS, batch: int = 
     def price(name: str, tiles: Tiles) -> float:
         length = lengths["decode" if name == "decode" else "row"]
         if name == "decode":
-            masks = [window(jnp.asarray(packings.cached(length)[:batch]), BLOCK_SIZE)]
+            masks = [block_window(jnp.asarray(packings.cached(length)[:batch]), BLOCK_SIZE)]
             queries, keys = BLOCK_SIZE, BLOCK_SIZE + length
         else:
             segments = [
                 jnp.asarray(packings.segment_ids(LENGTHS["row"], mean)[:batch, :length]) for mean in packings.MEANS
             ]
-            masks, queries, keys = [block_diffusion(layout(x, BLOCK_SIZE)) for x in segments], 2 * length, 2 * length
+            masks = [block_diffusion(make_layout(x, BLOCK_SIZE)) for x in segments]
+            queries = keys = 2 * length
         shapes = (queries, HEADS), (keys, KV_HEADS), (keys, KV_HEADS)
         random = zip(jax.random.split(jax.random.key(0), 3), shapes, strict=True)
         arrays = [jax.random.normal(key, (batch, *shape, head_dim), jnp.bfloat16) for key, shape in random]

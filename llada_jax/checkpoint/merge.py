@@ -23,6 +23,12 @@ def merge_checkpoints(
     The adapters of LoRA steps are merged in float32 too; what rounding then loses of them is printed. Model, tokenizer
     and, unless `dtype` is given, dtypes are the first one's. Raises InputError when a checkpoint is damaged or of
     another model.
+
+    Example:
+        >>> import llada_jax
+        >>> llada_jax.merge_checkpoints(["checkpoint", "checkpoint"], "merged")
+        >>> llada_jax.load_checkpoint("merged").lineage["merged"]
+        ['checkpoint', 'checkpoint']
     """
     directories = [weights.candidates(path)[0] for path in paths]
     if not directories:

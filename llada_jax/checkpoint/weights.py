@@ -52,6 +52,34 @@ def write_weights(
     write_leaves(out, config, [stream.leaf_of(*pair) for pair in leaves], tokenizer_files, lineage, identity=None)
 
 
+def save_params(
+    out: str | os.PathLike, params: parameters.Params, config: ModelConfig, tokenizer=None, lineage: dict | None = None
+) -> None:
+    """Writes weights in memory as a checkpoint, which every command and `load_checkpoint` reads.
+
+    params: the tree of parameters.abstract(config), whose arrays this process can read. tokenizer: a Tokenizer, such as
+    the one of `load_checkpoint`, or None. lineage: what the weights come from, for JSON.
+    Raises InputError when `out` exists or the tree is not the one of the config.
+
+    Example:
+        >>> import jax, llada_jax
+        >>> config = llada_jax.preset("tiny")
+        >>> llada_jax.save_params("saved", llada_jax.init(config, jax.random.key(0)), config)
+        >>> llada_jax.load_checkpoint("saved").config == config
+        True
+    """
+    expected, given = (jax.tree.structure(tree) for tree in (parameters.abstract(config), params))
+    if given != expected:
+        paths = [
+            {jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in jax.tree.leaves_with_path(tree)}
+            for tree in (parameters.abstract(config), params)
+        ]
+        unlike = sorted(paths[0] ^ paths[1]) or [given]
+        raise InputError(f"params: {unlike[0]} is only in {'the model' if unlike[0] in paths[0] else 'the given tree'}")
+    leaves = parameters.unstack(jax.tree.map(np.asarray, params), config)
+    write_weights(out, config, leaves.items(), {} if tokenizer is None else tokenizer.files, lineage or {})
+
+
 def write_leaves(
     out: str | os.PathLike,
     config: ModelConfig,
@@ -254,6 +282,11 @@ def load_params(path: str | os.PathLike, dtype=None, shardings=None, verify: boo
     jax.sharding.Sharding with the structure of parameters.abstract: each process then reads the parts of its devices;
     None puts whole arrays on the default device. Host memory beside the result is about one stacked weight.
     Raises InputError naming the tensor when one is missing, cannot be read or has another digest than was written.
+
+    Example:
+        >>> import jax.numpy as jnp, llada_jax
+        >>> llada_jax.load_params("checkpoint", dtype=jnp.bfloat16)["embedding"].dtype
+        dtype(bfloat16)
     """
     return _newest_intact(path, lambda directory: _load_params(directory, dtype, shardings, verify))
 
@@ -262,6 +295,14 @@ def load_checkpoint(path: str | os.PathLike, dtype=None, verify: bool = True) ->
     """Config, weights (as load_params gives them), tokenizer or None, and lineage.
 
     Raises InputError naming the file or tensor that is missing or damaged.
+
+    Example:
+        >>> import llada_jax
+        >>> model = llada_jax.load_checkpoint("checkpoint")
+        >>> model.config.architecture, model.params["embedding"].shape
+        ('llama', (512, 128))
+        >>> model.tokenizer.decode(model.tokenizer.encode("def f("))
+        'def f('
     """
 
     def load(directory: epath.Path) -> Model:

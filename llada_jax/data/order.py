@@ -32,6 +32,31 @@ class Batch:
     epochs: np.ndarray
 
 
+def make_batch(tokens, segment_ids=None, supervised=None) -> Batch:
+    """Returns rows in memory as a Batch.
+
+    tokens [rows, length] int. segment_ids [rows, length] int: packed documents, 0 is padding; None: each row is one
+    document. supervised [rows, length] bool: tokens that may be masked and scored; None: all that are not padding.
+    Raises InputError when the shapes differ.
+
+    Example:
+        >>> import llada_jax
+        >>> batch = llada_jax.make_batch([[5, 6, 7, 0], [8, 9, 9, 9]], segment_ids=[[1, 1, 1, 0], [1, 1, 2, 2]])
+        >>> batch.supervised.sum(axis=1).tolist()
+        [3, 4]
+    """
+    ids = np.asarray(tokens, np.int32)
+    if ids.ndim != 2:
+        raise InputError(f"tokens has shape {ids.shape}, expected [rows, length]")
+    segments = np.ones_like(ids) if segment_ids is None else np.asarray(segment_ids, np.int32)
+    scored = segments > 0 if supervised is None else np.asarray(supervised, bool)
+    for name, values in (("segment_ids", segments), ("supervised", scored)):
+        if values.shape != ids.shape:
+            raise InputError(f"{name} has shape {values.shape}, expected {ids.shape} as tokens")
+    numbers = np.arange(len(ids), dtype=np.uint32)
+    return Batch(ids, segments, scored & (segments > 0), numbers, np.zeros_like(numbers))
+
+
 class Order(abc.ABC):
     """Rows in an order without end: what Rows and Mixture have in common.
 

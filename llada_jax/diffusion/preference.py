@@ -23,8 +23,9 @@ from llada_jax.model.forward import Execution
 
 @dataclasses.dataclass(frozen=True)
 class Preference:
-    """beta of Eq. 8; draws: noise samples that each score averages over (1 is the paper's); shared_noise: the rejected
-    answer uses the chosen one's times and masks; max_pairs: room for pairs in a row.
+    """Settings of DPO. beta: of Eq. 8. draws: noise samples averaged per score (the paper's is 1). shared_noise: the
+    rejected answer uses the times and masks of the chosen one. max_pairs: most pairs in a row. Raises InputError naming
+    the field.
     """
 
     beta: float = 0.1
@@ -39,7 +40,7 @@ class Preference:
 
 @flax.struct.dataclass
 class PreferenceSums:
-    """Sums over the pairs of a batch, float32 scalars. difference: of the score difference that the sigmoid sees."""
+    """Sums over the pairs of a batch, float32 scalars. difference: the argument of the sigmoid in Eq. 8 over beta."""
 
     loss: jax.Array
     correct: jax.Array  # the chosen answer gained more than the rejected one
@@ -48,16 +49,16 @@ class PreferenceSums:
     pairs: jax.Array
 
 
-def shared_source(where: Layout, segment_ids: jax.Array) -> jax.Array:
-    """Noise source of each position (noise.draw_masking): a rejected answer uses the numbers of its chosen one.
+def shared_source(layout: Layout, segment_ids: jax.Array) -> jax.Array:
+    """Returns `source` of noise.draw_masking, int32 [batch, length]: a rejected answer uses its chosen one's numbers.
 
-    segment_ids [batch, length]. Returns [batch, length] int32.
+    segment_ids [batch, length] int: odd documents are chosen, even ones rejected.
     """
     index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1]), segment_ids.shape)
     starts = jax.vmap(lambda i, s: jax.ops.segment_min(i, s, num_segments=segment_ids.shape[1] + 1))(index, segment_ids)
     chosen_start = jnp.take_along_axis(starts, jnp.maximum(segment_ids - 1, 0), axis=1)
     rejected = (segment_ids > 0) & (segment_ids % 2 == 0)
-    return jnp.where(rejected, index - where.document_start + chosen_start, index)
+    return jnp.where(rejected, index - layout.document_start + chosen_start, index)
 
 
 def prepare(
@@ -69,9 +70,10 @@ def prepare(
     settings: Preference,
     halves: str = "both",
 ) -> objectives.Example:
-    """`draws` noise samples of each row: leaves [rows, draws, ...]. batch: data.order.Batch of arrays.
+    """Draws `settings.draws` noise samples of each row. Returns an Example with leaves [rows, draws, ...].
 
-    Draw d of a row in epoch e has the key (seed, row, e * draws + d): scores of it can be computed at any time.
+    batch: data.order.Batch of arrays. Draw d of a row in epoch e has the key (seed, row, e * draws + d), so its scores
+    can be computed at any time.
     """
     source = shared_source if settings.shared_noise else None
     rows = jax.tree.map(lambda x: jnp.repeat(x, settings.draws, axis=0), batch)
@@ -86,16 +88,19 @@ def prepare(
 def score(
     params, model: ModelConfig, example: objectives.Example, max_pairs: int, halves="both", execution=Execution()
 ) -> jax.Array:
-    """B of each document (Eq. 7), the mean over draws: float32 [rows, max_pairs, 2]. example: of `prepare`."""
+    """Returns B of each document (Eq. 7), the mean over draws: float32 [rows, max_pairs, 2], chosen and rejected.
+
+    example: of `prepare`.
+    """
     draws = example.clean.shape[1]
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), example)
     _, tokens = objectives.score(params, model, flat, halves, execution)
-    found = document_scores(tokens.nll, flat.weights, flat.segment_ids, max_pairs)
-    return found.reshape(-1, draws, *found.shape[1:]).mean(1)
+    scores = document_scores(tokens.nll, flat.weights, flat.segment_ids, max_pairs)
+    return scores.reshape(-1, draws, *scores.shape[1:]).mean(1)
 
 
 def document_scores(nll: jax.Array, weights: jax.Array, segment_ids: jax.Array, max_pairs: int) -> jax.Array:
-    """B of each document, float32 [batch, max_pairs, 2]: chosen, rejected; zero where there is no document.
+    """Returns B of each document, float32 [batch, max_pairs, 2]: chosen and rejected; zero for missing documents.
 
     nll, weights, segment_ids [batch, length].
     """
@@ -107,7 +112,10 @@ def document_scores(nll: jax.Array, weights: jax.Array, segment_ids: jax.Array, 
 
 
 def preference_loss(policy: jax.Array, reference: jax.Array, present: jax.Array, beta: float) -> PreferenceSums:
-    """Eq. 8, summed over pairs. policy, reference [batch, max_pairs, 2]; present [batch, max_pairs] bool."""
+    """Eq. 8, summed over the pairs that are present.
+
+    policy, reference float32 [batch, max_pairs, 2]: scores B, chosen and rejected. present [batch, max_pairs] bool.
+    """
     gain = policy - reference
     difference = jnp.where(present, gain[..., 0] - gain[..., 1], 0.0)
     loss = jnp.where(present, jax.nn.softplus(-beta * difference), 0.0)
@@ -121,5 +129,5 @@ def preference_loss(policy: jax.Array, reference: jax.Array, present: jax.Array,
 
 
 def pairs_present(segment_ids: jax.Array, max_pairs: int) -> jax.Array:
-    """bool [batch, max_pairs]: pairs whose two documents are in the row."""
+    """Returns bool [batch, max_pairs]: pairs whose two documents are both in the row."""
     return jnp.max(segment_ids, axis=1, keepdims=True) >= 2 * (jnp.arange(max_pairs)[None] + 1)

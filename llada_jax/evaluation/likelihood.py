@@ -50,13 +50,13 @@ class Draws:
         rate_low = 1e-3 if self.masking == "bernoulli" else 0.0
         return dataclasses.replace(ESTIMATOR, masking=self.masking, rate_low=rate_low)
 
-    def key_and_part(self, draw: int) -> tuple[int, noise.Part]:
+    def key_and_part(self, draw: int) -> tuple[int, noise.Stratum]:
         """(what the row's key is folded with, its part) of draw 0 .. samples * repeats - 1, set after set."""
         if self.times == "antithetic":
-            return draw // 2, noise.Part(mirrored=bool(draw % 2))
+            return draw // 2, noise.Stratum(mirrored=bool(draw % 2))
         if self.times == "stratified":
-            return draw, noise.Part(draw % self.samples, self.samples)
-        return draw, noise.Part()
+            return draw, noise.Stratum(draw % self.samples, self.samples)
+        return draw, noise.Stratum()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +82,14 @@ def block_nelbo(
 
     samples, times, masking, repeats: as in Draws, which raises InputError. block_origin, document_mask: as in
     objectives.Objective, by default what evaluation compares by.
+
+    Example:
+        >>> import jax, llada_jax
+        >>> model = llada_jax.load_checkpoint("checkpoint")
+        >>> batch = llada_jax.make_batch(jax.random.randint(jax.random.key(1), (2, 32), 0, 256))
+        >>> found = llada_jax.block_nelbo(model.params, model.config, batch, block_size=8, samples=2)
+        >>> found.tokens, 5 < found.nats < 8  # random weights: about log(512)
+        (64, True)
     """
     draws = Draws(samples, times, masking, repeats)
     return summarize(
@@ -211,8 +219,8 @@ def _row_errors(params, config, objective, halves, execution, block_size, batch,
     return sharding.replicated((count - scores.correct.sum(1), count))
 
 
-def draw_example(config, objective, halves, block_size, seed, batch, draw, part: noise.Part) -> objectives.Example:
+def draw_example(config, objective, halves, block_size, seed, batch, draw, part: noise.Stratum) -> objectives.Example:
     """The batch under the noise of one draw: a function of (seed, row id, draw, part)."""
     keys = noise.example_keys(seed, batch.row_ids, jnp.full_like(batch.epochs, draw))
     arrays = batch.ids, batch.segment_ids, batch.supervised
-    return objectives.prepare(*arrays, keys, block_size, config, objective, halves, part=part)
+    return objectives.prepare(*arrays, keys, block_size, config, objective, halves, stratum=part)

@@ -7,12 +7,19 @@ is lm-eval's own command with the model registered. Likelihoods are estimates of
 context, by `samples` stratified draws, or exact with likelihood_block=1 or likelihood_block=ar.
 """
 
+import contextlib
 import difflib
 import inspect
 import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
+
+if __name__ == "__main__":  # a wrong flag is refused here: the imports below take seconds
+    with contextlib.suppress(ModuleNotFoundError):
+        from lm_eval.__main__ import HarnessCLI
+
+        HarnessCLI().parse_args()
 
 import jax
 import numpy as np

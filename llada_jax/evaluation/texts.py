@@ -7,7 +7,7 @@ from typing import NamedTuple
 import flax.struct
 import numpy as np
 
-from llada_jax.attention.visibility import layout
+from llada_jax.attention.visibility import make_layout
 from llada_jax.data import chat
 from llada_jax.data.order import Batch
 from llada_jax.data.records import parse_row, read_rows
@@ -61,7 +61,7 @@ def scored_bytes(batch: Batch, tokenizer: Tokenizer, alignment: str) -> int:
     """UTF-8 bytes of the tokens of the batch that a model of this alignment gives a probability; special tokens have
     none.
     """
-    asked = np.asarray(predictable(layout(batch.segment_ids, 1), batch.segment_ids, alignment)) & batch.supervised
+    asked = np.asarray(predictable(make_layout(batch.segment_ids, 1), batch.segment_ids, alignment)) & batch.supervised
     goes_on = batch.goes_on if isinstance(batch, Texts) else np.zeros(len(batch.ids), bool)
     total = 0
     for ids, segment_ids, scored, inside in zip(batch.ids, batch.segment_ids, asked, goes_on, strict=True):

@@ -60,6 +60,11 @@ def import_checkpoint(
     mask_token_id, add_mask_token: for a model without a mask token; see `choose_mask`.
 
     Raises InputError, naming the file, tensor or flag, before anything is written.
+
+    Example:
+        >>> import llada_jax
+        >>> llada_jax.import_checkpoint("hf", "imported", dtype="bfloat16")
+        imported: llama, 918,656 parameters, bfloat16, alignment same, mask token id 511, ... s
     """
     begun = time.monotonic()
     target = None if dtype is None else huggingface.parse_dtype(dtype)

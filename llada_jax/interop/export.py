@@ -66,6 +66,12 @@ def export_checkpoint(
     shard_bytes, unless one leaf (the experts of a layer) has more. `out` appears when complete; a run that was killed
     goes on behind its last whole shard. Raises InputError when `out` exists, a tensor is damaged, or its dtype has no
     place in safetensors.
+
+    Example:
+        >>> import os, llada_jax
+        >>> llada_jax.export_checkpoint("checkpoint", "exported")
+        >>> sorted(os.listdir("exported"))
+        ['config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json']
     """
     directory = weights.directory_of(path, step)
     config, lineage = weights.read_config(directory)

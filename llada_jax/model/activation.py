@@ -2,12 +2,12 @@
 
     hidden[r] = silu(gate[r]) * up[r] * weight[r]            y[r] = hidden[r] @ down[group of row r]
 
-A row's weight comes before the last matmul, whose result the backward pass then does not need. Nor is `hidden` kept:
-the backward pass makes it again, with all the gradients, from the same bytes.
+The weight is applied before the last matmul, so the backward pass does not need that matmul's result. It does not keep
+`hidden` either: it recomputes it, together with all gradients, from the same bytes.
 
 "xla"       the plain formula, on any device.
-"megablox"  Pallas kernels that stream the rows, for TPUs: each byte is read once and written once. XLA would take twice
-            as long, and would write the gradients of gate and up apart, to join them in a copy of its own.
+"megablox"  Pallas kernels that stream the rows, for TPUs: each byte is read once and written once. XLA takes twice as
+            long: it writes the gradients of gate and up separately and joins them in another copy.
 """
 
 import functools
@@ -22,9 +22,9 @@ from jax.experimental.pallas import tpu as pltpu
 from llada_jax.model.grouped_matmul import gradient_of_groups, gradient_of_rows, grouped_matmul
 
 LANES = 128
-_ROWS = 1024  # of a block, at most
-_BYTES = 3 * 2**18  # of gate in a block, at most: backward, pairs of blocks then take 9 of the 16 MiB of a kernel
-_PIECE = 16  # rows of a register of bfloat16: of whole blocks the compiler would keep too much at once
+_ROWS = 1024  # most rows of a block
+_BYTES = 3 * 2**18  # most bytes of gate in a block: double-buffered blocks of the backward pass take 9 of 16 MiB
+_PIECE = 16  # rows of a bfloat16 register: with whole blocks the compiler keeps too many values alive
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -34,8 +34,8 @@ def swiglu_matmul(
 ) -> jax.Array:  # fmt: skip
     """y as above. gate_up [rows, 2 * mlp], the gate first; weights [rows] float32; down [groups, mlp, embed].
 
-    group_sizes, kernel, interpret, rows of no group, and dtypes: as in grouped_matmul. No row depends on another, but
-    in the gradient of `down`. The backward pass needs gate_up, under the name "expert_hidden" of remat policies.
+    group_sizes, kernel, interpret, dtypes and rows of no group: as in grouped_matmul. Rows are independent, except in
+    the gradient of `down`. The backward pass needs gate_up, which has the remat name "expert_hidden".
     """
     hidden = weighted_swiglu(gate_up, weights, kernel, interpret)
     return grouped_matmul(hidden, down, group_sizes, kernel, interpret)

@@ -11,27 +11,29 @@ import jax.numpy as jnp
 from llada_jax.attention.visibility import Layout
 
 
-def align(noisy: jax.Array | None, clean: jax.Array | None, where: Layout, alignment: str) -> jax.Array:
-    """Hidden states [batch, length, embed] aligned with the tokens they predict.
+def align(noisy: jax.Array | None, clean: jax.Array | None, layout: Layout, alignment: str) -> jax.Array:
+    """Returns hidden states [batch, length, embed] aligned with the tokens they predict.
 
-    noisy, clean: hidden states [batch, length, embed] of the two halves; either may be None when the pass has one
-    half only. The first token of a document has no predecessor: its state is zero (so its logits are uniform).
+    noisy, clean [batch, length, embed]: hidden states of the two halves; None where the pass has one half only. The
+    first token of a document has no predecessor: its state is zero, so its logits are uniform.
     """
     if alignment == "same":
         return clean if noisy is None else noisy
-    index = jnp.arange(where.block_start.shape[1])[None, :, None]
+    index = jnp.arange(layout.block_start.shape[1])[None, :, None]
     previous_noisy = None if noisy is None else jnp.roll(noisy, 1, axis=1)
     previous_clean = None if clean is None else jnp.roll(clean, 1, axis=1)
     if noisy is None or clean is None:
         previous = previous_clean if noisy is None else previous_noisy
     else:
-        previous = jnp.where(where.block_start[..., None] < index, previous_noisy, previous_clean)
-    return jnp.where(where.document_start[..., None] < index, previous, 0)
+        previous = jnp.where(layout.block_start[..., None] < index, previous_noisy, previous_clean)
+    return jnp.where(layout.document_start[..., None] < index, previous, 0)
 
 
-def predictable(where: Layout, segment_ids: jax.Array, alignment: str) -> jax.Array:
-    """bool [batch, length]: tokens that the model can be asked for: no padding and, shifted, no first of a document."""
+def predictable(layout: Layout, segment_ids: jax.Array, alignment: str) -> jax.Array:
+    """Returns bool [batch, length]: tokens that the model can predict. Excludes padding and, if alignment is "shifted",
+    the first token of each document.
+    """
     real = segment_ids > 0
     if alignment == "same":
         return real
-    return real & (where.document_start < jnp.arange(segment_ids.shape[1])[None])
+    return real & (layout.document_start < jnp.arange(segment_ids.shape[1])[None])

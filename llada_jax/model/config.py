@@ -36,9 +36,15 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only transformer; hashable, so that it can be a static argument of jit.
+    """The values of a decoder-only transformer. Hashable, so that it can be a static argument of jit.
 
-    Raises InputError, naming the field, when a value is out of range.
+    Raises InputError naming the field if a value is out of range.
+
+    Example:
+        >>> import llada_jax
+        >>> config = llada_jax.preset("tiny").replace(num_layers=2)
+        >>> llada_jax.ModelConfig.from_dict(config.to_dict()) == config
+        True
     """
 
     architecture: str
@@ -57,7 +63,7 @@ class ModelConfig:
     qkv_bias: bool = False
     qk_norm: bool = False  # RMSNorm of each query and key head, before the rotation
     tie_word_embeddings: bool = False
-    stores_tied_head: bool = False  # the source holds the embedding as lm_head too: export writes it again
+    stores_tied_head: bool = False  # the imported checkpoint stores lm_head although it is tied: export writes it too
     initializer_range: float = 0.02
 
     # Mixture of experts; num_experts = 0 is a dense model.
@@ -70,7 +76,8 @@ class ModelConfig:
     expert_bias: bool = False
     num_groups: int = 1
     num_selected_groups: int = 1
-    # LLaDA2.2: each block of so many tokens of a row is limited to so many experts, and groups are not; 0 is off.
+    # LLaDA2.2: each block of routing_block tokens of a row uses at most routing_block_experts experts, and there is no
+    # limit to groups; 0 is off.
     routing_block: int = 0
     routing_block_experts: int = 0
     normalize_expert_weights: bool = True
@@ -79,8 +86,8 @@ class ModelConfig:
     # What diffusion adds.
     alignment: str = "same"  # "same": position i's logits predict token i; "shifted": position i-1's do
     mask_token_id: int | None = None
-    eos_token_id: int | None = None  # the first of the ends of sequence ...
-    other_eos_token_ids: tuple[int, ...] = ()  # ... and all others: decoding stops at any of them
+    eos_token_id: int | None = None  # the first end of sequence ...
+    other_eos_token_ids: tuple[int, ...] = ()  # ... and all others; decoding stops at any of them
     pad_token_id: int | None = None
 
     def __post_init__(self):
@@ -94,7 +101,7 @@ class ModelConfig:
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """All ends of sequence, without repeats."""
+        """All ends of sequence, the first one first, without repeats."""
         first = () if self.eos_token_id is None else (self.eos_token_id,)
         return tuple(dict.fromkeys((*first, *self.other_eos_token_ids)))
 
@@ -106,7 +113,7 @@ class ModelConfig:
         return {name: layers for name, layers in groups.items() if layers}
 
     def with_ends(self, ids: Iterable[int]) -> "ModelConfig":
-        """The model with these ends of sequence after its own."""
+        """Returns the config with these ends of sequence appended to its own."""
         first, *others = dict.fromkeys((*self.eos_token_ids, *ids)) or [None]
         return self.replace(eos_token_id=first, other_eos_token_ids=tuple(others))
 
@@ -114,9 +121,10 @@ class ModelConfig:
         return dataclasses.replace(self, **changes)
 
     def extended(self, factor: float) -> "ModelConfig":
-        """The model at `factor` times its context, by YaRN (arXiv 2309.00071; LLaDA2.0 doubles its own so).
+        """Returns the config with its context extended `factor` times by YaRN (arXiv 2309.00071), as LLaDA2.0 doubles
+        its context.
 
-        Raises InputError when its rotary embedding is scaled already or the factor is below 1.
+        Raises InputError if the rotary embedding is scaled already or the factor is below 1.
         """
         if self.rope_scaling is not None:
             raise InputError(f"YaRN by {factor}: the model has rope_scaling already, {self.rope_scaling}")
@@ -297,7 +305,13 @@ PRESETS: dict[str, ModelConfig] = {
 
 
 def preset(name: str) -> ModelConfig:
-    """The preset of that name. Raises InputError naming the presets."""
+    """Returns the preset of that name. Raises InputError listing the presets.
+
+    Example:
+        >>> import llada_jax
+        >>> llada_jax.preset("llada2_mini").num_experts
+        256
+    """
     if name not in PRESETS:
         raise InputError(f"unknown model {name!r}; presets: {', '.join(PRESETS)}")
     return PRESETS[name]

@@ -32,16 +32,16 @@ EXPERTS = ("gate", "up", "down")
 
 
 def moe(
-    inputs: tuple[jax.Array, ...], weights: dict[str, jax.Array], shards: sharding.Shards, config: ModelConfig,
+    inputs: tuple[jax.Array, ...], weights: dict[str, jax.Array], shards: sharding.WeightShards, config: ModelConfig,
     execution,
 ):  # fmt: skip
-    """Routed experts plus the shared one, added to what they correct: y = residual + (sum_k w_k E_k(x) + S(x)).
+    """Routed experts plus the shared one, added to the residual: y = residual + (sum_k w_k E_k(x) + S(x)).
 
-    inputs: x and residual [batch, length, embed], this shard's rows, and bool [batch, length], the tokens that count
-    towards the load (None or missing: all); weights: this shard's part of them; with "layer", an int32 [], the EXPERTS
-    are those of all layers (read_in_place). execution: forward.Execution. Returns y, as x, and how many of those tokens
-    each expert got, int32 [1, experts]. Raises InputError where the tensor axis does not divide the experts' width, or
-    routing blocks the length.
+    inputs: x and residual [batch, length, embed], rows of this shard, and optionally bool [batch, length]: tokens that
+    count towards the load (None or missing: all). weights: this shard's parts; with "layer", an int32 scalar, the
+    EXPERTS are stacks of all layers (read_in_place). execution: forward.Execution. Returns y, like x, and the load: how
+    many of the counted tokens each expert got, int32 [1, experts]. Raises InputError if the tensor axis does not divide
+    the experts' width, or routing blocks do not divide the length.
     """
     x, residual, counted = (*inputs, None)[:3]
     if config.routing_block and x.shape[1] % config.routing_block:
@@ -71,9 +71,8 @@ def moe(
 
 
 def _routed(x, experts, expert_weights, weights, shards, execution):
-    """sum_k w_k E_k(x) [tokens, embed], with a tensor axis this rank's part of it; and the load, int32 [experts].
-
-    The load of this rank's tokens, or where they are gathered that of this rank's experts, of all ranks' tokens.
+    """Returns sum_k w_k E_k(x) [tokens, embed] (with a tensor axis, this rank's part of the sum) and the load, int32
+    [experts]: that of this rank's tokens or, if tokens are gathered, that of all ranks' tokens on this rank's experts.
     """
     gather_tokens = execution.expert_parallel == "gather_tokens" and shards.size("expert") > 1
     how = execution.experts, execution.interpret
@@ -103,21 +102,21 @@ def _routed(x, experts, expert_weights, weights, shards, execution):
 
 
 def read_in_place(stacks: dict[str, jax.Array], axes: dict[str, tuple], execution, dtype) -> bool:
-    """Whether a pass that needs no gradients can read experts in the stacks of all layers: nothing is to be cast or
-    gathered. axes: logical axes of the stacks.
+    """Whether a pass without gradients can read experts in place, in the stacks of all layers: if nothing must be cast
+    or gathered. axes: logical axes of the stacks.
     """
     if any(w.dtype != dtype for w in stacks.values()):
         return False
     if (mesh := sharding.mesh_in_force()) is None:
         return True
-    kept = {"tensor", "expert"} if execution.expert_parallel == "gather_tokens" else {"tensor"}
-    return all(kept.issuperset(sharding.split_over(axes[name], w.shape, mesh)) for name, w in stacks.items())
+    allowed_axes = {"tensor", "expert"} if execution.expert_parallel == "gather_tokens" else {"tensor"}
+    return all(allowed_axes.issuperset(sharding.split_over(axes[name], w.shape, mesh)) for name, w in stacks.items())
 
 
 def combine_experts(
     x, move: "Move", expert_weights, gate_up, down, kernel: str = "xla", interpret: bool = False
 ) -> jax.Array:
-    """sum_k w_k down_k(silu(gate_k x) * up_k x), summed in float32, over the experts that are here.
+    """Returns sum_k w_k down_k(silu(gate_k x) * up_k x) over this rank's experts, summed in float32.
 
     x [tokens, embed]; move: of sort_by_expert; expert_weights [k, tokens]; gate_up [experts, embed, 2 * mlp], the gate
     first; down [experts, mlp, embed]. kernel, interpret: as in grouped_matmul.
@@ -131,7 +130,7 @@ def combine_in_stacks(
     x, move: "Move", expert_weights, weights, kernel: str = "xla", interpret: bool = False
 ) -> jax.Array:
     """combine_experts with layer weights["layer"] of the stacks "gate", "up" and "down" [layers, experts, in, out],
-    read where they lie. No gradient.
+    which are read in place. No gradient.
     """
 
     def times(rows, name):
@@ -144,11 +143,11 @@ def combine_in_stacks(
 
 
 class Move(NamedTuple):
-    """Where rows go: a pair (token, one of its k experts) has a row of the sorted order.
+    """How rows are sorted by expert: each pair (token, one of its k experts) has a row in the sorted order.
 
-    pair [rows]: the pair j * tokens + token of each row. row [k, tokens]: the row of each pair. here [k, tokens] bool:
-    its expert is here; rows of pairs that are not come last, may be missing, and hold nothing of meaning. None: all
-    are. group_sizes [experts] int32: rows of each expert.
+    pair [rows]: the pair of each row, as j * tokens + token. row [k, tokens]: the row of each pair. here [k, tokens]
+    bool: the pair's expert is on this rank; None: all are. Rows of other pairs come last, may be missing, and have no
+    meaning. group_sizes [experts] int32: rows per expert.
     """
 
     pair: jax.Array
@@ -157,17 +156,17 @@ class Move(NamedTuple):
     group_sizes: jax.Array
 
     def where_here(self, x: jax.Array) -> jax.Array:
-        """x [k, tokens, ...], zero where a pair's expert is elsewhere."""
+        """x [k, tokens, ...], with zeros for pairs whose expert is on another rank."""
         return x if self.here is None else jnp.where(jnp.expand_dims(self.here, range(2, x.ndim)), x, 0)
 
 
 def sort_by_expert(
     experts: jax.Array, num_experts: int, some_elsewhere: bool = False, kernel: str = "xla", interpret: bool = False
 ) -> Move:
-    """Rows by expert and then by token. experts [k, tokens] int32, of a token all different.
+    """Sorts pairs (token, expert) by expert and then by token. experts [k, tokens] int32, different for each token's k.
 
-    some_elsewhere: not all are in 0 .. num_experts - 1. kernel, interpret: as in grouped_matmul. What it returns is
-    saved by the remat name "routing".
+    some_elsewhere: some experts are outside 0 .. num_experts - 1 (on other ranks). kernel, interpret: as in
+    grouped_matmul. The result has the remat name "routing".
     """
     k, tokens = experts.shape
     here = (experts >= 0) & (experts < num_experts) if some_elsewhere else None
@@ -186,7 +185,7 @@ def sort_by_expert(
 
 
 def _sorted_pairs(keys: jax.Array, groups: int) -> jax.Array:
-    """The pairs j * tokens + token, sorted by keys [k, tokens] of 0 .. groups - 1, and then by token."""
+    """Returns the pairs j * tokens + token, sorted by keys [k, tokens] in 0 .. groups - 1, and then by token."""
     k, tokens = keys.shape
     j, token = (jax.lax.broadcasted_iota(jnp.uint32, keys.shape, axis) for axis in (0, 1))
     bits = (keys.size - 1).bit_length()
@@ -199,7 +198,7 @@ def _sorted_pairs(keys: jax.Array, groups: int) -> jax.Array:
 
 
 def count_by_group(keys: jax.Array, groups: int) -> jax.Array:
-    """int32 [groups]: how often each of 0 .. groups - 1 occurs in keys [n]. (bincount would scatter.)"""
+    """Returns int32 [groups]: how often each of 0 .. groups - 1 occurs in keys [n]. (bincount would scatter.)"""
     return (keys[:, None] == jnp.arange(groups, dtype=keys.dtype)[None]).sum(axis=0, dtype=jnp.int32)
 
 
@@ -214,7 +213,7 @@ def rows_of_tokens(x: jax.Array, move: Move) -> jax.Array:
 
 @jax.custom_vjp
 def sums_of_pairs(y: jax.Array, move: Move) -> jax.Array:
-    """y [rows, embed] -> [tokens, embed]: over the pairs of each token that are here, in float32."""
+    """y [rows, embed] -> [tokens, embed]: sums over each token's pairs on this rank, in float32."""
     pairs = move.where_here(_take(y, move.row))
     # Pair by pair: of a sum over the axis XLA would first write all of it in float32.
     return functools.reduce(jnp.add, (pair.astype(jnp.float32) for pair in pairs)).astype(y.dtype)

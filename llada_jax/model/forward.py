@@ -10,25 +10,35 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import ArrayLike
 
 from llada_jax import sharding
 from llada_jax.attention import context
-from llada_jax.attention import visibility as vis
 from llada_jax.attention.blockwise import blockwise_attention
 from llada_jax.attention.cached import cached_attention
 from llada_jax.attention.dense import dense_attention
 from llada_jax.attention.kernel import kernel_attention, kernel_plan
 from llada_jax.attention.residuals import NAMES as ATTENTION_RESIDUALS
 from llada_jax.attention.rotary import QueryKeyRotary, RotaryNorm, rms_norm
+from llada_jax.attention.visibility import (
+    Layout,
+    Visibility,
+    block_causal,
+    block_diffusion,
+    make_layout,
+)
 from llada_jax.errors import InputError
 from llada_jax.model import experts, head, parameters
 from llada_jax.model.alignment import align
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.grouped_matmul import KERNELS
+from llada_jax.model.inputs import block_size_of, checked_inputs
 from llada_jax.model.layers import project, rope_angles, swiglu
 from llada_jax.model.lora import weight_of
+from llada_jax.model.parameters import Params
+
+Cache = dict[str, dict[str, jax.Array]]  # {group: {"key", "value": [layers, batch, positions, kv_heads, head_dim]}}
 
 # "kernel" runs on TPUs, the others anywhere.
 ATTENTIONS = ("dense", "blockwise", "kernel")
@@ -82,22 +92,21 @@ class Execution:
 
 
 def hidden_states(
-    params,
+    params: Params,
     config: ModelConfig,
     tokens: jax.Array,
     positions: jax.Array,
-    visibility: vis.Visibility,
+    visibility: Visibility,
     execution: Execution = Execution(),
-    cache=None,
+    cache: Cache | None = None,
     embedding_noise: jax.Array | None = None,
-):
-    """Final normalised hidden states [batch, queries, embed], and the keys and values of the pass.
+) -> tuple[jax.Array, Cache]:
+    """Returns the final normalised hidden states [batch, queries, embed], and the keys and values of the pass.
 
-    tokens, positions [batch, queries] int. cache: keys and values of earlier clean tokens, {group: {"key", "value":
-    [layers, batch, cached, kv_heads, head_dim]}}, which are the clean keys; the pass's own keys are then the noisy
-    ones, and attention is attention/cached.py's, whatever `execution` names. embedding_noise [batch, queries, embed]
-    is added to the embedding output. Second result: as `cache`, of the pass itself. Raises InputError on a mesh with a
-    context axis, over which denoising_pass alone lays out rows.
+    tokens, positions [batch, queries] int. cache: keys and values of earlier clean tokens, [layers, batch, cached,
+    kv_heads, head_dim] per group. They are the clean keys of `visibility`, and the pass's own keys are the noisy ones;
+    attention is then that of attention/cached.py, whatever `execution` says. embedding_noise [batch, queries, embed] is
+    added to the embeddings. Raises InputError on a mesh with a context axis: only denoising_pass splits rows over it.
     """
     if context.ranks() > 1:
         raise InputError(
@@ -107,14 +116,16 @@ def hidden_states(
 
 
 def run_layers(
-    params, config, tokens, positions, visibility, execution=Execution(), cache=None, embedding_noise=None, wanted=None,
-    counted=None,
-):  # fmt: skip
-    """As hidden_states, and how many tokens each expert got: int32 [layers with experts, experts], None without any.
+    params: Params, config: ModelConfig, tokens: jax.Array, positions: jax.Array, visibility: Visibility,
+    execution: Execution = Execution(), cache: Cache | None = None, embedding_noise: jax.Array | None = None,
+    num_outputs: int | None = None, counted: jax.Array | None = None,
+) -> tuple[jax.Array, Cache, jax.Array | None]:  # fmt: skip
+    """As hidden_states, plus the tokens each expert got: int32 [layers with experts, experts], None in a dense model.
 
-    wanted: compute the hidden states of so many first positions only; of the others the last layer needs its keys and
-    values alone. None: of all. counted bool [batch, queries]: the tokens that the numbers count; None: all. Over a
-    context axis everything lies as context.to_ranks lays it.
+    tokens, positions [batch, queries]: in a two-stream pass both halves, noisy first. num_outputs: compute hidden
+    states for this many first positions only; for the others, the last layer computes keys and values alone. None: for
+    all. counted bool [batch, queries]: the tokens that the load counts; None: all. With a context axis all arrays are
+    ordered as context.to_ranks orders them.
     """
     dtype = execution.dtype or params["embedding"].dtype
     x = head.embed(params["embedding"], tokens, dtype)
@@ -144,11 +155,11 @@ def run_layers(
             weights = {name: w for name, w in weights.items() if name not in shared.experts}
             layers = jnp.arange(len(config.layer_groups[group]))
         stacked = weights, layers
-        some = wanted is not None and group == last
+        some = num_outputs is not None and group == last
         all_but_last = jax.tree.map(lambda w: w[:-1], stacked) if some else stacked  # noqa: B023
         x, (computed[group], load) = jax.lax.scan(layer_of(group, visibility, shared), x, all_but_last)
         if some:
-            layer = layer_of(group, jax.tree.map(lambda bound: context.first(bound, wanted), visibility), shared)
+            layer = layer_of(group, jax.tree.map(lambda bound: context.first(bound, num_outputs), visibility), shared)
             x, part = layer(*sharding.gradients_together((x, jax.tree.map(lambda w: w[-1], stacked))))
             computed[group], load = jax.tree.map(
                 lambda before, own: jnp.concatenate([before, own[None]]), (computed[group], load), part
@@ -156,9 +167,11 @@ def run_layers(
     return rms_norm(x, params["final_norm"], config.rms_norm_eps), computed, load
 
 
-def attention_of(config, execution, visibility, num_keys):
-    """(attention(query, key, value, rotary=QueryKeyRotary()), its number of queries). What the mask decides is made
-    here, for all layers. rotary: what is still to be done to query and key.
+def attention_of(config: ModelConfig, execution: Execution, visibility: Visibility, num_keys: int):
+    """Returns (attention(query, key, value, rotary=QueryKeyRotary()), number of queries).
+
+    All that depends on the mask alone is made here, once for all layers. rotary: the norm and rotation that query and
+    key still need. Raises InputError for dense attention with a context axis.
     """
     queries = visibility.clean_start.shape[1]
     crosses = context.blocks_cross(visibility)
@@ -181,8 +194,8 @@ def _rotated_first(attention):
 
 
 class Shared(NamedTuple):
-    """Stacks of all layers of a group, of which each reads its own where it lies: in decoding, of which nothing is
-    differentiated. Handed to a layer by lax.scan, they would be copied.
+    """Stacks over all layers of a group, from which each layer reads its own part in place. Decoding only: nothing is
+    differentiated there, and lax.scan would copy each layer's part.
     """
 
     experts: dict = {}
@@ -222,7 +235,7 @@ def _layer(config, group, execution, attend, cos, sin, shared, counted, x, of_la
 
 
 def _moe(inputs, weights, shards, config, execution):
-    """As experts.moe; its load leads with batch and length, one of each a shard."""
+    """experts.moe with two leading axes on the load (batch and length, one of each per shard)."""
     y, load = experts.moe(inputs, weights, shards, config, execution)
     return y, load[None]
 
@@ -231,7 +244,9 @@ EXPERT_WEIGHTS = {"router", "expert_bias", "gate", "up", "down", "shared_gate", 
 
 
 def _attention(config, attend, weights, x, cos, sin, cache, layer):
-    """The attention of a layer, of the first positions of x only where `attend` has fewer queries; keys and values."""
+    """Returns a layer's attention output and its keys and values. `attend` may have fewer queries than x has positions:
+    then the output is that of the first ones.
+    """
     attend, queries = attend
 
     def heads(name, x):
@@ -253,31 +268,37 @@ def _attention(config, attend, weights, x, cos, sin, cache, layer):
 def _prepare(tokens, segment_ids, positions, block_size, block_origin):
     """(segment_ids, positions, layout) of a batch; positions restart at each document unless given."""
     segment_ids = jnp.ones_like(tokens) if segment_ids is None else segment_ids
-    where = vis.layout(segment_ids, block_size, block_origin)
+    layout = make_layout(segment_ids, block_size, block_origin)
     if positions is None:
-        positions = jnp.arange(tokens.shape[1])[None] - where.document_start
-    return segment_ids, positions, where
+        positions = jnp.arange(tokens.shape[1])[None] - layout.document_start
+    return segment_ids, positions, layout
 
 
-def denoised_hidden(params, config, noisy, clean, where, positions, execution=Execution()) -> jax.Array:
-    """As denoising_pass, the hidden states only."""
-    return denoising_pass(params, config, noisy, clean, where, positions, execution)[0]
+def denoised_hidden(
+    params: Params, config: ModelConfig, noisy: jax.Array | None, clean: jax.Array | None, layout: Layout,
+    positions: jax.Array, execution: Execution = Execution(),
+) -> jax.Array:  # fmt: skip
+    """The hidden states of denoising_pass, without the load."""
+    return denoising_pass(params, config, noisy, clean, layout, positions, execution)[0]
 
 
 def denoising_pass(
-    params, config, noisy, clean, where, positions, execution=Execution(), noisy_embedding_noise=None, counted=None
-):
-    """Hidden states [batch, length, embed] aligned with the tokens they predict, and the load of run_layers, of the
-    tokens that are counted, bool [batch, length] (None: all), in every half.
+    params: Params, config: ModelConfig, noisy: jax.Array | None, clean: jax.Array | None, layout: Layout,
+    positions: jax.Array, execution: Execution = Execution(), noisy_embedding_noise: jax.Array | None = None,
+    counted: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array | None]:  # fmt: skip
+    """Returns hidden states [batch, length, embed] aligned with the tokens they predict, and the load of run_layers.
 
-    noisy or clean may be None. Both: the two-stream pass [x_t | x_0] of Eq. 1. Only noisy: MDLM (Eq. 2). Only clean:
-    block-causal, as in AR.
+    noisy, clean, positions [batch, length] int; one half may be None. Both given: the two-stream pass [x_t | x_0] of
+    Eq. 1. Only noisy: MDLM (Eq. 2). Only clean: block-causal, as in AR. noisy_embedding_noise [batch, length, embed] is
+    added to the embeddings of the noisy half. counted bool [batch, length]: tokens that the load counts, in each half;
+    None: all.
     """
     halves = [half for half in (noisy, clean) if half is not None]
     both = len(halves) == 2
     batch, length = halves[0].shape
     _check_routing_blocks(config, length)
-    visibility = vis.block_diffusion(where) if both else vis.block_causal(where)
+    visibility = block_diffusion(layout) if both else block_causal(layout)
     visibility = jax.tree.map(lambda bound: context.to_ranks(bound.reshape(batch, -1, length)), visibility)
     noise = noisy_embedding_noise
     if noise is not None:
@@ -286,18 +307,18 @@ def denoising_pass(
     counted = None if counted is None else context.to_ranks(jnp.stack([counted] * len(halves), axis=1))
     positions = context.to_ranks(jnp.stack([positions] * len(halves), axis=1))
     # Of the clean half's last hidden states only "shifted" models read any.
-    wanted = length if both and config.alignment == "same" else None
+    num_outputs = length if both and config.alignment == "same" else None
     hidden, _, load = run_layers(
-        params, config, tokens, positions, visibility, execution, embedding_noise=noise, wanted=wanted, counted=counted
+        params, config, tokens, positions, visibility, execution, None, noise, num_outputs, counted
     )
     hidden = context.to_positions(hidden, hidden.shape[1] // length)
     noisy_hidden = None if noisy is None else hidden[:, 0]
-    clean_hidden = None if clean is None or wanted is not None else hidden[:, -1]
-    return align(noisy_hidden, clean_hidden, where, config.alignment), load
+    clean_hidden = None if clean is None or num_outputs is not None else hidden[:, -1]
+    return align(noisy_hidden, clean_hidden, layout, config.alignment), load
 
 
 def _check_routing_blocks(config, length):
-    """Raises InputError where the ranks of a context axis would cut blocks of tokens that are routed together."""
+    """Raises InputError if a context axis would cut a block of tokens that is routed together."""
     ranks, block = context.ranks(), config.routing_block
     if ranks > 1 and block and (stripe := context.stripe_size(length, ranks)) % block:
         raise InputError(
@@ -306,79 +327,68 @@ def _check_routing_blocks(config, length):
 
 
 def forward(
-    params, config: ModelConfig, tokens, mask="full", positions=None, segment_ids=None, block_origin="global",
+    params: Params, config: ModelConfig, tokens: ArrayLike, mask: str | tuple[str, int] = "full",
+    positions: ArrayLike | None = None, segment_ids: ArrayLike | None = None, block_origin: str = "global",
     execution: Execution = Execution(),
 ) -> jax.Array:  # fmt: skip
-    """Logits, float32 [batch, length, vocab], of one pass over clean tokens; position i's logits, not aligned.
+    """Returns the logits of one pass over clean tokens, float32 [batch, length, vocab].
 
-    tokens [batch, length] int. mask: "full" (bidirectional), "causal", or ("block_causal", block_size).
-    segment_ids [batch, length] int: packed documents, 0 is padding; nothing sees another document. positions: int,
-    restart at each document unless given. Raises ValueError on a bad shape, mask or token id.
+    Row i of the logits belongs to position i, whatever config.alignment is: a "shifted" model predicts token i + 1
+    there. tokens [batch, length] int. mask: "full" (bidirectional), "causal", or ("block_causal", block_size): a token
+    sees its own block and all earlier ones. segment_ids [batch, length] int: document numbers of packed rows, from 1; 0
+    is padding. A token sees its own document only. positions [batch, length] int: by default they restart at each
+    document. block_origin: blocks count from the start of the row ("global", Eq. 3) or of each "document". Raises
+    ValueError naming the argument on a bad shape, dtype, mask or token id.
+
+    Example:
+        >>> import jax, llada_jax
+        >>> config = llada_jax.preset("tiny")
+        >>> params = llada_jax.init(config, jax.random.key(0))
+        >>> tokens = jax.random.randint(jax.random.key(1), (2, 32), 0, 256)
+        >>> llada_jax.forward(params, config, tokens, mask=("block_causal", 8)).shape
+        (2, 32, 512)
     """
-    tokens, segment_ids, positions = _check_inputs(config, {"tokens": tokens}, segment_ids, positions)
+    tokens, segment_ids, positions = checked_inputs(config, {"tokens": tokens}, segment_ids, positions)
     (tokens,) = tokens
-    block_size = _block_size(mask, tokens.shape[1])
+    block_size = block_size_of(mask, tokens.shape[1])
     return _forward(params, config, tokens, positions, segment_ids, block_size, block_origin, execution)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "block_origin", "execution"))
 def _forward(params, config, tokens, positions, segment_ids, block_size, block_origin, execution):
-    _, positions, where = _prepare(tokens, segment_ids, positions, block_size, block_origin)
-    hidden, _ = hidden_states(params, config, tokens, positions, vis.block_causal(where), execution)
+    _, positions, layout = _prepare(tokens, segment_ids, positions, block_size, block_origin)
+    hidden, _ = hidden_states(params, config, tokens, positions, block_causal(layout), execution)
     return head.logits(params, config, hidden)
 
 
 def denoise(
-    params, config: ModelConfig, noisy, clean, *, block_size: int, segment_ids=None, positions=None,
-    block_origin="global", execution: Execution = Execution(),
+    params: Params, config: ModelConfig, noisy: ArrayLike, clean: ArrayLike, *, block_size: int,
+    segment_ids: ArrayLike | None = None, positions: ArrayLike | None = None, block_origin: str = "global",
+    execution: Execution = Execution(),
 ) -> jax.Array:  # fmt: skip
-    """Logits, float32 [batch, length, vocab], of the two-stream pass [x_t | x_0] (Eq. 1), aligned to token i.
+    """Returns the logits of the two-stream pass [x_t | x_0] (Eq. 1), float32 [batch, length, vocab].
 
-    noisy, clean [batch, length] int: a noisy block sees itself and the clean blocks before it. With
-    config.alignment == "shifted" token i is scored by its predecessor (model/alignment.py). The last block of a row
-    or document may be short. Raises ValueError on a bad shape or token id.
+    Logits at i predict token i. With config.alignment == "shifted" they come from the hidden state of its predecessor
+    (model/alignment.py). noisy, clean [batch, length] int: x_t and x_0. Each noisy block sees itself and the clean
+    blocks before it. The last block of a row or document may be short. segment_ids, positions, block_origin: as in
+    `forward`. Raises ValueError naming the argument on a bad shape, dtype, block size or token id.
+
+    Example:
+        >>> import jax, llada_jax
+        >>> config = llada_jax.preset("tiny")
+        >>> params = llada_jax.init(config, jax.random.key(0))
+        >>> clean = jax.random.randint(jax.random.key(1), (2, 32), 0, 256)
+        >>> noisy = clean.at[:, 1::2].set(config.mask_token_id)
+        >>> llada_jax.denoise(params, config, noisy, clean, block_size=8).shape
+        (2, 32, 512)
     """
     if block_size < 1:
         raise ValueError(f"block_size={block_size}, expected at least 1")
-    tokens, segment_ids, positions = _check_inputs(config, {"noisy": noisy, "clean": clean}, segment_ids, positions)
+    tokens, segment_ids, positions = checked_inputs(config, {"noisy": noisy, "clean": clean}, segment_ids, positions)
     return _denoise(params, config, *tokens, positions, segment_ids, block_size, block_origin, execution)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "block_origin", "execution"))
 def _denoise(params, config, noisy, clean, positions, segment_ids, block_size, block_origin, execution):
-    _, positions, where = _prepare(noisy, segment_ids, positions, block_size, block_origin)
-    return head.logits(params, config, denoised_hidden(params, config, noisy, clean, where, positions, execution))
-
-
-def _block_size(mask, length: int) -> int:
-    if mask == "full":
-        return length
-    if mask == "causal":
-        return 1
-    if isinstance(mask, tuple | list) and len(mask) == 2 and mask[0] == "block_causal" and mask[1] >= 1:
-        return mask[1]
-    raise ValueError(f'mask={mask!r}, expected "full", "causal" or ("block_causal", block_size)')
-
-
-def _check_inputs(config, named_tokens, segment_ids, positions):
-    """Same-shaped [batch, length] int32 arrays; concrete values are checked, traced ones cannot be."""
-    arrays = []
-    shape = np.shape(next(iter(named_tokens.values())))
-    optional = {"segment_ids": segment_ids, "positions": positions}
-    for name, value in (named_tokens | optional).items():
-        if value is None:
-            continue
-        value = value if isinstance(value, jax.core.Tracer) else np.asarray(value)
-        if len(shape) != 2 or 0 in shape or value.shape != shape:
-            raise ValueError(f"{name} has shape {value.shape}, expected [batch, length]{f' = {shape}' * bool(arrays)}")
-        if not np.issubdtype(value.dtype, np.integer):
-            raise ValueError(f"{name} has dtype {value.dtype}, expected an integer")
-        if name in named_tokens and not isinstance(value, jax.core.Tracer):
-            if value.min() < 0 or value.max() >= config.vocab_size:
-                raise ValueError(f"{name} holds ids {value.min()} .. {value.max()}, vocabulary is {config.vocab_size}")
-        if name == "segment_ids" and not isinstance(value, jax.core.Tracer):
-            vis.check_contiguous(value)
-        arrays.append(jnp.asarray(value, jnp.int32))
-    tokens = tuple(arrays[: len(named_tokens)])
-    rest = iter(arrays[len(named_tokens) :])
-    return tokens, *(None if value is None else next(rest) for value in optional.values())
+    _, positions, layout = _prepare(noisy, segment_ids, positions, block_size, block_origin)
+    return head.logits(params, config, denoised_hidden(params, config, noisy, clean, layout, positions, execution))

@@ -1,6 +1,6 @@
-"""The grouped matmul: each run of rows times the matrix of its group, with the cost of the rows in use.
+"""The grouped matmul: each group's rows times the matrix of that group, at the cost of the rows in use.
 
-"xla"       a loop over tiles of rows, each of one group: any device, exact, slow on a TPU.
+"xla"       a loop over tiles of rows, each within one group: any device, exact, slow on a TPU.
 "megablox"  the Pallas kernels gmm and tgmm that JAX ships, for TPUs.
 
 (`lax.ragged_dot` is dense in the number of groups on CPU, and in its weight gradient on TPU.)
@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas import tpu as pltpu
 
 from llada_jax.attention.tiles import device_kind
-from llada_jax.model import grouped_tiles as table
+from llada_jax.model import grouped_tiles
 
 # The package exports its module's function under the module's name.
 megablox = importlib.import_module("jax.experimental.pallas.ops.tpu.megablox.gmm")
@@ -29,10 +29,10 @@ def grouped_matmul(
 ) -> jax.Array:
     """y[i] = x[i] @ w[group of row i], and in the backward pass dw[g] = sum over the rows of g of x^T dy.
 
-    x [rows, in], rows sorted by group; w [groups, in, out]; group_sizes [groups] int32. kernel: a name in KERNELS;
-    interpret runs "megablox" on any device, slowly, for tests. Returns [rows, out] in x's dtype, accumulated in
-    float32. Rows past the sum of group_sizes hold anything, and so do those of dx; they take no part in dw. The
-    backward pass needs x, under the name "expert_rows" of remat policies.
+    x [rows, in], rows sorted by group; w [groups, in, out]; group_sizes [groups] int32. kernel: a name in KERNELS.
+    interpret: run "megablox" on any device, slowly, for tests. Returns [rows, out] in x's dtype, accumulated in
+    float32. Rows past the sum of group_sizes are undefined, also in dx, and do not enter dw. The backward pass needs x,
+    which has the remat name "expert_rows".
     """
     if kernel == "xla":
         return _rows_times_groups(x, w, group_sizes)
@@ -40,7 +40,7 @@ def grouped_matmul(
 
 
 def _forward(x, w, group_sizes, kernel, interpret):
-    # Named here, where nothing else reads it: what the forward pass reads too, JAX would round in a copy of its own.
+    # Named here, where nothing else reads it: JAX would round a separate copy of a value that the forward pass reads.
     return grouped_matmul(x, w, group_sizes, kernel, interpret), (checkpoint_name(x, "expert_rows"), w, group_sizes)
 
 
@@ -57,8 +57,8 @@ def stack_matmul(
     x: jax.Array, stack: jax.Array, layer: jax.Array, group_sizes: jax.Array, kernel: str = "xla",
     interpret: bool = False,
 ) -> jax.Array:  # fmt: skip
-    """grouped_matmul with the matrices of one layer of a stack [layers, groups, in, out], which are read where they
-    lie: handed to a kernel by lax.scan, they would be copied. No gradient.
+    """grouped_matmul with the matrices of one layer of a stack [layers, groups, in, out], read in place. (lax.scan
+    would copy them for a kernel.) No gradient.
     """
     flat, first = stack.reshape(-1, *stack.shape[2:]), layer * stack.shape[1]
     if kernel == "xla":
@@ -86,10 +86,10 @@ def rows_times_groups(x, w, group_sizes, interpret=False, transpose_rhs=False, f
     first: the matrix of group 0, in a w of more matrices than groups.
     """
     columns = w.shape[1 if transpose_rhs else 2]
-    tiles = _interpreted(x, columns) if interpret else table.rows_times_groups(*x.shape, columns, device_kind())
+    tiles = _interpreted(x, columns) if interpret else grouped_tiles.rows_times_groups(*x.shape, columns, device_kind())
     y = megablox.gmm(
         _whole_tiles(x, tiles[0]), w, group_sizes.astype(jnp.int32), preferred_element_type=x.dtype, tiling=tiles,
-        group_offset=None if first is None else -first,  # it counts from the groups that w's first matrix is of
+        group_offset=None if first is None else -first,  # gmm's offset counts from the group of w's first matrix
         transpose_rhs=transpose_rhs, interpret=pltpu.InterpretParams() if interpret else False,
     )  # fmt: skip
     return y[: x.shape[0]]
@@ -98,7 +98,7 @@ def rows_times_groups(x, w, group_sizes, interpret=False, transpose_rhs=False, f
 def group_gradients(x, dy, group_sizes, interpret=False) -> jax.Array:
     """sum over the rows of each group of x^T dy, [groups, in, out] in x's dtype, by the Pallas kernel."""
     columns = dy.shape[1]
-    tiles = _interpreted(x, columns) if interpret else table.group_gradients(*x.shape, columns, device_kind())
+    tiles = _interpreted(x, columns) if interpret else grouped_tiles.group_gradients(*x.shape, columns, device_kind())
     x, dy = _whole_tiles(x, tiles[0]), _whole_tiles(dy, tiles[0])
     return megablox.tgmm(
         x.swapaxes(0, 1), dy, group_sizes.astype(jnp.int32), preferred_element_type=x.dtype, tiling=tiles,

@@ -1,10 +1,10 @@
 """Tile sizes of the grouped matmul's Pallas kernels: a rule and a checked-in table, never tuned at run time.
 
 A tile is (rows, contracted, columns). By compiler-estimated cycles (tools/bench.py experts):
-- All of the contracted side, where it fits: the accumulator is then written once.
-- Few rows, as a group's first and last tile are seldom full, but enough to hide loading the next weights into a matrix
-  unit: 128 where it is 128 x 128, 256 where it is 256 x 256.
-- Two tiles of columns where a device has two TensorCores: it is the only axis that they share.
+- The whole contracted side, if it fits: the accumulator is then written once.
+- Few rows, since the first and last tile of a group are seldom full, but enough to hide loading the next weights into a
+  matrix unit: 128 rows for units of 128 x 128, 256 for units of 256 x 256.
+- Two tiles of columns on devices with two TensorCores: they can only share that axis.
 """
 
 import math

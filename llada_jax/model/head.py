@@ -8,15 +8,16 @@ import jax.numpy as jnp
 
 from llada_jax import sharding
 from llada_jax.model.config import ModelConfig
+from llada_jax.model.parameters import Params
 
-CHUNK = 1024  # positions of a shard whose logits are in memory at a time
+CHUNK = 1024  # positions per shard whose logits are in memory at a time
 
 
 def embed(table: jax.Array, tokens: jax.Array, dtype) -> jax.Array:
-    """Rows of the embedding: table [vocab, embed], tokens [batch, length] int -> [batch, length, embed] of `dtype`.
+    """Looks up token embeddings: table [vocab, embed], tokens [batch, length] int -> [batch, length, embed] in `dtype`.
 
-    Over a mesh the table is not gathered: the ranks of "fsdp" look up each other's tokens in the columns that they
-    hold, and exchange what they find. The table's gradient is summed in its own dtype, on the ranks that hold it.
+    Over a mesh the table is not gathered: each rank of "fsdp" looks up all ranks' tokens in its own columns, and the
+    ranks exchange the results. The table's gradient is summed in the table's dtype, on the ranks that hold it.
     """
 
     def local(tokens, weights, shards):
@@ -35,20 +36,20 @@ def embed(table: jax.Array, tokens: jax.Array, dtype) -> jax.Array:
     return sharding.over_batch(local, {"table": ("vocab", "embed")})(tokens, {"table": table})
 
 
-def head_matrix(params, config: ModelConfig) -> jax.Array:
-    """[embed, vocab]; a tied model's is its embedding, also when the checkpoint stores another."""
+def head_matrix(params: Params, config: ModelConfig) -> jax.Array:
+    """Returns the head [embed, vocab]; in a tied model the embedding, even if the checkpoint stores another head."""
     return params["embedding"].T if config.tie_word_embeddings else params["head"]
 
 
-def logits(params, config: ModelConfig, hidden: jax.Array) -> jax.Array:
-    """hidden [..., embed] -> float32 [..., vocab]."""
+def logits(params: Params, config: ModelConfig, hidden: jax.Array) -> jax.Array:
+    """Returns the logits of hidden [..., embed]: float32 [..., vocab]."""
     head = head_matrix(params, config).astype(hidden.dtype)
     return jnp.dot(hidden, head, preferred_element_type=jnp.float32)
 
 
 @flax.struct.dataclass
 class TokenScores:
-    """Per position, float32 [batch, length]; zero where nothing is supervised.
+    """Per position, float32 [batch, length]; zero where the token is not masked.
 
     nll: -log p(target), nats. correct: 1 where the target is the most probable token. entropy: of
     softmax(logits / entropy_temperature), nats, or zero when it was not asked for.
@@ -62,29 +63,29 @@ class TokenScores:
 def token_scores(
     hidden: jax.Array,
     targets: jax.Array,
-    supervised: jax.Array,
+    masked: jax.Array,
     head: jax.Array,
     entropy_temperature: float | None = None,
     reduce_dtype: str | None = None,
 ) -> TokenScores:
-    """Scores of the supervised positions only, CHUNK of them at a time; the backward pass computes logits again.
+    """Scores the masked positions only, CHUNK of them at a time; the backward pass recomputes the logits.
 
-    hidden [batch, length, embed] aligned to its targets; targets [batch, length] int; supervised [batch, length] bool;
-    head [embed, vocab]. Over a mesh each shard of the batch scores its own positions: it gathers the head once, and its
-    chunks without a supervised position cost nothing. The tensor axis splits the vocabulary: its ranks then exchange
-    a few numbers a position. reduce_dtype: of the head's gradient, as in sharding.Shards.
+    hidden [batch, length, embed], aligned with its targets. targets [batch, length] int. masked [batch, length] bool.
+    head [embed, vocab]. Over a mesh each shard of the batch scores its own positions: it gathers the head once, and
+    chunks without a masked position cost nothing. Ranks of the tensor axis split the vocabulary and exchange a few
+    numbers per position. reduce_dtype: of the head's gradient, as in sharding.WeightShards.
     """
     local = jax.named_scope("head")(
         functools.partial(_local_scores, temperature=entropy_temperature, vocab=head.shape[1])
     )
     hidden, head = sharding.gradients_together((hidden, head))
     scores = sharding.over_batch(local, {"head": ("embed", "vocab")}, reduce_dtype)
-    return TokenScores(*scores((hidden, targets, supervised), {"head": head}))
+    return TokenScores(*scores((hidden, targets, masked), {"head": head}))
 
 
 def _local_scores(inputs, weights, shards, temperature, vocab):
-    """(nll, correct, entropy), each float32 [batch, length], of a shard's rows."""
-    hidden, targets, supervised = inputs
+    """Returns (nll, correct, entropy) of a shard's rows, each float32 [batch, length]."""
+    hidden, targets, masked = inputs
     batch, length, width = hidden.shape
     head = shards.gather(weights["head"].astype(hidden.dtype), "head", keep=("tensor",))
     axis = None if head.shape[1] == vocab else "tensor"
@@ -94,14 +95,14 @@ def _local_scores(inputs, weights, shards, temperature, vocab):
     def flat(x):
         return jnp.pad(x.reshape(batch * length, *x.shape[2:]), ((0, padding),) + ((0, 0),) * (x.ndim - 2))
 
-    targets, supervised = flat(targets), flat(supervised)
-    order = jnp.argsort(~supervised, stable=True)  # supervised positions first
+    targets, masked = flat(targets), flat(masked)
+    order = jnp.argsort(~masked, stable=True)  # masked positions first
     back = jnp.argsort(order)
     chunks = permute(flat(hidden), order, back).reshape(-1, chunk, width)
-    used = (supervised.sum(dtype=jnp.int32) + chunk - 1) // chunk
+    used = (masked.sum(dtype=jnp.int32) + chunk - 1) // chunk
     scores = _score_chunks(chunks, head, targets[order].reshape(-1, chunk), used, temperature, axis)
     scores = jnp.moveaxis(scores, 1, 0).reshape(3, -1)
-    scores = permute(scores.T, back, order).T * supervised[None]
+    scores = permute(scores.T, back, order).T * masked[None]
     return tuple(scores[:, : batch * length].reshape(3, batch, length))
 
 
@@ -119,11 +120,11 @@ permute.defvjp(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _score_chunks(chunks, head, targets, used, temperature, axis) -> jax.Array:
-    """Scores of the first `used` chunks, zeros of the others: [chunks, 3, chunk] float32.
+    """Returns the scores of the first `used` chunks, zeros for the others: [chunks, 3, chunk] float32.
 
     chunks [chunks, chunk, embed]; head [embed, vocab]; targets [chunks, chunk]; used: a run-time int. The gradient is
-    by hand: with the softmax's norm at hand, logits are turned into their gradient as the matmul gives them, and that
-    of the head is summed in float32.
+    written by hand: since the norm of the softmax is saved, each chunk of logits becomes its gradient at once, and the
+    head's gradient is summed in float32.
     """
     return _score_chunks_forward(chunks, head, targets, used, temperature, axis)[0]
 
@@ -192,7 +193,7 @@ def _score(z, targets, temperature, axis) -> tuple[jax.Array, jax.Array]:
 
 
 def _d_logits(z, targets, norms, entropy, cotangent, temperature, axis) -> jax.Array:
-    """The gradient of _score in z [chunk, vocab]; cotangent [3, chunk], norms and entropy as _score gave them."""
+    """Gradient of _score in z [chunk, vocab]. cotangent [3, chunk]; norms, entropy: results of _score."""
     target = (_indices(z, axis) == targets[:, None]).astype(jnp.float32)
     dz = cotangent[0][:, None] * (jnp.exp(z - norms[0][:, None]) - target)
     if temperature is not None:
@@ -202,6 +203,6 @@ def _d_logits(z, targets, norms, entropy, cotangent, temperature, axis) -> jax.A
 
 
 def _indices(z, axis) -> jax.Array:
-    """Where the columns of z are in the vocabulary, int32 [1, columns]."""
+    """Token ids of the columns of z, int32 [1, columns]."""
     first = 0 if axis is None else jax.lax.axis_index(axis) * z.shape[1]
     return first + jnp.arange(z.shape[1])[None]

@@ -11,7 +11,7 @@ from llada_jax.model.lora import adapter_names
 
 
 def project(x: jax.Array, weights: dict[str, jax.Array], name: str, contracted: int = 1) -> jax.Array:
-    """x W over the last `contracted` axes of x, plus (x A) B when the weight has an adapter (model/lora.py).
+    """Returns x W over the last `contracted` axes of x, plus (x A) B if the weight has an adapter (model/lora.py).
 
     x [..., *in]; W [*in, *out]; A [*in, rank]; B [rank, *out], scaled. Returns [..., *out].
     """
@@ -55,14 +55,18 @@ def swiglu(x: jax.Array, weights: dict[str, jax.Array], prefix: str = "") -> jax
 
 
 def rope_angles(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """cos and sin, float32 [batch, length, rotary_dim / 2], of positions [batch, length] int."""
+    """Returns cos and sin of the rotary angles at positions [batch, length] int: float32 [batch, length, rotary_dim /
+    2].
+    """
     frequencies, scale = rope_frequencies(config)
     angles = positions.astype(jnp.float32)[..., None] * jnp.asarray(frequencies)[None, None]
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale
 
 
 def rope_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
-    """Angle per position of each rotated channel pair, float32 [rotary_dim / 2], and the factor on cos and sin."""
+    """Returns the angle per position of each rotated channel pair, float32 [rotary_dim / 2], and the factor on cos,
+    sin.
+    """
     d = config.rotary_dim
     inverse = 1.0 / config.rope_theta ** (np.arange(0, d, 2, dtype=np.float64) / d)
     scaling, scale = config.rope_scaling, 1.0
@@ -70,7 +74,7 @@ def rope_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
         inverse, scale = _yarn(inverse, config.rope_theta, scaling), 0.1 * math.log(scaling.factor) + 1.0
     elif scaling is not None and scaling.kind == "llama3":
         inverse = _llama3(inverse, scaling)
-    elif scaling is not None:  # of the positions, at first: arXiv 2306.15595
+    elif scaling is not None:  # linear, arXiv 2306.15595
         inverse = inverse / scaling.factor
     return inverse.astype(np.float32), scale
 

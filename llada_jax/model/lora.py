@@ -14,10 +14,10 @@ from llada_jax.model.config import ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-    """The adapters of a model: for `parameters`, a set of weights as a ModelConfig is one.
+    """The adapters of a model. Functions of `parameters` take it like a ModelConfig, for the adapters' weights.
 
-    targets: names of weights (parameters.adaptable). base: directory of the checkpoint that holds W; base_digest: the
-    sha256 that its digests.json names.
+    targets: names of the adapted weights (parameters.adaptable). base: directory of the checkpoint with W; base_digest:
+    the sha256 of its digests.json. Raises InputError naming the field.
     """
 
     model: ModelConfig
@@ -60,14 +60,14 @@ def adapter_names(weight: str) -> tuple[str, str]:
 
 
 def weight_of(name: str) -> str:
-    """The weight that an adapter belongs to; any other name is its own."""
+    """Returns the weight that an adapter belongs to; for any other name, the name itself."""
     return name.removesuffix("_lora_a").removesuffix("_lora_b")
 
 
 def attach(params, adapters, lora: Lora):
-    """The base's weights with the adapters beside them, B times alpha / rank: what the forward pass takes.
+    """Returns the base's weights with the adapters beside them, B times alpha / rank: the params of the forward pass.
 
-    A base that has adapters beside its weights already keeps them: ranks add up, [A A'] [B; B'] = A B + A' B'.
+    A base with adapters of its own keeps them: ranks add up, [A A'] [B; B'] = A B + A' B'.
     """
 
     def joined(weights, group):
@@ -81,6 +81,6 @@ def attach(params, adapters, lora: Lora):
 
 
 def merge(weight, a, b, scale: float, xp=jnp):
-    """W + scale A B, computed in float32, in W's dtype. weight [*in, *out]; a [*in, rank]; b [rank, *out]."""
+    """Returns W + scale A B, computed in float32, in W's dtype. weight [*in, *out]; a [*in, rank]; b [rank, *out]."""
     low_rank = xp.tensordot(a.astype(xp.float32), b.astype(xp.float32), 1)
     return (weight.astype(xp.float32) + xp.float32(scale) * low_rank).astype(weight.dtype)

@@ -1,9 +1,9 @@
 """The parameters of a model: one declaration each, from which everything else derives.
 
-`declare(config)` gives a `Parameter` for every weight: shape, logical axes, initialiser and its name in a Hugging Face
+`declare(config)` returns a `Parameter` for every weight: shape, logical axes, initialiser and name in a Hugging Face
 checkpoint. Initialisation, abstract shapes (for ahead-of-time compilation), shardings, checkpoint leaves and both
-directions of the converter read these declarations and nothing else. `declare(lora)` gives those of low-rank adapters
-(model/lora.py), derived from the weights that they adapt; what follows takes either.
+directions of the converter read these declarations and nothing else. `declare(lora)` returns those of low-rank adapters
+(model/lora.py), derived from the weights they adapt; every function here takes either.
 
 Two forms of the same weights:
   in memory:     a tree {"embedding", "dense": {...}, "sparse": {...}, "final_norm", "head"}; the layers of a group
@@ -28,8 +28,8 @@ class Parameter:
     """Declaration of one weight (of one layer).
 
     hf_name: name in a Hugging Face checkpoint; {layer} and {expert} are filled in. Adapters have none.
-    hf_rows: the rows of that tensor that are ours, when several weights are fused in one; None means all.
-    matrix:  [in, out], of which Hugging Face holds the transpose; False: the same element order.
+    hf_rows: the weight's rows of that tensor, if several weights are fused in it; None means all.
+    matrix:  [in, out], the transpose of Hugging Face's; False: the same element order.
     decayed: weight decay applies. trainable: the optimizer may change it.
     """
 
@@ -60,11 +60,12 @@ def _num_inputs(axes: tuple[str | None, ...]) -> int:
 
 
 Declarations = dict[str, "Parameter | dict[str, Parameter]"]
+Params = dict[str, "jax.Array | dict[str, jax.Array]"]  # weights in memory: the tree of the module's docstring
 
 
 def declare(config: ModelConfig | Lora) -> Declarations:
-    """The declarations of every weight of the model, or every adapter; those of a layer group are per layer, not
-    stacked.
+    """Returns the declarations of every weight of the model, or of every adapter. Those of a layer group are per layer,
+    not stacked.
     """
     if isinstance(config, Lora):
         return _adapters(config)
@@ -177,7 +178,7 @@ def _is_adaptable(name: str, parameter: Parameter) -> bool:
 
 
 def _adapters(lora: Lora) -> Declarations:
-    """A starts random and B zero, so that training starts from the base. The axis of the rank is never sharded."""
+    """A starts random and B zero, so that training starts at the base model. The rank's axis is never sharded."""
     layers = declare(lora.model)
 
     def pair(p: Parameter) -> tuple[Parameter, Parameter]:
@@ -204,7 +205,7 @@ def _adapter_axes(axes: tuple[str | None, ...]) -> tuple[tuple, tuple]:
 
 
 def layer_axes(config: ModelConfig, group: str, names: Iterable[str]) -> dict[str, tuple[str | None, ...]]:
-    """Logical axes of these weights of one layer of a group, adapters among them."""
+    """Returns the logical axes of the named weights of one layer of a group; names may be those of adapters."""
     declared = declare(config)[group]
 
     def axes(name):
@@ -219,7 +220,7 @@ def is_parameter(x) -> bool:
 
 
 def stacked_map(function, config: ModelConfig | Lora):
-    """Tree of `function(declaration, leading)`, leading being () or (layers of the group,)."""
+    """Returns the tree of `function(declaration, leading)`; leading is () or (number of layers of the group,)."""
     groups = config.layer_groups
 
     def visit(name, node):
@@ -240,15 +241,24 @@ def logical_axes(config: ModelConfig | Lora):
 
 
 def trainable(config: ModelConfig | Lora):
+    """Tree of Parameter.trainable, stacked as in memory."""
     return stacked_map(lambda p, _: p.trainable, config)
 
 
 def decayed(config: ModelConfig | Lora):
+    """Tree of Parameter.decayed, stacked as in memory."""
     return stacked_map(lambda p, _: p.decayed, config)
 
 
-def initialize(config: ModelConfig | Lora, key: jax.Array, dtype=jnp.float32):
-    """Random weights: N(0, initializer_range), ones for norms, zeros for biases and an adapter's B."""
+def initialize(config: ModelConfig | Lora, key: jax.Array, dtype=jnp.float32) -> Params:
+    """Returns random weights, stacked: N(0, initializer_range); ones for norms; zeros for biases and an adapter's B.
+
+    Example:
+        >>> import jax, llada_jax
+        >>> params = llada_jax.init(llada_jax.preset("tiny"), jax.random.key(0))
+        >>> sum(leaf.size for leaf in jax.tree.leaves(params))
+        918656
+    """
     leaves, treedef = jax.tree.flatten(stacked_map(lambda p, leading: (p, leading), config), is_leaf=_is_pair)
     keys = jax.random.split(key, len(leaves))
 
@@ -277,7 +287,7 @@ def leaf_name(name: str, layer: int | None = None) -> str:
 
 
 def leaves(config: ModelConfig | Lora) -> dict[str, tuple[Parameter, int | None]]:
-    """Every checkpoint leaf: {leaf name: (declaration, layer or None)}, in a fixed order."""
+    """Returns every checkpoint leaf, in a fixed order: {leaf name: (declaration, layer or None)}."""
     groups = config.layer_groups
     flat = {}
     for name, node in declare(config).items():
@@ -291,7 +301,7 @@ def leaves(config: ModelConfig | Lora) -> dict[str, tuple[Parameter, int | None]
 
 
 def unstack(tree, config: ModelConfig | Lora) -> dict:
-    """In-memory tree -> flat dict with one leaf per layer (as in checkpoints). Works on any tree of that structure."""
+    """In-memory tree -> flat dict with one leaf per layer, as in checkpoints. Takes any tree of that structure."""
     groups = config.layer_groups
     flat = {leaf_name(name): value for name, value in tree.items() if name not in groups}
     for group, layers in groups.items():
@@ -300,7 +310,7 @@ def unstack(tree, config: ModelConfig | Lora) -> dict:
     return flat
 
 
-def stack(flat: dict, config: ModelConfig | Lora):
+def stack(flat: dict, config: ModelConfig | Lora) -> Params:
     """Inverse of unstack; leaves may be numpy or jax arrays."""
     groups = config.layer_groups
     tree = {name: flat[leaf_name(name)] for name in declare(config) if name not in groups}

@@ -1,4 +1,4 @@
-"""Which experts a token goes to, and with what weight; float32 end to end."""
+"""The router: which experts each token goes to, and with what weight. float32 end to end."""
 
 import jax
 import jax.numpy as jnp
@@ -54,10 +54,10 @@ def _select(logits: jax.Array, bias: jax.Array | None, config: ModelConfig) -> t
 
 @jax.custom_vjp
 def _logits(x: jax.Array, router: jax.Array) -> jax.Array:
-    """x W in float32. On a TPU that takes passes of bfloat16, one for each pair of parts of x and of W.
+    """x W in float32. A TPU computes it in bfloat16 passes, one for each pair of parts of x and W: six at HIGHEST.
 
-    At HIGHEST, six. An x of bfloat16 has one part only, so that three are as exact. For the gradients HIGH will do,
-    three passes, or two (error about 1e-6).
+    An x in bfloat16 has one part only, so three passes are as exact. For gradients HIGH is enough: three passes, or two
+    (error about 1e-6).
     """
     if x.dtype == jnp.bfloat16:
         products = jnp.dot(x, jnp.concatenate(_parts(router), axis=1), preferred_element_type=jnp.float32)
@@ -67,7 +67,7 @@ def _logits(x: jax.Array, router: jax.Array) -> jax.Array:
 
 
 def _parts(x: jax.Array) -> list[jax.Array]:
-    """Three of bfloat16 with the sum x, float32."""
+    """Returns three bfloat16 arrays whose sum is x, float32."""
     parts = []
     for _ in range(3):
         # XLA may drop a conversion there and back, but not this.
@@ -113,10 +113,10 @@ def _limit_in_blocks(ranking: jax.Array, block: int, selected: int) -> jax.Array
 
 
 def balanced_bias(bias: jax.Array, load: jax.Array, rate: float) -> jax.Array:
-    """The expert bias after a step: more for experts that got fewer tokens than the mean, less for the others.
+    """Returns the expert bias after a step: raised for experts with fewer tokens than the mean, lowered for the others.
 
-    Loss-free balancing (arXiv 2408.15664) as Ling 2.0 trains: the update is rate * sign(mean load - load), less its
-    mean over the experts. bias [layers, experts]; load [layers, experts], tokens of the step.
+    Loss-free balancing (arXiv 2408.15664) as Ling 2.0 trains: the update is rate * sign(mean load - load), minus its
+    mean over the experts. bias float32 [layers, experts]; load [layers, experts]: tokens per expert in the step.
     """
     load = load.astype(jnp.float32)
     step = jnp.sign(load.mean(axis=1, keepdims=True) - load)

@@ -37,8 +37,8 @@ def select(
 def _forward(logits, bias, config, interpret):
     experts, scores = (checkpoint_name(x, "routing") for x in choose(logits, bias, config, interpret))
     # The derivative of a sigmoid is one of its value alone.
-    kept = checkpoint_name(logits, "routing") if config.router == "softmax" else None
-    return (experts, scores), (experts, scores, kept)
+    saved_logits = checkpoint_name(logits, "routing") if config.router == "softmax" else None
+    return (experts, scores), (experts, scores, saved_logits)
 
 
 def _backward(config, interpret, residuals, cotangents):

@@ -1,8 +1,8 @@
 """The FLOPs that a training step needs, from the preset and the data alone: no remat, no padding, no masked-out pair.
 
-A position costs 2 FLOPs a weight that it meets, a query-key pair that the mask allows 4 a channel and head, a masked
-token 2 a weight of the head. Training is three times the forward pass. Block diffusion has 2 L positions a row (noisy
-and clean), MDLM and AR have L.
+A position costs 2 FLOPs per weight it is multiplied with, a query-key pair that the mask allows 4 per channel and head,
+a masked token 2 per weight of the head. Training costs three forward passes. Block diffusion has 2 L positions per row
+(noisy and clean), MDLM and AR have L.
 """
 
 import numpy as np
@@ -14,7 +14,7 @@ MASKED_SHARE = 0.5  # of the tokens, on average, with t uniform
 
 
 def layer_weights(config: ModelConfig) -> dict[str, int]:
-    """{"dense", "sparse": weights that a token meets in such a layer}."""
+    """Returns {"dense", "sparse": weights that one token is multiplied with in such a layer}."""
     c, d = config, config.hidden_size
     attention = d * (c.num_heads + 2 * c.num_kv_heads) * c.head_dim + c.num_heads * c.head_dim * d
     weights = {"dense": attention + 3 * d * c.intermediate_size}
@@ -25,16 +25,16 @@ def layer_weights(config: ModelConfig) -> dict[str, int]:
 
 
 def allowed_pairs(visibility: Visibility) -> int:
-    """Query-key pairs of all rows."""
+    """Returns the number of query-key pairs that the mask allows, in all rows together."""
     noisy = np.maximum(np.asarray(visibility.noisy_end) - np.asarray(visibility.noisy_start), 0)
     clean = np.maximum(np.asarray(visibility.clean_end) - np.asarray(visibility.clean_start), 0)
     return int(noisy.sum(dtype=np.int64) + clean.sum(dtype=np.int64))
 
 
 def mean_pairs(segment_ids: np.ndarray, block_size: int, halves: str, block_origin: str = "global") -> float:
-    """allowed_pairs of a training pass over rows of documents, the mean of a row; counted on the host.
+    """Returns the mean of allowed_pairs per row in a training pass over packed rows; counted on the host.
 
-    segment_ids: int [rows, length], 0 is padding. halves, block_size: as in schedule.Phase.
+    segment_ids int [rows, length], 0 is padding. halves, block_size: as in schedule.Phase.
     """
     rows, length = segment_ids.shape
     index = np.broadcast_to(np.arange(length), segment_ids.shape)
@@ -50,7 +50,7 @@ def mean_pairs(segment_ids: np.ndarray, block_size: int, halves: str, block_orig
 
 
 def useful_flops(config: ModelConfig, rows: int, length: int, halves: str, pairs_per_row: float) -> float:
-    """Of a training step over `rows` rows of `length` tokens; halves as in schedule.Phase."""
+    """Returns the useful FLOPs of a training step over `rows` rows of `length` tokens; halves as in schedule.Phase."""
     positions = length * (2 if halves == "both" else 1)
     weights = layer_weights(config)
     matmul = 2 * positions * sum(weights[group] * len(layers) for group, layers in config.layer_groups.items())

@@ -12,7 +12,7 @@ from llada_jax.attention.kernel_backward import key_parts
 from llada_jax.attention.plan import Plan, make_plan
 from llada_jax.attention.rotary import QueryKeyRotary, RotaryNorm
 from llada_jax.attention.tiles import Tiles, device_kind, tiles_for
-from llada_jax.attention.visibility import block_causal, block_diffusion, layout
+from llada_jax.attention.visibility import block_causal, block_diffusion, make_layout
 from llada_jax.chips import Chip, Topology
 from llada_jax.pod import attention_program, packings
 from llada_jax.pod.aot import Program, compile_program
@@ -83,8 +83,8 @@ class Shape:
 
     def visibility(self, segment_ids: jax.Array, block_size: int):
         """segment_ids int32 [rows, length]."""
-        where = layout(segment_ids, block_size if self.halves == "both" else self.length)
-        return block_diffusion(where) if self.halves == "both" else block_causal(where)
+        layout = make_layout(segment_ids, block_size if self.halves == "both" else self.length)
+        return block_diffusion(layout) if self.halves == "both" else block_causal(layout)
 
 
 def program(shape: dict):

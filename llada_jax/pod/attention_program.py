@@ -9,7 +9,7 @@ import numpy as np
 from llada_jax.attention.kernel import kernel_attention
 from llada_jax.attention.plan import Plan, make_plan, step_classes
 from llada_jax.attention.tiles import Tiles, device_kind, tiles_for
-from llada_jax.attention.visibility import block_diffusion, layout, window
+from llada_jax.attention.visibility import block_diffusion, block_window, make_layout
 from llada_jax.pod.packings import ROWS, Walk
 
 # The branches of the kernels' loops in program order.
@@ -20,12 +20,12 @@ REGIONS["decode"] = ("full", "partial")  # the end of so small a tile cannot be 
 @functools.partial(jax.jit, static_argnames="tiles")
 def plan(segments: jax.Array, block_size: int, tiles: Tiles) -> Plan:
     """Of one row: segments [length] int32."""
-    return make_plan(block_diffusion(layout(segments[None], block_size)), 2 * segments.size, tiles)
+    return make_plan(block_diffusion(make_layout(segments[None], block_size)), 2 * segments.size, tiles)
 
 
 def decoding_plan(cached: jax.Array, length: int, block_size: int, tiles: Tiles) -> Plan:
     """Of a batch that decodes a block a row, cached [rows] int32 positions of `length` filled."""
-    return make_plan(window(cached, block_size), block_size + length, tiles)
+    return make_plan(block_window(cached, block_size), block_size + length, tiles)
 
 
 def program(length: int, heads: int, kv_heads: int, head_dim: int, block_size: int, tiles: Tiles | None, decode: bool):

@@ -34,8 +34,8 @@ from llada_jax.pod.rehearse import (
 from llada_jax.pod.step_cost import PARTS, Line, step_lines
 from llada_jax.pod.topology import slice_devices
 from llada_jax.sampling import decode, predict
-from llada_jax.sampling.cost import Cost, pass_cost, uniform_hits
-from llada_jax.sampling.state import CACHE_AXES, Program, empty_state
+from llada_jax.sampling.cost import PassCost, pass_cost, uniform_hits
+from llada_jax.sampling.state import CACHE_AXES, DecodeSettings, empty_state
 from llada_jax.training import run_model
 from llada_jax.training.config import check, execution
 
@@ -46,7 +46,7 @@ class DecodeRehearsal:
 
     lines: list[Line]
     memory: Memory
-    roofline: Cost
+    roofline: PassCost
     compile_seconds: float
     slices: Slices
     rows: int
@@ -98,10 +98,10 @@ def rehearse_decode(config: ConfigDict, slices: Slices, rows: int, canvas: int, 
     if rows % (mesh.size // mesh.shape["tensor"]):
         raise InputError(f"--rows={rows} cannot be shared by {mesh.size} devices")
     model = model_of(config)
-    program = Program(model.mask_token_id, block_length=block, execution=on_tpu)
-    params, state = _arguments(model, program, rows, canvas, mesh)
+    decoding = DecodeSettings(model.mask_token_id, block_length=block, execution=on_tpu)
+    params, state = _arguments(model, decoding, rows, canvas, mesh)
     with jax.set_mesh(mesh):
-        step = jax.jit(functools.partial(decode.iterate, config=model, program=program), donate_argnames=("state",))
+        step = jax.jit(functools.partial(decode.iterate, config=model, settings=decoding), donate_argnames=("state",))
         lowered = step.lower(params, state=state)
     compiled, seconds = compile_step(lowered, mesh, slices)
     module = hlo.parse(compiled.as_text())
@@ -114,11 +114,11 @@ def rehearse_decode(config: ConfigDict, slices: Slices, rows: int, canvas: int, 
     return DecodeRehearsal(lines, memory, cost, seconds, slices, rows, block, filled)
 
 
-def _arguments(model: ModelConfig, program: Program, rows: int, canvas: int, mesh):
+def _arguments(model: ModelConfig, decoding: DecodeSettings, rows: int, canvas: int, mesh):
     """Abstract weights and state, laid out as sharding.RULES say: rows over the batch axes."""
     axes = parameters.logical_axes(model)
     params = with_shardings(parameters.abstract(model, jnp.bfloat16), lambda x: sharding.shardings(x, axes, mesh))
-    state = jax.eval_shape(functools.partial(empty_state, model, program, rows, canvas, "bfloat16"))
+    state = jax.eval_shape(functools.partial(empty_state, model, decoding, rows, canvas, "bfloat16"))
 
     def where(path, leaf):
         if path[0].name == "cache":

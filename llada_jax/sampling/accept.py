@@ -1,15 +1,15 @@
-"""Which of a block's predictions are written in a step: the acceptance rules.
+"""The acceptance rules: which of a block's predictions a step writes.
 
-Each rule is a function of one step's predictions for [rows, block] positions; every row stands for itself. Arguments,
-where a rule has them: confidence, entropy [rows, block] float32, of the softmax over all logits (sampling/predict.py);
-masked [rows, block] bool; due [rows] int, tokens that the schedule asks for; thresholds [rows] float32. They return
-bool [rows, block]; ties go to the lowest position.
+Each rule is a function of one step's predictions for [rows, block] positions, and treats every row alone. Arguments:
+confidence, entropy [rows, block] float32, of the softmax over all logits (sampling/predict.py); masked [rows, block]
+bool; due [rows] int, tokens that the schedule asks for; thresholds [rows] float32. Returns bool [rows, block]; ties go
+to the lowest position.
 """
 
 import jax
 import jax.numpy as jnp
 
-_NEAR = 1e-5  # dInfer takes everything this near to the most confident
+_NEAR = 1e-5  # dInfer accepts every position within this of the most confident one
 
 
 def due(block_length: int, steps: jax.Array, step: jax.Array) -> jax.Array:
@@ -30,10 +30,10 @@ def sglang(confidence, masked, threshold) -> jax.Array:
 
 
 def dinfer(confidence, masked, threshold, predicts_mask=None) -> jax.Array:
-    """All with confidence >= min(threshold, the largest - 1e-5): near-ties of the largest go together (dInfer).
+    """All with confidence >= min(threshold, the largest - 1e-5): near-ties with the largest go together (dInfer).
 
-    predicts_mask [rows, block] bool: positions whose first choice is the mask are left out, unless no other is left
-    (there dInfer goes round for ever).
+    predicts_mask [rows, block] bool: positions whose first choice is the mask. They are skipped unless no other is left
+    (dInfer would loop for ever there).
     """
     if predicts_mask is not None:
         sure = masked & ~predicts_mask
@@ -43,8 +43,8 @@ def dinfer(confidence, masked, threshold, predicts_mask=None) -> jax.Array:
 
 
 def entropy(entropy, masked, bound) -> jax.Array:
-    """The surest, and the next surest while the entropies of all taken, but the largest, add up to at most `bound` nats
-    (EB-Sampler, arXiv 2505.24857: what can depend on one another among them is at most that).
+    """The positions of lowest entropy, as many as have entropies, the largest not counted, of at most `bound` nats in
+    sum; at least one. The sum bounds the mutual dependence of the tokens (EB-Sampler, arXiv 2505.24857).
     """
     order = jnp.argsort(jnp.where(masked, entropy, jnp.inf), axis=-1, stable=True)
     ascending = jnp.take_along_axis(jnp.where(masked, entropy, 0.0), order, axis=-1)
@@ -58,7 +58,7 @@ def fixed(confidence, masked, due) -> jax.Array:
 
 
 def top(score: jax.Array, eligible: jax.Array, count: jax.Array) -> jax.Array:
-    """The `count` [rows] eligible positions of the largest score [rows, block] (or all, when they are fewer)."""
+    """The `count` [rows] eligible positions with the largest scores [rows, block]; all of them if there are fewer."""
     order = jnp.argsort(jnp.where(eligible, -score, jnp.inf), axis=-1, stable=True)
     rank = jnp.argsort(order, axis=-1)
     return eligible & (rank < count[:, None])

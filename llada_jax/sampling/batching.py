@@ -1,7 +1,8 @@
-"""Continuous batching: requests from an iterator, answers as they finish; a finished row is given the next request.
+"""Continuous batching: takes requests from an iterator and yields answers as they finish. A finished row takes the next
+request.
 
-The device runs `admit_every` passes over the batch between two looks of the host. What a request gets depends on the
-request alone: not on its batch mates, nor on when it was admitted.
+The device runs `admit_every` passes over the batch, then the host collects and admits. An answer depends on its request
+alone: not on the rest of the batch, nor on when it was admitted.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ import numpy as np
 from llada_jax.errors import InputError
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.forward import Execution
+from llada_jax.model.parameters import Params
 from llada_jax.sampling import decode
 from llada_jax.sampling.cost import second_block_price
 from llada_jax.sampling.generate import (
@@ -21,9 +23,9 @@ from llada_jax.sampling.generate import (
     check_prompts,
     collect,
     cut,
+    decode_settings,
     eos_ids_of,
     pad,
-    program_of,
     requests_of,
 )
 from llada_jax.sampling.state import KEYS, State, empty_state
@@ -32,8 +34,16 @@ from llada_jax.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """prompt: 1-D int ids. seed: of its draws, an int in [0, 2^32), or a pair of them, (seed of a run, number of a
-    request): no two pairs share draws. None is its number in the stream.
+    """One prompt and how to decode it.
+
+    prompt: 1-D int array of token ids. seed: of its draws, an int in [0, 2^32), or a pair of them (seed of a run,
+    number of the request): different pairs share no draws. None is the request's number in the stream.
+
+    Example:
+        >>> import llada_jax, numpy as np
+        >>> request = llada_jax.Request(np.array([5, 6, 7]), llada_jax.GenerateConfig(gen_length=8), seed=1)
+        >>> request.config.block_length
+        32
     """
 
     prompt: np.ndarray
@@ -43,9 +53,8 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What one request got; `index` is its number in the stream. See sampling.generate.Generation.
-
-    text: what the tokens add to the prompt's, without special ones; None without a tokenizer.
+    """The answer to one request. index: its number in the stream, from 0. text: the text that the tokens add to the
+    prompt, without special tokens; None without a tokenizer. The rest is as in sampling.generate.Generation.
     """
 
     index: int
@@ -55,8 +64,13 @@ class Answer:
     forward_passes: int
     commit_passes: int
     positions_evaluated: int
-    steps: np.ndarray
+    written_at: np.ndarray
     confidence: np.ndarray
+
+    @property
+    def steps(self) -> np.ndarray:
+        """Former name of written_at."""
+        return self.written_at
 
     @property
     def tokens_per_forward(self) -> float:
@@ -66,9 +80,9 @@ class Answer:
 
 @dataclasses.dataclass
 class Usage:
-    """What the device has done so far. Positions are those of all rows: idle ones and the padding of prefills included.
+    """Work of the device so far. Positions are those of all rows, idle rows and the padding of prefills included.
 
-    iterations: passes of decoding; row_passes: rows summed over them, running_row_passes those with a request.
+    iterations: decoding passes. row_passes: rows summed over them; running_row_passes: rows with a request.
     """
 
     iterations: int = 0
@@ -80,12 +94,12 @@ class Usage:
 
     @property
     def busy(self) -> float:
-        """Share of the rows that were running, over all passes of decoding."""
+        """Share of rows with a request, over all decoding passes."""
         return self.running_row_passes / max(self.row_passes, 1)
 
 
 def serve(
-    params,
+    params: Params,
     config: ModelConfig,
     requests: Iterable[Request],
     rows: int,
@@ -97,13 +111,23 @@ def serve(
     usage: Usage | None = None,
     on_tokens: Callable[[int, np.ndarray], None] | None = None,
 ) -> Iterator[Answer]:
-    """Yields an Answer for each request, in the order in which they finish.
+    """Yields an Answer per request, in the order in which they finish (`in_order` restores that of the requests).
 
-    requests: read only as rows become free; their configs may differ in all but block_length, mask_id and rule.
-    rows: requests decoded together. max_length: of a prompt and its answer, in tokens. admit_every: passes between
-    admissions. fuse_share: see sampling.generate.generate. usage: is kept up to date. on_tokens(index, tokens): called
-    as blocks of an answer are finished, with the tokens that are new. Raises InputError on a request that is too long
-    or cannot join the batch.
+    requests: read only as rows become free; all must share block_length, mask_id and rule. rows: requests decoded
+    together. max_length: most tokens of a prompt and its answer together. tokenizer: decodes Answer.text. admit_every:
+    passes between admissions. execution, fuse_share: as in sampling.generate.generate. usage: updated in place.
+    on_tokens(index, tokens): called with the new tokens whenever a block of an answer is finished. Raises InputError on
+    a request that is too long or cannot join the batch.
+
+    Example:
+        >>> import llada_jax
+        >>> model = llada_jax.load_checkpoint("checkpoint")
+        >>> settings = llada_jax.GenerateConfig(gen_length=8, block_length=8, steps=2)
+        >>> prompts = [model.tokenizer.encode(text) for text in ("def f(", "class", "if")]
+        >>> requests = [llada_jax.Request(prompt, settings) for prompt in prompts]
+        >>> answers = llada_jax.serve(model.params, model.config, requests, rows=2, max_length=16)
+        >>> sorted(answer.index for answer in answers)
+        [0, 1, 2]
     """
     if rows < 1 or admit_every < 1:
         raise InputError(f"rows={rows}, admit_every={admit_every}, expected at least 1")
@@ -118,18 +142,18 @@ def serve(
         running |= dict(new)
         if not running:
             return
-        program = program_of(config, [r.request.config for r in running.values()], execution)
+        settings = decode_settings(config, [r.request.config for r in running.values()], execution)
         if state is None:
-            block = program.block_length
+            block = settings.block_length
             dtype = execution.dtype or str(params["embedding"].dtype)
             if fuse_share is None:
                 fuse_share = second_block_price(config, rows, block)
-            shared = dataclasses.replace(program, sample=False, cut=False)
+            shared = dataclasses.replace(settings, sample=False, cut=False)
             state = empty_state(config, shared, rows, -(-max_length // block) * block, dtype, fuse_share)
-        elif program.block_length != block:
-            raise InputError(f"block_length={program.block_length} beside {block} in one batch, expected one value")
-        state = _admit(params, config, program, state, new, usage)
-        state = decode.advance(params, config, program, state, jnp.int32(admit_every))
+        elif settings.block_length != block:
+            raise InputError(f"block_length={settings.block_length} beside {block} in one batch, expected one value")
+        state = _admit(params, config, settings, state, new, usage)
+        state = decode.advance(params, config, settings, state, jnp.int32(admit_every))
         yield from _finished(config, state, running, block, tokenizer, on_tokens, usage, rows)
 
 
@@ -161,8 +185,8 @@ def _check(config: ModelConfig, index: int, request: Request, max_length: int) -
     return _Running(index, request, prompt)
 
 
-def _admit(params, config, program, state: State, new, usage: Usage) -> State:
-    """Prefills new requests together; numbers and lengths are rounded up to powers of two, to compile few programs."""
+def _admit(params, config, settings, state: State, new, usage: Usage) -> State:
+    """Prefills new requests together. Rounds their number and length up to powers of two, to compile few programs."""
     if not new:
         return state
     count = 1 << (len(new) - 1).bit_length()
@@ -172,18 +196,18 @@ def _admit(params, config, program, state: State, new, usage: Usage) -> State:
     seeds = [run.index if run.request.seed is None else run.request.seed for run in runs]
     keys = jax.random.wrap_key_data(np.array([_key_data(seed) for seed in seeds], np.uint32), impl=KEYS)
     requests = requests_of(config, lengths, [run.request.config for run in runs], keys)
-    canvas, blocks = state.tokens.shape[1], int(lengths.max()) // program.block_length
-    prefill = min((1 << (blocks - 1).bit_length()) * program.block_length, canvas) if blocks else 0
+    canvas, blocks = state.tokens.shape[1], int(lengths.max()) // settings.block_length
+    prefill = min((1 << (blocks - 1).bit_length()) * settings.block_length, canvas) if blocks else 0
     usage.prefill_passes += prefill > 0
     usage.prefill_positions += prefill * count
     rows = np.array([row for row, _ in padded], np.int32)
     return decode.admit(
-        params, config, program, state, rows, requests, pad([run.prompt for run in runs], canvas), prefill
+        params, config, settings, state, rows, requests, pad([run.prompt for run in runs], canvas), prefill
     )
 
 
 def _key_data(seed: int | tuple[int, int]) -> tuple[int, int]:
-    """The two words of a key: of an int those of jax.random.key, of a pair its hash."""
+    """The two words of a key: those of jax.random.key for an int, a hash for a pair."""
     if not isinstance(seed, tuple):
         return 0, seed
     first, second = np.random.SeedSequence(seed).generate_state(2)
@@ -191,12 +215,12 @@ def _key_data(seed: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def _finished(config, state: State, running: dict, block: int, tokenizer, on_tokens, usage: Usage, rows: int):
-    """Answers of the rows that have finished, which become free; tells on_tokens of finished blocks."""
+    """Yields answers of finished rows and frees the rows; reports finished blocks to on_tokens."""
     finished, start = np.asarray(state.finished), np.asarray(state.start)
     usage.iterations += int(state.iterations)
     usage.row_passes += int(state.iterations) * rows
     usage.running_row_passes += int(state.busy)
-    usage.decoding_positions += int(state.positions_evaluated)
+    usage.decoding_positions += int(state.batch_positions)
     done = [row for row in running if finished[row]]
     if on_tokens is not None:
         tokens = np.asarray(state.tokens)
@@ -221,13 +245,13 @@ def _finished(config, state: State, running: dict, block: int, tokenizer, on_tok
             forward_passes=int(out.forward_passes[i]),
             commit_passes=int(out.commit_passes[i]),
             positions_evaluated=int(out.positions_evaluated[i]),
-            steps=out.steps[i],
+            written_at=out.written_at[i],
             confidence=out.confidence[i],
         )
 
 
 def in_order(answers: Iterable[Answer]) -> Iterator[Answer]:
-    """The answers in the order of their requests, each as soon as those before it have come."""
+    """Yields the answers in the order of their requests, each as soon as all before it are there."""
     waiting: dict[int, Answer] = {}
     following = 0
     for answer in answers:

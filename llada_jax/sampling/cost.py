@@ -8,14 +8,14 @@ import jax
 from llada_jax.chips import CHIPS, Chip
 from llada_jax.model.config import ModelConfig
 
-# What a window's second block costs on a device that chips.py does not know, as a share of a pass: nearly all of it, as
-# on CPUs (python tools/bench.py decode prints it).
+# Cost of a window's second block on a device that chips.py does not know, as a share of a pass; as on CPUs, where
+# `python tools/bench.py decode` measures it.
 UNKNOWN_PRICE = 0.75
 
 
 @dataclasses.dataclass(frozen=True)
-class Cost:
-    """Of one pass over one device's worth of weights: bytes read from memory, FLOPs of its matmuls."""
+class PassCost:
+    """Cost of one pass with all weights on one device: bytes read from memory, FLOPs of its matmuls."""
 
     bytes: float
     flops: float
@@ -29,7 +29,9 @@ class Cost:
 
 
 def uniform_hits(config: ModelConfig, tokens: int) -> float:
-    """Experts of a layer that `tokens` tokens reach when routing is uniform and independent: an upper estimate."""
+    """Expected number of experts of a layer that `tokens` tokens reach, if routing is uniform and independent: an upper
+    estimate.
+    """
     return config.num_experts * (1 - (1 - config.num_experts_per_token / config.num_experts) ** tokens)
 
 
@@ -41,11 +43,11 @@ def pass_cost(
     context: int = 0,
     hits: Callable[[ModelConfig, int], float] = uniform_hits,
     bytes_per_value: int = 2,
-) -> Cost:
+) -> PassCost:
     """Cost of a pass over `tokens` window tokens, `head_positions` of which need logits.
 
-    cached_tokens: in the caches of all rows; context: keys that a token sees. hits(config, tokens): distinct experts
-    that a layer reads.
+    cached_tokens: tokens in the caches of all rows together. context: keys that each token sees. hits(config, tokens):
+    distinct experts that a layer reads.
     """
     d, sparse = config.hidden_size, len(config.layer_groups.get("sparse", ()))
     dense = config.num_layers - sparse
@@ -62,16 +64,17 @@ def pass_cost(
     head = d * config.vocab_size
     cache = 2 * config.num_layers * kv_values * cached_tokens
     scores = 4 * config.num_layers * head_values * context * tokens
-    return Cost(
+    return PassCost(
         bytes=(read + (head if head_positions else 0) + tokens * d + cache) * bytes_per_value,
         flops=2 * per_token * tokens + 2 * head * head_positions + scores,
     )
 
 
 def second_block_price(config: ModelConfig, rows: int, block_length: int, device_kind: str | None = None) -> float:
-    """What doubling the window adds to a pass, as a share of the pass, 0 to 1: little while weights bound it.
+    """Returns the cost of a window's second block as a share of a pass, 0 to 1: little while reading weights dominates.
 
-    device_kind: of the chip; None is that of the first device. From the roofline of a TPU; UNKNOWN_PRICE elsewhere.
+    device_kind: None is that of the first device. The roofline of the chip gives the share; UNKNOWN_PRICE if chips.py
+    does not know the device.
     """
     device_kind = jax.devices()[0].device_kind if device_kind is None else device_kind
     chip = next((chip for chip in CHIPS.values() if chip.device_kind == device_kind), None)
@@ -83,7 +86,7 @@ def second_block_price(config: ModelConfig, rows: int, block_length: int, device
 
 
 def compute_bound_rows(config: ModelConfig, block_length: int, chip: Chip, hits=uniform_hits, most: int = 4096):
-    """The fewest rows, of powers of two, whose pass is bound by compute; None when `most` are not enough."""
+    """Returns the smallest power of two of rows whose pass is compute-bound; None if `most` rows are not enough."""
     rows = 1
     while rows <= most:
         tokens = rows * block_length

@@ -1,13 +1,14 @@
 """Block-by-block decoding on the device: one `lax.while_loop`, each row at its own block and its own step.
 
-An iteration is one forward pass over a window of every row against the keys and values of the row's finished blocks. A
-block that has just been finished is committed, its keys and values computed from its final tokens, in one of two ways:
+An iteration is one forward pass over a window of every row, against the cached keys and values of the row's finished
+blocks. A block that has just been finished is committed: its keys and values are computed from its final tokens, in one
+of two ways.
 
-    separate   the row's window is the finished block; it denoises nothing in this iteration
-    fused      the windows have two blocks, and the finished one is committed by the next one's first step
+    separate   the row's window is the finished block; the row denoises nothing in this iteration
+    fused      all windows have two blocks; the first step of the next block also commits the finished one
 
-Both are exact, because clean tokens see clean blocks only. Which one an iteration takes depends on how many of its rows
-have a block to commit (State.fuse_share): alone, a row's commits are always free of a pass of their own.
+Both are exact, because clean tokens see clean blocks only. The share of rows with a block to commit decides which one
+an iteration takes (State.fuse_share): a single row's commits are fused unless fuse_share is above 1.
 """
 
 import functools
@@ -17,48 +18,47 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from llada_jax import sharding
-from llada_jax.attention import visibility as vis
+from llada_jax.attention.visibility import block_causal, block_window, make_layout, two_block_window
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.forward import hidden_states
 from llada_jax.model.head import head_matrix
 from llada_jax.sampling import accept
-from llada_jax.sampling.predict import Kind, predict
-from llada_jax.sampling.state import CACHE_AXES, Program, Requests, State, empty_state
+from llada_jax.sampling.predict import PredictSettings, predict
+from llada_jax.sampling.state import CACHE_AXES, DecodeSettings, Requests, State, empty_state
 
 WRITTEN_ROWS = "written_rows"  # scope of the loop over the rows whose blocks are committed
 
 
-@functools.partial(jax.jit, static_argnames=("config", "program", "prefill_length"))
+@functools.partial(jax.jit, static_argnames=("config", "settings", "prefill_length"))
 def decode(
-    params, config: ModelConfig, program: Program, requests: Requests, prompts, fuse_share, prefill_length: int
+    params, config: ModelConfig, settings: DecodeSettings, requests: Requests, prompts, fuse_share, prefill_length: int
 ) -> State:
-    """Decodes a whole batch to its end in one program. prompts [rows, canvas] int32; the rest as in `admit`."""
-    dtype = program.execution.dtype or params["embedding"].dtype
-    state = empty_state(config, program, *prompts.shape, dtype, fuse_share)
-    state = _admit(params, config, program, state, jnp.arange(prompts.shape[0]), requests, prompts, prefill_length)
-    return _advance(params, config, program, state, jnp.iinfo(jnp.int32).max)
+    """Decodes a whole batch to its end in one program. prompts [rows, canvas] int32; other arguments as in `admit`."""
+    dtype = settings.execution.dtype or params["embedding"].dtype
+    state = empty_state(config, settings, *prompts.shape, dtype, fuse_share)
+    state = _admit(params, config, settings, state, jnp.arange(prompts.shape[0]), requests, prompts, prefill_length)
+    return _advance(params, config, settings, state, jnp.iinfo(jnp.int32).max)
 
 
-def _advance(params, config: ModelConfig, program: Program, state: State, iterations) -> State:
+def _advance(params, config: ModelConfig, settings: DecodeSettings, state: State, iterations) -> State:
     none = jnp.zeros((), jnp.int32)
     return jax.lax.while_loop(
         lambda state: ~state.finished.all() & (state.iterations < iterations),
-        functools.partial(iterate, params, config, program),
-        state.replace(iterations=none, busy=none, positions_evaluated=none),
+        functools.partial(iterate, params, config, settings),
+        state.replace(iterations=none, busy=none, batch_positions=none),
     )
 
 
-def _admit(params, config, program, state: State, rows, requests, prompts, prefill_length: int) -> State:
-    block, canvas = program.block_length, state.tokens.shape[1]
-    where = jnp.arange(canvas)[None]
-    inside = where < requests.prompt_length[:, None]
+def _admit(params, config, settings, state: State, rows, requests, prompts, prefill_length: int) -> State:
+    block, canvas = settings.block_length, state.tokens.shape[1]
+    inside = jnp.arange(canvas)[None] < requests.prompt_length[:, None]
     start = requests.prompt_length // block * block
     cache, last_hidden = state.cache, jnp.zeros((len(rows), state.last_hidden.shape[1]), state.last_hidden.dtype)
     if prefill_length:
         prompt = prompts[:, :prefill_length]
-        visibility = vis.block_causal(vis.layout(jnp.ones_like(prompt), block))
+        visibility = block_causal(make_layout(jnp.ones_like(prompt), block))
         positions = jnp.broadcast_to(jnp.arange(prefill_length), prompt.shape)
-        hidden, computed = hidden_states(params, config, prompt, positions, visibility, program.execution)
+        hidden, computed = hidden_states(params, config, prompt, positions, visibility, settings.execution)
 
         def put(whole, part):
             return whole.at[:, rows, :prefill_length].set(part.astype(whole.dtype), mode="drop")
@@ -70,47 +70,49 @@ def _admit(params, config, program, state: State, rows, requests, prompts, prefi
     zeros, no = jnp.zeros_like(start), jnp.zeros(start.shape, bool)
     masked = start[:, None] + jnp.arange(block)[None] >= requests.prompt_length[:, None]
     new = dict(
-        requests=requests, tokens=jnp.where(inside, prompts, program.mask_id), steps=jnp.zeros_like(prompts),
+        requests=requests, tokens=jnp.where(inside, prompts, settings.mask_id), written_at=jnp.zeros_like(prompts),
         confidence=jnp.zeros(prompts.shape), masked=masked, start=start, step=zeros, post_steps=zeros, pending=no,
-        finished=no, denoising_passes=zeros, commit_passes=zeros, positions=zeros, last_hidden=last_hidden,
+        finished=no, denoising_passes=zeros, commit_passes=zeros, positions_evaluated=zeros, last_hidden=last_hidden,
     )  # fmt: skip
     old = {name: getattr(state, name) for name in new}
     return state.replace(cache=cache, **jax.tree.map(lambda a, b: a.at[rows].set(b, mode="drop"), old, new))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "program", "prefill_length"), donate_argnames=("state",))
-def admit(params, config: ModelConfig, program: Program, state: State, rows, requests, prompts, prefill_length: int):
-    """Puts requests into the `rows` [n] of a state (out of bounds: dropped) and prefills them. Donates the state.
+@functools.partial(jax.jit, static_argnames=("config", "settings", "prefill_length"), donate_argnames=("state",))
+def admit(
+    params, config: ModelConfig, settings: DecodeSettings, state: State, rows, requests, prompts, prefill_length: int
+):
+    """Puts requests into `rows` [n] of a state (out of bounds: dropped) and prefills them. Donates the state.
 
-    requests: Requests of [n]; prompts [n, canvas] int32, anything after each prompt. prefill_length (static): whole
-    prompt blocks of the longest prompt, in tokens, computed in one block-causal pass; a prompt's tail joins its first
-    decoded block.
+    requests: Requests with arrays [n]. prompts [n, canvas] int32: anything may follow each prompt. prefill_length
+    (static): tokens in whole blocks of the longest prompt, computed in one block-causal pass. The tail of a prompt is
+    part of its first decoded block.
     """
-    return _admit(params, config, program, state, rows, requests, prompts, prefill_length)
+    return _admit(params, config, settings, state, rows, requests, prompts, prefill_length)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "program"), donate_argnames=("state",))
-def advance(params, config: ModelConfig, program: Program, state: State, iterations) -> State:
-    """At most `iterations` (int32) passes over the batch; fewer when every row has finished. Donates the state.
+@functools.partial(jax.jit, static_argnames=("config", "settings"), donate_argnames=("state",))
+def advance(params, config: ModelConfig, settings: DecodeSettings, state: State, iterations) -> State:
+    """Runs at most `iterations` (int32) passes over the batch, fewer if every row finishes. Donates the state.
 
-    The state's counts of passes, running rows and positions are those of this call.
+    Afterwards the state's iterations, busy and batch_positions count this call alone.
     """
-    return _advance(params, config, program, state, iterations)
+    return _advance(params, config, settings, state, iterations)
 
 
-def iterate(params, config: ModelConfig, program: Program, state: State) -> State:
-    """One forward pass over the batch, and what follows from it: the step of decoding that is repeated.
+def iterate(params, config: ModelConfig, settings: DecodeSettings, state: State) -> State:
+    """One decoding step of the whole batch: a forward pass, then commits, acceptance and moves to the next block.
 
-    Pure, and can be lowered from abstract arguments (sampling/state.py, empty_state).
+    Pure, and can be lowered from abstract arguments (state.empty_state).
     """
-    block = program.block_length
+    block = settings.block_length
     running = ~state.finished
     committing = running & state.pending
     fused = committing.any() & (committing.sum() >= state.fuse_share * running.sum())
-    passes = [functools.partial(window_pass, params, config, program, state, blocks) for blocks in (1, 2)]
+    passes = [functools.partial(window_pass, params, config, settings, state, blocks) for blocks in (1, 2)]
     hidden, computed, last_hidden = jax.lax.cond(fused, passes[1], passes[0])
 
-    write = functools.partial(_write, at=state.start - block, where=committing)
+    write = functools.partial(_write, at=state.start - block, selected=committing)
     cache = jax.tree.map(write, state.cache, computed)
     last_hidden = jnp.where(committing[:, None], last_hidden, state.last_hidden)
 
@@ -123,26 +125,27 @@ def iterate(params, config: ModelConfig, program: Program, state: State) -> Stat
         last_hidden=last_hidden,
         pending=state.pending & ~committing,
         commit_passes=state.commit_passes + (committing & ~fused),
-        positions=state.positions + running * width,
+        positions_evaluated=state.positions_evaluated + running * width,
         iterations=state.iterations + 1,
         busy=state.busy + running.sum(),
-        positions_evaluated=state.positions_evaluated + running.size * width,
+        batch_positions=state.batch_positions + running.size * width,
     )
-    return _denoise(params, config, program, state, hidden, denoising)
+    return _denoise(params, config, settings, state, hidden, denoising)
 
 
 def constrain_cache(cache):
     return jax.tree.map(lambda x: sharding.constrain(x, CACHE_AXES), cache)
 
 
-def _write(cache, block, at, where):
-    """cache [layers, rows, positions, ...] with block, of fewer positions, written at `at` [rows], in the rows `where`.
+def _write(cache, block, at, selected):
+    """Writes `block` into the cache at position `at` [rows], in the `selected` rows (bool [rows]) only.
 
-    Row by row, in place: an update under vmap is a scatter, for which XLA on TPUs turns the cache around and back.
+    cache [layers, rows, positions, ...]; block: the same shape with fewer positions. Row by row and in place: an update
+    under vmap is a scatter, for which XLA on TPUs transposes the cache and transposes it back.
     """
 
-    def write(cache, block, at, where):
-        rows = jnp.nonzero(where, size=where.shape[0], fill_value=0)[0]
+    def write(cache, block, at, selected):
+        rows = jnp.nonzero(selected, size=selected.shape[0], fill_value=0)[0]
 
         def write_row(i, cache):
             row = rows[i]
@@ -150,36 +153,39 @@ def _write(cache, block, at, where):
             return jax.lax.dynamic_update_slice(cache, part, (0, row, at[row], 0, 0))
 
         with jax.named_scope(WRITTEN_ROWS):
-            return jax.lax.fori_loop(0, where.sum(), write_row, cache)
+            return jax.lax.fori_loop(0, selected.sum(), write_row, cache)
 
     if (mesh := sharding.mesh_in_force()) is None:
-        return write(cache, block, at, where)
+        return write(cache, block, at, selected)
     split = sharding.spec(CACHE_AXES, cache.shape, mesh)
     rows = PartitionSpec(split[1])
     run = jax.shard_map(write, in_specs=(split, split, rows, rows), out_specs=split, check_vma=False)
-    return run(cache, block, at, where)
+    return run(cache, block, at, selected)
 
 
-def window_pass(params, config: ModelConfig, program: Program, state: State, blocks: int):
-    """Forward over a window of one or two blocks: (hidden [rows, block, embed] of the window's last block, keys and
-    values of its first block, hidden [rows, embed] of the last token of its first block)."""
-    block = program.block_length
+def window_pass(params, config: ModelConfig, settings: DecodeSettings, state: State, blocks: int):
+    """Forward pass over a window of one or two blocks per row.
+
+    Returns hidden states [rows, block, embed] of the window's last block, the keys and values of its first block, and
+    the hidden state [rows, embed] of the last token of its first block.
+    """
+    block = settings.block_length
     canvas = state.tokens.shape[1]
     if blocks == 1:
         first = jnp.where(state.pending, state.start - block, state.start)
-        visibility = vis.window(first, block)
+        visibility = block_window(first, block)
     else:
         first = state.start - block
-        visibility = vis.two_block_window(state.start, block, ~state.pending)
+        visibility = two_block_window(state.start, block, ~state.pending)
     window = jnp.clip(first[:, None] + jnp.arange(blocks * block)[None], 0, canvas - 1)
     tokens = jnp.take_along_axis(state.tokens, window, axis=1)
-    hidden, computed = hidden_states(params, config, tokens, window, visibility, program.execution, cache=state.cache)
+    hidden, computed = hidden_states(params, config, tokens, window, visibility, settings.execution, cache=state.cache)
     return hidden[:, -block:], jax.tree.map(lambda x: x[:, :, :block], computed), hidden[:, block - 1]
 
 
-def _denoise(params, config, program, state: State, hidden, denoising) -> State:
-    """Accepts predictions into the blocks of the rows that are `denoising` [rows], and moves on those that are full."""
-    rule, requests, masked, block = program.rule, state.requests, state.masked, program.block_length
+def _denoise(params, config, settings, state: State, hidden, denoising) -> State:
+    """Accepts predictions in the rows that are `denoising` (bool [rows]); rows with a full block go to the next one."""
+    rule, requests, masked, block = settings.rule, state.requests, state.masked, settings.block_length
     window = state.start[:, None] + jnp.arange(block)[None]
     old = _get(state.tokens, window)
     generated = window >= requests.prompt_length[:, None]
@@ -190,27 +196,32 @@ def _denoise(params, config, program, state: State, hidden, denoising) -> State:
 
     sampling = requests.sampling
     sampling = sampling.replace(key=jax.vmap(key_of)(sampling.key, state.start, state.step))
-    kind = Kind(program.mask_id, program.sample, program.cut, entropy=rule == "entropy", raw=rule == "dinfer")
-    found = predict(head_matrix(params, config), hidden, needed, sampling, kind)
+    predict_settings = PredictSettings(
+        settings.mask_id, settings.sample, settings.cut, entropy=rule == "entropy", raw=rule == "dinfer"
+    )
+    prediction = predict(head_matrix(params, config), hidden, needed, sampling, predict_settings)
 
-    accepted = _accept(program, state, found) & needed & masked
+    accepted = _accept(settings, state, prediction) & needed & masked
     edited = jnp.zeros_like(accepted)
     if rule == "llada2.1":
-        edited = accept.edits(found.confidence, found.token, old, needed & ~masked, requests.editing_threshold)
+        editable = needed & ~masked
+        edited = accept.edits(prediction.confidence, prediction.token, old, editable, requests.editing_threshold)
     left, written = masked & ~accepted, accepted | edited
-    tokens = jnp.where(written, found.token, old)
-    full, step, post_steps = _progress(program, state, left, edited)
+    tokens = jnp.where(written, prediction.token, old)
+    full, step, post_steps = _progress(settings, state, left, edited)
     full &= denoising
-    ended = _ended(program, requests, generated, tokens, left, written, full)
+    ended = _ended(settings, requests, generated, tokens, left, written, full)
     finished = state.finished | ended | (full & (state.start + block >= requests.row_end))
 
     moves = full & ~finished
     start = jnp.where(moves, state.start + block, state.start)
     return state.replace(
         tokens=_put(state.tokens, tokens, state.start),
-        steps=_put(state.steps, jnp.where(written, state.step[:, None], _get(state.steps, window)), state.start),
+        written_at=_put(
+            state.written_at, jnp.where(written, state.step[:, None], _get(state.written_at, window)), state.start
+        ),
         confidence=_put(
-            state.confidence, jnp.where(written, found.confidence, _get(state.confidence, window)), state.start
+            state.confidence, jnp.where(written, prediction.confidence, _get(state.confidence, window)), state.start
         ),
         masked=left | moves[:, None],
         start=start,
@@ -230,27 +241,27 @@ def _put(canvas, block, start):
     return jax.vmap(lambda row, part, at: jax.lax.dynamic_update_slice(row, part, (at,)))(canvas, block, start)
 
 
-def _accept(program: Program, state: State, found) -> jax.Array:
-    """Masked positions that the rule accepts, bool [rows, block]."""
-    requests, masked, confidence = state.requests, state.masked, found.confidence
-    due = accept.due(program.block_length, requests.steps, state.step)
-    match program.rule:
+def _accept(settings: DecodeSettings, state: State, prediction) -> jax.Array:
+    """Returns the masked positions that the rule accepts, bool [rows, block]."""
+    requests, masked, confidence = state.requests, state.masked, prediction.confidence
+    due = accept.due(settings.block_length, requests.max_steps, state.step)
+    match settings.rule:
         case "llada2":
             return accept.llada2(confidence, masked, due, requests.threshold)
         case "llada2.1" | "sglang":  # at least one token a step, no schedule
             return accept.sglang(confidence, masked, requests.threshold)
         case "dinfer":
-            return accept.dinfer(confidence, masked, requests.threshold, found.mask)
+            return accept.dinfer(confidence, masked, requests.threshold, prediction.mask)
         case "entropy":
-            return accept.entropy(found.entropy, masked, requests.entropy_bound)
+            return accept.entropy(prediction.entropy, masked, requests.entropy_bound)
         case "fixed":
             return accept.fixed(confidence, masked, due)
 
 
-def _progress(program, state: State, left, edited):
+def _progress(settings, state: State, left, edited):
     """(full: the block needs no more steps, step, post_steps), [rows], after a denoising step of each row."""
     step, was_full = state.step + 1, ~state.masked.any(-1)
-    if program.rule != "llada2.1":
+    if settings.rule != "llada2.1":
         return ~left.any(-1), step, state.post_steps
     # LLaDA2.1: a full block is edited until a pass changes nothing, or max_post_steps are spent.
     post_steps = state.post_steps + was_full
@@ -259,18 +270,18 @@ def _progress(program, state: State, left, edited):
     return settled | spent, step, post_steps
 
 
-def _ended(program, requests: Requests, generated, tokens, left, written, full) -> jax.Array:
-    """Rows [rows] with an end of sequence among their generated tokens, where the rule stops for it.
+def _ended(settings, requests: Requests, generated, tokens, left, written, full) -> jax.Array:
+    """Returns bool [rows]: rows that stop at an end of sequence in the current block, as the rule has it.
 
     Earlier blocks hold none, or the row would have stopped there.
     """
     ends = generated & ~left & (tokens[:, :, None] == requests.eos_ids[:, None]).any(-1)
     between_blocks = full & ends.any(-1)
-    if program.rule == "llada2.1":  # as its reference, only when asked to
+    if settings.rule == "llada2.1":  # as its reference, only when asked to
         return between_blocks & requests.eos_early_stop
     first_end = jnp.argmax(ends, axis=-1)
     gap = (left & (jnp.arange(left.shape[1])[None] < first_end[:, None])).any(-1)
     inside = ends.any(-1) & ~gap
-    if program.rule == "llada2":  # as its reference, looked at only in a step that writes an end of sequence
+    if settings.rule == "llada2":  # as its reference, looked at only in a step that writes an end of sequence
         inside &= (written & ends).any(-1)
     return between_blocks | (inside & requests.eos_early_stop)

@@ -3,6 +3,11 @@
 from absl import flags
 
 FLAGS = flags.FLAGS
+# Of generate_config; --add_bos is the tokenizer's.
+NAMES = (
+    "gen_length", "block_length", "steps", "threshold", "temperature", "top_k", "top_p", "eos_early_stop", "rule",
+    "editing_threshold", "max_post_steps", "entropy_bound",
+)  # fmt: skip
 flags.disclaim_key_flags()  # they belong to the command that calls define, whose --help lists them
 
 
@@ -29,7 +34,7 @@ def define(gen_length: int) -> None:
 
 
 def with_bos(model):
-    """A training.checkpoint.Model with the tokenizer that --add_bos asks for."""
+    """A checkpoint.weights.Model with the tokenizer that --add_bos asks for."""
     if FLAGS.add_bos is None or model.tokenizer is None:
         return model
     return model._replace(tokenizer=model.tokenizer.with_bos(FLAGS.add_bos))
@@ -39,8 +44,4 @@ def generate_config():
     """The sampling.generate.GenerateConfig of the flags. Raises InputError naming the field."""
     from llada_jax.sampling.generate import GenerateConfig  # after the flags are parsed: jax takes seconds
 
-    names = (
-        "gen_length", "block_length", "steps", "threshold", "temperature", "top_k", "top_p", "eos_early_stop", "rule",
-        "editing_threshold", "max_post_steps", "entropy_bound",
-    )  # fmt: skip
-    return GenerateConfig(**{name: FLAGS[name].value for name in names})
+    return GenerateConfig(**{name: FLAGS[name].value for name in NAMES})

@@ -1,4 +1,4 @@
-"""`generate`: prompts in, answers out."""
+"""`generate`: takes prompts, returns answers; its config, and the arrays that decoding makes of both."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -7,27 +7,36 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from llada_jax.errors import InputError, check_range
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.forward import Execution
+from llada_jax.model.parameters import Params
 from llada_jax.sampling.cost import second_block_price
 from llada_jax.sampling.decode import decode
 from llada_jax.sampling.predict import Sampling
-from llada_jax.sampling.state import KEYS, RULES, Program, Requests, State
+from llada_jax.sampling.state import KEYS, RULES, DecodeSettings, Requests, State
 
 
 @dataclasses.dataclass(frozen=True)
 class GenerateConfig:
-    """How to decode. Those of a batch may differ in all but block_length, mask_id and rule.
+    """How to decode a request. Requests of one batch must share block_length, mask_id and rule.
 
-    gen_length: most tokens of an answer. block_length: tokens decoded together. steps: most steps a block may take
-    ("llada2", "fixed"). threshold: probability above which a token is accepted (above 1: the schedule decides).
-    temperature 0 is argmax. mask_id: None is the checkpoint's. eos_id: what ends an answer; None is any of the
-    checkpoint's ends of sequence, -1 nothing. eos_early_stop: stop inside a block once all before the first end of
-    sequence is written. rule: sampling/accept.py; "llada2.1" also edits written tokens whose prediction changed with
-    probability above editing_threshold (0: always), for at most max_post_steps steps after a block is full.
-    entropy_bound: nats that "entropy" may write in a step, the largest not counted.
+    gen_length: most tokens of an answer. block_length: tokens decoded together; the block_size of training, under the
+    name that LLaDA2's Hugging Face `generate` gives it (its gen_length and steps keep their names too). steps: most
+    steps per block (rules "llada2" and "fixed"). threshold: probability above which a token is accepted; above 1
+    nothing passes it and the schedule of steps decides. temperature: 0 is argmax. top_k, top_p: None is off. mask_id:
+    None is the checkpoint's. eos_id: token that ends an answer; None is any of the checkpoint's ends of sequence, -1
+    none. eos_early_stop: stop inside a block once every position before the first end of sequence is written. rule: of
+    sampling/accept.py. "llada2.1" also edits written tokens whose prediction changes with probability above
+    editing_threshold (0: always), for at most max_post_steps steps after a block is full. entropy_bound: nats that rule
+    "entropy" may write per step, the largest not counted. Raises InputError naming the field.
+
+    Example:
+        >>> import llada_jax
+        >>> llada_jax.GenerateConfig(gen_length=64, rule="llada2.1", threshold=0.7).editing_threshold
+        0.5
     """
 
     gen_length: int
@@ -70,18 +79,19 @@ class GenerateConfig:
 
 @flax.struct.dataclass
 class Generation:
-    """tokens: the answers, one int32 array a row, up to and including the end of sequence.
+    """Answers to a batch of prompts, and what each took.
 
-    steps, confidence: as tokens, for each the step of its block that wrote it and its probability then. Per row, int32
-    [rows]: forward_passes (denoising), commit_passes (of their own) and prefill_passes, and positions_evaluated in
-    all of them. Passes over the batch are shared, so these are counts of the row's own use.
+    tokens: the answers, one int32 array per row, up to and including the end of sequence. written_at, confidence: one
+    array per row like tokens: the step of its block that wrote each token (int32, from 0), and the token's probability
+    in that step (float32). Per row, int32 [rows]: forward_passes (denoising), commit_passes (separate ones),
+    prefill_passes, and positions_evaluated in all of them. Rows share passes: each counts those that worked for it.
     """
 
     tokens: list[np.ndarray]
     forward_passes: np.ndarray
     commit_passes: np.ndarray
     prefill_passes: np.ndarray
-    steps: list[np.ndarray]
+    written_at: list[np.ndarray]
     confidence: list[np.ndarray]
     positions_evaluated: np.ndarray
 
@@ -91,30 +101,43 @@ class Generation:
         passes = self.forward_passes + self.commit_passes + self.prefill_passes
         return np.array([len(answer) for answer in self.tokens]) / np.maximum(passes, 1)
 
+    @property
+    def steps(self) -> list[np.ndarray]:
+        """Former name of written_at."""
+        return self.written_at
+
 
 def generate(
-    params,
+    params: Params,
     config: ModelConfig,
-    prompts,
+    prompts: Sequence[ArrayLike],
     generate_config: GenerateConfig | Sequence[GenerateConfig],
-    key=None,
+    key: jax.Array | None = None,
     execution: Execution = Execution(),
     fuse_share: float | None = None,
 ) -> Generation:
-    """Decodes an answer to each prompt by block diffusion (Section 5.4), the batch in one program.
+    """Decodes an answer to each prompt by block diffusion (Section 5.4), the whole batch in one compiled loop.
 
-    prompts: 1-D int arrays, of any lengths. generate_config: of all, or one for each prompt. key: for temperature
-    > 0; None is jax.random.key(0). fuse_share: 0 commits finished blocks in two-block windows always, above 1 never;
-    None is what is cheaper for the batch on this device (sampling/cost.py). A row's answer does not depend on the
-    others. Raises InputError when the checkpoint has no mask token or the configs cannot share a batch, ValueError on
-    a bad prompt.
+    prompts: 1-D int arrays of any length. generate_config: one for all prompts, or one per prompt. key: of draws at
+    temperature > 0; None is jax.random.key(0). execution: how to compute the prefill, and the dtype of all passes.
+    fuse_share: 0 always commits finished blocks in two-block windows, above 1 never does; None takes what is cheaper
+    for this batch on this device (sampling/cost.py). A row's answer does not depend on the other rows. Raises
+    InputError if the checkpoint has no mask token or the configs cannot share a batch, ValueError on a bad prompt.
+
+    Example:
+        >>> import llada_jax
+        >>> model = llada_jax.load_checkpoint("checkpoint")
+        >>> settings = llada_jax.GenerateConfig(gen_length=8, block_length=8, steps=2)
+        >>> out = llada_jax.generate(model.params, model.config, [model.tokenizer.encode("def f(")], settings)
+        >>> 0 < len(out.tokens[0]) <= 8
+        True
     """
     prompts = check_prompts(config, prompts)
     one = isinstance(generate_config, GenerateConfig)
     configs = [generate_config] * max(len(prompts), 1) if one else list(generate_config)
     if not one and len(configs) != len(prompts):
         raise InputError(f"{len(configs)} configs for {len(prompts)} prompts, expected one for each")
-    program = program_of(config, configs, execution)
+    settings = decode_settings(config, configs, execution)
     if not prompts:
         empty = np.zeros(0, np.int32)
         return Generation([], empty, empty, empty, [], [], empty)
@@ -123,22 +146,24 @@ def generate(
     lengths = np.array([len(prompt) for prompt in prompts])
     requests = requests_of(config, lengths, configs, jax.random.wrap_key_data(keys, impl=KEYS))
     canvas = int(requests.row_end.max())
-    prefill_length = int(lengths.max()) // program.block_length * program.block_length
+    prefill_length = int(lengths.max()) // settings.block_length * settings.block_length
     if fuse_share is None:
-        fuse_share = second_block_price(config, len(prompts), program.block_length)
-    state = decode(params, config, program, requests, pad(prompts, canvas), fuse_share, prefill_length)
-    return collect(state, np.arange(len(prompts)), lengths, configs, requests.eos_ids, program.block_length)
+        fuse_share = second_block_price(config, len(prompts), settings.block_length)
+    state = decode(params, config, settings, requests, pad(prompts, canvas), fuse_share, prefill_length)
+    return collect(state, np.arange(len(prompts)), lengths, configs, requests.eos_ids, settings.block_length)
 
 
-def program_of(config: ModelConfig, configs, execution: Execution = Execution()) -> Program:
-    """The program that decodes requests with these configs. Raises InputError when there is none."""
+def decode_settings(
+    config: ModelConfig, configs: Sequence[GenerateConfig], execution: Execution = Execution()
+) -> DecodeSettings:
+    """The static settings for requests with these configs. Raises InputError if they cannot share a batch."""
     first = configs[0]
     for other in configs:
         for field in ("block_length", "mask_id", "rule"):
             if getattr(other, field) != getattr(first, field):
                 values = f"{getattr(first, field)!r} and {getattr(other, field)!r}"
                 raise InputError(f"{field}: {values} in one batch, expected one value")
-    return Program(
+    return DecodeSettings(
         mask_id=_mask_id(config, first),
         rule=first.rule,
         block_length=first.block_length,
@@ -166,7 +191,7 @@ def requests_of(config: ModelConfig, lengths: np.ndarray, configs: Sequence[Gene
     return Requests(
         prompt_length=lengths.astype(np.int32),
         row_end=(-(-(lengths + gen_length) // block) * block).astype(np.int32),
-        steps=field(np.int32, lambda g: min(g.steps, g.gen_length)),
+        max_steps=field(np.int32, lambda g: min(g.steps, g.gen_length)),
         threshold=field(np.float32, lambda g: g.threshold),
         editing_threshold=field(np.float32, lambda g: g.editing_threshold),
         max_post_steps=field(np.int32, lambda g: g.max_post_steps),
@@ -191,20 +216,21 @@ def pad(prompts: Sequence[np.ndarray], canvas: int) -> np.ndarray:
 
 
 def collect(state: State, rows, lengths, configs, eos_ids, block_length: int) -> Generation:
-    """The answers of finished `rows` [n] of a state; prompt lengths [n], their configs and eos ids [n, ends]."""
-    canvas = jax.device_get((state.tokens, state.steps, state.confidence))
-    counts = jax.device_get((state.denoising_passes, state.commit_passes, state.positions))
-    tokens, steps, confidence = [], [], []
+    """Returns the answers of the finished `rows` [n]. lengths [n]: of their prompts; eos_ids [n, ends]."""
+    canvas = jax.device_get((state.tokens, state.written_at, state.confidence))
+    counts = jax.device_get((state.denoising_passes, state.commit_passes, state.positions_evaluated))
+    tokens, written_at, confidence = [], [], []
     for row, start, g, ends in zip(rows, lengths, configs, eos_ids, strict=True):
         answer = cut(canvas[0][row, start : start + g.gen_length], ends)
         span = slice(start, start + len(answer))
         tokens.append(answer)
-        steps.append(canvas[1][row, span])
+        written_at.append(canvas[1][row, span])
         confidence.append(canvas[2][row, span])
     denoising, commit, positions = (count[rows] for count in counts)
     prefilled = np.asarray(lengths) // block_length * block_length
     prefill = (prefilled > 0).astype(np.int32)
-    return Generation(tokens, denoising, commit, prefill, steps, confidence, (positions + prefilled).astype(np.int32))
+    positions = (positions + prefilled).astype(np.int32)
+    return Generation(tokens, denoising, commit, prefill, written_at, confidence, positions)
 
 
 def cut(answer: np.ndarray, eos_ids: Sequence[int]) -> np.ndarray:
@@ -225,13 +251,13 @@ def _mask_id(config: ModelConfig, g: GenerateConfig) -> int:
 
 
 def eos_ids_of(config: ModelConfig, g: GenerateConfig) -> list[int]:
-    """The ends of sequence that stop a request; -1 is none. Of one length for all requests to a model."""
+    """Ends of sequence that stop a request, padded with -1 (none) to the same length for all requests to a model."""
     ids = list(config.eos_token_ids) if g.eos_id is None else [g.eos_id]
     return ids + [-1] * (max(len(config.eos_token_ids), 1) - len(ids))
 
 
 def check_prompts(config: ModelConfig, prompts) -> list[np.ndarray]:
-    """Prompts as 1-D int32 arrays. Raises ValueError naming the one that is none."""
+    """Returns the prompts as 1-D int32 arrays. Raises ValueError naming the first bad one."""
     checked = []
     for row, prompt in enumerate(prompts):
         prompt = np.asarray(prompt)

@@ -1,8 +1,9 @@
-"""A token, its probability and the entropy for the positions that need them: argmax, or a draw.
+"""Predicts a token, its probability and the entropy at the positions that need them: by argmax, or by a draw.
 
-The head is run on the needed positions only, TILE of them at a time, and over VOCAB_TILE tokens at a time with running
-maxima and sums: no float32 [positions, vocab] is held. With top-k or top-p the logits of one tile of positions are.
-Under a mesh each shard of the vocabulary reduces its own part, and a few scalars a position are combined.
+The head runs on the needed positions only, TILE of them at a time and over VOCAB_TILE tokens at a time, with running
+maxima and sums: no float32 [positions, vocab] is ever in memory. With top-k or top-p the logits of one tile of
+positions are. Under a mesh each shard of the vocabulary reduces its own part, and a few scalars per position are
+combined.
 
 Probabilities are those of the softmax over all logits, the mask token's among them, as HF's `generate`, SGLang and
 dInfer compute them: mass on the mask makes the others less sure. The mask is never predicted: where it is the argmax,
@@ -37,12 +38,13 @@ class Sampling:
 
 @flax.struct.dataclass
 class Prediction:
-    """[rows, block]: token int32; confidence, its probability, and entropy (nats, when asked for), float32; mask bool:
-    the mask itself came out first (known when Kind.raw). Zero where none was needed.
+    """Arrays [rows, block], zero where no prediction was needed. token int32. confidence float32: its probability.
+    entropy float32, nats: zero unless asked for. mask bool: the mask itself came first (with PredictSettings.raw only).
 
-    Of the distribution that is drawn from: softmax(logits / temperature) cut to the top k, then to the nucleus p, the
-    order of LLaDA2's HF `generate`; at temperature 0, softmax(logits). The mask counts in the cuts too; the best other
-    token is never cut. Entropy is before the cuts. With Kind.raw confidence is of softmax(logits) at any temperature.
+    Confidence is that of the distribution that tokens are drawn from: softmax(logits / temperature) cut to the top k,
+    then to the nucleus p, the order of LLaDA2's HF `generate`; at temperature 0, softmax(logits). The cuts count the
+    mask too, and never remove the best other token. Entropy is that before the cuts. With PredictSettings.raw,
+    confidence is that of softmax(logits) at any temperature.
     """
 
     token: jax.Array
@@ -51,9 +53,9 @@ class Prediction:
     mask: jax.Array
 
 
-class Kind(NamedTuple):
-    """What is compiled in. mask_id is never predicted. sample, cut: whether a row may have a temperature, a top-k or
-    top-p; entropy: whether it is computed; raw: dInfer's confidence, and where the mask came out first."""
+class PredictSettings(NamedTuple):
+    """Static settings, compiled in. mask_id: never predicted. sample, cut: whether a row may have a temperature, or a
+    top-k or top-p. entropy: whether to compute it. raw: dInfer's confidence, and where the mask came first."""
 
     mask_id: int
     sample: bool = False
@@ -62,25 +64,27 @@ class Kind(NamedTuple):
     raw: bool = False
 
 
-def predict(head: jax.Array, hidden: jax.Array, needed: jax.Array, sampling: Sampling, kind: Kind) -> Prediction:
-    """Predictions for the positions where `needed` [rows, block] bool.
+def predict(
+    head: jax.Array, hidden: jax.Array, needed: jax.Array, sampling: Sampling, settings: PredictSettings
+) -> Prediction:
+    """Returns predictions for the positions in `needed` [rows, block] bool.
 
     head [embed, vocab]; hidden [rows, block, embed], aligned with the tokens they predict. A draw is a function of the
-    row's key, the position in the block and the token id, by the Gumbel-max trick: not of the other rows, of tiles or
-    of the mesh.
+    row's key, the position in the block and the token id alone (Gumbel-max trick): other rows, tiles and the mesh do
+    not change it.
     """
     if (mesh := sharding.mesh_in_force()) is None:
-        return _predict(head, hidden, needed, sampling, kind, None)
+        return _predict(head, hidden, needed, sampling, settings, None)
     rows = sharding.spec(("batch", None, None), hidden.shape, mesh)
     vocab = sharding.spec((None, "vocab"), head.shape, mesh)
-    local = functools.partial(_predict, kind=kind, vocab_axis=vocab[1])
+    local = functools.partial(_predict, settings=settings, vocab_axis=vocab[1])
     row = PartitionSpec(rows[0])
     return jax.shard_map(local, in_specs=(vocab, rows, row, row), out_specs=row, check_vma=False)(
         head, hidden, needed, sampling
     )
 
 
-def _predict(head, hidden, needed, sampling, kind, vocab_axis) -> Prediction:
+def _predict(head, hidden, needed, sampling, settings, vocab_axis) -> Prediction:
     rows, block, embed = hidden.shape
     positions = rows * block
     tile = min(TILE, positions)
@@ -88,27 +92,30 @@ def _predict(head, hidden, needed, sampling, kind, vocab_axis) -> Prediction:
     # Needed positions first; the padding is out of bounds: reads fill, writes drop.
     order = jnp.nonzero(needed.reshape(-1), size=-(-positions // tile) * tile, fill_value=positions)[0]
 
-    def one_tile(i, found):
+    def one_tile(i, prediction):
         index = jax.lax.dynamic_slice_in_dim(order, i * tile, tile)
         row = jnp.minimum(index // block, rows - 1)
-        settings = jax.tree.map(lambda x: x[row], sampling)
-        if kind.sample:
-            settings = settings.replace(key=jax.vmap(jax.random.fold_in)(settings.key, index % block))
-        part = flat.at[index].get(mode="fill", fill_value=0)
-        scored = _score(head, part, settings, kind, vocab_axis)
-        return jax.tree.map(lambda whole, x: whole.at[index].set(x, mode="drop"), found, scored)
+        tile_sampling = jax.tree.map(lambda x: x[row], sampling)
+        if settings.sample:
+            keys = jax.vmap(jax.random.fold_in)(tile_sampling.key, index % block)
+            tile_sampling = tile_sampling.replace(key=keys)
+        tile_hidden = flat.at[index].get(mode="fill", fill_value=0)
+        scored = _score(head, tile_hidden, tile_sampling, settings, vocab_axis)
+        return jax.tree.map(lambda whole, x: whole.at[index].set(x, mode="drop"), prediction, scored)
 
     zeros = jnp.zeros(positions, jnp.float32)
     nothing = Prediction(jnp.zeros(positions, jnp.int32), zeros, zeros, zeros > 0)
     with jax.named_scope(TILES):
-        found = jax.lax.fori_loop(0, -(-needed.sum() // tile), one_tile, nothing)
-    return jax.tree.map(lambda x: x.reshape(rows, block), found)
+        prediction = jax.lax.fori_loop(0, -(-needed.sum() // tile), one_tile, nothing)
+    return jax.tree.map(lambda x: x.reshape(rows, block), prediction)
 
 
-class _Running(NamedTuple):
-    """Over the tokens seen so far, [positions]: the best of z + noise but for the mask, its token and its z; the
-    maximum of z, the sum of exp(z - maximum), of what is cut off zero; over all that, cut off or not, the sums of exp(z
-    - maximum), z exp(z - maximum) and exp(temperature (z - maximum)); z + noise of the mask.
+class _RunningStats(NamedTuple):
+    """Running statistics over the tokens seen so far, each [positions]; z: logits / temperature.
+
+    best, token, z: the largest z + noise among tokens other than the mask, its token and its z. highest: maximum of z.
+    total: sum of exp(z - highest) over tokens that are not cut off. uncut, weighted, raw: sums over all tokens of
+    exp(z - highest), z exp(z - highest) and exp(temperature (z - highest)). mask: z + noise of the mask.
     """
 
     best: jax.Array
@@ -122,7 +129,7 @@ class _Running(NamedTuple):
     mask: jax.Array
 
 
-def _score(head, hidden, settings: Sampling, kind: Kind, vocab_axis) -> Prediction:
+def _score(head, hidden, sampling: Sampling, settings: PredictSettings, vocab_axis) -> Prediction:
     """Predictions [positions] for hidden [positions, embed]; settings' fields are [positions] too."""
     vocab = head.shape[1]
     offset = 0 if vocab_axis is None else jax.lax.axis_index(vocab_axis) * vocab
@@ -133,39 +140,39 @@ def _score(head, hidden, settings: Sampling, kind: Kind, vocab_axis) -> Predicti
         z = jnp.dot(hidden, weights, preferred_element_type=jnp.float32)
         local = start + jnp.arange(width)
         z = jnp.where((local < seen)[None], -jnp.inf, z)
-        return offset + local, z / temperature[:, None] if kind.sample else z
+        return offset + local, z / temperature[:, None] if settings.sample else z
 
     positions = hidden.shape[0]
-    temperature = jnp.where(settings.temperature > 0, settings.temperature, 1.0)
+    temperature = jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)
     lowest, zeros, never = jnp.full(positions, _LOWEST), jnp.zeros(positions), jnp.full(positions, -jnp.inf)
     token = jnp.zeros(positions, jnp.int32)
-    state = _Running(never, token, lowest, lowest, zeros, zeros, zeros, zeros, never)
-    if kind.cut:  # the cut depends on all logits of a position
+    state = _RunningStats(never, token, lowest, lowest, zeros, zeros, zeros, zeros, never)
+    if settings.cut:  # the cut depends on all logits of a position
         ids, z = scaled_logits(0, vocab, 0)
-        state = _fold(state, ids, z, _cut(z, ids, settings, kind, vocab_axis), settings, kind)
+        state = _fold(state, ids, z, _cut(z, ids, sampling, settings, vocab_axis), sampling, settings)
     else:
         width = min(VOCAB_TILE, vocab)
 
         def visit(i, state):  # the last tile may overlap the one before
             ids, z = scaled_logits(jnp.minimum(i * width, vocab - width), width, i * width)
-            return _fold(state, ids, z, z, settings, kind)
+            return _fold(state, ids, z, z, sampling, settings)
 
         state = jax.lax.fori_loop(0, -(-vocab // width), visit, state) if width < vocab else visit(0, state)
     if vocab_axis is not None:
         state = _combine(state, temperature, vocab_axis)
     above = state.z - state.highest
-    confidence = jnp.exp(above * temperature) / state.raw if kind.raw else jnp.exp(above) / state.total
-    entropy = state.highest + jnp.log(state.uncut) - state.weighted / state.uncut if kind.entropy else zeros
+    confidence = jnp.exp(above * temperature) / state.raw if settings.raw else jnp.exp(above) / state.total
+    entropy = state.highest + jnp.log(state.uncut) - state.weighted / state.uncut if settings.entropy else zeros
     return Prediction(state.token, confidence, entropy, state.mask > state.best)
 
 
-def _fold(state: _Running, ids, z, kept, settings, kind: Kind) -> _Running:
+def _fold(state: _RunningStats, ids, z, allowed, sampling, settings: PredictSettings) -> _RunningStats:
     """The state with a tile of tokens more: z [positions, ids], and `kept`, the same with -inf for what is cut off."""
-    score = kept
-    if kind.sample:
-        score = kept + jnp.where(settings.temperature > 0, 1.0, 0.0)[:, None] * _gumbel(settings.key, ids)
-    is_mask = (ids == kind.mask_id)[None]
-    of_mask = jnp.where(is_mask, score, -jnp.inf).max(axis=-1) if kind.raw else state.mask
+    score = allowed
+    if settings.sample:
+        score = allowed + jnp.where(sampling.temperature > 0, 1.0, 0.0)[:, None] * _gumbel(sampling.key, ids)
+    is_mask = (ids == settings.mask_id)[None]
+    of_mask = jnp.where(is_mask, score, -jnp.inf).max(axis=-1) if settings.raw else state.mask
     score = jnp.where(is_mask, -jnp.inf, score)
     at = jnp.argmax(score, axis=-1)[:, None]
     best, chosen_z = (jnp.take_along_axis(x, at, -1)[:, 0] for x in (score, z))
@@ -177,16 +184,16 @@ def _fold(state: _Running, ids, z, kept, settings, kind: Kind) -> _Running:
         return old * before + jnp.sum(new, axis=-1)
 
     uncut, weighted, raw = state.uncut, state.weighted, state.raw
-    total = sum_of(state.total, jnp.where(kept > -jnp.inf, weights, 0.0) if kind.cut else weights)
-    if kind.entropy:
-        uncut = sum_of(uncut, weights) if kind.cut else total
+    total = sum_of(state.total, jnp.where(allowed > -jnp.inf, weights, 0.0) if settings.cut else weights)
+    if settings.entropy:
+        uncut = sum_of(uncut, weights) if settings.cut else total
         weighted = sum_of(weighted, jnp.where(weights > 0, weights * z, 0.0))
-    if kind.raw and kind.sample:
-        temperature = jnp.where(settings.temperature > 0, settings.temperature, 1.0)
+    if settings.raw and settings.sample:
+        temperature = jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)
         raw = raw * before**temperature + jnp.sum(jnp.exp((z - highest[:, None]) * temperature[:, None]), axis=-1)
-    elif kind.raw:
+    elif settings.raw:
         raw = total
-    return _Running(
+    return _RunningStats(
         jnp.where(better, best, state.best),
         jnp.where(better, ids[at[:, 0]], state.token),
         jnp.where(better, chosen_z, state.z),
@@ -199,7 +206,7 @@ def _fold(state: _Running, ids, z, kept, settings, kind: Kind) -> _Running:
     )
 
 
-def _combine(state: _Running, temperature, vocab_axis) -> _Running:
+def _combine(state: _RunningStats, temperature, vocab_axis) -> _RunningStats:
     """The state over the whole vocabulary from those of its shards; a tie goes to the lowest shard."""
     shards = jax.lax.all_gather(state, vocab_axis)
     winner = jnp.argmax(shards.best, axis=0)[None]
@@ -208,11 +215,11 @@ def _combine(state: _Running, temperature, vocab_axis) -> _Running:
     scale = jnp.exp(shards.highest - highest[None])
     sums = [jnp.sum(scale * x, 0) for x in (shards.total, shards.uncut, shards.weighted)]
     raw = jnp.sum(scale ** temperature[None] * shards.raw, 0)
-    return _Running(best, token, z, highest, *sums, raw, shards.mask.max(axis=0))
+    return _RunningStats(best, token, z, highest, *sums, raw, shards.mask.max(axis=0))
 
 
 def _gumbel(keys: jax.Array, ids: jax.Array) -> jax.Array:
-    """Gumbel noise, float32 [positions, ids]: of each (key, token id) the same, wherever it is computed."""
+    """Gumbel noise, float32 [positions, ids]: a function of (key, token id), wherever it is computed."""
 
     def bits(key, token):
         return jax.random.key_data(jax.random.fold_in(key, token)).reshape(-1)[0]
@@ -222,7 +229,7 @@ def _gumbel(keys: jax.Array, ids: jax.Array) -> jax.Array:
     return -jnp.log(-jnp.log(uniform))
 
 
-def _cut(z: jax.Array, ids: jax.Array, settings: Sampling, kind: Kind, vocab_axis) -> jax.Array:
+def _cut(z: jax.Array, ids: jax.Array, sampling: Sampling, settings: PredictSettings, vocab_axis) -> jax.Array:
     """z [positions, vocab] with -inf outside the top k and, of what that leaves, outside the nucleus p.
 
     The nucleus is the smallest set of most probable tokens whose probability exceeds p. Ties at an edge all stay, and
@@ -245,13 +252,13 @@ def _cut(z: jax.Array, ids: jax.Array, settings: Sampling, kind: Kind, vocab_axi
         edge = jax.lax.fori_loop(0, 32, one_bit, jnp.zeros(z.shape[0], jnp.uint32))
         return jnp.where(rank >= edge[:, None], z, -jnp.inf)
 
-    best = jnp.where((ids == kind.mask_id)[None], -jnp.inf, z).max(axis=-1)
+    best = jnp.where((ids == settings.mask_id)[None], -jnp.inf, z).max(axis=-1)
     best = jnp.where(z >= over_vocab(jax.lax.pmax, best)[:, None], z, -jnp.inf)  # and above: of the mask
-    greedy = settings.temperature == 0
-    whole = greedy | (settings.top_k == 0)
-    z = keep(z, jnp.ones_like(z), jnp.where(whole, jnp.inf, settings.top_k - 0.5))
+    greedy = sampling.temperature == 0
+    whole = greedy | (sampling.top_k == 0)
+    z = keep(z, jnp.ones_like(z), jnp.where(whole, jnp.inf, sampling.top_k - 0.5))
     weights = jnp.exp(z - over_vocab(jax.lax.pmax, z.max(axis=-1))[:, None])
     total = over_vocab(jax.lax.psum, weights.sum(axis=-1))
     return jnp.maximum(
-        best, keep(z, weights, jnp.where(greedy | (settings.top_p >= 1), jnp.inf, settings.top_p * total))
+        best, keep(z, weights, jnp.where(greedy | (sampling.top_p >= 1), jnp.inf, sampling.top_p * total))
     )

@@ -1,4 +1,4 @@
-"""What decoding carries from one iteration to the next: the requests of a batch, how far each is, and their cache."""
+"""The state of decoding between iterations: the requests of a batch, the progress of each, and the cache."""
 
 import dataclasses
 import functools
@@ -18,10 +18,11 @@ KEYS = "threefry2x32"  # whatever the default is: a draw is the same everywhere
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
-    """What is compiled in; everything else of a request is data.
+class DecodeSettings:
+    """Static settings of a decoding program: one is compiled for each. Everything else of a request is data.
 
-    sample, cut: whether any request has a temperature, a top-k or top-p. execution: of the prefill, and the dtype.
+    sample, cut: whether any request has a temperature, or a top-k or top-p. execution: of the prefill; its dtype is
+    that of all passes.
     """
 
     mask_id: int
@@ -34,13 +35,14 @@ class Program:
 
 @flax.struct.dataclass
 class Requests:
-    """What each row was asked for, [rows]: int32, but float32 threshold, editing_threshold and entropy_bound, and bool
-    eos_early_stop. row_end: end of its last block. eos_ids [rows, ends]: tokens that end an answer; -1 is none.
+    """The GenerateConfig of each row, as arrays [rows]: int32, except float32 threshold, editing_threshold and
+    entropy_bound, and bool eos_early_stop. row_end: end of the row's last block. max_steps: GenerateConfig.steps.
+    eos_ids [rows, ends]: tokens that end an answer; -1 is none.
     """
 
     prompt_length: jax.Array
     row_end: jax.Array
-    steps: jax.Array
+    max_steps: jax.Array
     threshold: jax.Array
     editing_threshold: jax.Array
     max_post_steps: jax.Array
@@ -52,25 +54,25 @@ class Requests:
 
 @flax.struct.dataclass
 class State:
-    """A batch in decoding. A row without a request is a finished one.
+    """A batch in decoding. A row without a request counts as finished.
 
-    tokens [rows, canvas] int32: prompt, answer so far, mask tokens. steps [rows, canvas] int32 and confidence [rows,
-    canvas] float32: in which step of its block a token was written, with what probability. masked [rows, block] bool:
-    what is left of the current block. Per row, [rows]:
+    tokens [rows, canvas] int32: prompt, answer so far, mask tokens. written_at [rows, canvas] int32: the step of its
+    block that wrote a token; confidence [rows, canvas] float32: the token's probability in that step. masked [rows,
+    block] bool: positions of the current block that are not written yet. Per row, [rows]:
       start, step, post_steps: first position of the current block, and the steps it has taken
       pending: the block before `start` is final but not in the cache; finished: nothing is left to do
-      denoising_passes, commit_passes (of their own), positions (evaluated for it in decoding)
+      denoising_passes, commit_passes (separate ones), positions_evaluated (the row's own, in decoding)
       last_hidden [rows, embed]: hidden state of the last token in the cache; predicts the next one (shifted alignment)
     cache: {group: {"key", "value": [layers, rows, canvas, kv_heads, head_dim]}}.
     fuse_share [] float32: finished blocks are committed in two-block windows when at least this share of the running
-    rows has one to commit, else in a pass of their own; 0 always fuses, above 1 never does.
-    iterations, busy, positions_evaluated [] int32: passes since the host last looked, and the running rows and the
-    positions of all rows summed over them.
+    rows has one to commit, else in a separate pass; 0 always fuses, above 1 never does.
+    iterations, busy, batch_positions [] int32, since the host last looked: passes, running rows summed over passes, and
+    positions of all rows, idle ones included, summed over passes.
     """
 
     requests: Requests
     tokens: jax.Array
-    steps: jax.Array
+    written_at: jax.Array
     confidence: jax.Array
     masked: jax.Array
     start: jax.Array
@@ -80,30 +82,30 @@ class State:
     finished: jax.Array
     denoising_passes: jax.Array
     commit_passes: jax.Array
-    positions: jax.Array
+    positions_evaluated: jax.Array
     last_hidden: jax.Array
     cache: dict
     fuse_share: jax.Array
     iterations: jax.Array
     busy: jax.Array
-    positions_evaluated: jax.Array
+    batch_positions: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("config", "program", "rows", "canvas", "dtype"))
-def empty_state(config: ModelConfig, program: Program, rows: int, canvas: int, dtype, fuse_share=0.0) -> State:
-    """A batch without requests. canvas: most positions of a request, a multiple of the block length.
+@functools.partial(jax.jit, static_argnames=("config", "settings", "rows", "canvas", "dtype"))
+def empty_state(config: ModelConfig, settings: DecodeSettings, rows: int, canvas: int, dtype, fuse_share=0.0) -> State:
+    """Returns a state without requests. canvas: most positions of a request, a multiple of the block length.
 
-    jax.eval_shape of it gives the abstract arguments that decode.iterate and decode.advance are lowered from.
+    jax.eval_shape of this function gives abstract arguments to lower decode.iterate and decode.advance from.
     """
 
     def zeros(*shape, dtype=jnp.int32):
         return jnp.zeros(shape, dtype)
 
-    n, b = zeros(rows), program.block_length
+    n, b = zeros(rows), settings.block_length
     f, no = zeros(rows, dtype=jnp.float32), zeros(rows, dtype=bool)
     requests = Requests(
-        prompt_length=n, row_end=n, steps=n + 1, threshold=f, editing_threshold=f, max_post_steps=n, entropy_bound=f,
-        eos_ids=zeros(rows, max(len(config.eos_token_ids), 1)), eos_early_stop=no,
+        prompt_length=n, row_end=n, max_steps=n + 1, threshold=f, editing_threshold=f, max_post_steps=n,
+        entropy_bound=f, eos_ids=zeros(rows, max(len(config.eos_token_ids), 1)), eos_early_stop=no,
         sampling=Sampling(f, n, f + 1, jax.vmap(functools.partial(jax.random.key, impl=KEYS))(n)),
     )  # fmt: skip
 
@@ -112,13 +114,13 @@ def empty_state(config: ModelConfig, program: Program, rows: int, canvas: int, d
         return sharding.constrain(zeros(*shape, dtype=dtype), CACHE_AXES)
 
     return State(
-        requests=requests, tokens=zeros(rows, canvas), steps=zeros(rows, canvas),
+        requests=requests, tokens=zeros(rows, canvas), written_at=zeros(rows, canvas),
         confidence=zeros(rows, canvas, dtype=jnp.float32), masked=zeros(rows, b, dtype=bool),
-        start=n, step=n, post_steps=n, pending=no, finished=~no, denoising_passes=n, commit_passes=n, positions=n,
-        last_hidden=zeros(rows, config.hidden_size, dtype=dtype),
+        start=n, step=n, post_steps=n, pending=no, finished=~no, denoising_passes=n, commit_passes=n,
+        positions_evaluated=n, last_hidden=zeros(rows, config.hidden_size, dtype=dtype),
         cache={
             group: {"key": keys_or_values(layers), "value": keys_or_values(layers)}
             for group, layers in config.layer_groups.items()
         },
-        fuse_share=jnp.asarray(fuse_share, jnp.float32), iterations=zeros(), busy=zeros(), positions_evaluated=zeros(),
+        fuse_share=jnp.asarray(fuse_share, jnp.float32), iterations=zeros(), busy=zeros(), batch_positions=zeros(),
     )  # fmt: skip

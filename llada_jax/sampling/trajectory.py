@@ -9,7 +9,7 @@ _COLORS = ("#440154", "#46327e", "#365c8d", "#277f8e", "#1fa187", "#4ac16d", "#a
 
 
 def blocks(prompt_length: int, tokens, block_length: int) -> list[slice]:
-    """The runs of an answer's tokens that were decoded together; blocks count from the start of the prompt."""
+    """Returns slices of an answer's tokens, one per block; blocks count from the start of the prompt."""
     ends = range((prompt_length // block_length + 1) * block_length, prompt_length + len(tokens), block_length)
     edges = [0, *(end - prompt_length for end in ends), len(tokens)]
     return [slice(start, end) for start, end in zip(edges, edges[1:], strict=False) if start < end]
@@ -21,7 +21,7 @@ def color(step: int, steps: int) -> str:
 
 
 def terminal(pieces: list[str], steps: np.ndarray, spans: list[slice]) -> Text:
-    """Coloured text: a line for each block, dark what was written first. pieces: the text of each token."""
+    """Returns coloured text, one line per block, early tokens dark. pieces: text of each token; steps: written_at."""
     text, most = Text(), int(steps.max(initial=0)) + 1
     for number, span in enumerate(spans, 1):
         text.append(f"block {number:3} {int(steps[span].max()) + 1:3} steps  ", "dim")
@@ -34,7 +34,7 @@ def terminal(pieces: list[str], steps: np.ndarray, spans: list[slice]) -> Text:
 
 
 def draw(pieces: list[str], steps: np.ndarray, confidence: np.ndarray, spans: list[slice], path: str) -> None:
-    """Writes the picture to `path`, .svg or .png: a row for each block, a cell for each token with its text."""
+    """Writes a picture to `path`, .svg or .png: one row per block, one cell per token with its text."""
     pyplot = plots.open_pyplot()
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Rectangle

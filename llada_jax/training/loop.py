@@ -71,6 +71,16 @@ def train(config: ConfigDict, workdir: str, devices=None) -> None:
     config.faults or a failing store ends the run.
 
     Every process of a run makes this call (runtime/distributed.py).
+
+    Example:
+        >>> import llada_jax
+        >>> config = llada_jax.stages.ar("tiny", length=64, steps=2)
+        >>> config.batch.rows = 8
+        >>> llada_jax.train(config, "workdir")
+        tiny: 918,656 parameters, alignment shifted, ...
+        finished at step 2: workdir
+        >>> llada_jax.load_checkpoint("workdir").config.alignment
+        'shifted'
     """
     with distributed.console():
         _train(config, workdir, devices)

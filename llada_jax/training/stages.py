@@ -7,6 +7,12 @@
 
 The files configs/NAME.py are the same stages for the command line, where `parse` reads what follows the colon in
 --config=configs/sft.py:smollm2_135m,length=1024. Values that the paper does not publish are named as such there.
+
+Example:
+    >>> import llada_jax
+    >>> config = llada_jax.stages.sft("smollm2_135m", length=1024)
+    >>> config.objective.complementary, config.schedule.block_size
+    (True, 32)
 """
 
 import inspect

@@ -136,12 +136,12 @@ def denoising_loss(
         return objectives.loss(sums, total, part), sums
 
     def metrics(sums: objectives.Sums, total):
-        supervised = jnp.maximum(sums.supervised, 1)
+        masked = jnp.maximum(sums.masked, 1)
         named = {
             "loss": objectives.loss(sums, total, objective),
-            "masked_nll": sums.nll / supervised,
-            "masked_accuracy": sums.correct / supervised,
-            "masked_share": sums.supervised / jnp.maximum(sums.eligible, 1),
+            "masked_nll": sums.nll / masked,
+            "masked_accuracy": sums.correct / masked,
+            "masked_share": sums.masked / jnp.maximum(sums.eligible, 1),
         }
         if temperature is not None:
             named["correct_entropy"] = sums.correct_entropy / jnp.maximum(sums.correct, 1)

@@ -9,9 +9,16 @@ from hypothesis import strategies as st
 
 import llada_jax
 from llada_jax import sharding
-from llada_jax.attention import visibility as vis
 from llada_jax.attention.blockwise import blockwise_attention
 from llada_jax.attention.dense import dense_attention
+from llada_jax.attention.visibility import (
+    BLOCK_ORIGINS,
+    Visibility,
+    block_causal,
+    block_diffusion,
+    dense_mask,
+    make_layout,
+)
 
 
 def reference_mask(segments, block_size, block_origin):
@@ -40,7 +47,7 @@ def packed(draw):
     lengths = draw(st.lists(st.integers(1, 7), min_size=1, max_size=4))
     segments = [i + 1 for i, n in enumerate(lengths) for _ in range(n)]
     segments += [0] * draw(st.integers(0, 3))
-    return np.array(segments), draw(st.integers(1, len(segments) + 3)), draw(st.sampled_from(vis.BLOCK_ORIGINS))
+    return np.array(segments), draw(st.integers(1, len(segments) + 3)), draw(st.sampled_from(BLOCK_ORIGINS))
 
 
 @settings(max_examples=60, deadline=None)
@@ -66,14 +73,14 @@ def test_density_without_documents_is_a_quarter():
 
 def test_block_origins_differ_only_off_the_block_grid():
     aligned, ragged = np.repeat([1, 2], [8, 4]), np.repeat([1, 2, 3], [5, 7, 4])
-    both = [llada_jax.block_diffusion_mask(12, 4, aligned, origin) for origin in vis.BLOCK_ORIGINS]
+    both = [llada_jax.block_diffusion_mask(12, 4, aligned, origin) for origin in BLOCK_ORIGINS]
     assert np.array_equal(*both)
-    both = [llada_jax.block_diffusion_mask(16, 4, ragged, origin) for origin in vis.BLOCK_ORIGINS]
+    both = [llada_jax.block_diffusion_mask(16, 4, ragged, origin) for origin in BLOCK_ORIGINS]
     assert (both[0] != both[1]).sum() == 24
 
 
 def test_block_size_is_data():
-    compiled = jax.jit(lambda segments, b: vis.dense_mask(vis.block_diffusion(vis.layout(segments, b)), 32))
+    compiled = jax.jit(lambda segments, b: dense_mask(block_diffusion(make_layout(segments, b)), 32))
     for b in (1, 3, 16, 2**30):
         mask = compiled(jnp.ones((1, 16), jnp.int32), b)[0]
         assert np.array_equal(mask, llada_jax.block_diffusion_mask(16, b))
@@ -105,8 +112,8 @@ def test_blockwise_equals_dense(shape, heads, block_size, two_streams, seed):
     (batch, length), (heads, kv_heads) = shape, heads
     rng = np.random.default_rng(seed)
     segments = np.sort(rng.integers(1, 4, (batch, length)), axis=1)
-    where = vis.layout(jnp.asarray(segments), block_size)
-    visibility = vis.block_diffusion(where) if two_streams else vis.block_causal(where)
+    layout = make_layout(jnp.asarray(segments), block_size)
+    visibility = block_diffusion(layout) if two_streams else block_causal(layout)
     keys = (1 + two_streams) * length
 
     def draw(n):
@@ -124,7 +131,7 @@ def test_shards_of_rows_and_heads_work_on_their_own():
     keys = jax.random.split(jax.random.key(0), 3)
     query, key, value = (jax.random.normal(k, (4, 96, heads, 16)) for k, heads in zip(keys, (4, 2, 2), strict=True))
     segments = jnp.repeat(jnp.array([[1] * 20 + [2] * 28]), 4, axis=0)
-    visibility = vis.block_diffusion(vis.layout(segments, 8))
+    visibility = block_diffusion(make_layout(segments, 8))
 
     def output_and_gradient(attention):
         return jax.jit(jax.value_and_grad(lambda *qkv: jnp.square(attention(*qkv, visibility)).sum(), (0, 1, 2)))
@@ -137,7 +144,7 @@ def test_shards_of_rows_and_heads_work_on_their_own():
 
 def test_a_query_without_keys_gives_zero_and_no_gradient():
     nothing = jnp.zeros((1, 3), jnp.int32)
-    visibility = vis.Visibility(nothing, nothing.at[0, 1].set(2), nothing, nothing, num_noisy=0)
+    visibility = Visibility(nothing, nothing.at[0, 1].set(2), nothing, nothing, num_noisy=0)
     x = jax.random.normal(jax.random.key(0), (1, 3, 2, 8))
     out, backward = jax.vjp(lambda q, k, v: blockwise_attention(q, k, v, visibility), x, x, x)
     assert not out[0, ::2].any() and out[0, 1].all()
@@ -159,11 +166,11 @@ def test_a_training_step_with_blockwise_attention_needs_less_than_half_the_memor
 
 def test_blockwise_memory_grows_with_length_not_its_square():
     def temporaries(function, length):
-        where = vis.layout(jnp.ones((1, length), jnp.int32), 32)
+        layout = make_layout(jnp.ones((1, length), jnp.int32), 32)
         x = jax.ShapeDtypeStruct((1, 2 * length, 4, 32), jnp.float32)
 
         def loss(q, k, v):
-            return function(q, k, v, vis.block_diffusion(where)).sum()
+            return function(q, k, v, block_diffusion(layout)).sum()
 
         return jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x).compile().memory_analysis().temp_size_in_bytes
 

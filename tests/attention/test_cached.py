@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from llada_jax.attention import cached
-from llada_jax.attention import visibility as vis
 from llada_jax.attention.dense import dense_attention
+from llada_jax.attention.visibility import block_window, dense_mask, two_block_window
 
 
 @pytest.mark.parametrize("chunk", [4, 7, 64])
@@ -16,7 +16,7 @@ def test_equals_dense_attention(monkeypatch, chunk):
     rng = np.random.default_rng(0)
     block, rows, length = 3, 4, 19
     starts = jnp.array([0, 3, 6, 12])  # the longest prefix ends in the middle of the cache
-    for visibility in (vis.window(starts, block), vis.two_block_window(starts, block, jnp.array([1, 0, 1, 0], bool))):
+    for visibility in (block_window(starts, block), two_block_window(starts, block, jnp.array([1, 0, 1, 0], bool))):
         queries = visibility.num_noisy
         shapes = (queries, 4), (queries, 2), (queries, 2), (length, 2), (length, 2)
         q, k, v, ck, cv = (jnp.asarray(rng.normal(size=(rows, n, h, 8)), jnp.float32) for n, h in shapes)
@@ -30,13 +30,13 @@ def test_reads_nothing_beyond_the_longest_prefix(monkeypatch):
     monkeypatch.setattr(cached, "LEAST_CHUNK", 4)
     ones = jnp.ones((1, 2, 2, 8))
     poisoned = jnp.ones((1, 1, 16, 2, 8)).at[:, :, 8:].set(jnp.nan)
-    found = cached.cached_attention(ones, ones, ones, poisoned, poisoned, 0, vis.window(jnp.array([6]), 2))
+    found = cached.cached_attention(ones, ones, ones, poisoned, poisoned, 0, block_window(jnp.array([6]), 2))
     assert np.allclose(found, 1)
 
 
 def test_two_block_window_shows_the_finished_block_from_the_cache_or_from_the_window():
     starts = jnp.array([2, 2])
-    mask = np.asarray(vis.dense_mask(vis.two_block_window(starts, 2, jnp.array([False, True])), 8))
+    mask = np.asarray(dense_mask(two_block_window(starts, 2, jnp.array([False, True])), 8))
     picture = lambda rows: ["".join(".x"[int(key)] for key in row) for row in rows]  # noqa: E731
     assert picture(mask[0]) == ["xx......", "xx......", "xxxx....", "xxxx...."]  # noisy p p n n, then the cache
     assert picture(mask[1]) == ["xx......", "xx......", "..xxxx..", "..xxxx.."]

@@ -7,10 +7,10 @@ import pytest
 
 from llada_jax import sharding
 from llada_jax.attention import context
-from llada_jax.attention import visibility as vis
 from llada_jax.attention.blockwise import blockwise_attention
 from llada_jax.attention.dense import dense_attention
 from llada_jax.attention.kernel import kernel_attention, kernel_plan
+from llada_jax.attention.visibility import block_causal, block_diffusion, make_layout
 from llada_jax.chips import parse_topology
 from llada_jax.data.order import Batch
 from llada_jax.diffusion.objectives import Objective
@@ -62,7 +62,7 @@ def test_ranks_need_equally_many_pairs_at_64k(mean):
     than where each rank has two long chunks.
     """
     length, segments = 65536, packings.segment_ids(65536, mean)
-    visibility = vis.block_diffusion(vis.layout(jnp.asarray(segments), 32))
+    visibility = block_diffusion(make_layout(jnp.asarray(segments), 32))
     ends = ("clean_start", "clean_end"), ("noisy_start", "noisy_end")
     seen = sum(np.maximum(getattr(visibility, end) - getattr(visibility, start), 0) for start, end in ends)
     pairs = np.asarray(seen, np.int64).reshape(-1, 2, length).sum(axis=1)
@@ -81,10 +81,10 @@ def imbalance(work: np.ndarray) -> float:
 
 PACKED = segments_of(LENGTH, 25, 2, 30)
 MASKS = {
-    "global": vis.block_diffusion(vis.layout(PACKED, 4)),
-    "document": vis.block_diffusion(vis.layout(PACKED, 4, "document")),
-    "large blocks": vis.block_diffusion(vis.layout(PACKED, 32)),
-    "one half": vis.block_causal(vis.layout(PACKED, LENGTH)),
+    "global": block_diffusion(make_layout(PACKED, 4)),
+    "document": block_diffusion(make_layout(PACKED, 4, "document")),
+    "large blocks": block_diffusion(make_layout(PACKED, 32)),
+    "one half": block_causal(make_layout(PACKED, LENGTH)),
 }
 
 
@@ -189,11 +189,11 @@ def moved(module: hlo.Module, computation: str, devices: Devices):
 def test_a_layer_moves_clean_keys_and_values_alone():
     """All loops that move anything: the layers' forward pass, and their backward pass, which gathers again."""
     ranks, model = 4, MODELS["shifted"].replace(num_layers=3)
-    where = vis.layout(segments_of(LENGTH, 25, 30), 4)
+    layout = make_layout(segments_of(LENGTH, 25, 30), 4)
     tokens, execution = jnp.zeros((1, LENGTH), jnp.int32), Execution(attention="blockwise", remat="attention")
 
     def run(noise, params):
-        return forward.denoising_pass(params, model, tokens, tokens, where, tokens, execution, noise)[0].sum()
+        return forward.denoising_pass(params, model, tokens, tokens, layout, tokens, execution, noise)[0].sum()
 
     mesh = mesh_of(context=ranks)
     with jax.set_mesh(mesh):

@@ -10,13 +10,20 @@ from jax.experimental.pallas import tpu as pltpu
 
 from llada_jax import sharding
 from llada_jax.attention import kernel
-from llada_jax.attention import visibility as vis
 from llada_jax.attention.blockwise import blockwise_attention
 from llada_jax.attention.dense import dense_attention
 from llada_jax.attention.kernel import kernel_attention, kernel_plan
 from llada_jax.attention.plan import make_plan
 from llada_jax.attention.rotary import QueryKeyRotary
 from llada_jax.attention.tiles import Tiles
+from llada_jax.attention.visibility import (
+    BLOCK_ORIGINS,
+    Visibility,
+    block_causal,
+    block_diffusion,
+    block_window,
+    make_layout,
+)
 from llada_jax.errors import InputError
 from llada_jax.model.forward import Execution, denoise
 
@@ -61,15 +68,15 @@ def check_against_dense(visibility, tiles, query, key, value, cotangent, parts=1
 
 @settings(max_examples=6, deadline=None)
 @given(
-    st.sampled_from([3, 17]), st.integers(1, 30), st.sampled_from(vis.BLOCK_ORIGINS), st.booleans(),
+    st.sampled_from([3, 17]), st.integers(1, 30), st.sampled_from(BLOCK_ORIGINS), st.booleans(),
     st.sampled_from([(4, 2), (3, 1), (2, 2)]), st.sampled_from([jnp.float32, jnp.bfloat16]), st.integers(0, 999),
 )  # fmt: skip
 def test_kernel_equals_dense(length, block_size, origin, two_streams, heads, dtype, seed):
     rng = np.random.default_rng(seed)
     segments = np.sort(rng.integers(1, 4, (2, length)), axis=1)
     segments[:, length - rng.integers(0, 3) :] = 0
-    where = vis.layout(jnp.asarray(segments), block_size, origin)
-    visibility = vis.block_diffusion(where) if two_streams else vis.block_causal(where)
+    layout = make_layout(jnp.asarray(segments), block_size, origin)
+    visibility = block_diffusion(layout) if two_streams else block_causal(layout)
     size = length * (1 + two_streams)
     check_against_dense(visibility, TILES, *operands(rng, 2, size, size, *heads, head_dim=64, dtype=dtype))
 
@@ -79,7 +86,7 @@ def test_decoding_against_ragged_caches(blocks):
     """A block sees its own noisy keys and the cache before it; two blocks at once, the second also the first."""
     rng = np.random.default_rng(0)
     queries = 8 * blocks
-    visibility = vis.window(jnp.array([0, 70, 33], jnp.int32), queries)
+    visibility = block_window(jnp.array([0, 70, 33], jnp.int32), queries)
     end = jnp.broadcast_to(jnp.arange(queries) // 8 * 8 + 8, (3, queries))
     visibility = visibility.replace(noisy_end=end.astype(jnp.int32))
     values = operands(rng, 3, queries, queries + 70, 4, 2)
@@ -93,7 +100,7 @@ def test_gradients_of_long_rows_in_parts(dtype):
     """Three parts of the keys: a part without noisy keys that some tile sees, and parts that divide neither half."""
     rng = np.random.default_rng(6)
     segments = jnp.asarray(np.repeat([[1, 2, 3, 0], [1, 1, 1, 1]], [13, 30, 5, 2], axis=1))
-    visibility = vis.block_diffusion(vis.layout(segments, 8))
+    visibility = block_diffusion(make_layout(segments, 8))
     values = operands(rng, 2, 100, 100, 4, 2, head_dim=64, dtype=dtype)
     check_against_dense(visibility, Tiles(16, 2, 2, chunk=8), *values, parts=3)
 
@@ -101,7 +108,7 @@ def test_gradients_of_long_rows_in_parts(dtype):
 def test_rows_longer_than_the_ring_of_copies():
     """Many steps per tile and many tiles per row, full steps among them."""
     rng = np.random.default_rng(1)
-    visibility = vis.block_diffusion(vis.layout(jnp.ones((1, 64), jnp.int32), 8))
+    visibility = block_diffusion(make_layout(jnp.ones((1, 64), jnp.int32), 8))
     check_against_dense(visibility, Tiles(16, 2, 1, chunk=8), *operands(rng, 1, 128, 128, 2, 1))
 
 
@@ -109,14 +116,14 @@ def test_tiles_of_whole_registers():
     """At multiples of 128 positions one mask serves all heads of the group."""
     rng = np.random.default_rng(5)
     segments = jnp.asarray(np.repeat([1, 2, 3], [37, 50, 9]))[None]
-    visibility = vis.block_diffusion(vis.layout(segments, 8))
+    visibility = block_diffusion(make_layout(segments, 8))
     check_against_dense(visibility, Tiles(128, 2, 2, chunk=64), *operands(rng, 1, 192, 192, 4, 2))
 
 
 def test_what_sees_nothing_and_what_nobody_sees_is_zero():
     rng = np.random.default_rng(2)
     nothing, four = jnp.zeros((1, 20), jnp.int32), jnp.full((1, 20), 4, jnp.int32)
-    visibility = vis.Visibility(nothing, jnp.where(jnp.arange(20)[None] < 3, 0, four), nothing, nothing, num_noisy=0)
+    visibility = Visibility(nothing, jnp.where(jnp.arange(20)[None] < 3, 0, four), nothing, nothing, num_noisy=0)
     query, key, value, cotangent = operands(rng, 1, 20, 40, 2, 1)
     plan = make_plan(visibility, 40, TILES)
     output, d_query, d_key, d_value = jax.jit(
@@ -132,7 +139,7 @@ def test_copies_do_not_race():
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 
     rng = np.random.default_rng(3)
-    visibility = vis.block_diffusion(vis.layout(jnp.array([[1, 1, 1, 2, 2, 2, 2, 2]]), 2))
+    visibility = block_diffusion(make_layout(jnp.array([[1, 1, 1, 2, 2, 2, 2, 2]]), 2))
     plan = make_plan(visibility, 16, Tiles(4, 1, 1, chunk=4))
     interpret = pltpu.InterpretParams(detect_races=True)
     rotary = QueryKeyRotary()
@@ -144,7 +151,7 @@ def test_copies_do_not_race():
 def test_kernel_under_a_mesh_splits_rows_and_heads():
     rng = np.random.default_rng(4)
     segments = jnp.asarray(np.sort(rng.integers(1, 3, (2, 12)), axis=1))
-    visibility = vis.block_diffusion(vis.layout(segments, 4))
+    visibility = block_diffusion(make_layout(segments, 4))
     query, key, value, _ = operands(rng, 2, 24, 24, 4, 2)
 
     def run(query, key, value, visibility):
@@ -172,6 +179,6 @@ def test_model_with_the_kernel_is_the_model(golden):
 
 
 def test_kernel_is_refused_where_there_is_no_tpu():
-    visibility = vis.block_causal(vis.layout(jnp.ones((1, 8), jnp.int32), 4))
+    visibility = block_causal(make_layout(jnp.ones((1, 8), jnp.int32), 4))
     with pytest.raises(InputError, match="no tile sizes for cpu.*blockwise"):
         kernel_plan(visibility, 8, 1, 128)

@@ -8,11 +8,11 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from llada_jax.attention import residuals
-from llada_jax.attention import visibility as vis
 from llada_jax.attention.kernel import kernel_attention, kernel_plan
 from llada_jax.attention.kernel_backward import key_parts
 from llada_jax.attention.plan import make_plan
 from llada_jax.attention.tiles import ENTRIES, tiles_for
+from llada_jax.attention.visibility import block_diffusion, block_window, make_layout
 from llada_jax.chips import parse_topology
 from llada_jax.errors import InputError
 from llada_jax.pod.topology import one_device
@@ -44,7 +44,7 @@ def calls(program, name):
 
 def training(group, head_dim):
     def step(segments, query, key, value, cotangent):
-        visibility = vis.block_diffusion(vis.layout(segments, 32))
+        visibility = block_diffusion(make_layout(segments, 32))
         plan = kernel_plan(visibility, key.shape[1], group, head_dim)
         output, vjp = jax.vjp(lambda *x: kernel_attention(*x, plan), query, key, value)
         return output, vjp(cotangent)
@@ -69,7 +69,7 @@ def test_decoding_a_block_against_a_long_cache(kind):
     mesh = tpu(kind)
 
     def decode(cached, query, key, value):
-        plan = kernel_plan(vis.window(cached, block), block + cache, 4, 128)
+        plan = kernel_plan(block_window(cached, block), block + cache, 4, 128)
         return kernel_attention(query, key, value, plan)
 
     key = shape(rows, block + cache, 2, 128)
@@ -84,7 +84,7 @@ def test_a_remat_policy_keeps_what_attention_computed():
     policies = jax.checkpoint_policies.nothing_saveable, jax.checkpoint_policies.save_only_these_names(*residuals.NAMES)
 
     def loss(x, weights, segments, policy):
-        plan = kernel_plan(vis.block_diffusion(vis.layout(segments, 32)), x.shape[1], 4, 128)
+        plan = kernel_plan(block_diffusion(make_layout(segments, 32)), x.shape[1], 4, 128)
 
         def layer(x, weights):
             query, key, value = (jnp.einsum("bld,dhe->blhe", x, weights[name]) for name in "qkv")
@@ -125,9 +125,7 @@ def test_long_rows_compile_in_parts_and_not_in_one():
         assert calls(compiled(mesh, training(1, 128), *arguments), "backward") == 1  # in a loop over the parts
 
         def in_one(segments, query, key, value, cotangent):
-            plan = make_plan(
-                vis.block_diffusion(vis.layout(segments, 32)), 2 * length, tiles_for("TPU v5", 128, 1, 512)
-            )
+            plan = make_plan(block_diffusion(make_layout(segments, 32)), 2 * length, tiles_for("TPU v5", 128, 1, 512))
             return jax.vjp(lambda *x: kernel_attention(*x, plan), query, key, value)[1](cotangent)
 
         with pytest.raises(InputError, match="fast memory, the chip has 64; .* parts"):

@@ -7,11 +7,11 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from llada_jax import sharding
-from llada_jax.attention import visibility as vis
 from llada_jax.attention.dense import dense_attention
 from llada_jax.attention.kernel import kernel_attention, kernel_plan
 from llada_jax.attention.kernel_operands import cotangent_tiles, rows_of_tiles, tiles_of_rows
 from llada_jax.attention.rotary import QueryKeyRotary, RotaryNorm
+from llada_jax.attention.visibility import block_diffusion, make_layout
 
 INTERPRET = pltpu.InterpretParams()
 
@@ -91,7 +91,7 @@ def test_cotangent_and_its_products_with_the_output():
 def test_attention_rotated_first_heads(sizes):
     """Rows that no tile divides; over a mesh the weights' gradients are summed over rows and heads."""
     rng = np.random.default_rng(4)
-    visibility = vis.block_diffusion(vis.layout(jnp.asarray(np.sort(rng.integers(1, 3, (2, 11)), axis=1)), 4))
+    visibility = block_diffusion(make_layout(jnp.asarray(np.sort(rng.integers(1, 3, (2, 11)), axis=1)), 4))
     shapes = (22, 4), (22, 2), (22, 2), (22, 4)
     query, key, value, cotangent = (jnp.asarray(rng.normal(size=(2, *shape, 8)), jnp.float32) for shape in shapes)
     rotary = QueryKeyRotary(rotary_of(rng, 2, 22, 4, 8), rotary_of(rng, 2, 22, 4, 8))

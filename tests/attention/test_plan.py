@@ -8,10 +8,18 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llada_jax.attention import plan as plans
-from llada_jax.attention import visibility as vis
-from llada_jax.attention.plan import make_plan, step_classes
+from llada_jax.attention.plan import (
+    CLEAN_OFFSET,
+    COLUMNS,
+    COUNT,
+    NOISY_COUNT,
+    NOISY_OFFSET,
+    ROW,
+    make_plan,
+    step_classes,
+)
 from llada_jax.attention.tiles import Tiles
+from llada_jax.attention.visibility import block_causal, block_diffusion, block_window, dense_mask, make_layout
 
 # Row length and tile sizes: few, because each is a compilation.
 SIZES = [(24, Tiles(8, 2, 3, chunk=8)), (37, Tiles(4, 1, 2, chunk=8)), (37, Tiles(16, 3, 4, chunk=4))]
@@ -23,19 +31,19 @@ def planned(kind, tiles, segments, block_size):
     """(visibility, plan, classes of its forward steps, of its backward steps) of a batch of rows."""
     length = segments.shape[1]
     if kind == "window":
-        visibility, num_keys = vis.window(segments[:, 0] * 7, 8), 8 + length
+        visibility, num_keys = block_window(segments[:, 0] * 7, 8), 8 + length
     elif kind == "one stream":
-        visibility, num_keys = vis.block_causal(vis.layout(segments, block_size)), length
+        visibility, num_keys = block_causal(make_layout(segments, block_size)), length
     else:
         origin = "document" if kind == "document origin" else "global"
-        visibility, num_keys = vis.block_diffusion(vis.layout(segments, block_size, origin)), 2 * length
+        visibility, num_keys = block_diffusion(make_layout(segments, block_size, origin)), 2 * length
     plan = make_plan(visibility, num_keys, tiles)
     return visibility, plan, *(step_classes(plan, chunks) for chunks in (tiles.forward, tiles.backward))
 
 
 def padded_mask(visibility, num_keys, tiles):
     """[rows, queries, keys] with queries padded to whole tiles (as the last one), each half of the keys to chunks."""
-    mask = np.asarray(vis.dense_mask(visibility, num_keys))
+    mask = np.asarray(dense_mask(visibility, num_keys))
     noisy, clean = mask[..., : visibility.num_noisy], mask[..., visibility.num_noisy :]
     halves = [np.pad(half, ((0, 0), (0, 0), (0, -half.shape[2] % tiles.chunk))) for half in (noisy, clean)]
     return np.pad(np.concatenate(halves, 2), ((0, 0), (0, -mask.shape[1] % tiles.queries), (0, 0)), mode="edge")
@@ -43,10 +51,10 @@ def padded_mask(visibility, num_keys, tiles):
 
 def tile_steps(plan, chunks):
     """Chunks of each step of each query tile, read from the plan's columns."""
-    for run in np.asarray(plan.runs).reshape(-1, plans.COLUMNS)[:-1]:
-        positions = np.arange(run[plans.COUNT])
-        offsets = np.where(positions < run[plans.NOISY_COUNT], run[plans.NOISY_OFFSET], run[plans.CLEAN_OFFSET])
-        yield run[plans.ROW], np.split(positions + offsets, range(chunks, len(positions), chunks))
+    for run in np.asarray(plan.runs).reshape(-1, COLUMNS)[:-1]:
+        positions = np.arange(run[COUNT])
+        offsets = np.where(positions < run[NOISY_COUNT], run[NOISY_OFFSET], run[CLEAN_OFFSET])
+        yield run[ROW], np.split(positions + offsets, range(chunks, len(positions), chunks))
 
 
 @settings(max_examples=100, deadline=None)
@@ -83,7 +91,7 @@ def test_packed_documents_cost_what_they_need():
     """Aligned documents of a quarter of the row: no chunk of another document is read."""
     segments = jnp.repeat(jnp.arange(1, 5), 64)[None]
     tiles = Tiles(16, 1, 1, chunk=16)
-    plan = make_plan(vis.block_diffusion(vis.layout(segments, 16)), 512, tiles)
+    plan = make_plan(block_diffusion(make_layout(segments, 16)), 512, tiles)
     # Per document of four tiles: clean queries read 1 .. 4 chunks, noisy ones 0 .. 3 and their own.
     assert int(plan.forward_steps[0]) == 4 * 2 * (1 + 2 + 3 + 4)
     assert int((step_classes(plan, 1) == 1).sum()) == 0
@@ -92,7 +100,7 @@ def test_packed_documents_cost_what_they_need():
 def test_block_size_and_documents_are_data():
     compiled = jax.jit(
         lambda segments, b: (
-            make_plan(vis.block_diffusion(vis.layout(segments, b)), 64, Tiles(8, 2, 2, chunk=8)).forward_steps
+            make_plan(block_diffusion(make_layout(segments, b)), 64, Tiles(8, 2, 2, chunk=8)).forward_steps
         )
     )
     steps = [int(compiled(jnp.full((1, 32), 1, jnp.int32), b)[0]) for b in (1, 8, 32)]

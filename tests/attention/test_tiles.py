@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from llada_jax.attention.tiles import ENTRIES, SHAPES, TABLE, Entry, cut, read_table, tiles_for, write_table
+from llada_jax.attention.tiles import ENTRIES, SHAPES, TABLE, TileEntry, cut, read_table, tiles_for, write_table
 from llada_jax.chips import CHIPS
 from llada_jax.errors import InputError
 
@@ -23,7 +23,9 @@ def test_table_is_as_the_tool_writes_it(tmp_path):
     "group,queries,expected", [(4, 8192, 128), (8, 8192, 64), (1, 8192, 512), (3, 300, 128), (4, 20, 32)]
 )
 def test_tiles_fill_the_rows(group, queries, expected):
-    assert cut(Entry("", 128, "row", rows=512, forward=4, backward=2, chunk=128), group, queries).queries == expected
+    assert (
+        cut(TileEntry("", 128, "row", rows=512, forward=4, backward=2, chunk=128), group, queries).queries == expected
+    )
 
 
 def test_a_block_against_a_cache_has_an_entry_of_its_own(monkeypatch):

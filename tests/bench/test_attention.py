@@ -9,9 +9,9 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 import llada_jax
-from llada_jax.attention import visibility as vis
 from llada_jax.attention.dense import dense_attention
 from llada_jax.attention.tiles import tiles_for
+from llada_jax.attention.visibility import block_diffusion, check_contiguous, make_layout
 from llada_jax.bench import attention, splash
 from llada_jax.chips import CHIPS
 from llada_jax.pod import packings
@@ -23,7 +23,7 @@ from tests.test_tools import run
 def test_rows_are_full(length, mean):
     segments = packings.segment_ids(length, mean)
     assert segments.shape == (packings.ROWS, length)
-    vis.check_contiguous(segments)
+    check_contiguous(segments)
     lengths = np.concatenate(packings.document_lengths(length, mean))
     if mean:
         # The last document of a row is cut, so the mean is below that of the distribution.
@@ -51,7 +51,7 @@ def test_splash_computes_the_same_attention(packed, static):
         jax.random.normal(key, (n, 2 * length, head_dim))
         for key, n in zip(keys, (heads, kv_heads, kv_heads, heads), strict=True)
     )
-    visibility = vis.block_diffusion(vis.layout(packed[None], 32))
+    visibility = block_diffusion(make_layout(packed[None], 32))
     lists = splash.tile_lists(length, 32, packed, static, 128)
 
     def dense(q, k, v):

@@ -233,7 +233,7 @@ def test_only_with_turns_all_an_answer_sees_the_next_turn(tmp_path, turns):
     pack_chat(file, with_template(template), str(tmp_path / "out"), LENGTH, turns=turns, block_align=ALIGN)
     leaks, queries = 0, 0
     for row in read_back(tmp_path / "out"):
-        view = visibility.block_diffusion(visibility.layout(row.segment_ids[None], ALIGN))
+        view = visibility.block_diffusion(visibility.make_layout(row.segment_ids[None], ALIGN))
         answers = row.supervised & (row.ids != EOS)
         for query in np.flatnonzero(answers):
             clean = row.ids[int(view.clean_start[0, query]) : int(view.clean_end[0, query])]

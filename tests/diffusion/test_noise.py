@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llada_jax.attention import visibility as vis
+from llada_jax.attention.visibility import make_layout
 from llada_jax.diffusion import noise
 from llada_jax.diffusion.noise import NoiseSpec
 from llada_jax.errors import InputError
@@ -15,7 +15,7 @@ def draw(spec, rows=64, length=64, block_size=8, segments=None, eligible=None, f
     segments = jnp.ones((rows, length), jnp.int32) if segments is None else segments
     eligible = segments > 0 if eligible is None else eligible
     keys = noise.example_keys(0, jnp.arange(first, first + rows, dtype=jnp.uint32), jnp.zeros(rows, jnp.uint32))
-    return noise.draw_masking(keys, eligible, vis.layout(segments, block_size), spec)
+    return noise.draw_masking(keys, eligible, make_layout(segments, block_size), spec)
 
 
 def test_one_rate_a_block_or_a_document_within_the_band():
@@ -63,7 +63,7 @@ def test_noise_of_a_row_does_not_depend_on_its_batch():
     assert np.array_equal(whole.masked[5:], part.masked)
     other = noise.example_keys(0, jnp.uint32([5]), jnp.uint32([1]))
     assert not np.array_equal(
-        noise.draw_masking(other, jnp.ones((1, 64), bool), vis.layout(jnp.ones((1, 64), jnp.int32), 8), NoiseSpec())
+        noise.draw_masking(other, jnp.ones((1, 64), bool), make_layout(jnp.ones((1, 64), jnp.int32), 8), NoiseSpec())
         .masked[0],
         whole.masked[5],
     )  # fmt: skip
@@ -84,25 +84,25 @@ def test_bad_values_are_refused(values, message):
         NoiseSpec(**values)
 
 
-def parts_of(spec, parts, length=64, block_size=8):
+def strata_of(spec, strata, length=64, block_size=8):
     keys = noise.example_keys(0, jnp.arange(4, dtype=jnp.uint32), jnp.zeros(4, jnp.uint32))
-    where = vis.layout(jnp.ones((4, length), jnp.int32), block_size)
+    layout = make_layout(jnp.ones((4, length), jnp.int32), block_size)
     eligible = jnp.arange(length)[None] % 5 > 0
     eligible = jnp.broadcast_to(eligible, (4, length))
-    return eligible, [noise.draw_masking(keys, eligible, where, spec, part=part) for part in parts]
+    return eligible, [noise.draw_masking(keys, eligible, layout, spec, stratum=stratum) for stratum in strata]
 
 
 def test_strata_share_out_the_band():
-    _, found = parts_of(NoiseSpec(rate_low=0.2, rate_high=0.8), [noise.Part(i, 3) for i in range(3)])
+    _, found = strata_of(NoiseSpec(rate_low=0.2, rate_high=0.8), [noise.Stratum(i, 3) for i in range(3)])
     for i, masking in enumerate(found):
         assert (masking.rate >= 0.6 - 0.2 * i - 1e-6).all() and (masking.rate <= 0.8 - 0.2 * i + 1e-6).all()
 
 
 def test_a_mirrored_draw_has_the_complementary_mask_and_rate():
-    eligible, (first, second) = parts_of(NoiseSpec(rate_low=0.0), [noise.Part(), noise.Part(mirrored=True)])
+    eligible, (first, second) = strata_of(NoiseSpec(rate_low=0.0), [noise.Stratum(), noise.Stratum(mirrored=True)])
     assert np.array_equal(first.masked ^ second.masked, eligible)
     np.testing.assert_allclose(first.rate + second.rate, 1, atol=1e-6)
-    whole = parts_of(NoiseSpec(rate_low=0.0), [None])[1][0]
+    whole = strata_of(NoiseSpec(rate_low=0.0), [None])[1][0]
     assert np.array_equal(whole.masked, first.masked) and np.array_equal(whole.rate, first.rate)
 
 
@@ -114,7 +114,7 @@ def test_every_use_of_a_rows_key_has_a_key_of_its_own():
     assert len({tuple(np.asarray(jax.random.key_data(key))) for key in [row, *uses]}) == 4
     # Rates and masks are what they always were: of the two halves of a split.
     split = jax.random.split(row)
-    where = vis.layout(jnp.ones((1, 64), jnp.int32), 1)
-    drawn = noise.draw_masking(row[None], jnp.ones((1, 64), bool), where, NoiseSpec(rate_low=0.0))
+    layout = make_layout(jnp.ones((1, 64), jnp.int32), 1)
+    drawn = noise.draw_masking(row[None], jnp.ones((1, 64), bool), layout, NoiseSpec(rate_low=0.0))
     np.testing.assert_array_equal(drawn.rate[0], 1 - jax.random.uniform(split[0], (64,)))
     np.testing.assert_array_equal(drawn.masked[0], jax.random.uniform(split[1], (64,)) < drawn.rate[0])

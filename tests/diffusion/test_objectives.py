@@ -150,26 +150,26 @@ def test_shifted_reads_the_noisy_half_inside_a_block_only():
 @pytest.mark.parametrize("origin", ["global", "document"])
 def test_no_gradient_across_documents_or_from_clean_blocks_at_or_after_ones_own(config, origin):
     """Gradients of a noisy token's hidden state with respect to every input embedding, exactly zero or not."""
-    from llada_jax.attention import visibility as vis
-    from llada_jax.model import forward as f
+    from llada_jax.attention.visibility import block_diffusion, make_layout
     from llada_jax.model.alignment import align
+    from llada_jax.model.forward import hidden_states
 
     length, b = 12, 4
     segments = jnp.asarray([[1] * 5 + [2] * 6 + [0]])
-    where = vis.layout(segments, b, origin)
+    layout = make_layout(segments, b, origin)
     ids = jnp.asarray(random_ids(1, length))
     tokens = jnp.concatenate([jnp.full_like(ids, config.mask_token_id), ids], axis=1)
-    positions = jnp.tile(jnp.arange(length)[None] - where.document_start, (1, 2))
+    positions = jnp.tile(jnp.arange(length)[None] - layout.document_start, (1, 2))
 
     def hidden(extra):
-        h, _ = f.hidden_states(
-            params_of(config), config, tokens, positions, vis.block_diffusion(where), embedding_noise=extra
+        h, _ = hidden_states(
+            params_of(config), config, tokens, positions, block_diffusion(layout), embedding_noise=extra
         )
-        return align(h[:, :length], h[:, length:], where, config.alignment)[0].sum(-1)
+        return align(h[:, :length], h[:, length:], layout, config.alignment)[0].sum(-1)
 
     jacobian = jax.jacobian(hidden)(jnp.zeros((1, 2 * length, config.hidden_size)))[:, 0]
     seen = np.abs(np.asarray(jacobian)).max(-1) > 0
-    start, doc = np.asarray(where.block_start[0]), np.asarray(segments[0])
+    start, doc = np.asarray(layout.block_start[0]), np.asarray(segments[0])
     for i in range(length):
         noisy, clean = seen[i, :length], seen[i, length:]
         other = doc != doc[i]
@@ -270,7 +270,7 @@ def test_expert_load_counts_the_tokens_of_documents_in_every_half_and_no_padding
                         lambda x, row=row, at=inside: x[row : row + 1, at], packed.replace(keys=packed.real)
                     )
                     start = inside[0]
-                    alone = alone.replace(where=jax.tree.map(lambda x, start=start: x - start, alone.where))
+                    alone = alone.replace(layout=jax.tree.map(lambda x, start=start: x - start, alone.layout))
                     expected += np.asarray(objectives.score(params, config, alone, halves)[0].expert_load)
         assert np.array_equal(sums.expert_load, expected)
         of_pass = 40 * (2 if halves == "both" else 1) * (2 if objective.complementary else 1) * 4
@@ -352,7 +352,7 @@ def test_confidence_loss_is_the_mean_entropy_of_correct_tokens_and_moves_nothing
     example = example.replace(clean=jnp.asarray(clean))
     sums, _ = objectives.score(params, TINY, example, "noisy", entropy_temperature=temperature)
     two_stream = example.replace(clean=jnp.asarray(ids))
-    hidden = denoised_hidden(params, TINY, two_stream.noisy, None, example.where, example.positions)
+    hidden = denoised_hidden(params, TINY, two_stream.noisy, None, example.layout, example.positions)
     log_p = jax.nn.log_softmax(hidden @ params["head"])
     correct = np.asarray((log_p.argmax(-1) == clean) & example.masked)
     sharpened = np.asarray(jax.nn.log_softmax(log_p / temperature))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llada_jax.attention import visibility as vis
+from llada_jax.attention.visibility import make_layout
 from llada_jax.diffusion import noise, objectives, preference
 from llada_jax.diffusion.noise import NoiseSpec
 from llada_jax.diffusion.objectives import Objective
@@ -21,8 +21,8 @@ OBJECTIVE = Objective(NoiseSpec(rate_low=0.0, masking="fixed_count"), block_orig
 
 def batch(draw=0):
     b = batch_of(random_ids(2, 40), SEGMENTS)
-    where = vis.layout(jnp.asarray(SEGMENTS), 4, "document")
-    response = np.arange(40)[None] - np.asarray(where.document_start) >= 3  # three tokens of prompt
+    layout = make_layout(jnp.asarray(SEGMENTS), 4, "document")
+    response = np.arange(40)[None] - np.asarray(layout.document_start) >= 3  # three tokens of prompt
     epochs = np.full(2, draw, np.uint32)
     return jax.tree.map(jnp.asarray, b.replace(supervised=response & (SEGMENTS > 0), epochs=epochs))
 
@@ -37,10 +37,10 @@ def other_params():
 
 @pytest.mark.parametrize("masking", ["bernoulli", "fixed_count"])
 def test_rejected_shares_times_and_masks_with_chosen(masking):
-    where = vis.layout(jnp.asarray(SEGMENTS), 4, "document")
-    source = preference.shared_source(where, jnp.asarray(SEGMENTS))
+    layout = make_layout(jnp.asarray(SEGMENTS), 4, "document")
+    source = preference.shared_source(layout, jnp.asarray(SEGMENTS))
     spec = NoiseSpec(masking=masking)
-    masking = noise.draw_masking(keys_of(2), jnp.asarray(SEGMENTS > 0), where, spec, source)
+    masking = noise.draw_masking(keys_of(2), jnp.asarray(SEGMENTS > 0), layout, spec, source)
     for values in (masking.masked, masking.rate):
         values = np.asarray(values)
         assert np.array_equal(values[:, 0:8], values[:, 8:16])
@@ -52,7 +52,7 @@ def test_rejected_shares_times_and_masks_with_chosen(masking):
 
 def test_padding_between_documents_does_not_hide_the_chosen_one():
     segments = jnp.asarray(np.repeat([[1, 0, 2]], [5, 3, 7], axis=1))
-    source = preference.shared_source(vis.layout(segments, 4, "document"), segments)
+    source = preference.shared_source(make_layout(segments, 4, "document"), segments)
     assert source[0, 8:15].tolist() == list(range(7))
 
 

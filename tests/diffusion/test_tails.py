@@ -107,7 +107,7 @@ def test_what_has_no_tail_is_masked_as_before():
     arrays = ids, segments, supervised, None
     example = prepared(Objective(), arrays=arrays)
     keys = noise.example_keys(0, jnp.arange(len(ids), dtype=jnp.uint32), jnp.zeros(len(ids), jnp.uint32))
-    drawn = noise.draw_masking(keys, jnp.asarray(supervised), example.where, NoiseSpec())
+    drawn = noise.draw_masking(keys, jnp.asarray(supervised), example.layout, NoiseSpec())
     assert np.array_equal(example.hidden, drawn.masked) and np.array_equal(example.masked, drawn.masked)
 
 

@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 from jax._src import compilation_cache, compiler
 
-from llada_jax import command_line, errors, train
+from llada_jax import command_line, errors
 from llada_jax.checkpoint import digest
 from llada_jax.data.order import Rows
 from llada_jax.model.config import PRESETS, preset
+from llada_jax.train import main
 from llada_jax.training import loop
 
 MODEL = PRESETS["tiny_hosts"] = preset("tiny").replace(
@@ -69,4 +70,4 @@ if __name__ == "__main__":
     compiler._cache_write = write_program
     Rows.batch = hindered(Rows.batch)
     loop.train_loss = with_digests(loop.train_loss)
-    command_line.run(train.main)
+    command_line.run(main)

@@ -18,7 +18,7 @@ from llada_jax.model.forward import Execution
 from llada_jax.model.grouped_matmul import _tiles, grouped_matmul, stack_matmul
 from llada_jax.model.layers import rope_angles, rope_frequencies
 from llada_jax.model.router import balanced_bias, route
-from llada_jax.sharding import Shards, make_mesh
+from llada_jax.sharding import WeightShards, make_mesh
 
 
 def test_presets_have_the_published_number_of_parameters():
@@ -134,7 +134,7 @@ def test_experts_move_tokens_without_scatter():
     weights = jax.tree.map(lambda w: w[0], parameters.initialize(config, jax.random.key(0))["sparse"])
 
     def loss(x, weights):
-        y, _ = experts.moe((x, x), weights, Shards(), config, Execution())
+        y, _ = experts.moe((x, x), weights, WeightShards(), config, Execution())
         return jnp.sin(y).sum()
 
     assert float_scatters(jax.grad(lambda x: jnp.sin(x[jnp.array([1, 0])]).sum()), jnp.ones((2, 3))) == ["f32"]
@@ -192,7 +192,7 @@ def test_block_router_limits_the_experts_of_a_block():
             assert list(chosen) == expected
             np.testing.assert_allclose(weight, s[expected] / s[expected].sum() * 2.5, rtol=1e-4)
     with pytest.raises(InputError, match="routing_block=8 must divide"):
-        experts.moe((jnp.ones((2, 12, 128)),) * 2, {}, Shards(), c, Execution())
+        experts.moe((jnp.ones((2, 12, 128)),) * 2, {}, WeightShards(), c, Execution())
 
 
 def test_bias_moves_towards_the_experts_with_little_load():

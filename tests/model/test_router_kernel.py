@@ -19,7 +19,7 @@ from llada_jax.model.router import _logits, _select, route
 from llada_jax.pod import routing_cost
 from llada_jax.pod.hlo import Array
 from llada_jax.pod.topology import one_device
-from llada_jax.sharding import Shards
+from llada_jax.sharding import WeightShards
 
 MINI = preset("llada2_mini")
 QWEN = preset("qwen3_30b_a3b")
@@ -151,7 +151,7 @@ def test_a_layer_of_experts_by_kernels_equals_the_plain_one(small_tiles):
 
     @functools.partial(jax.jit, static_argnums=0)
     def layer(kernel, x, weights):
-        return experts.moe((x, x), weights, Shards(), config, Execution(experts=kernel, interpret=True))
+        return experts.moe((x, x), weights, WeightShards(), config, Execution(experts=kernel, interpret=True))
 
     (ours, load), (plain, expected) = (layer(kernel, x, weights) for kernel in KERNELS)
     np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-6)

@@ -39,7 +39,7 @@ def test_equals_generate_whatever_the_batch(params):
         assert [answer.index for answer in answers] == list(range(9))
         for i, answer in enumerate(answers):
             assert np.array_equal(answer.tokens, together.tokens[i])
-            assert np.array_equal(answer.steps, together.steps[i])
+            assert np.array_equal(answer.written_at, together.written_at[i])
             assert np.allclose(answer.confidence, together.confidence[i], rtol=1e-4)
             assert answer.forward_passes == together.forward_passes[i]
         passes = sum(answer.forward_passes + answer.commit_passes for answer in answers)

@@ -11,7 +11,7 @@ from llada_jax.model import parameters
 from llada_jax.model.config import preset
 from llada_jax.sampling import accept
 from llada_jax.sampling.decode import iterate
-from llada_jax.sampling.generate import program_of
+from llada_jax.sampling.generate import decode_settings
 from llada_jax.sampling.state import empty_state
 
 CONFIGS = {
@@ -99,7 +99,7 @@ def test_steps_and_confidence_say_when_and_how_surely_each_token_was_written(mod
     params, config = model
     g = GenerateConfig(gen_length=8, block_length=4, threshold=2.0, eos_id=-1)
     out = llada_jax.generate(params, config, [np.arange(4)], g)
-    steps, confidence = out.steps[0].reshape(2, 4), out.confidence[0]
+    steps, confidence = out.written_at[0].reshape(2, 4), out.confidence[0]
     assert (np.sort(steps) == np.arange(4)).all()  # one token a step
     assert ((confidence > 0) & (confidence <= 1)).all()
     first = int(np.argmin(steps[0]))
@@ -136,7 +136,7 @@ def test_stops_inside_a_block_once_all_before_the_end_is_written(model, rule):
     shared = dict(gen_length=12, block_length=12, threshold=2.0, rule=rule)
     free = llada_jax.generate(params, config, [np.arange(12)], GenerateConfig(**shared, eos_id=-1))
     # The position whose prefix is written first: ending there must stop the block early.
-    done = [int(max(free.steps[0][: i + 1])) + 1 for i in range(12)]
+    done = [int(max(free.written_at[0][: i + 1])) + 1 for i in range(12)]
     at = int(np.argmin(done))
     g = GenerateConfig(**shared, eos_id=int(free.tokens[0][at]), eos_early_stop=True)
     out = llada_jax.generate(params, config, [np.arange(12)], g)
@@ -166,11 +166,11 @@ def test_a_mesh_decodes_as_one_device_does(model):
 
 def test_the_step_can_be_compiled_from_abstract_arguments(model):
     params, config = model
-    program = program_of(config, [GenerateConfig(gen_length=8, block_length=4)])
-    abstract = jax.eval_shape(lambda: empty_state(config, program, 4, 16, "float32"))
-    step = jax.jit(iterate, static_argnames=("config", "program"))
+    settings = decode_settings(config, [GenerateConfig(gen_length=8, block_length=4)])
+    abstract = jax.eval_shape(lambda: empty_state(config, settings, 4, 16, "float32"))
+    step = jax.jit(iterate, static_argnames=("config", "settings"))
     shapes = jax.eval_shape(lambda: params)
-    lowered = step.lower(shapes, config, program, abstract)
+    lowered = step.lower(shapes, config, settings, abstract)
     assert jax.tree.structure(lowered.out_info) == jax.tree.structure(abstract)
 
 

@@ -10,8 +10,7 @@ import pytest
 
 from llada_jax import sharding
 from llada_jax.sampling import accept, decode
-from llada_jax.sampling import predict as predicting
-from llada_jax.sampling.predict import Kind, Sampling, predict
+from llada_jax.sampling.predict import PredictSettings, Sampling, predict
 
 ROWS, BLOCK, EMBED, VOCAB, MASK = 4, 3, 8, 50, 17
 RNG = np.random.default_rng(0)
@@ -21,15 +20,15 @@ NEEDED = jnp.asarray(RNG.random((ROWS, BLOCK)) < 0.6).at[0, 0].set(True)
 HEAD = HEAD.at[:, MASK].set(1.02 * HEAD[:, (HIDDEN[0, 0] @ HEAD).argmax()])  # the most probable one there, by a little
 
 
-def settings(temperature=0.0, top_k=0, top_p=1.0, seeds=range(ROWS)) -> Sampling:
+def sampling_of(temperature=0.0, top_k=0, top_p=1.0, seeds=range(ROWS)) -> Sampling:
     full = lambda value, dtype: jnp.full(ROWS, value, dtype)  # noqa: E731
     keys = jax.vmap(functools.partial(jax.random.key, impl="threefry2x32"))(jnp.array(seeds, jnp.uint32))
     return Sampling(full(temperature, jnp.float32), full(top_k, jnp.int32), full(top_p, jnp.float32), keys)
 
 
-def run(sampling, kind, hidden=HIDDEN, needed=NEEDED, mesh=None):
+def run(sampling, settings, hidden=HIDDEN, needed=NEEDED, mesh=None):
     # Nothing is cached between tile sizes: they are read when the function is traced.
-    function = jax.jit(lambda *arguments: predict(*arguments, kind))
+    function = jax.jit(lambda *arguments: predict(*arguments, settings))
     if mesh is None:
         return jax.device_get(function(HEAD, hidden, needed, sampling))
     with jax.set_mesh(mesh):
@@ -58,54 +57,54 @@ def without_mask(p):
 
 @pytest.mark.parametrize("tile, vocab_tile", [(128, 512), (4, 16), (5, 7)])
 def test_argmax_probability_and_entropy_whatever_the_tiles(monkeypatch, tile, vocab_tile):
-    monkeypatch.setattr(predicting, "TILE", tile)
-    monkeypatch.setattr(predicting, "VOCAB_TILE", vocab_tile)
+    monkeypatch.setattr("llada_jax.sampling.predict.TILE", tile)
+    monkeypatch.setattr("llada_jax.sampling.predict.VOCAB_TILE", vocab_tile)
     p = distribution()
-    found = run(settings(), Kind(MASK, entropy=True, raw=True))
+    prediction = run(sampling_of(), PredictSettings(MASK, entropy=True, raw=True))
     needed = np.asarray(NEEDED)
-    assert np.array_equal(found.token[needed], without_mask(p).argmax(-1)[needed])
-    assert np.allclose(found.confidence[needed], without_mask(p).max(-1)[needed], rtol=1e-4)
-    assert np.array_equal(found.mask, (p.argmax(-1) == MASK) & needed) and found.mask.any()
+    assert np.array_equal(prediction.token[needed], without_mask(p).argmax(-1)[needed])
+    assert np.allclose(prediction.confidence[needed], without_mask(p).max(-1)[needed], rtol=1e-4)
+    assert np.array_equal(prediction.mask, (p.argmax(-1) == MASK) & needed) and prediction.mask.any()
     entropy = -(p * np.log(np.where(p > 0, p, 1))).sum(-1)
-    assert np.allclose(found.entropy[needed], entropy[needed], rtol=1e-3)
-    assert not found.token[~needed].any() and not found.confidence[~needed].any()
+    assert np.allclose(prediction.entropy[needed], entropy[needed], rtol=1e-3)
+    assert not prediction.token[~needed].any() and not prediction.confidence[~needed].any()
 
 
 def test_nothing_needed_costs_nothing_and_gives_nothing():
-    found = run(settings(), Kind(MASK), hidden=HIDDEN * jnp.nan, needed=NEEDED & False)
-    assert not found.confidence.any()
+    prediction = run(sampling_of(), PredictSettings(MASK), hidden=HIDDEN * jnp.nan, needed=NEEDED & False)
+    assert not prediction.confidence.any()
 
 
 @pytest.mark.parametrize("cut", [dict(), dict(top_k=1), dict(top_p=0.01)])
 def test_the_mask_token_is_never_predicted(cut):
     head = HEAD.at[:, MASK].set(100 * HIDDEN[0, 0])
-    everything, kind = jnp.ones_like(NEEDED), Kind(MASK, sample=True, cut=bool(cut), raw=True)
-    found = jax.jit(lambda: predict(head, HIDDEN, everything, settings(1.0, **cut), kind))()
-    assert not (np.asarray(found.token) == MASK).any() and bool(found.mask[0, 0])
+    everything, settings = jnp.ones_like(NEEDED), PredictSettings(MASK, sample=True, cut=bool(cut), raw=True)
+    prediction = jax.jit(lambda: predict(head, HIDDEN, everything, sampling_of(1.0, **cut), settings))()
+    assert not (np.asarray(prediction.token) == MASK).any() and bool(prediction.mask[0, 0])
     best = without_mask(np.asarray(HIDDEN @ head)).argmax(-1)
-    assert not cut or found.token[0, 0] == best[0, 0]  # nothing but the mask and what stands in for it is left
+    assert not cut or prediction.token[0, 0] == best[0, 0]  # nothing but the mask and what stands in for it is left
 
 
 @pytest.mark.parametrize("cut", [dict(), dict(top_k=5), dict(top_p=0.7), dict(top_k=8, top_p=0.8)])
 def test_draws_follow_the_distribution_they_report(cut):
     expected = distribution(temperature=1.5, **cut)
-    everything, kind = jnp.ones_like(NEEDED), Kind(MASK, sample=True, cut=bool(cut))
+    everything, settings = jnp.ones_like(NEEDED), PredictSettings(MASK, sample=True, cut=bool(cut))
     draws = 400
 
     def draw(seed):
         keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), row))(
             jnp.arange(ROWS)
         )
-        return predict(HEAD, HIDDEN, everything, settings(1.5, **cut).replace(key=keys), kind)
+        return predict(HEAD, HIDDEN, everything, sampling_of(1.5, **cut).replace(key=keys), settings)
 
-    found = jax.device_get(jax.jit(jax.vmap(draw))(jnp.arange(draws)))
+    prediction = jax.device_get(jax.jit(jax.vmap(draw))(jnp.arange(draws)))
     at = np.broadcast_to(expected, (draws, *expected.shape))
-    probability = np.take_along_axis(at, found.token[..., None], -1)[..., 0]
-    assert (probability > 0).all() and np.allclose(found.confidence, probability, rtol=1e-3)
+    probability = np.take_along_axis(at, prediction.token[..., None], -1)[..., 0]
+    assert (probability > 0).all() and np.allclose(prediction.confidence, probability, rtol=1e-3)
     expected = without_mask(expected)
     expected /= expected.sum(-1, keepdims=True)
     counts = np.zeros_like(expected)
-    for token in found.token:
+    for token in prediction.token:
         counts += np.eye(VOCAB)[token]
     error = np.abs(counts / draws - expected) / np.sqrt(expected * (1 - expected) / draws + 1e-9)
     often = expected * draws > 4
@@ -113,46 +112,55 @@ def test_draws_follow_the_distribution_they_report(cut):
 
 
 def test_a_draw_does_not_depend_on_tiles_or_on_other_rows(monkeypatch):
-    kind = Kind(MASK, sample=True)
-    whole = run(settings(1.0), kind)
-    monkeypatch.setattr(predicting, "TILE", 5)
-    monkeypatch.setattr(predicting, "VOCAB_TILE", 7)
-    tiled = run(settings(1.0), kind)
+    settings = PredictSettings(MASK, sample=True)
+    whole = run(sampling_of(1.0), settings)
+    monkeypatch.setattr("llada_jax.sampling.predict.TILE", 5)
+    monkeypatch.setattr("llada_jax.sampling.predict.VOCAB_TILE", 7)
+    tiled = run(sampling_of(1.0), settings)
     assert np.array_equal(whole.token, tiled.token)
-    backwards = run(settings(1.0, seeds=range(ROWS)[::-1]), kind, HIDDEN[::-1], NEEDED[::-1])
+    backwards = run(sampling_of(1.0, seeds=range(ROWS)[::-1]), settings, HIDDEN[::-1], NEEDED[::-1])
     assert np.array_equal(whole.token, backwards.token[::-1])
 
 
 def test_argmax_and_draws_share_a_batch():
     temperature = jnp.array([0.0, 1.0, 0.0, 1.0])
-    mixed = run(settings().replace(temperature=temperature, top_k=jnp.full(ROWS, 4)), Kind(MASK, True, True))
-    greedy, drawn = run(settings(), Kind(MASK)), run(settings(1.0, top_k=4), Kind(MASK, True, True))
+    mixed = run(
+        sampling_of().replace(temperature=temperature, top_k=jnp.full(ROWS, 4)), PredictSettings(MASK, True, True)
+    )
+    greedy, drawn = (
+        run(sampling_of(), PredictSettings(MASK)),
+        run(sampling_of(1.0, top_k=4), PredictSettings(MASK, True, True)),
+    )
     assert np.array_equal(mixed.token[::2], greedy.token[::2])
     assert np.allclose(mixed.confidence[::2], greedy.confidence[::2], rtol=1e-5)  # of all tokens, not of the top 4
     assert np.array_equal(mixed.token[1::2], drawn.token[1::2])
 
 
 def test_dinfers_probability_is_of_the_logits_as_they_are(monkeypatch):
-    monkeypatch.setattr(predicting, "VOCAB_TILE", 7)
+    monkeypatch.setattr("llada_jax.sampling.predict.VOCAB_TILE", 7)
     needed = np.asarray(NEEDED)
     for cut in (dict(), dict(top_k=4)):
-        found = run(settings(1.7, **cut), Kind(MASK, sample=True, cut=bool(cut), raw=True))
-        drawn = run(settings(1.7, **cut), Kind(MASK, sample=True, cut=bool(cut)))
-        assert np.array_equal(found.token, drawn.token)
-        probability = np.take_along_axis(distribution(), found.token[..., None], -1)[..., 0]
-        assert np.allclose(found.confidence[needed], probability[needed], rtol=1e-4)
-        of_draw = np.take_along_axis(distribution(1.7, **cut), found.token[..., None], -1)[..., 0]
+        prediction = run(sampling_of(1.7, **cut), PredictSettings(MASK, sample=True, cut=bool(cut), raw=True))
+        drawn = run(sampling_of(1.7, **cut), PredictSettings(MASK, sample=True, cut=bool(cut)))
+        assert np.array_equal(prediction.token, drawn.token)
+        probability = np.take_along_axis(distribution(), prediction.token[..., None], -1)[..., 0]
+        assert np.allclose(prediction.confidence[needed], probability[needed], rtol=1e-4)
+        of_draw = np.take_along_axis(distribution(1.7, **cut), prediction.token[..., None], -1)[..., 0]
         assert np.allclose(drawn.confidence[needed], of_draw[needed], rtol=1e-4)
 
 
-KINDS = [Kind(MASK, entropy=True), Kind(MASK, sample=True, cut=True), Kind(MASK, sample=True, entropy=True, raw=True)]
+SETTINGS = [
+    PredictSettings(MASK, entropy=True),
+    PredictSettings(MASK, sample=True, cut=True),
+    PredictSettings(MASK, sample=True, entropy=True, raw=True),
+]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_shards_of_the_vocabulary_agree_with_the_whole(kind):
-    sampling = settings(1.0 if kind.sample else 0.0, top_k=6, top_p=0.8)
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_shards_of_the_vocabulary_agree_with_the_whole(settings):
+    sampling = sampling_of(1.0 if settings.sample else 0.0, top_k=6, top_p=0.8)
     mesh = sharding.make_mesh(data=4, tensor=2)
-    whole, sharded = run(sampling, kind), run(sampling, kind, mesh=mesh)
+    whole, sharded = run(sampling, settings), run(sampling, settings, mesh=mesh)
     needed = np.asarray(NEEDED)
     assert np.array_equal(whole.token, sharded.token) and np.array_equal(whole.mask, sharded.mask)
     assert np.allclose(whole.confidence, sharded.confidence, rtol=1e-4)
@@ -174,13 +182,13 @@ def step_of(rule, probabilities, **requests):
     logits = jnp.log(jnp.asarray(probabilities, jnp.float32) + 1e-30)[None]
     everything = jnp.ones(logits.shape[:2], bool)
     sampling = Sampling(*(jnp.full(1, x) for x in (0.0, 0, 1.0)), jnp.zeros((1, 2), jnp.uint32))
-    kind = Kind(7, entropy=rule == "entropy", raw=rule == "dinfer")
-    found = predict(jnp.eye(8), logits, everything, sampling, kind)
-    defaults = dict(threshold=0.95, editing_threshold=0.95, entropy_bound=0.1, steps=logits.shape[1])
+    settings = PredictSettings(7, entropy=rule == "entropy", raw=rule == "dinfer")
+    prediction = predict(jnp.eye(8), logits, everything, sampling, settings)
+    defaults = dict(threshold=0.95, editing_threshold=0.95, entropy_bound=0.1, max_steps=logits.shape[1])
     asked = SimpleNamespace(**{name: jnp.array([value]) for name, value in (defaults | requests).items()})
-    program = SimpleNamespace(rule=rule, block_length=logits.shape[1])
+    decoding = SimpleNamespace(rule=rule, block_length=logits.shape[1])
     state = SimpleNamespace(requests=asked, masked=everything, step=jnp.zeros(1, jnp.int32))
-    return np.flatnonzero(decode._accept(program, state, found)[0]).tolist(), jax.device_get(found)
+    return np.flatnonzero(decode._accept(decoding, state, prediction)[0]).tolist(), jax.device_get(prediction)
 
 
 def banned(probabilities):
@@ -191,22 +199,23 @@ def banned(probabilities):
 @pytest.mark.parametrize("rule", ["llada2", "llada2.1", "sglang", "dinfer"])
 def test_mass_on_the_mask_keeps_a_token_below_the_threshold(rule):
     block = [UNSURE, SURE]
-    accepted, found = step_of(rule, block)
+    accepted, prediction = step_of(rule, block)
     assert accepted == [1] and step_of(rule, banned(block))[0] == [0, 1]
-    assert found.confidence[0, 0] == pytest.approx(0.949, abs=1e-5) and abs(found.confidence[0, 0] - 0.95) < 0.002
+    confidence = prediction.confidence[0, 0]
+    assert confidence == pytest.approx(0.949, abs=1e-5) and abs(confidence - 0.95) < 0.002
 
 
 def test_mass_on_the_mask_keeps_a_written_token_from_an_edit():
     for block, expected in (([UNSURE], []), (banned([UNSURE]), [0])):
-        found = step_of("llada2.1", block)[1]
+        prediction = step_of("llada2.1", block)[1]
         edited = accept.edits(
-            found.confidence, found.token, jnp.array([[5]]), jnp.ones((1, 1), bool), jnp.array([0.95])
+            prediction.confidence, prediction.token, jnp.array([[5]]), jnp.ones((1, 1), bool), jnp.array([0.95])
         )
         assert np.flatnonzero(edited).tolist() == expected
-    found = step_of("llada2.1", [MASK_FIRST])[1]  # what stands in for the mask edits by its own probability
+    prediction = step_of("llada2.1", [MASK_FIRST])[1]  # what stands in for the mask edits by its own probability
     for threshold, current, expected in ((0.44, 5, [0]), (0.46, 5, []), (0.44, 3, [])):
         current, threshold = jnp.array([[current]]), jnp.array([threshold])
-        edited = accept.edits(found.confidence, found.token, current, jnp.ones((1, 1), bool), threshold)
+        edited = accept.edits(prediction.confidence, prediction.token, current, jnp.ones((1, 1), bool), threshold)
         assert np.flatnonzero(edited).tolist() == expected
 
 
@@ -216,8 +225,8 @@ def test_entropy_is_of_all_logits():
     of_banned = [-(p[p > 0] * np.log(p[p > 0])).sum() for p in np.asarray(banned(block))]
     bound = sum(entropy[:2]) - 0.001
     assert sum(of_banned[:2]) < bound
-    accepted, found = step_of("entropy", block, entropy_bound=bound)
-    np.testing.assert_allclose(found.entropy[0], entropy, rtol=1e-4)
+    accepted, prediction = step_of("entropy", block, entropy_bound=bound)
+    np.testing.assert_allclose(prediction.entropy[0], entropy, rtol=1e-4)
     assert accepted == [0, 1] and step_of("entropy", banned(block), entropy_bound=bound)[0] == [0, 1, 2]
 
 
@@ -228,8 +237,9 @@ def test_fixed_takes_the_surest_by_all_logits():
 
 @pytest.mark.parametrize("rule", ["llada2", "llada2.1", "sglang"])
 def test_where_the_mask_is_first_another_token_stands_in_with_its_own_probability(rule):
-    accepted, found = step_of(rule, [MASK_FIRST, DOUBTFUL], threshold=0.42)
-    assert accepted == [0] and found.token[0, 0] == 3 and found.confidence[0, 0] == pytest.approx(0.45, abs=1e-5)
+    accepted, prediction = step_of(rule, [MASK_FIRST, DOUBTFUL], threshold=0.42)
+    assert accepted == [0] and prediction.token[0, 0] == 3
+    assert prediction.confidence[0, 0] == pytest.approx(0.45, abs=1e-5)
     assert step_of(rule, [MASK_FIRST, SURE], threshold=0.46)[0] == [1]
 
 
