@@ -3,12 +3,14 @@
 import contextlib
 import dataclasses
 import importlib.util
+import sys
 from pathlib import Path
 
 import functions
 import jax
 import jax.numpy as jnp
 import numpy as np
+from config import LENGTH, get_config
 from runs import Run
 
 from llada_jax.checkpoint import merge, weights
@@ -24,9 +26,10 @@ from llada_jax.sampling.generate import GenerateConfig
 from llada_jax.tokenizer import load_tokenizer
 from llada_jax.training import config as settings
 from llada_jax.training import loop
-from llada_jax.training.config import load_sibling
 
-EXPERIMENTS = Path(__file__).resolve().parent.parent
+sys.path.append(str(Path(__file__).resolve().parents[1] / "post_training"))
+import task  # noqa: E402
+
 BLOCK, ANSWER_LENGTH = 16, {"tiny": 32, "smollm2_135m": 64}  # of experiments/post_training
 # Likelihoods of a text run: {key: (block size or None for the full sequence, block origin, document mask)}.
 LIKELIHOODS = {
@@ -67,12 +70,11 @@ def prepare(place: Place) -> dict:
     if place.model != "tiny" and not ar.exists():
         _import_smollm2(ar)
     tokenizer = load_tokenizer(str(out / "tokenizer" if place.model == "tiny" else ar))
-    lengths = load_sibling(__file__, "config").LENGTH
-    dataset = pack(str(out / "text"), tokenizer, str(place.rows), lengths["wsd"])
+    dataset = pack(str(out / "text"), tokenizer, str(place.rows), LENGTH["wsd"])
     if place.model == "tiny":
         config = _config("ar", place)
         config.data.tokenizer, config.data.path = str(out / "tokenizer"), str(out / "ar_rows")
-        pack(str(out / "text"), tokenizer, config.data.path, lengths["ar"])
+        pack(str(out / "text"), tokenizer, config.data.path, LENGTH["ar"])
         trained = train(config, ar)
     return trained | {"text": {name: dataset[name] for name in ("documents", "rows", "tokens")}}
 
@@ -127,7 +129,7 @@ def run_config(run: Run, seed: int, place: Place):
 
 
 def _config(stage: str, place: Place):
-    config = load_sibling(__file__, "config").get_config(f"{stage},{place.model}")
+    config = get_config(f"{stage},{place.model}")
     return _shortened(config) if place.smoke else config
 
 
@@ -191,7 +193,6 @@ def score_answers(model: weights.Model, rows: Path, place: Place) -> dict[str, l
     """{"right", "tokens_per_forward", "nelbo": [value, standard error over questions or rows]}: answers to the first
     questions of the test of experiments/post_training, and the likelihood of the answers in the last rows.
     """
-    task = _of_post_training("task")
     count, asked, samples = (4, 4, 1) if place.smoke else (64, 400, 4)
     questions = reasoning_gym_questions(task.NAME, asked, task.TEST_SEED, task.SETTINGS)
     length = ANSWER_LENGTH[place.model]
@@ -221,7 +222,3 @@ def merged(place: Place, seed: int, count: int) -> Path:
         best = merge.best_steps(place.out / f"wsd-{seed}", count)
         merge.merge_checkpoints([path for path, _ in best], out)
     return out
-
-
-def _of_post_training(name: str):
-    return load_sibling(str(EXPERIMENTS / "post_training" / "task.py"), name)

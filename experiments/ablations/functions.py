@@ -16,6 +16,9 @@ import tokenizers
 
 from llada_jax.data.jsonl import read_values, write_values
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "common"))
+import stdlib_text  # noqa: E402
+
 EOS, MASK = "<|endoftext|>", "<|mask|>"
 SPECIAL_FROM, VOCABULARY = 508, 512  # the preset `tiny` has its end of text at 508 and its mask token at 511, of 512
 SHORTEST, LONGEST = 80, 800  # characters
@@ -53,9 +56,6 @@ def train_tokenizer(texts: Iterator[str], folder: Path) -> None:
 
 
 def main(folder: str) -> None:
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    import stdlib_text
-
     out = Path(folder)
     stdlib_text.main(out / "stdlib")
     modules = [row["text"] for _, row in read_values(out / "stdlib" / "stdlib.jsonl")]

@@ -16,7 +16,7 @@ cd "$(dirname "$0")/../.."
 seed=${1:?usage: run.sh SEED [FOLDER [MODEL]]}
 model=${3:-tiny}
 source tools/setup_venv.sh eval
-source experiments/smollm2.sh
+source experiments/common/smollm2.sh
 here=experiments/post_training
 folder=${2:-runs/post_training}/$seed
 mkdir -p "$folder"

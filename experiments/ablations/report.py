@@ -1,6 +1,6 @@
 """Tables and pictures of the recorded ablations, in seconds.
 
-    python experiments/ablations/table.py [MODEL]
+    python experiments/ablations/report.py [MODEL]
 
 draws experiments/ablations/results/MODEL/NAME.svg, prints the tables, and puts those of `tiny` into
 experiments/README.md. A value is the mean over seeds ± its standard error. A difference is taken within a seed
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from runs import ABLATIONS, Ablation, Column
 
-from llada_jax.training.config import load_sibling
+from llada_jax import config_flag
 
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
@@ -39,7 +39,7 @@ def _post_training(model: str) -> Iterator[dict]:
     for path in sorted((folder / "results" / model).glob("*.json")):
         found = {}
         for stage, recorded in json.loads(path.read_text())["stages"].items():
-            config = load_sibling(str(folder / "config.py"), "config").get_config(f"{stage},{model}")
+            config = config_flag.load([f"--config={folder / 'config.py'}:{stage},{model}"])
             names = {"right": "score", "tokens_per_forward": "tokens_per_forward", "nelbo": "held_out_nelbo"}
             found[stage] = {
                 "scores": {key: [recorded[name]] for key, name in names.items()},
