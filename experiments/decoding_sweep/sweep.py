@@ -67,9 +67,11 @@ def sweep(checkpoint: str, pairs):
         config = GenerateConfig(
             gen_length=32, block_length=block, steps=block, threshold=threshold, eos_early_stop=True
         )
-        found, _ = answer_questions(model, questions, config, _BATCH.value)
-        row = {"block": block, "threshold": threshold} | dataclasses.asdict(found)
-        print(f"block {block:3}, threshold {threshold}: {found.score:.3f}, {found.tokens_per_forward:.2f}", flush=True)
+        result, _ = answer_questions(model, questions, config, _BATCH.value)
+        row = {"block": block, "threshold": threshold} | dataclasses.asdict(result)
+        print(
+            f"block {block:3}, threshold {threshold}: {result.score:.3f}, {result.tokens_per_forward:.2f}", flush=True
+        )
         yield row
 
 

@@ -4,7 +4,7 @@
 #   bash experiments/post_training/run.sh SEED [FOLDER]        (FOLDER: runs/post_training)
 #
 # and, from the real weights of SmolLM2-135M, on a machine with an accelerator (four times the steps, thirty-two times the
-# tokens a step; --config.mesh.* as in the README):
+# tokens per step; --config.mesh.* says how it is split over chips):
 #
 #   bash experiments/post_training/run.sh SEED FOLDER smollm2_135m
 #

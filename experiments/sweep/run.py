@@ -5,13 +5,13 @@ python experiments/sweep.py --config=configs/wsd.py:tiny --out=runs/sweep [--par
 
 Each --sweep is a field of the config and its values; the points are all combinations. Commas inside brackets or quotes
 belong to a value: --sweep='schedule.warmup_blocks=(1,4),(1,4,32)', --sweep="data.mixture='A:0.7,B:0.3','A:0.5,B:0.5'";
-quotes around a value are not of it, and '' is the empty text. --list=FILE has a point a line instead, as in
+quotes around a value are removed, and '' is the empty text. --list=FILE has one point per line instead, as in
 optimizer.learning_rate=1e-3 batch.rows=4; # begins a comment. Other --config flags hold for all points.
 
 A point is trained in OUT/POINT, where train.log is. Run again, the sweep trains only what has not finished, and resumes
 what was begun; a point that failed is tried again. The others go on when one fails, and the exit code is 1 at the end.
-A point whose config is another one, as the config file was edited, is trained anew; what was there is kept in
-OUT/replaced. Other flags for the same OUT are refused.
+A point whose config has changed, as the config file was edited, is trained anew; the old run moves to OUT/replaced.
+Other flags for the same OUT are refused.
 --launch="tpu_vm --topology=v5p:2x2x1 --project=P --zone=Z --rows=gs://B/ROWS" launches a pod job for each point instead
 (experiments/launch/launch.py), OUT being gs://; --table alone makes the table, there or of a sweep that still runs.
 
@@ -43,7 +43,7 @@ from llada_jax.runtime.workdir_lock import is_claimed
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Training config, FILE.py:MODEL[,option=N].")
 _SWEEP = flags.DEFINE_multi_string("sweep", [], "FIELD=VALUE,VALUE...: an axis of the grid.")
-_LIST = flags.DEFINE_string("list", None, "File with a point a line, FIELD=VALUE FIELD=VALUE...")
+_LIST = flags.DEFINE_string("list", None, "File with one point per line, FIELD=VALUE FIELD=VALUE...")
 _OUT = flags.DEFINE_string("out", None, "Folder of the workdirs and of the results.")
 _PARALLEL = flags.DEFINE_integer("parallel", 1, "Points trained side by side, here.", lower_bound=1)
 _LAUNCH = flags.DEFINE_string("launch", None, "Arguments of experiments/launch/launch.py: a pod job for each point.")
@@ -57,7 +57,7 @@ LAUNCH = Path(__file__).resolve().parents[1] / "launch" / "launch.py"
 # ---- points
 
 
-def points() -> list[Point]:
+def read_points() -> list[Point]:
     """Raises InputError naming the flag or the line of --list that is wrong."""
     if bool(_SWEEP.value) == bool(_LIST.value):
         raise InputError("--sweep=FIELD=VALUE,VALUE... or --list=FILE is required, one of them; see --help")
@@ -83,7 +83,7 @@ def _listed(file: Path) -> list[Point]:
         lines = file.read_text().splitlines()
     except OSError as error:
         raise InputError(f"--list={file}: {error.strerror}") from error
-    found = []
+    points = []
     for number, line in enumerate(lines, 1):
         try:
             parts = shlex.split(line, comments=True)
@@ -91,23 +91,23 @@ def _listed(file: Path) -> list[Point]:
             raise InputError(f"{file}:{number}: {error}") from error
         if parts:
             fields = [_field(part, f"{file}:{number}") for part in parts]
-            found.append({field: unquoted(value) for field, value in fields})
-    if not found or len({point_name(point) for point in found}) < len(found):
+            points.append({field: unquoted(value) for field, value in fields})
+    if not points or len({point_name(point) for point in points}) < len(points):
         raise InputError(f"--list={file}: no points, or one that comes twice")
-    return found
+    return points
 
 
-def _field(text: str, where: str) -> tuple[str, str]:
+def _field(text: str, source: str) -> tuple[str, str]:
     field, equals, value = text.partition("=")
     field = field.removeprefix("config.")
     if not equals:
-        raise InputError(f"{where}: {text!r}, expected FIELD=VALUE")
-    config_flag.field_of(config_flag.resolved(_CONFIG), field, where)
+        raise InputError(f"{source}: {text!r}, expected FIELD=VALUE")
+    config_flag.field_of(config_flag.resolved(_CONFIG), field, source)
     return field, value
 
 
 def config_of(point: Point) -> dict:
-    """The config of a point, as JSON has it. Raises InputError naming the flag that is wrong."""
+    """The config of a point as a JSON dict. Raises InputError naming the flag that is wrong."""
     return json.loads(config_flag.load(point_flags(point)).to_json())
 
 
@@ -120,7 +120,7 @@ def common_flags() -> list[str]:
 
 
 def point_flags(point: Point) -> list[str]:
-    """The --config flags of a point, without common ones of its own fields: the values of a tuple would be joined."""
+    """The --config flags of a point, without common flags of its own fields: values of a tuple would be joined."""
     swept = [f"config.{field}" for field in point]
     common = [text for text in common_flags() if text.lstrip("-").removeprefix("no").partition("=")[0] not in swept]
     return [*common, *(f"--config.{field}={value}" for field, value in point.items())]
@@ -132,11 +132,11 @@ def record_of(point: Point) -> tuple[dict, list[str]]:
     Raises InputError when it was trained with other flags, which give another config.
     """
     flags_now, config, folder = point_flags(point), config_of(point), epath.Path(_OUT.value) / point_name(point)
-    found = read_record(folder) or new_record(flags_now, config)
-    differing = changed(found, config)
-    if found["flags"] != flags_now and (differing or "config" not in found):
-        raise InputError(f"{folder}: of other flags, {shlex.join(found['flags'])}; choose another --out")
-    return (new_record(flags_now, config) if differing else found), differing
+    record = read_record(folder) or new_record(flags_now, config)
+    differing = changed(record, config)
+    if record["flags"] != flags_now and (differing or "config" not in record):
+        raise InputError(f"{folder}: of other flags, {shlex.join(record['flags'])}; choose another --out")
+    return (new_record(flags_now, config) if differing else record), differing
 
 
 def train_here(point: Point, record: dict, differing: Sequence[str]) -> str | None:
@@ -150,8 +150,8 @@ def train_here(point: Point, record: dict, differing: Sequence[str]) -> str | No
     if differing:
         if is_claimed(workdir):
             return f"still running with another config, {differing[0]}"
-        kept = move_aside(epath.Path(_OUT.value), name)
-        print(f"{name}: {'; '.join(differing)}; what was there is in {kept}", flush=True)
+        replaced = move_aside(epath.Path(_OUT.value), name)
+        print(f"{name}: {'; '.join(differing)}; what was there is in {replaced}", flush=True)
     print(f"{name}: {'going on' if workdir.exists() else 'training'}", flush=True)
     record = {key: value for key, value in record.items() if key != "failure"}
     write_record(epath.Path(workdir), record)
@@ -182,10 +182,10 @@ def _call(command: Sequence[str], log) -> int:
     return code
 
 
-def train_all_here(found: Sequence[Point]) -> dict[str, str]:
+def train_all_here(points: Sequence[Point]) -> dict[str, str]:
     """{point: why it has not finished}. Ctrl-C stops those that run; they have saved when this returns."""
     failures = {}
-    records = [(point, *record_of(point)) for point in found]
+    records = [(point, *record_of(point)) for point in points]
     todo = [entry for entry in records if not entry[1]["finished"]]
     with ThreadPoolExecutor(_PARALLEL.value) as pool:
         ended = {point_name(entry[0]): pool.submit(train_here, *entry) for entry in todo}
@@ -202,15 +202,15 @@ def train_all_here(found: Sequence[Point]) -> dict[str, str]:
     return failures
 
 
-def launch(found: Sequence[Point]) -> dict[str, str]:
+def launch(points: Sequence[Point]) -> dict[str, str]:
     """{point: why it could not be launched}."""
     failures = {}
     arguments = shlex.split(_LAUNCH.value)
     if "://" not in _OUT.value:
         raise InputError(f"--out={_OUT.value}, expected gs://BUCKET/SWEEP: of pod jobs")
     if not _DRY_RUN.value:
-        _record_launch(found)
-    for number, point in enumerate(found):
+        _record_launch(points)
+    for number, point in enumerate(points):
         name = f"{re.sub('[^a-z0-9-]', '-', epath.Path(_OUT.value).name.lower())[:30]}-{number}"
         command = [
             sys.executable, str(LAUNCH), *arguments, f"--name={name}", f"--workdir={_OUT.value}/{point_name(point)}",
@@ -223,10 +223,10 @@ def launch(found: Sequence[Point]) -> dict[str, str]:
     return failures
 
 
-def _record_launch(found: Sequence[Point]) -> None:
+def _record_launch(points: Sequence[Point]) -> None:
     """Says in OUT with which configs the points are trained. Raises InputError where others were."""
     try:
-        for point in found:
+        for point in points:
             record, differing = record_of(point)
             folder = epath.Path(_OUT.value) / point_name(point)
             if differing:
@@ -243,7 +243,7 @@ def _record_launch(found: Sequence[Point]) -> None:
 
 
 def result(point: Point, failure: str | None) -> dict:
-    """The row of a point: its last metrics, and why it is not finished if it is not; no metrics of another config's."""
+    """The row of a point: its last metrics, of this config alone, and why it has not finished, if so."""
     from llada_jax.diffusion.schedule import total_steps
     from llada_jax.monitoring.metrics import read_rows
     from llada_jax.training.config import phases
@@ -265,9 +265,9 @@ def result(point: Point, failure: str | None) -> dict:
     return row | ({"failure": failure} if failure else {})
 
 
-def results(found: Sequence[Point], failures: dict[str, str]) -> list[dict]:
-    """A row a point, best first; those that have not finished come last."""
-    rows = [result(point, failures.get(point_name(point))) for point in found]
+def results(points: Sequence[Point], failures: dict[str, str]) -> list[dict]:
+    """One row per point, best first; those that have not finished come last."""
+    rows = [result(point, failures.get(point_name(point))) for point in points]
     columns = list(dict.fromkeys(column for row in rows for column in row if column not in ("point", "failure")))
     nelbos = [column for column in columns if re.fullmatch(r"NELBO \d+", column)]
     best = _RANK_BY.value or (nelbos[-1] if nelbos else "loss")
@@ -282,13 +282,13 @@ def main(argv) -> int:
     del argv
     if _CONFIG.value is None or not _OUT.value:
         raise InputError("--config=FILE.py:MODEL and --out=DIR are required; see --help")
-    found = points()
+    points = read_points()
     failures: dict[str, str] = {}
     if not _TABLE.value:
-        failures = launch(found) if _LAUNCH.value else train_all_here(found)
+        failures = launch(points) if _LAUNCH.value else train_all_here(points)
     if _DRY_RUN.value or (_LAUNCH.value and not _TABLE.value):
         return int(bool(failures))
-    rows = results(found, failures)
+    rows = results(points, failures)
     text = table(rows)
     out = epath.Path(_OUT.value)
     out.mkdir(parents=True, exist_ok=True)
