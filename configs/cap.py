@@ -8,11 +8,8 @@ lambda; 2.0 at temperature 1 is what the authors' released trainer recommends. O
 configs/sft.py).
 """
 
-from llada_jax.training.config import load_sibling
+from llada_jax.training import stages
 
 
 def get_config(argument=None):
-    config = load_sibling(__file__, "sft").get_config(argument)
-    config.stage = "cap"
-    config.objective.confidence_weight = 2.0
-    return config
+    return stages.parse("cap", argument)

@@ -6,7 +6,7 @@
 
 PAIRS holds JSONL of {"prompt": ..., "chosen": ..., "rejected": ...}, texts or messages. A packed row holds pairs of
 adjacent documents, the chosen answer and then the rejected one. CHECKPOINT is the one that SFT packed with. The weights
-of init_from are the policy's start and the frozen reference. The paper averages one noise sample a score;
+of init_from are the policy's start and the frozen reference. The paper averages one noise sample per score;
 --config.preference.draws=8 averages eight. --config.preference.reference=precomputed scores all steps by the reference
 before the first one, into DIR/reference_scores.bin, and then trains without the second model; with other settings they
 are scored again, or refused once a step is saved. The learning rate starts at SFT's last, as the paper says, without a
@@ -14,17 +14,8 @@ warm-up: it is read from the step that init_from stands for. An init_from that n
 --config.optimizer.learning_rate=R. Options: length, steps (as in configs/sft.py).
 """
 
-from llada_jax.training.config import load_sibling
+from llada_jax.training import stages
 
 
 def get_config(argument=None):
-    config = load_sibling(__file__, "sft").get_config(argument)
-    config.stage = "dpo"
-    config.preference.enabled = True
-    config.objective.complementary = False
-    config.objective.rate_low = 1e-3
-    config.objective.rate_high = 1.0
-    config.objective.block_origin = "document"  # both answers to a prompt then have the same blocks
-    config.optimizer.learning_rate = 0.0  # where the stage before ended
-    config.optimizer.warmup_steps = 0
-    return config
+    return stages.parse("dpo", argument)

@@ -6,9 +6,9 @@
 
 trains the model that CHECKPOINT holds, of whatever size; configs/sft.py:MODEL names a preset that it must be.
 CHATS holds JSONL of {"messages": [{"role": ..., "content": ...}, ...]}. Each row is trained under a mask and under its
-complement, so that every response token is supervised exactly once a step. The paper gives neither the band nor the
+complement, so that every response token is supervised exactly once per step. The paper gives neither the band nor the
 weight that its code uses; the band is that of the authors' released trainer, [0.3, 0.8], the weight is the paper's 1/t
-(--config.objective.time_weight=uniform is the trainer's). Options: length (tokens a row), steps.
+(--config.objective.time_weight=uniform is the trainer's). Options: length (tokens per row), steps.
 
 Low-rank adapters instead of all weights, in this stage or in any that starts from a checkpoint:
 
@@ -19,31 +19,8 @@ and norms stay as they are, and gradients and optimizer state exist for the adap
 and names CHECKPOINT, which must stay where it is; to sample, evaluate, export and init_from it is the adapted model.
 """
 
-from llada_jax.training.config import default_config, parse_argument, refuse_unknown, split_over_pod
+from llada_jax.training import stages
 
 
 def get_config(argument=None):
-    model, options = parse_argument(argument, "init_from")
-    refuse_unknown(options, ["length", "steps"])
-    config = default_config(model)
-    config.stage = "sft"
-    config.data.length = options.get("length", 256 if model.startswith("tiny") else 2048)
-    config.schedule.kind = "constant"
-    config.schedule.block_size = 32
-    config.schedule.steps = options.get("steps", 1000)
-    config.objective.complementary = True
-    config.objective.rate_low = 0.3
-    config.objective.rate_high = 0.8
-    config.optimizer.learning_rate = 1e-5
-    config.optimizer.warmup_steps = 30
-    config.optimizer.decay_steps = config.schedule.steps // 2
-    config.evaluation.block_sizes = (32,)
-    if not model.startswith("tiny"):
-        config.batch.rows = 64
-        config.execution.dtype = "bfloat16"
-        config.execution.attention = "auto"
-        config.execution.remat = "full"
-        split_over_pod(config)
-        config.checkpoint.every_steps = 200
-        config.evaluation.every_steps = 200
-    return config
+    return stages.parse("sft", argument)

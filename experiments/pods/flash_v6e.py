@@ -23,6 +23,6 @@ def get_config(argument=None):
     config.batch.rows = 512
     # A whole layer of experts, and its gradients, would take 13 GB of a chip: pairs of chips share it, and tokens move.
     config.mesh.data, config.mesh.fsdp, config.mesh.expert = SLICES, 128, 2
-    config.execution.exchange = "tokens"
+    config.execution.expert_parallel = "gather_tokens"
     config.execution.remat = "attention"
     return config

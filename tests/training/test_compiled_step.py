@@ -9,15 +9,12 @@ import pytest
 from llada_jax import sharding
 from llada_jax.errors import InputError
 from llada_jax.model.config import preset
-from llada_jax.training import compiled_step
-from llada_jax.training import config as settings
+from llada_jax.training import compiled_step, stages
 from llada_jax.training.loop import train
-
-CONFIG = settings.load_sibling(str(settings.__file__).replace("llada_jax/training", "configs"), "wsd").get_config
 
 
 def small(tmp_path, name):
-    config = CONFIG("tiny,length=64").unlock()
+    config = stages.wsd("tiny", length=64).unlock()
     config.data.cache = str(tmp_path / "data")
     config.schedule.kind, config.schedule.steps, config.schedule.block_size = "constant", 3, 32
     config.evaluation.block_sizes, config.evaluation.every_steps = (32,), 100
