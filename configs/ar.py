@@ -2,7 +2,7 @@
 
     python -m llada_jax.train --config=configs/ar.py:tiny --workdir=/tmp/ar
 
-trains 0.9 M parameters on this repository's own sources, one token a byte, in about a minute on two CPU cores.
+trains 0.9 M parameters on this repository's own sources, one token per byte, in about a minute on two CPU cores.
 Options: length, steps. The result is a start for configs/wsd.py: --config.init_from=/tmp/ar
 """
 

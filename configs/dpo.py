@@ -6,7 +6,7 @@
 
 PAIRS holds JSONL of {"prompt": ..., "chosen": ..., "rejected": ...}, texts or messages. A packed row holds pairs of
 adjacent documents, the chosen answer and then the rejected one. CHECKPOINT is the one that SFT packed with. The weights
-of init_from are the policy's start and the frozen reference. The paper averages one noise sample a score;
+of init_from are the policy's start and the frozen reference. The paper averages one noise sample per score;
 --config.preference.draws=8 averages eight. --config.preference.reference=precomputed scores all steps by the reference
 before the first one, into DIR/reference_scores.bin, and then trains without the second model; with other settings they
 are scored again, or refused once a step is saved. The learning rate starts at SFT's last, as the paper says, without a

@@ -6,9 +6,9 @@
 
 trains the model that CHECKPOINT holds, of whatever size; configs/sft.py:MODEL names a preset that it must be.
 CHATS holds JSONL of {"messages": [{"role": ..., "content": ...}, ...]}. Each row is trained under a mask and under its
-complement, so that every response token is supervised exactly once a step. The paper gives neither the band nor the
+complement, so that every response token is supervised exactly once per step. The paper gives neither the band nor the
 weight that its code uses; the band is that of the authors' released trainer, [0.3, 0.8], the weight is the paper's 1/t
-(--config.objective.time_weight=uniform is the trainer's). Options: length (tokens a row), steps.
+(--config.objective.time_weight=uniform is the trainer's). Options: length (tokens per row), steps.
 
 Low-rank adapters instead of all weights, in this stage or in any that starts from a checkpoint:
 

@@ -38,7 +38,7 @@ def _parse_flags(argv: Sequence[str], commands: Sequence[str], more: bool) -> Se
     if "config" in flags.FLAGS:
         from llada_jax import config_flag  # ml_collections, which only these commands need
 
-        argv = config_flag.checked(argv)
+        sys.argv = argv = config_flag.checked(argv)  # ml_collections looks up there which fields are set
     try:
         rest = flags.FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:

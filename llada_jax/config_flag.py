@@ -7,14 +7,16 @@ what a config file raises as a traceback. So the overrides are read here first, 
 import ast
 import difflib
 import importlib.util
+import math
 import re
 import sys
 import traceback
 from collections.abc import Sequence
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict, FieldReference, config_flags
 
+from llada_jax import config_renames
 from llada_jax.errors import InputError
 
 NAME = "config"
@@ -34,11 +36,11 @@ def resolved(flag) -> ConfigDict:
 
 def load(arguments: Sequence[str]) -> ConfigDict:
     """The config that --config=FILE.py[:ARGUMENT] and --config.FIELD=VALUE make. Raises InputError naming the flag."""
-    arguments = ["load", *arguments]
+    arguments = checked(["load", *arguments])
     values = flags.FlagValues()
     flag = config_flags.DEFINE_config_file(NAME, flag_values=values, sys_argv=arguments)
     try:
-        values(checked(arguments), known_only=True)
+        values(arguments, known_only=True)
     except flags.Error as error:
         raise InputError(" ".join(str(error).split())) from error
     return resolved(flag)
@@ -64,31 +66,50 @@ def checked(argv: Sequence[str]) -> list[str]:
     path = paths[-1]
     config = None
     for at, text in enumerate(argv):
-        if not (found := _OVERRIDE.fullmatch(text)):
+        if not (override := _OVERRIDE.fullmatch(text)):
             continue
         config = _load_file(path) if config is None else config
-        negated, field, given = found.groups()
-        default = field_of(config, field, f"--config.{field}")
-        if given is None and not isinstance(default, bool):
-            raise InputError(f"{text}: expected a value, {text}=VALUE")
-        value = read_value(given if given is not None else str(not negated), default, f"--config.{field}")
-        argv[at] = f"--config.{field}={value}"
+        argv[at] = _checked_override(config, text, *override.groups())
     if config is None:
         _load_file(path)
     return argv
 
 
-def field_of(config: ConfigDict, field: str, where: str):
-    """The value of "section.field". Raises InputError that begins with `where` and names the fields there are."""
+def _checked_override(config: ConfigDict, text: str, negated: str | None, field: str, given: str | None) -> str:
+    """--config.FIELD=VALUE with a value of the field's type, by the name and in the form of today."""
+    default = field_of(config, field, f"--config.{field}")
+    if given is None and not isinstance(default, bool):
+        raise InputError(f"{text}: expected a value, {text}=VALUE")
+    new, words = config_renames.renamed_field(field), given if given is not None else str(not negated)
+    section, _, name = new.rpartition(".")
+    kind = optional_fields(config[section] if section else config).get(name)
+    words = str(config_renames.current_value(field, words))
+    value = config_renames.current_value(field, read_value(words, default, f"--config.{new}", kind))
+    if new != field or (value is None and words != "None"):
+        config_renames.announce(f"{text} is now --config.{new}={value}")
+    return f"--config.{new}={value}"
+
+
+def optional_fields(section: ConfigDict) -> dict[str, type]:
+    """{name: type} of a section's fields that may be None: those that hold a reference of that type."""
+    fields = section.items(preserve_field_references=True)
+    return {name: value.get_type() for name, value in fields if isinstance(value, FieldReference)}
+
+
+def field_of(config: ConfigDict, field: str, label: str):
+    """The value of "section.field", which may be an old name. Raises InputError that begins with `label` and names the
+    fields there are.
+    """
+    field = config_renames.renamed_field(field)
     node, parts = config, field.split(".")
     for depth, name in enumerate(parts):
         if not isinstance(node, ConfigDict):
-            raise InputError(f"{where}: config.{'.'.join(parts[:depth])} is a value, it has no fields")
+            raise InputError(f"{label}: config.{'.'.join(parts[:depth])} is a value, it has no fields")
         if name not in node:
-            raise InputError(f"{where}: no such field, config.{field}; {_near(config, node, parts, depth)}")
+            raise InputError(f"{label}: no such field, config.{field}; {_near(config, node, parts, depth)}")
         node = node[name]
     if isinstance(node, ConfigDict):
-        raise InputError(f"{where}: config.{field} is a section; set its fields, {', '.join(sorted(node))}")
+        raise InputError(f"{label}: config.{field} is a section; set its fields, {', '.join(sorted(node))}")
     return node
 
 
@@ -96,8 +117,8 @@ def _near(config: ConfigDict, node: ConfigDict, parts: list[str], depth: int) ->
     """Fields like the one that there is not, of its section or of any, and all of its section."""
     section = ".".join([NAME, *parts[:depth]])
     here = {name: f"{section}.{name}" for name in node}
-    sections = {part: held for part, held in config.items() if isinstance(held, ConfigDict)}
-    anywhere = {name: f"{NAME}.{part}.{name}" for part, held in sections.items() for name in held}
+    sections = {part: section for part, section in config.items() if isinstance(section, ConfigDict)}
+    anywhere = {name: f"{NAME}.{part}.{name}" for part, fields in sections.items() for name in fields}
     for known in (here, anywhere):
         if close := [known[name] for name in difflib.get_close_matches(parts[depth], known, n=2)]:
             break
@@ -105,36 +126,38 @@ def _near(config: ConfigDict, node: ConfigDict, parts: list[str], depth: int) ->
     return f"did you mean {' or '.join(close)}? {there}" if close else there
 
 
-def read_value(text: str, default, where: str):
-    """`text` as a value of the type of `default`. Raises InputError that begins with `where`.
+def read_value(text: str, default, label: str, optional: type | None = None):
+    """`text` as a value of the type of `default`. Raises InputError that begins with `label`.
 
-    A tuple may be written (1,4), [1,4], 1,4 or, of one entry, 1.
+    A tuple may be written (1,4), [1,4], 1,4 or, of one entry, 1. optional: the type of a field that may be None.
     """
+    if optional is not None and text == "None":
+        return None
     if isinstance(default, tuple):
         kind = type(default[0]) if default else str
-        return tuple(_checked_entry(entry, kind, f"{where}={text}") for entry in _entries(text, kind, where))
-    kind = type(default)
+        return tuple(_checked_entry(entry, kind, f"{label}={text}") for entry in _entries(text, kind, label))
+    kind = type(default) if optional is None else optional
     if kind not in EXPECTED:
-        raise InputError(f"{where}: the config file sets {default!r} there, expected {', '.join(EXPECTED.values())}")
+        raise InputError(f"{label}: the config file sets {default!r} there, expected {', '.join(EXPECTED.values())}")
     try:
         if kind is bool:
             return _BOOLS[text.lower()]
         if kind is not str or text != "None":
             value = kind(text)
-            if value == value:  # no NaN
+            if value == value and (optional is None or abs(value) != math.inf):  # no NaN
                 return value
     except (KeyError, ValueError):
         pass
-    raise InputError(f"{where}={text}, expected {EXPECTED[kind]}")
+    raise InputError(f"{label}={text}, expected {EXPECTED[kind]}{' or None' * (optional is not None)}")
 
 
-def _checked_entry(value, kind: type, where: str):
+def _checked_entry(value, kind: type, label: str):
     if type(value) is not kind:
-        raise InputError(f"{where}: {value!r}, expected {EXPECTED[kind]}")
+        raise InputError(f"{label}: {value!r}, expected {EXPECTED[kind]}")
     return value
 
 
-def _entries(text: str, kind: type, where: str) -> list:
+def _entries(text: str, kind: type, label: str) -> list:
     """What a tuple's text holds: the entries of a literal, else the words between its commas."""
     try:
         value = ast.literal_eval(text)
@@ -145,7 +168,7 @@ def _entries(text: str, kind: type, where: str) -> list:
             words = words[1:-1]
         entries = [word.strip().strip("'\"") for word in words.strip(", ").split(",")]
         if not all(entries) or set(words) & set("()[]"):
-            raise InputError(f"{where}={text}, expected values with commas between them, or () for none") from error
+            raise InputError(f"{label}={text}, expected values with commas between them, or () for none") from error
         return [int(word) if kind is int and re.fullmatch(r"-?\d+", word) else word for word in entries]
 
 

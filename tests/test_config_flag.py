@@ -37,7 +37,12 @@ BAD = {
     "schedule.steps=1e3": "--config.schedule.steps=1e3, expected an integer",
     "optimizer.learning_rate=fast": "--config.optimizer.learning_rate=fast, expected a number",
     "optimizer.learning_rate=nan": "--config.optimizer.learning_rate=nan, expected a number",
-    "optimizer.learning_rate=None": "--config.optimizer.learning_rate=None, expected a number",
+    "optimizer.b1=None": "--config.optimizer.b1=None, expected a number",
+    "faults.spike_factor=far": "--config.faults.spike_factor=far, expected a number or None",
+    "faults.hang_minutes=inf": "--config.faults.hang_minutes=inf, expected a number or None",
+    "checkpoint.keep_last=1.5": "--config.checkpoint.keep_last=1.5, expected an integer or None",
+    "checkpoint.keep_last=none": "--config.checkpoint.keep_last=none, expected an integer or None",
+    "checkpoint.keep_last": "--config.checkpoint.keep_last: expected a value",
     "objective.complementary=2": "--config.objective.complementary=2, expected true or false",
     "objective.complementary=": "--config.objective.complementary=, expected true or false",
     "data.source=None": '--config.data.source=None, expected text ("" is none)',
@@ -75,6 +80,11 @@ def test_bad_values_name_flag_and_value(flag):
         (["--config.mesh.data", "-1"], "mesh.data", -1),
         (["--config.optimizer.clip_norm=inf"], "optimizer.clip_norm", float("inf")),
         (["--config.optimizer.learning_rate=1"], "optimizer.learning_rate", 1.0),
+        (["--config.optimizer.learning_rate=None"], "optimizer.learning_rate", None),
+        (["--config.checkpoint.keep_last", "None"], "checkpoint.keep_last", None),
+        (["--config.checkpoint.keep_last=3"], "checkpoint.keep_last", 3),
+        (["--config.faults.spike_factor=3"], "faults.spike_factor", 3.0),
+        (["--config.yarn_factor=2"], "yarn_factor", 2.0),
         (["--config.objective.complementary"], "objective.complementary", True),
         (["--noconfig.objective.document_mask"], "objective.document_mask", False),
         (["--config.objective.complementary=TRUE", "--config.seed=3"], "objective.complementary", True),
@@ -82,8 +92,8 @@ def test_bad_values_name_flag_and_value(flag):
 )
 def test_good_values(flags, field, value):
     config = config_flag.load([TINY, *flags])
-    found = config_flag.field_of(config, field, "")
-    assert found == value and type(found) is type(value)
+    actual = config_flag.field_of(config, field, "")
+    assert actual == value and type(actual) is type(value)
 
 
 FILES = {

@@ -9,9 +9,9 @@ from tests.helpers.paths import ROOT
 
 # From the ground up. Rooms on one floor do not import each other; llada_jax itself, the front door, may import all.
 FLOORS = (
-    ("errors", "plots", "token_text"),
+    ("config_renames", "errors", "plots", "token_text"),
     ("chat_template", "chips", "config_flag", "folder", "runtime", "sharding"),
-    ("attention", "command_line", "tokenizer"),
+    ("attention", "command_line", "config_fields", "tokenizer"),
     ("data", "model"),
     ("checkpoint", "diffusion", "sampling"),
     ("evaluation", "interop", "monitoring"),

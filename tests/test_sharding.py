@@ -33,11 +33,11 @@ MESHES = [
     ("tiny_moe", dict(data=8), dict(remat="attention")),
     ("tiny_moe", dict(fsdp=8), dict(remat="full", reduce_dtype="float32")),
     ("tiny_moe", dict(expert=8), dict(remat="projections")),
-    ("tiny_moe", dict(expert=8), dict(exchange="tokens", remat="hidden")),
+    ("tiny_moe", dict(expert=8), dict(expert_parallel="gather_tokens", remat="hidden")),
     ("tiny_moe", dict(tensor=8), BLOCKWISE | dict(remat="offload")),
-    ("tiny_moe", dict(data=2, expert=2, tensor=2), BLOCKWISE | dict(exchange="tokens")),
+    ("tiny_moe", dict(data=2, expert=2, tensor=2), BLOCKWISE | dict(expert_parallel="gather_tokens")),
     ("tiny_moe", dict(fsdp=4, expert=2), dict(remat="rows")),
-    ("tiny_moe", dict(fsdp=2, expert=4), dict(exchange="tokens")),
+    ("tiny_moe", dict(fsdp=2, expert=4), dict(expert_parallel="gather_tokens")),
 ]
 
 
@@ -122,7 +122,7 @@ jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv
 from llada_jax import sharding
 from tests.test_sharding import loss_and_gradients, summary
 mesh = sharding.make_mesh(data=1, fsdp=4, expert=2)
-(loss, load), gradients = loss_and_gradients("tiny_moe", mesh, summary, exchange="tokens")
+(loss, load), gradients = loss_and_gradients("tiny_moe", mesh, summary, expert_parallel="gather_tokens")
 print(json.dumps([float(loss), [leaf.tolist() for leaf in jax.tree.leaves(gradients)]]))
 """
 

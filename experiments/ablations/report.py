@@ -11,6 +11,7 @@ exceeds 95% of Student's t of so few seeds (4.3 standard errors of three).
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -169,13 +170,14 @@ def origin(record: dict) -> str:
     ar, four, blocks, full = (record["scores"][key][0] for key in ("ar", "4", "32", "full"))
     documents, tokens = record["text"]["documents"], record["text"]["tokens"] / 1e6
     parameters, seen, minutes = record["parameters"] / 1e6, record["tokens"] / 1e6, record["train_seconds"] / 60
-    return (
+    words = (
         f"The AR model has {parameters:.1f} M parameters and a vocabulary of 512; it was trained on {seen:.1f} M tokens"
         f" in {minutes:.0f} minutes on {record['device']}. The text is the functions of the standard library of Python "
         f"{record['python']}: {documents:,} documents, {tokens:.1f} M tokens. On held-out rows the AR loss is {ar:.3f} "
         f"nats per token; read as a block-diffusion model before any conversion, its NELBO is {four:.3f} at "
-        f"block size 4, {blocks:.3f} at 32 and {full:.3f} over the full sequence.\n"
+        f"block size 4, {blocks:.3f} at 32 and {full:.3f} over the full sequence."
     )
+    return textwrap.fill(words, 120) + "\n"
 
 
 def marked(text: str, name: str, new: str) -> str:

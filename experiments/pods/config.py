@@ -55,7 +55,7 @@ LAUNCHES = {
         "llada2_flash", "v6e:16x16", slices=2,
         fields={
             "batch.rows": 512, "mesh.data": 2, "mesh.fsdp": 128, "mesh.expert": 2,
-            "execution.exchange": "tokens", "execution.remat": "attention",
+            "execution.expert_parallel": "gather_tokens", "execution.remat": "attention",
         },
     ),
     "flash_tpu7x": Launch("llada2_flash", "tpu7x:4x4x8", fields={"batch.rows": 512, "mesh.data": 2, "mesh.fsdp": 128}),

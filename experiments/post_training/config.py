@@ -86,7 +86,7 @@ def _dpo(config):
     config.schedule.steps = 100
     config.batch.rows = 4
     config.preference.draws = 4
-    config.optimizer.learning_rate = 0.0  # where CAP ended, 2e-5
+    config.optimizer.learning_rate = None  # where CAP ended, 2e-5
     config.optimizer.warmup_steps = 5
     config.optimizer.decay_steps = 50
     config.evaluation.every_steps = 50
@@ -101,7 +101,8 @@ def _accelerator(config):
         config.optimizer[field] *= more
     config.schedule.stable_steps *= 20
     config.schedule.steps *= more
-    config.optimizer.learning_rate /= 5
+    if config.optimizer.learning_rate is not None:  # DPO goes on where CAP ended
+        config.optimizer.learning_rate /= 5
     config.execution.dtype = "bfloat16"
     config.execution.attention = "auto"
     config.checkpoint.every_steps = config.evaluation.every_steps = 1000

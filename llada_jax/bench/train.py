@@ -23,8 +23,8 @@ from llada_jax.model import experts, forward, head, parameters
 from llada_jax.model.config import ModelConfig, preset
 from llada_jax.model.forward import Execution
 from llada_jax.model.useful_flops import mean_pairs, useful_flops
-from llada_jax.training import config as settings
 from llada_jax.training import train_state
+from llada_jax.training.config import default_config
 from llada_jax.training.optimizer import make_optimizer
 from llada_jax.training.step import denoising_loss, make_train_step
 
@@ -37,7 +37,7 @@ SMALL = preset("tiny").replace(
 
 def programs(model: ModelConfig, rows: int, length: int, execution: Execution) -> dict[str, Callable[[], object]]:
     """{"step", "matmul", parts: runs it once and returns its arrays}, all compiled."""
-    config = settings.default_config("tiny")
+    config = default_config("tiny")
     optimizer = make_optimizer(config.optimizer, model, 1000)
     params = parameters.initialize(model, jax.random.key(0))
     state = train_state.create(jax.tree.map(jnp.copy, params), optimizer)

@@ -1,12 +1,12 @@
 """The experts of a layer: tokens sorted by expert, a grouped matmul, and the weighted sum back.
 
 Dropless: every token goes to all of its experts, whatever their load. Over a mesh each shard of the batch routes and
-sorts its own tokens; how experts and tokens meet is `Execution.exchange`:
+sorts its own tokens; how experts and tokens meet is `Execution.expert_parallel`:
 
-"weights"  every shard gathers the weights of all experts (FSDP; the expert axis is one more axis of it).
-"tokens"   the ranks of the expert axis gather each other's tokens, each computes its own experts' part of the sums,
-           and the parts are reduced and scattered back. Buffers are those of the worst case, in which every token
-           goes to one rank; the work is that of the tokens that do.
+"gather_weights"  every shard gathers the weights of all experts (FSDP; the expert axis is one more axis of it).
+"gather_tokens"   the ranks of the expert axis gather each other's tokens, each computes its own experts' part of the
+                  sums, and the parts are reduced and scattered back. Buffers are those of the worst case, in which
+                  every token goes to one rank; the work is that of the tokens that do.
 
 The tensor axis splits every expert, and the shared one, along its hidden width.
 """
@@ -27,7 +27,7 @@ from llada_jax.model.layers import swiglu
 from llada_jax.model.router import route
 from llada_jax.model.rows_kernel import rows_by_expert
 
-EXCHANGES = ("weights", "tokens")
+EXPERT_PARALLEL = ("gather_weights", "gather_tokens")
 EXPERTS = ("gate", "up", "down")
 
 
@@ -53,7 +53,7 @@ def moe(
     router = shards.gather(weights["router"], "router")
     routed = route(rows, router, weights.get("expert_bias"), config, execution.experts, execution.interpret)
     y, load = _routed(rows, *routed, weights, shards, execution)
-    if counted is not None:  # of this rank's own tokens, however they are exchanged
+    if counted is not None:  # of this rank's own tokens, whichever are gathered
         experts = jnp.where(counted.reshape(1, -1), routed[0], load.size)
         load = count_by_group(experts.reshape(-1), load.size)
     if config.num_shared_experts:
@@ -73,21 +73,21 @@ def moe(
 def _routed(x, experts, expert_weights, weights, shards, execution):
     """sum_k w_k E_k(x) [tokens, embed], with a tensor axis this rank's part of it; and the load, int32 [experts].
 
-    The load of this rank's tokens, or where they are exchanged that of this rank's experts, of all ranks' tokens.
+    The load of this rank's tokens, or where they are gathered that of this rank's experts, of all ranks' tokens.
     """
-    exchange_tokens = execution.exchange == "tokens" and shards.size("expert") > 1
+    gather_tokens = execution.expert_parallel == "gather_tokens" and shards.size("expert") > 1
     how = execution.experts, execution.interpret
     if "layer" in weights:
         experts_here = weights["gate"].shape[1]
         combine = functools.partial(combine_in_stacks, weights=weights)
     else:
-        keep = ("expert", "tensor") if exchange_tokens else ("tensor",)
+        keep = ("expert", "tensor") if gather_tokens else ("tensor",)
         gate, up, down = (weights[name].astype(x.dtype) for name in EXPERTS)
         # Side by side they are one matmul of twice the columns. Joined before they are gathered, this moves nothing.
         gate_up = shards.gather(jnp.concatenate([gate, up], axis=2), "gate", keep)
         experts_here = gate_up.shape[0]
         combine = functools.partial(combine_experts, gate_up=gate_up, down=shards.gather(down, "down", keep))
-    if not exchange_tokens:
+    if not gather_tokens:
         move = sort_by_expert(experts, experts_here, False, *how)
         return combine(x, move, expert_weights, kernel=how[0], interpret=how[1]), move.group_sizes
     x, experts, expert_weights = (
@@ -110,7 +110,7 @@ def read_in_place(stacks: dict[str, jax.Array], axes: dict[str, tuple], executio
         return False
     if (mesh := sharding.mesh_in_force()) is None:
         return True
-    kept = {"tensor", "expert"} if execution.exchange == "tokens" else {"tensor"}
+    kept = {"tensor", "expert"} if execution.expert_parallel == "gather_tokens" else {"tensor"}
     return all(kept.issuperset(sharding.split_over(axes[name], w.shape, mesh)) for name, w in stacks.items())
 
 

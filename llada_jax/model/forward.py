@@ -57,16 +57,16 @@ REMAT_POLICIES = {
 class Execution:
     """How a pass is computed, never what it computes.
 
-    attention: a name in ATTENTIONS. experts: of their matmul and routing, in grouped_matmul.KERNELS. exchange: how
-    experts and tokens meet over a mesh, in experts.EXCHANGES. remat: a name in REMAT_POLICIES. dtype: of activations
-    and of gathered weights; None is the parameters'. reduce_dtype: in which gradients of gathered weights are summed
-    over ranks; None is `dtype`, "float32" costs twice the bytes where `dtype` is "bfloat16". interpret: run the Pallas
-    kernels interpreted, on any device, slowly; for tests.
+    attention: a name in ATTENTIONS. experts: of their matmul and routing, in grouped_matmul.KERNELS. expert_parallel:
+    how experts and tokens meet over a mesh, in experts.EXPERT_PARALLEL. remat: a name in REMAT_POLICIES. dtype: of
+    activations and of gathered weights; None is the parameters'. reduce_dtype: in which gradients of gathered weights
+    are summed over ranks; None is `dtype`, "float32" costs twice the bytes where `dtype` is "bfloat16". interpret: run
+    the Pallas kernels interpreted, on any device, slowly; for tests.
     """
 
     attention: str = "dense"
     experts: str = "xla"
-    exchange: str = "weights"
+    expert_parallel: str = "gather_weights"
     remat: str = "none"
     dtype: str | None = None
     reduce_dtype: str | None = None
@@ -74,7 +74,7 @@ class Execution:
 
     def __post_init__(self):
         for field, choices in (
-            ("attention", ATTENTIONS), ("experts", KERNELS), ("exchange", experts.EXCHANGES),
+            ("attention", ATTENTIONS), ("experts", KERNELS), ("expert_parallel", experts.EXPERT_PARALLEL),
             ("remat", tuple(REMAT_POLICIES)), ("reduce_dtype", (None, "float32")),
         ):  # fmt: skip
             if (value := getattr(self, field)) not in choices:

@@ -31,12 +31,12 @@ from llada_jax.pod.operations import Cost
 from llada_jax.pod.packings import LENGTHS, LONG_LENGTHS, MEANS, segment_ids
 from llada_jax.pod.step_cost import PARTS, Line, step_lines
 from llada_jax.pod.topology import slice_devices, slice_index
+from llada_jax.runtime.xla_options import xla_options
 from llada_jax.training import compiled_step, run_model, train_state
-from llada_jax.training import config as settings
+from llada_jax.training.config import check, check_rows, execution, extended, phases, skips_steps
 from llada_jax.training.loop import train_loss
 from llada_jax.training.optimizer import make_optimizer
 from llada_jax.training.step import make_train_step
-from llada_jax.training.xla_options import xla_options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,20 +77,20 @@ class Step:
 
 def lower_step(config: ConfigDict, slices: Slices, halves: str) -> Step:
     """Traces the trainer's step over the mesh of config.mesh. Raises InputError where the config is refused."""
-    settings.check(config)
-    execution = settings.execution(config, platform="tpu")
-    if execution.attention == "blockwise":  # its loops run as long as the rows' documents say
+    check(config)
+    on_tpu = execution(config, platform="tpu")
+    if on_tpu.attention == "blockwise":  # its loops run as long as the rows' documents say
         raise InputError("config.execution.attention='blockwise': no estimate, expected 'kernel', 'dense' or 'auto'")
-    check_experts(execution, run_model.named(config))
+    check_experts(on_tpu, run_model.named(config))
     if config.data.length not in (known := LENGTHS + LONG_LENGTHS):
         raise InputError(f"config.data.length={config.data.length}: packings exist of {', '.join(map(str, known))}")
     devices = list(slice_devices(slices.topology, slices.count).reshape(-1))
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
     model = model_of(config)
     trained = Lora(model, config.lora.rank, config.lora.alpha, config.lora.targets) if config.lora.rank else model
-    settings.check_rows(config, mesh)
+    check_rows(config, mesh)
     with jax.set_mesh(mesh):
-        optimizer = make_optimizer(config.optimizer, trained, schedule.total_steps(settings.phases(config)))
+        optimizer = make_optimizer(config.optimizer, trained, schedule.total_steps(phases(config)))
         state = with_shardings(
             train_state.abstract(trained, optimizer), lambda x: train_state.shardings(x, trained, mesh)
         )
@@ -99,8 +99,8 @@ def lower_step(config: ConfigDict, slices: Slices, halves: str) -> Step:
             dtype = jnp.bfloat16 if config.lora.rank else jnp.float32
             axes = parameters.logical_axes(model)
             frozen = with_shardings(parameters.abstract(model, dtype), lambda x: sharding.shardings(x, axes, mesh))
-        loss = train_loss(config, model, execution)
-        guard = settings.skips_steps(config)
+        loss = train_loss(config, model, on_tpu)
+        guard = skips_steps(config)
         step = make_train_step(
             trained, loss, optimizer, config.batch.micro_batches, config.optimizer.expert_bias_rate,
             xla_options("tpu"), guard,
@@ -122,7 +122,7 @@ def model_of(config: ConfigDict) -> ModelConfig:
     model = run_model.named(config)
     if model.mask_token_id is None:  # import adds one; which it is costs nothing
         model = model.replace(mask_token_id=model.vocab_size - 1)
-    return settings.extended(config, model.replace(alignment=config.alignment or model.alignment))
+    return extended(config, model.replace(alignment=config.alignment or model.alignment))
 
 
 def with_shardings(abstract, shardings_of):
@@ -273,7 +273,7 @@ def rehearse(
         raise InputError(f"--mean_document={packing.mean_document}, expected one of {', '.join(map(str, MEANS))}")
     if not 1 <= packing.busiest < math.inf:
         raise InputError(f"--busiest={packing.busiest}, expected at least 1, which is balanced")
-    settings.check(config)
+    check(config)
     config = run_model.fitted(config)
     step = lower_step(config, slices, halves)
     compiled, compile_seconds = compile_step(step.lowered, step.mesh, slices)
@@ -336,7 +336,7 @@ def _kernels(config: ConfigDict, step: Step, slices: Slices, packing: Packing):
     rows = _rows(config, step.mesh)
     shape = _attention_shape(config, step)
     kernels = {}
-    if settings.execution(config, platform="tpu").attention == "kernel":
+    if execution(config, platform="tpu").attention == "kernel":
         kernels |= attention_cost.kernel_costs(
             shape, packing.block_size, packing.mean_document, rows * shape.ranks, slices.topology
         )
@@ -350,7 +350,7 @@ def _kernels(config: ConfigDict, step: Step, slices: Slices, packing: Packing):
         width = step.model.moe_intermediate_size // step.mesh.shape["tensor"]
         kernels |= experts_cost.activation_costs(width, slices.topology)
         kernels |= {"gmm": gmm, "tgmm": lambda result, operands: ("experts", grouped["tgmm", *result[0].shape[1:]])}
-        ranks = step.mesh.shape["expert"] if config.execution.exchange == "tokens" else 1
+        ranks = step.mesh.shape["expert"] if config.execution.expert_parallel == "gather_tokens" else 1
         kernels |= routing_cost.kernel_costs(step.model, round(rows * shape.positions), ranks, slices.topology)
     return kernels
 
@@ -364,7 +364,7 @@ def _expert_costs(config: ConfigDict, step: Step, topology: Topology, tokens: fl
     width = model.moe_intermediate_size // mesh["tensor"]
     rows, groups = round(tokens) * model.num_experts_per_token, model.num_experts
     sizes = experts_cost.group_sizes(rows, groups)
-    if config.execution.exchange == "tokens" and mesh["expert"] > 1:
+    if config.execution.expert_parallel == "gather_tokens" and mesh["expert"] > 1:
         # A rank holds its share of the experts; its buffers are for the worst case, all pairs of all ranks.
         sizes = experts_cost.group_sizes(round(rows * packing.busiest), groups // mesh["expert"])
         rows *= mesh["expert"]

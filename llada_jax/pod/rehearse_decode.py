@@ -36,8 +36,8 @@ from llada_jax.pod.topology import slice_devices
 from llada_jax.sampling import decode, predict
 from llada_jax.sampling.cost import Cost, pass_cost, uniform_hits
 from llada_jax.sampling.state import CACHE_AXES, Program, empty_state
-from llada_jax.training import config as settings
 from llada_jax.training import run_model
+from llada_jax.training.config import check, execution
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,10 +84,10 @@ def rehearse_decode(config: ConfigDict, slices: Slices, rows: int, canvas: int, 
 
     Weights and caches are bfloat16. Raises InputError on bad input and DoesNotFit as pod/rehearse.rehearse.
     """
-    settings.check(config)
+    check(config)
     config = run_model.fitted(config)
-    execution = dataclasses.replace(settings.execution(config, platform="tpu"), dtype="bfloat16", remat="none")
-    check_experts(execution, run_model.named(config))
+    on_tpu = dataclasses.replace(execution(config, platform="tpu"), dtype="bfloat16", remat="none")
+    check_experts(on_tpu, run_model.named(config))
     block = config.schedule.block_size
     for field, value in (("canvas", canvas), ("filled", filled)):
         if value % block or not 0 <= value <= canvas:
@@ -98,7 +98,7 @@ def rehearse_decode(config: ConfigDict, slices: Slices, rows: int, canvas: int, 
     if rows % (mesh.size // mesh.shape["tensor"]):
         raise InputError(f"--rows={rows} cannot be shared by {mesh.size} devices")
     model = model_of(config)
-    program = Program(model.mask_token_id, block_length=block, execution=execution)
+    program = Program(model.mask_token_id, block_length=block, execution=on_tpu)
     params, state = _arguments(model, program, rows, canvas, mesh)
     with jax.set_mesh(mesh):
         step = jax.jit(functools.partial(decode.iterate, config=model, program=program), donate_argnames=("state",))
@@ -135,12 +135,12 @@ def _expert_kernels(config: ConfigDict, model: ModelConfig, mesh, topology: Topo
     """
     chip = topology.chip
     bandwidth = chip.hbm_bandwidth / chip.devices
-    ranks = mesh.shape["expert"] if config.execution.exchange == "tokens" else 1
+    ranks = mesh.shape["expert"] if config.execution.expert_parallel == "gather_tokens" else 1
 
     def gmm(result, operands):
         (weights,) = [x for x in operands if len(x.shape) == 3]
         (product,) = [x for x in operands if x.dtype == "bf16" and x.shape[:-1] == result[0].shape[:-1]]
-        # With exchange="tokens" the buffer is for the worst case: the pairs of all ranks' tokens, of which one part is
+        # With "gather_tokens" the buffer is for the worst case: the pairs of all ranks' tokens, of which one part is
         # expected here.
         pairs = result[0].shape[0]
         reached = uniform_hits(model, pairs // model.num_experts_per_token) / model.num_experts

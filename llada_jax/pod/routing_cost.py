@@ -16,7 +16,7 @@ _FEWEST = 4 * PARTS * TILE  # tokens: fewer are a loop of one step, or none
 def kernel_costs(config: ModelConfig, tokens: int, ranks: int, topology: Topology) -> dict[str, KernelCost]:
     """{beginning of a kernel's name: its cost} of a device that routes so many tokens (rounded to whole tiles).
 
-    ranks: of the expert axis, where tokens are exchanged over it, else 1.
+    ranks: of the expert axis, where tokens are gathered over it, else 1.
     """
 
     def costs(kind, tokens):

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from llada_jax.errors import InputError
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.lora import Lora
-from llada_jax.training import config as settings
+from llada_jax.training.config import skips_steps
 
 # What the program depends on.
 _SECTIONS = ("alignment", "seed", "batch", "schedule", "objective", "preference", "lora", "optimizer", "execution")
@@ -31,7 +31,7 @@ def identity(config: ConfigDict, model: ModelConfig | Lora, mesh, halves: str) -
     """What a step is compiled for, by the name that a refusal gives it."""
     sections = json.loads(config.to_json())
     parts = {name: sections[name] for name in _SECTIONS} | {"length": config.data.length, "model": repr(model)}
-    parts["guard"] = settings.skips_steps(config)
+    parts["guard"] = skips_steps(config)
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     return {
         "JAX": jax.__version__,
@@ -52,17 +52,17 @@ def save(path: str, compiled: jax.stages.Compiled, made_for: dict[str, str]) -> 
     partial.replace(path)
 
 
-def load(path: str, wanted: dict[str, str], devices: Sequence[jax.Device]) -> jax.stages.Compiled:
+def load(path: str, expected: dict[str, str], devices: Sequence[jax.Device]) -> jax.stages.Compiled:
     """The step on the devices of its mesh, a function of the arguments of make_train_step's but `halves`.
 
-    Raises InputError when it cannot be read, or was made for anything else than `wanted`.
+    Raises InputError when it cannot be read, or was made for anything else than `expected`.
     """
     try:
         saved = pickle.loads(Path(path).read_bytes())
         made_for, step = saved["made_for"], saved["step"]
     except (OSError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
         raise InputError(f"config.compiled_step={path}: not a compiled step ({error})") from error
-    for name, value in wanted.items():
+    for name, value in expected.items():
         if made_for.get(name) != value:
             raise InputError(
                 f"config.compiled_step={path}: compiled for {name} {made_for.get(name)!r}, this run has {value!r}; "
@@ -76,8 +76,8 @@ def _sources() -> str:
     """Digest of the package's Python files, which the program was traced from."""
     package = Path(__file__).parent.parent
     files = sorted(package.rglob("*.py"))
-    found = [[str(file.relative_to(package)), hashlib.sha256(file.read_bytes()).hexdigest()] for file in files]
-    return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
+    digests = [[str(file.relative_to(package)), hashlib.sha256(file.read_bytes()).hexdigest()] for file in files]
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:16]
 
 
 def _version(package: str) -> str:

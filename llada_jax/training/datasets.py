@@ -16,7 +16,7 @@ from llada_jax.data.order import Batch, Order, Rows
 from llada_jax.data.rows import packed_with, read_dataset
 from llada_jax.errors import InputError
 from llada_jax.tokenizer import Tokenizer
-from llada_jax.training import config as settings
+from llada_jax.training.config import evaluation_block_sizes, phases
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,16 +86,16 @@ def _check_ends(path: str, dataset: dict, tokenizer: Tokenizer | None, ends: Seq
         raise InputError(f"{path}: documents end in id {end}, which is none of the model's ends of sequence {[*ends]}")
     if tokenizer is None:
         return
-    begins, wanted = dataset.get("add_bos"), tokenizer.adds_bos
-    if begins is None and wanted:
+    begins, expected = dataset.get("add_bos"), tokenizer.adds_bos
+    if begins is None and expected:
         print(
             f"{path}: its documents have no beginning of sequence (packed before --add_bos), prompts will", flush=True
         )
-    elif begins not in (None, wanted):
-        found, expected = ("with" if each else "without" for each in (begins, wanted))
+    elif begins not in (None, expected):
+        documents, prompts = ("with" if each else "without" for each in (begins, expected))
         raise InputError(
-            f"{path}: documents begin {found} a beginning of sequence, this run's prompts {expected} one; "
-            f"pack with --add_bos={str(wanted).lower()}, or set config.data.add_bos={str(begins).lower()}"
+            f"{path}: documents begin {documents} a beginning of sequence, this run's prompts {prompts} one; "
+            f"pack with --add_bos={str(expected).lower()}, or set config.data.add_bos={str(begins).lower()}"
         )
 
 
@@ -108,15 +108,15 @@ def _names(paths: Sequence[str]) -> list[str]:
 
 def _check_kind(config: ConfigDict, path: str, dataset: dict) -> None:
     """Pairs are for DPO and DPO is for pairs: other losses would learn the rejected answers too."""
-    kind, wanted = dataset.get("kind", "text"), config.preference
-    if (kind == "preference") != wanted.enabled:
+    kind, dpo = dataset.get("kind", "text"), config.preference
+    if (kind == "preference") != dpo.enabled:
         raise InputError(
-            f"{path}: rows of --kind={kind}, but config.preference.enabled={wanted.enabled}; DPO, and nothing else, "
+            f"{path}: rows of --kind={kind}, but config.preference.enabled={dpo.enabled}; DPO, and nothing else, "
             "trains on rows of --kind=preference"
         )
-    if wanted.enabled and dataset["max_pairs"] > wanted.max_pairs:
+    if dpo.enabled and dataset["max_pairs"] > dpo.max_pairs:
         raise InputError(
-            f"config.preference.max_pairs={wanted.max_pairs}: {path} was packed with --max_pairs={dataset['max_pairs']}"
+            f"config.preference.max_pairs={dpo.max_pairs}: {path} was packed with --max_pairs={dataset['max_pairs']}"
         )
 
 
@@ -128,8 +128,8 @@ def _check_blocks(config: ConfigDict, path: str, dataset: dict) -> None:
     one_each = dataset["documents"] <= dataset["rows"]  # no row has two
     if dataset.get("kind", "text") == "text" or c.block_origin != "global" or not c.document_mask or one_each:
         return
-    sizes = {size: "config.evaluation.block_sizes" for size in settings.evaluation_block_sizes(config)}
-    sizes |= {phase.block_size: "config.schedule" for phase in settings.phases(config)}
+    sizes = {size: "config.evaluation.block_sizes" for size in evaluation_block_sizes(config)}
+    sizes |= {phase.block_size: "config.schedule" for phase in phases(config)}
     for size, field in sizes.items():
         if align % size and size < config.data.length:
             raise InputError(

@@ -46,11 +46,11 @@ class FaultPolicy:
             phases,
             workdir,
         )
-        kept = host.get("faults", {})
+        saved = host.get("faults", {})
         self.data_offset: int = _continued(host, self._rows_per_step, total_steps(phases))
-        self.skipped: int = kept.get("skipped", 0)
-        self._rewinds: int = kept.get("rewinds", 0)
-        self._losses = deque(map(tuple, kept.get("losses", [])), maxlen=config.faults.spike_window + 1)
+        self.skipped: int = saved.get("skipped", 0)
+        self._rewinds: int = saved.get("rewinds", 0)
+        self._losses = deque(map(tuple, saved.get("losses", [])), maxlen=config.faults.spike_window + 1)
         self._pending: deque = deque()
         self._guarded = skips_steps(config)
 
@@ -89,7 +89,7 @@ class FaultPolicy:
         loss, norm = (float(x) for x in jax.device_get((metrics["loss"], metrics["gradient_norm"])))
         reason, policy = self._fault(step, loss, norm)
         if reason is None:
-            if self._faults.spike_factor:
+            if self._faults.spike_factor is not None:
                 self._losses.append((step, loss))
             return False
         self._write_down(step, reason, policy, loss, norm, row_ids)
@@ -98,8 +98,10 @@ class FaultPolicy:
         self.skipped += policy == "skip"
         self._rewinds += policy == "rewind"
         for done, field in ((self.skipped, "max_skips"), (self._rewinds, "max_rewinds")):
-            if done > self._faults[field]:
-                raise InputError(f"step {step + 1}: {reason}, after config.faults.{field}={self._faults[field]} others")
+            if done > getattr(self._faults, field):
+                raise InputError(
+                    f"step {step + 1}: {reason}, after config.faults.{field}={getattr(self._faults, field)} others"
+                )
         return policy == "rewind"
 
     def _fault(self, step: int, loss: float, norm: float) -> tuple[str | None, str]:
@@ -119,7 +121,7 @@ class FaultPolicy:
         """
         phase, window = phase_at(self._phases, step), self._faults.spike_window
         alike = [loss for s, loss in self._losses if s < step - 1 and _alike(phase_at(self._phases, s), phase)]
-        if not self._faults.spike_factor or len(alike) < window:
+        if self._faults.spike_factor is None or len(alike) < window:
             return np.float32(np.inf)
         return np.float32(self._faults.spike_factor * np.median(alike[-window:]))
 

@@ -24,8 +24,8 @@ from llada_jax.model.config import ModelConfig
 from llada_jax.model.lora import Lora
 from llada_jax.runtime import distributed
 from llada_jax.tokenizer import Tokenizer, load_tokenizer, parse_add_bos
-from llada_jax.training import config as settings
 from llada_jax.training import run_model
+from llada_jax.training.config import extended
 from llada_jax.training.datasets import Component, open_rows
 from llada_jax.training.lora import open_lora
 from llada_jax.training.source import Source, open_source
@@ -76,17 +76,21 @@ def initial_params(inputs: Inputs, seed: int, shardings):
 
 def frozen_params(inputs: Inputs, mesh):
     """The weights of the source when they do not train: LoRA's base as it is stored, any other reference in float32."""
-    where = sharding.shardings(parameters.abstract(inputs.model), parameters.logical_axes(inputs.model), mesh)
+    shardings = sharding.shardings(parameters.abstract(inputs.model), parameters.logical_axes(inputs.model), mesh)
     dtype = None if inputs.lora else "float32"
-    return weights.load_params(inputs.source.directory, dtype=dtype, shardings=where)
+    return weights.load_params(inputs.source.directory, dtype=dtype, shardings=shardings)
 
 
 def lineage(config: ConfigDict, inputs: Inputs) -> dict:
     """What the checkpoints of the run say of where they come from: the run itself, and all stages before it."""
-    found = {"config": json.loads(config.to_json())}
+    recorded = {"config": json.loads(config.to_json())}
     if inputs.source is not None:
-        found |= {"init_from": str(config.init_from), "loaded": inputs.source.record(), "source": inputs.source.lineage}
-    return found
+        recorded |= {
+            "init_from": str(config.init_from),
+            "loaded": inputs.source.record(),
+            "source": inputs.source.lineage,
+        }
+    return recorded
 
 
 def _model(config: ConfigDict, source: Source | None) -> tuple[ModelConfig, Tokenizer | None]:
@@ -108,7 +112,7 @@ def _model(config: ConfigDict, source: Source | None) -> tuple[ModelConfig, Toke
         tokenizer = _checked(config, model, tokenizer)
     if config.alignment:
         model = model.replace(alignment=config.alignment)
-    model = settings.extended(config, model)
+    model = extended(config, model)
     if source is not None and model.rope_scaling != source.model.rope_scaling:
         check_exportable(model, source.lineage)
     if config.schedule.kind == "ar" and model.alignment != "shifted":

@@ -37,8 +37,19 @@ from llada_jax.runtime.remote_workdir import Mirror, open_workdir
 from llada_jax.runtime.retry import Retry
 from llada_jax.runtime.watchdog import watched
 from llada_jax.runtime.workdir_lock import claimed
+from llada_jax.runtime.xla_options import xla_options
 from llada_jax.training import compiled_step, held_out, train_state
-from llada_jax.training import config as settings
+from llada_jax.training.config import (
+    FROM_CHECKPOINT,
+    check,
+    check_rows,
+    execution,
+    objective,
+    phases,
+    preference,
+    skips_steps,
+    write,
+)
 from llada_jax.training.faults import FaultPolicy
 from llada_jax.training.inputs import Inputs, initial_params, open_inputs
 from llada_jax.training.lora import describe
@@ -46,9 +57,9 @@ from llada_jax.training.optimizer import learning_rate, make_optimizer
 from llada_jax.training.reference import Reference, open_reference
 from llada_jax.training.run_model import fitted, length_notice
 from llada_jax.training.save_policy import SavePolicy, checkpoints
+from llada_jax.training.sections import TrainConfig
 from llada_jax.training.source import continue_learning_rate
 from llada_jax.training.step import Loss, denoising_loss, make_train_step, preference_loss, whole
-from llada_jax.training.xla_options import xla_options
 
 
 def train(config: ConfigDict, workdir: str, devices=None) -> None:
@@ -66,38 +77,39 @@ def train(config: ConfigDict, workdir: str, devices=None) -> None:
 
 
 def _train(config: ConfigDict, workdir: str, devices) -> None:
-    settings.check(config)
+    check(config)
     config = fitted(config)
     distributed.check_same("config, code or JAX", config.to_json() + weights.code() + jax.__version__)
-    phases = settings.phases(config)
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
-    settings.check_rows(config, mesh)
-    with contextlib.ExitStack() as held:
-        mirror, config = held.enter_context(open_workdir(workdir, config))
+    check_rows(config, mesh)
+    with contextlib.ExitStack() as closing:
+        mirror, config = closing.enter_context(open_workdir(workdir, config))
         directory = mirror.local
         if jax.process_index() == 0:
-            held.enter_context(claimed(directory))
+            closing.enter_context(claimed(directory))
         inputs = open_inputs(config, directory)
         if inputs.source is not None:
             print(inputs.source.describe(), flush=True)
         if notice := length_notice(config, inputs.model):
             print(notice, flush=True)
-        config = continue_learning_rate(config, inputs.source)
+        resolved = TrainConfig.from_config_dict(continue_learning_rate(config, inputs.source))
         distributed.check_shared(epath.Path(workdir))
         with jax.set_mesh(mesh), stop_on_sigterm() as stop:
-            _run(config, phases, mesh, mirror, inputs, stop)
+            _run(resolved, phases(resolved), mesh, mirror, inputs, stop)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """What does not change from step to step. heartbeat: of runtime/watchdog.py."""
+    """What does not change from step to step. heartbeat: of runtime/watchdog.py. restore() -> (state, host state) of
+    the newest checkpoint.
+    """
 
-    config: ConfigDict
+    config: TrainConfig
     phases: Sequence[Phase]
-    workdir: Path
     inputs: Inputs
     reference: Reference
     train_step: Callable
+    restore: Callable[[], tuple[train_state.TrainState, dict]]
     batch_sharding: NamedSharding
     saves: SavePolicy
     retry: Retry
@@ -112,26 +124,28 @@ class Run:
     def last_step(self) -> int:
         return schedule.total_steps(self.phases)
 
+    @property
+    def workdir(self) -> Path:
+        return self.mirror.local
 
-def _run(config, phases, mesh, mirror: Mirror, inputs: Inputs, stop) -> None:
-    workdir = mirror.local
+
+def _run(config: TrainConfig, phases: Sequence[Phase], mesh, mirror: Mirror, inputs: Inputs, stop: Stop) -> None:
+    """Restores, trains and prints how it ended; nothing but a line when all steps are done already."""
+    workdir, last_step = mirror.local, schedule.total_steps(phases)
     goodput = Goodput(workdir, writes=jax.process_index() == 0)
-    last_step = schedule.total_steps(phases)
     optimizer = make_optimizer(config.optimizer, inputs.trained, last_step)
-    abstract = train_state.abstract(inputs.trained, optimizer)
-    where = train_state.shardings(abstract, inputs.trained, mesh)
     batch_sharding = NamedSharding(mesh, PartitionSpec(sharding.spec(("batch",), (config.batch.rows,), mesh)[0]))
     reference = open_reference(config, phases, inputs, batch_sharding, workdir, stop)
     if reference is None:
         return
-    load = functools.partial(_load, config, workdir, inputs, optimizer, abstract, where)
+    restore = functools.partial(_restore, config, workdir, inputs, optimizer, mesh)
     with goodput.spent("restore"):
-        state, host = load()
+        state, host = restore()
     _announce(config, phases, inputs, mesh, int(state.step), last_step)
     if int(state.step) >= last_step:
         return
     if jax.process_index() == 0:  # not before: config.json is of what has trained here
-        settings.write(config, workdir / "config.json")
+        write(config, workdir / "config.json")
 
     train_step = goodput.timed_steps(_train_step(config, inputs, optimizer, mesh))
     retry = Retry(config.checkpoint.retries, config.checkpoint.retry_seconds)
@@ -139,31 +153,51 @@ def _run(config, phases, mesh, mirror: Mirror, inputs: Inputs, stop) -> None:
     with contextlib.ExitStack() as closing:
         if jax.process_count() == 1:  # several agree on how a save went, but an error of one is not waited for
             closing.callback(saves.settle)  # what is being saved when an error ends the run
-        heartbeat = closing.enter_context(watched(config.faults.hang_minutes, workdir, jax.process_index()))
+        heartbeat = closing.enter_context(watched(config.faults.hang_minutes or 0.0, workdir, jax.process_index()))
         profile = Profile(workdir / "profile", parse_steps(config.profile.steps), goodput.spent)
         closing.callback(profile.close)
-        speed = Speed(config, phases, inputs.model, inputs.held_out.segment_ids, mesh.devices.flat)
         run = Run(
-            config, phases, workdir, inputs, reference, train_step, batch_sharding, saves, retry, stop, heartbeat,
-            mirror, goodput, speed, profile,
-        )  # fmt: skip
-        while True:
-            policy = FaultPolicy(config, phases, workdir, host)
-            done, bad_step = _steps(run, state, int(state.step), policy)
-            if bad_step is None:
-                break
-            goodput.mark(done)
-            with goodput.spent("restore"):
-                saves.settle()
-                state, host = load()
-            host = policy.rewound(bad_step, int(state.step), host)
-            print(f"rewound to step {int(state.step)}; the data goes on behind step {bad_step + 1}", flush=True)
-            heartbeat()
-        with goodput.spent("save"):
-            saves.wait()
+            config=config,
+            phases=phases,
+            inputs=inputs,
+            reference=reference,
+            train_step=train_step,
+            restore=restore,
+            batch_sharding=batch_sharding,
+            saves=saves,
+            retry=retry,
+            stop=stop,
+            heartbeat=heartbeat,
+            mirror=mirror,
+            goodput=goodput,
+            speed=Speed(config, phases, inputs.model, inputs.held_out.segment_ids, mesh.devices.flat),
+            profile=profile,
+        )
+        done = _train_to_the_end(run, state, host)
     goodput.mark(done)
     ended = "finished" if done == last_step else "stopped"  # experiments/launch/supervise.sh looks for it
     print(f"{goodput.describe()}\n{ended} at step {done}: {mirror.remote or workdir}", flush=True)
+
+
+def _train_to_the_end(run: Run, state: train_state.TrainState, host: dict) -> int:
+    """Trains from `state`, rewinding where config.faults asks for it, and waits for the last save. Returns the steps
+    done.
+    """
+    while True:
+        policy = FaultPolicy(run.config, run.phases, run.workdir, host)
+        done, bad_step = _steps(run, state, int(state.step), policy)
+        if bad_step is None:
+            break
+        run.goodput.mark(done)
+        with run.goodput.spent("restore"):
+            run.saves.settle()
+            state, host = run.restore()
+        host = policy.rewound(bad_step, int(state.step), host)
+        print(f"rewound to step {int(state.step)}; the data goes on behind step {bad_step + 1}", flush=True)
+        run.heartbeat()
+    with run.goodput.spent("save"):
+        run.saves.wait()
+    return done
 
 
 def _steps(run: Run, state: train_state.TrainState, first_step: int, policy: FaultPolicy) -> tuple[int, int | None]:
@@ -237,10 +271,10 @@ def _due(config: ConfigDict, done: int, last_step: int) -> Due:
 
 def _train_step(config, inputs: Inputs, optimizer, mesh):
     """make_train_step's function; where config.compiled_step has its program, that."""
-    loss = train_loss(config, inputs.model, settings.execution(config))
+    loss = train_loss(config, inputs.model, execution(config))
     options = xla_options(jax.default_backend())
     rate = config.optimizer.expert_bias_rate
-    guard = settings.skips_steps(config)
+    guard = skips_steps(config)
     train_step = make_train_step(inputs.trained, loss, optimizer, config.batch.micro_batches, rate, options, guard)
     if not config.compiled_step:
         return train_step
@@ -253,22 +287,24 @@ def _train_step(config, inputs: Inputs, optimizer, mesh):
 
 def train_loss(config: ConfigDict, model: ModelConfig, execution: Execution) -> Loss:
     """What the stage of the config optimises."""
-    common = model, settings.objective(config), execution, config.seed
-    if (preference := settings.preference(config)) is None:
+    common = model, objective(config), execution, config.seed
+    if (dpo := preference(config)) is None:
         return denoising_loss(*common, config.batch.micro_batches)
-    return preference_loss(*common, preference, config.preference.reference == "precomputed")
+    return preference_loss(*common, dpo, config.preference.reference == "precomputed")
 
 
-def _load(config, workdir: Path, inputs: Inputs, optimizer, abstract, where) -> tuple[train_state.TrainState, dict]:
+def _restore(config, workdir: Path, inputs: Inputs, optimizer, mesh) -> tuple[train_state.TrainState, dict]:
     """The state of the newest checkpoint, and the host state kept with it; without a checkpoint those of the start."""
-    found = saver.restore(
+    abstract = train_state.abstract(inputs.trained, optimizer)
+    shardings = train_state.shardings(abstract, inputs.trained, mesh)
+    restored = saver.restore(
         checkpoints(config, workdir), inputs.trained, abstract.params, abstract.optimizer,
-        (where.params, where.optimizer),
+        (shardings.params, shardings.optimizer),
     )  # fmt: skip
-    if found is None:
-        params = initial_params(inputs, config.seed, where.params)
-        return jax.jit(lambda p: train_state.create(p, optimizer), out_shardings=where)(params), {}
-    step, params, optimizer_state, host = found
+    if restored is None:
+        params = initial_params(inputs, config.seed, shardings.params)
+        return jax.jit(lambda p: train_state.create(p, optimizer), out_shardings=shardings)(params), {}
+    step, params, optimizer_state, host = restored
     if "rows_per_step" not in host:  # a checkpoint from before that was kept
         before = weights.read_config(epath.Path(checkpoints(config, workdir)) / str(step))[1].get("config", {})
         host |= {"rows_per_step": before.get("batch", {}).get("rows", config.batch.rows)}
@@ -283,7 +319,7 @@ def _load(config, workdir: Path, inputs: Inputs, optimizer, abstract, where) -> 
             f"{workdir}: its rows are not those of the precomputed scores, as it was rewound or went on with another "
             'batch.rows; set config.preference.reference="frozen"'
         )
-    return train_state.TrainState(on_all_devices(np.int32(step), where.step.mesh), params, optimizer_state), host
+    return train_state.TrainState(on_all_devices(np.int32(step), mesh), params, optimizer_state), host
 
 
 def _noise_std(config, step: int) -> float:
@@ -309,12 +345,12 @@ def _announce(config, phases, inputs: Inputs, mesh, first_step, last_step) -> No
     devices = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "1 device"
     if jax.process_count() > 1:
         devices += f" of {jax.process_count()} processes"
-    name = f"{model.architecture} of init_from" if config.model in settings.FROM_CHECKPOINT else config.model
+    name = f"{model.architecture} of init_from" if config.model in FROM_CHECKPOINT else config.model
     print(
         f"{name}: {parameters.count(model):,} parameters, alignment {model.alignment}, {start}\n"
         f"{len(inputs.rows):,} rows of {config.data.length} tokens, {len(inputs.held_out.ids)} held out; "
         f"{config.batch.rows} rows a step on {devices} ({jax.devices()[0].platform}, "
-        f"{settings.execution(config).attention} attention)\n"
+        f"{execution(config).attention} attention)\n"
         f"{last_step} steps: "
         + ", ".join(f"{p.name} block {p.block_size} x {p.steps}" for p in phases)
         + (f"\n{describe(inputs.lora)}" if inputs.lora else ""),

@@ -11,9 +11,10 @@ from llada_jax.model.lora import Lora
 
 def learning_rate(config: ConfigDict, total_steps: int) -> optax.Schedule:
     """Linear warm-up, constant, linear decay over the last decay_steps: the last step of the warm-up has learning_rate,
-    the last of all learning_rate * end_fraction. decay_steps 0: no decay.
+    the last of all learning_rate * end_fraction. decay_steps 0: no decay. learning_rate None: 0 throughout, for a
+    program that is compiled and not run; a run has the rate of source.continue_learning_rate.
     """
-    peak = config.learning_rate
+    peak = config.learning_rate or 0.0
     warmup = min(config.warmup_steps, total_steps)
     decay = min(config.decay_steps, total_steps - warmup)
     end = peak * config.end_fraction

@@ -22,13 +22,14 @@ from ml_collections import ConfigDict
 
 from llada_jax.checkpoint import saver
 from llada_jax.data.order import Batch, prefetch
-from llada_jax.diffusion import preference, schedule
+from llada_jax.diffusion import schedule
+from llada_jax.diffusion.preference import prepare, score
 from llada_jax.diffusion.schedule import Phase
 from llada_jax.evaluation.preference import pair_scores
 from llada_jax.monitoring.metrics import duration
 from llada_jax.runtime import distributed
 from llada_jax.runtime.global_arrays import from_own_rows, on_all_devices, own_rows
-from llada_jax.training import config as settings
+from llada_jax.training.config import evaluation_block_sizes, execution, objective, preference
 from llada_jax.training.inputs import Inputs, frozen_params
 from llada_jax.training.save_policy import checkpoints
 from llada_jax.training.score_file import ScoreFile
@@ -43,7 +44,7 @@ _WITHOUT_EFFECT = (
     "batch.micro_batches", "schedule", "lora", "optimizer", "mesh", "checkpoint", "faults", "evaluation",
     "log_every_steps", "profile", "preference.enabled", "preference.beta", "preference.reference",
     "objective.confidence_weight", "objective.confidence_temperature", "objective.embedding_noise_std",
-    "objective.embedding_noise_steps", "execution.attention", "execution.experts", "execution.exchange",
+    "objective.embedding_noise_steps", "execution.attention", "execution.experts", "execution.expert_parallel",
     "execution.remat", "execution.reduce_dtype",
 )  # fmt: skip
 
@@ -71,7 +72,7 @@ def open_reference(
     None when `stop.is_set` became true before all was scored; a later run goes on from there.
     Raises InputError when the scores in `workdir` are of other settings.
     """
-    stage = settings.preference(config)
+    stage = preference(config)
     load = functools.cache(lambda: frozen_params(inputs, batch_sharding.mesh))
     if stage is None:
         return Reference(load() if inputs.lora else None)
@@ -93,10 +94,10 @@ def held_out_scores(config: ConfigDict, inputs: Inputs, params) -> np.ndarray:
     """pair_scores of the held-out rows, with the same noise at every call."""
     mesh = jax.sharding.get_abstract_mesh()
     return pair_scores(
-        params, inputs.model, inputs.held_out, settings.evaluation_block_sizes(config)[-1],
+        params, inputs.model, inputs.held_out, evaluation_block_sizes(config)[-1],
         config.preference.max_pairs, draws=config.evaluation.preference_draws, rows_at_once=max(4, mesh.size),
         shared_noise=config.preference.shared_noise, block_origin=config.objective.block_origin,
-        execution=settings.execution(config),
+        execution=execution(config),
     )  # fmt: skip
 
 
@@ -104,7 +105,7 @@ def _files(config, phases, inputs: Inputs, max_pairs: int, workdir: Path) -> tup
     """(scores of all steps, scores of the held-out rows)"""
     of_steps = _depends_on(config, phases, inputs)
     of_held_out = of_steps | {
-        "config.evaluation.block_sizes[-1]": settings.evaluation_block_sizes(config)[-1],
+        "config.evaluation.block_sizes[-1]": evaluation_block_sizes(config)[-1],
         "config.evaluation.preference_draws": config.evaluation.preference_draws,
         "held-out rows": len(inputs.held_out.ids),
     }
@@ -141,15 +142,15 @@ def _depends_on(config: ConfigDict, phases: Sequence[Phase], inputs: Inputs) -> 
 
 def _score_steps(config, phases, inputs: Inputs, weights, batch_sharding, file: ScoreFile, stop) -> None:
     """Appends the scores of the steps that `file` lacks, in the batches and with the noise of training."""
-    stage, objective, execution = settings.preference(config), settings.objective(config), settings.execution(config)
+    dpo, noised_by, computed_by = preference(config), objective(config), execution(config)
     mesh = batch_sharding.mesh
     replicated = NamedSharding(mesh, PartitionSpec())
 
     @functools.partial(jax.jit, static_argnames="halves", out_shardings=replicated)
-    def score(weights, batch, block_size, halves):
-        example = preference.prepare(batch, config.seed, block_size, inputs.model, objective, stage, halves)
+    def score_batch(weights, batch, block_size, halves):
+        example = prepare(batch, config.seed, block_size, inputs.model, noised_by, dpo, halves)
         parts = split_rows(example, config.batch.micro_batches)
-        one = functools.partial(_score_part, weights, inputs.model, stage.max_pairs, halves, execution)
+        one = functools.partial(_score_part, weights, inputs.model, dpo.max_pairs, halves, computed_by)
         return join_rows(jax.lax.map(one, parts))
 
     last_step = schedule.total_steps(phases)
@@ -161,7 +162,7 @@ def _score_steps(config, phases, inputs: Inputs, weights, batch_sharding, file: 
         phase = schedule.phase_at(phases, step)
         batch = from_own_rows(batch, batch_sharding, config.batch.rows)
         block_size = on_all_devices(np.int32(phase.block_size), mesh)
-        file.append(jax.device_get(score(weights, batch, block_size, phase.halves)))
+        file.append(jax.device_get(score_batch(weights, batch, block_size, phase.halves)))
         seconds = time.monotonic() - begun
         if seconds > due or step + 1 == last_step:
             due = seconds + _PROGRESS_SECONDS
@@ -173,4 +174,4 @@ def _score_steps(config, phases, inputs: Inputs, weights, batch_sharding, file: 
 
 
 def _score_part(weights, model, max_pairs, halves, execution, part):
-    return preference.score(weights, model, part, max_pairs, halves, execution)
+    return score(weights, model, part, max_pairs, halves, execution)

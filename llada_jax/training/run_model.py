@@ -6,7 +6,7 @@ from llada_jax.checkpoint import weights
 from llada_jax.errors import InputError
 from llada_jax.model import parameters
 from llada_jax.model.config import ModelConfig, preset
-from llada_jax.training import config as settings
+from llada_jax.training.config import FROM_CHECKPOINT, check_expert_bias, pod_mesh
 
 # Fields that a preset and a checkpoint agree on. Others are the checkpoint's: import may add a token or name a mask.
 _SHAPE = (
@@ -19,7 +19,7 @@ def named(config: ConfigDict) -> ModelConfig:
     """The preset of config.model or, where it names none, the model of config.init_from, of which config.json alone is
     read. Raises InputError when there is no such preset or checkpoint.
     """
-    if config.model not in settings.FROM_CHECKPOINT:
+    if config.model not in FROM_CHECKPOINT:
         return preset(config.model)
     return weights.read_config(weights.locate(config.init_from))[0]
 
@@ -28,12 +28,12 @@ def fitted(config: ConfigDict) -> ConfigDict:
     """`config` with what follows from the model of its checkpoint, where that says which model it is: lora.targets, the
     mesh and what is recomputed, each unless it was set.
     """
-    if config.model not in settings.FROM_CHECKPOINT:
+    if config.model not in FROM_CHECKPOINT:
         return config
     model, config = named(config), config.copy_and_resolve_references()
-    settings.check_expert_bias(config, model)
+    check_expert_bias(config, model)
     config.lora.targets = tuple(config.lora.targets) or parameters.adaptable(model)
-    data, fsdp = settings.pod_mesh(model)
+    data, fsdp = pod_mesh(model)
     if model.is_moe and not config.mesh.fsdp and config.execution.remat == "full":
         config.execution.remat = "hidden"
     config.mesh.data, config.mesh.fsdp = config.mesh.data or data, config.mesh.fsdp or fsdp
@@ -42,7 +42,7 @@ def fitted(config: ConfigDict) -> ConfigDict:
 
 def check_preset(config: ConfigDict, model: ModelConfig) -> None:
     """Raises InputError naming the fields in which `model`, the checkpoint's, is not the preset of config.model."""
-    if config.model in settings.FROM_CHECKPOINT:
+    if config.model in FROM_CHECKPOINT:
         return
     expected = preset(config.model)
     if differing := [field for field in _SHAPE if getattr(model, field) != getattr(expected, field)]:

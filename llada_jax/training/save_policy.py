@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from llada_jax.checkpoint import saver
 from llada_jax.errors import InputError
 from llada_jax.runtime.retry import Retry
-from llada_jax.training import config as settings
+from llada_jax.training.config import ranking_block_size
 from llada_jax.training.inputs import Inputs, lineage
 from llada_jax.training.train_state import TrainState
 
@@ -32,16 +32,18 @@ class SavePolicy:
     def __init__(self, config: ConfigDict, workdir: Path, inputs: Inputs, retry: Retry):
         self._every_minutes, self._retry = config.checkpoint.every_minutes, retry
         self._directory, self._inputs = checkpoints(config, workdir), inputs
-        kept = config.checkpoint
+        policy = config.checkpoint
         scored_by = {
-            "block_size": settings.ranking_block_size(config),
+            "block_size": ranking_block_size(config),
             "samples": config.evaluation.samples,
             "block_origin": config.objective.block_origin,
             "document_mask": config.objective.document_mask,
             "rows": len(inputs.held_out.ids),
             "data": inputs.rows.digest,
         }
-        self._saver = saver.Saver(self._directory, kept.keep_last, kept.keep_best, kept.keep_every, scored_by)
+        self._saver = saver.Saver(
+            self._directory, policy.keep_last or 0, policy.keep_best, policy.keep_every or 0, scored_by
+        )
         self._lineage = lineage(config, inputs)
         self._init_weights = None if inputs.source is None else inputs.source.weights
         self._begun = time.monotonic()  # the last save
@@ -58,7 +60,7 @@ class SavePolicy:
             self._failed_at = now
         if self._failed_at is not None:
             return now - self._failed_at >= self._retry.pause(self._failures + 1)
-        return bool(self._every_minutes) and now - self._begun >= 60 * self._every_minutes
+        return self._every_minutes is not None and now - self._begun >= 60 * self._every_minutes
 
     def due_anywhere(self, ask: bool) -> bool:
         """Whether a process is due, the same on all of them. Several find that out only when they `ask`: it takes a

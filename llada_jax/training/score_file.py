@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from llada_jax import config_renames
 from llada_jax.errors import InputError
 
 _FORMAT = 1
@@ -37,7 +38,8 @@ class ScoreFile:
             temporary = self._path.with_name(self._path.name + ".partial")
             temporary.write_text(header)
             temporary.replace(self._path)
-        self._offset = len(header.encode())
+        with open(self._path, "rb") as file:
+            self._offset = len(file.readline())
         self.stored = self._cut()
 
     @property
@@ -72,8 +74,8 @@ class ScoreFile:
     def _check(self, expected: dict) -> None:
         try:
             with open(self._path, "rb") as file:
-                found = json.loads(file.readline())
-            before, now = found["depends_on"], expected["depends_on"]
+                stored = json.loads(file.readline())
+            before, now = _renamed(stored["depends_on"]), expected["depends_on"]
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{self._path}: not a file of scores{_REMEDY}") from error
         for name in [*now, *(name for name in before if name not in now)]:
@@ -81,7 +83,7 @@ class ScoreFile:
                 raise InputError(
                     f"{self._path}: scored with {name}={before.get(name)!r}, this run has {now.get(name)!r}{_REMEDY}"
                 )
-        if found != expected:
+        if stored | {"depends_on": before} != expected:
             raise InputError(f"{self._path}: of another format{_REMEDY}")
 
     def _cut(self) -> int:
@@ -97,3 +99,10 @@ class ScoreFile:
         if not records:
             return np.zeros(0, self._record)
         return np.memmap(self._path, self._record, "r", self._offset, (records,))
+
+
+def _renamed(depends_on: dict) -> dict:
+    """{name: value} by the names that the fields of the config have now."""
+    fields = {name.removeprefix("config."): value for name, value in depends_on.items() if name.startswith("config.")}
+    now = {f"config.{name}": value for name, value in config_renames.current(fields)[0].items()}
+    return {name: value for name, value in depends_on.items() if not name.startswith("config.")} | now

@@ -16,7 +16,7 @@ from llada_jax.errors import InputError
 from llada_jax.model import parameters
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.lora import Lora
-from llada_jax.training import config as settings
+from llada_jax.training.config import phases
 from llada_jax.training.optimizer import learning_rate
 
 
@@ -70,8 +70,8 @@ def open_source(path: str | os.PathLike) -> Source:
     model, lineage = weights.read_config(directory)
     digests = files.read_digests(directory)
     identity = sorted((name, entry.digest) for name, entry in digests.tensors["params"].items())
-    if isinstance(held := weights.read_held(directory), Lora):
-        identity += [held.scale, held.base_digest]
+    if isinstance(adapters := weights.read_held(directory), Lora):
+        identity += [adapters.scale, adapters.base_digest]
     sizes: dict[str, int] = {}
     for entry in stored_entries(weights.open_weights(directory)).values():
         sizes[entry.dtype.name] = sizes.get(entry.dtype.name, 0) + math.prod(entry.shape)
@@ -86,16 +86,16 @@ def last_learning_rate(source: Source) -> float:
     """The rate of the last step before the checkpoint. Raises InputError when no run of ours has recorded one."""
     try:
         config = ConfigDict(source.lineage["config"])
-        rates = learning_rate(config.optimizer, schedule.total_steps(settings.phases(config)))
+        rates = learning_rate(config.optimizer, schedule.total_steps(phases(config)))
         rate = float(rates(source.step - 1))
     except (KeyError, AttributeError, TypeError) as error:
         raise InputError(
-            f"config.optimizer.learning_rate=0.0 goes on at the rate of the stage before, but {source.directory} "
+            f"config.optimizer.learning_rate=None goes on at the rate of the stage before, but {source.directory} "
             f"({source.stage}) has no recorded schedule; set the rate"
         ) from error
     if not rate > 0:
         raise InputError(
-            f"config.optimizer.learning_rate=0.0 goes on at the rate of the stage before, but {source.directory} "
+            f"config.optimizer.learning_rate=None goes on at the rate of the stage before, but {source.directory} "
             f"ended at {rate}; set the rate"
         )
     return rate
@@ -103,10 +103,10 @@ def last_learning_rate(source: Source) -> float:
 
 def continue_learning_rate(config: ConfigDict, source: Source | None) -> ConfigDict:
     """`config` with a rate: that of the stage before where it asks for it, which is printed. Raises InputError."""
-    if config.optimizer.learning_rate:
+    if config.optimizer.learning_rate is not None:
         return config
     if source is None:
-        raise InputError('config.optimizer.learning_rate=0.0 is that of the stage before, but config.init_from=""')
+        raise InputError('config.optimizer.learning_rate=None is that of the stage before, but config.init_from=""')
     resolved = config.copy_and_resolve_references()
     resolved.optimizer.learning_rate = last_learning_rate(source)
     print(f"learning rate {resolved.optimizer.learning_rate:.3g}, at which {source.directory} ended", flush=True)

@@ -96,7 +96,7 @@ def dpo(model: str = "init_from", length: int | None = None, steps: int = 1000) 
     config.objective.rate_low = 1e-3
     config.objective.rate_high = 1.0
     config.objective.block_origin = "document"  # both answers to a prompt then have the same blocks
-    config.optimizer.learning_rate = 0.0  # where the stage before ended
+    config.optimizer.learning_rate = None  # where the stage before ended
     config.optimizer.warmup_steps = 0
     return config
 

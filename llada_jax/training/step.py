@@ -51,7 +51,7 @@ def make_train_step(
     or None when the loss needs none. batch: data.order.Batch of arrays; block_size int32 and embedding_noise_std
     float32 are run-time scalars; halves (schedule.Phase.halves) is static. The state is donated. expert_bias_rate: of
     router.balanced_bias; 0 leaves the bias as it is; else the loss must be a denoising_loss and the model have one.
-    compiler_options: of XLA (training/xla_options.py). guard: the step is a `guarded` one, with one more argument.
+    compiler_options: of XLA (runtime.xla_options.py). guard: the step is a `guarded` one, with one more argument.
     """
     config = model.model if isinstance(model, Lora) else model
 
@@ -95,8 +95,8 @@ def guarded(train_step: Callable) -> Callable:
         new, metrics = train_step(state, frozen, batch, block_size, embedding_noise_std, halves)
         loss, norm = metrics["loss"], metrics["gradient_norm"]
         good = jnp.isfinite(loss) & jnp.isfinite(norm) & (loss <= largest_loss)
-        kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), new, state)
-        return kept.replace(step=new.step), metrics
+        applied = jax.tree.map(lambda new, old: jnp.where(good, new, old), new, state)
+        return applied.replace(step=new.step), metrics
 
     return guarded_step
 

@@ -42,7 +42,7 @@ def test_what_the_docstring_says_was_rehearsed(name):
 
 
 def test_the_readme_has_the_table():
-    assert PODS.table(PODS.recorded()) in (ROOT / "README.md").read_text()
+    assert PODS.table(PODS.recorded()) in (ROOT / "llada_jax" / "pod" / "README.md").read_text()
 
 
 def test_an_unknown_name_is_one_line():

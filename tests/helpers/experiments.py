@@ -3,9 +3,10 @@
 import contextlib
 import importlib
 import sys
-from pathlib import Path
 
-EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
+from tests.helpers.paths import ROOT
+
+EXPERIMENTS = ROOT / "experiments"
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ def small_run(last_steps: int = 14, save_every: int = 4) -> list[str]:
         "--config.schedule.decay_blocks=(16,8)",
         f"--config.schedule.decay_steps=(2,{last_steps})",
         f"--config.checkpoint.every_steps={save_every}",
-        "--config.checkpoint.keep_last=0",
+        "--config.checkpoint.keep_last=None",
         "--config.evaluation.every_steps=10",
         "--config.evaluation.block_sizes=(8,)",
         "--config.evaluation.rows=4",

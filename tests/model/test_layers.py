@@ -87,11 +87,16 @@ def test_experts_are_read_in_place_where_nothing_is_cast_or_gathered():
     stacks = {name: parameters.abstract(config)["sparse"][name] for name in experts.EXPERTS}
     axes = parameters.logical_axes(config)["sparse"]
 
-    def in_place(exchange="weights", dtype="float32", **sizes):
+    def in_place(expert_parallel="gather_weights", dtype="float32", **sizes):
         with jax.set_mesh(make_mesh(**{"data": 1} | sizes, devices=jax.devices()[: math.prod(sizes.values())])):
-            return experts.read_in_place(stacks, axes, Execution(exchange=exchange), dtype)
+            return experts.read_in_place(stacks, axes, Execution(expert_parallel=expert_parallel), dtype)
 
-    assert in_place() and in_place(tensor=2) and in_place(data=4) and in_place(exchange="tokens", expert=2, tensor=2)
+    assert (
+        in_place()
+        and in_place(tensor=2)
+        and in_place(data=4)
+        and in_place(expert_parallel="gather_tokens", expert=2, tensor=2)
+    )
     assert not in_place(dtype="bfloat16") and not in_place(fsdp=2) and not in_place(expert=2)
 
 

@@ -16,7 +16,7 @@ from llada_jax.pod.collectives import Devices
 from llada_jax.pod.operations import Cost
 from llada_jax.pod.step_cost import step_lines
 from llada_jax.pod.topology import slice_devices
-from llada_jax.training.xla_options import xla_options
+from llada_jax.runtime.xla_options import xla_options
 
 SLICES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 bf16 = jnp.bfloat16

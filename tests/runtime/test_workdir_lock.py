@@ -192,7 +192,7 @@ def test_the_command_on_a_full_disk_exits_2(text, tmp_path):
     command = [
         *prefix, sys.executable, "-m", "llada_jax.train", "--config=tests/helpers/soak_config.py:40",
         f"--workdir={tmp_path / 'run'}", f"--config.data.source={text}", f"--config.data.cache={tmp_path / 'data'}",
-        "--config.checkpoint.keep_last=0", "--config.checkpoint.retries=1", "--config.checkpoint.retry_seconds=0.1",
+        "--config.checkpoint.keep_last=None", "--config.checkpoint.retries=1", "--config.checkpoint.retry_seconds=0.1",
     ]  # fmt: skip
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)

@@ -1,12 +1,31 @@
 """The training configuration: what it resolves to."""
 
+import dataclasses
+import json
+
 import jax
 import pytest
 
+from llada_jax.config_fields import flat
+from llada_jax.diffusion.noise import NoiseSpec
+from llada_jax.diffusion.objectives import Objective
+from llada_jax.diffusion.preference import Preference
 from llada_jax.errors import InputError
 from llada_jax.model.config import RopeScaling, preset
-from llada_jax.training import config as settings
+from llada_jax.model.forward import Execution
 from llada_jax.training import stages
+from llada_jax.training.config import (
+    check,
+    default_config,
+    execution,
+    extended,
+    objective,
+    phases,
+    preference,
+    readme,
+)
+from llada_jax.training.sections import TrainConfig
+from tests.helpers.paths import ROOT
 
 
 @pytest.mark.parametrize("backend, expected", [("tpu", "kernel"), ("cpu", "blockwise"), ("gpu", "blockwise")])
@@ -14,28 +33,71 @@ def test_real_models_take_the_kernel_on_a_tpu_and_blockwise_attention_elsewhere(
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     for stage in ("wsd", "sft", "cap", "dpo"):
         config = stages.parse(stage, "llada2_mini")
-        assert settings.execution(config).attention == expected
-        assert settings.execution(config).experts == ("megablox" if backend == "tpu" else "xla")
+        assert execution(config).attention == expected
+        assert execution(config).experts == ("megablox" if backend == "tpu" else "xla")
     config.execution.attention = "dense"
-    assert settings.execution(config).attention == "dense"
+    assert execution(config).attention == "dense"
 
 
 def test_yarn_extends_what_the_model_knows():
-    config = settings.default_config("llada2_mini")
+    config = default_config("llada2_mini")
     mini = preset("llada2_mini")
-    assert settings.extended(config, mini) == mini
+    assert extended(config, mini) == mini
     config.yarn_factor = 2.0
-    longer = settings.extended(config, mini)
+    longer = extended(config, mini)
     assert longer.rope_scaling == RopeScaling("yarn", 2.0, 32768) and longer.max_position_embeddings == 65536
     with pytest.raises(InputError, match="config.yarn_factor=2.0: .* has rope_scaling already"):
-        settings.extended(config, longer)
+        extended(config, longer)
 
 
 def test_the_document_mask_is_on_and_dpo_needs_it():
-    config = settings.default_config("tiny")
-    assert settings.objective(config).document_mask
+    config = default_config("tiny")
+    assert objective(config).document_mask
     config.objective.document_mask = False
-    assert not settings.objective(config).document_mask
+    assert not objective(config).document_mask
     config.preference.enabled, config.init_from = True, "/some/run"
     with pytest.raises(InputError, match="nor without objective.document_mask"):
-        settings.check(config)
+        check(config)
+
+
+def test_defaults_are_those_of_the_objects_that_are_made_of_them():
+    config = default_config("tiny")
+    assert objective(config) == Objective()
+    assert execution(config, "cpu") == Execution(dtype="float32")
+    config.preference.enabled, config.init_from = True, "/some/run"
+    assert preference(config) == Preference()
+
+
+def test_fields_reach_the_objects_by_name():
+    config = default_config("tiny")
+    config.objective.update(
+        time_weight="uniform", normalizer="masked", times="sequence", rate_low=0.1, rate_high=0.9, spread=True,
+        masking="fixed_count", complementary=True, block_origin="document", confidence_weight=2.0,
+        confidence_temperature=0.5, document_mask=False,
+    )  # fmt: skip
+    noise = NoiseSpec(times="sequence", rate_low=0.1, rate_high=0.9, masking="fixed_count", spread=True)
+    expected = Objective(
+        noise=noise, time_weight="uniform", normalizer="masked", complementary=True, block_origin="document",
+        confidence_weight=2.0, confidence_temperature=0.5, document_mask=False,
+    )  # fmt: skip
+    assert objective(config) == objective(TrainConfig.from_config_dict(config)) == expected
+
+
+def test_a_frozen_config_has_the_values_of_its_dict():
+    config = stages.dpo("tiny", length=128)
+    config.evaluation.block_sizes, config.optimizer.clip_norm = [32, 128], 2
+    frozen = TrainConfig.from_config_dict(config)
+    assert json.loads(frozen.to_json()) == json.loads(config.to_json())
+    assert (frozen.evaluation.block_sizes, frozen.optimizer.learning_rate) == ((32, 128), None)
+    assert type(frozen.optimizer.clip_norm) is float and phases(frozen) == phases(config)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        frozen.batch.rows = 3
+    resolved = config.copy_and_resolve_references()
+    assert TrainConfig.from_config_dict(resolved) == frozen and resolved.to_json() == config.to_json()
+
+
+def test_the_table_of_keys_is_that_of_the_code():
+    """Written by python -m llada_jax.training.config > configs/README.md."""
+    assert (ROOT / "configs" / "README.md").read_text() == readme()
+    keys = [name for name, _ in flat(default_config("tiny"))]
+    assert all(readme().count(f"| `{key}` |") == 1 for key in keys) and readme().count("\n| `") == len(keys)

@@ -19,8 +19,8 @@ from llada_jax.model import parameters
 from llada_jax.model.config import PRESETS, preset
 from llada_jax.monitoring.metrics import TIMED
 from llada_jax.tokenizer import from_files
-from llada_jax.training import config as settings
 from llada_jax.training import datasets, inputs, loop
+from llada_jax.training.config import check, default_config
 from tests.helpers.foreign_tokenizers import llama_like
 
 LENGTH = 32
@@ -47,12 +47,12 @@ def folders(tmp_path_factory):
 
 
 def config_of(folders, **data):
-    config = settings.default_config("small")
+    config = default_config("small")
     with config.unlocked():
         config.data.update({"tokenizer": "bytes", "length": LENGTH, "held_out_rows": 8} | data)
         config.batch.rows = 8
         config.schedule.update(kind="constant", block_size=8, steps=6)
-        config.checkpoint.update(every_steps=3, keep_last=0)
+        config.checkpoint.update(every_steps=3, keep_last=None)
         config.evaluation.update(every_steps=3, block_sizes=(8,), rows=4)
         config.log_every_steps = 1
     return config
@@ -109,7 +109,7 @@ def test_what_does_not_fit_is_named(folders, tmp_path):
         with pytest.raises(InputError, match="config.data: set one of path="):
             loop.train(config_of(folders, **data), str(tmp_path / "run"), jax.devices()[:1])
     with pytest.raises(InputError, match="config.data.corrupt_share=1.0"):
-        settings.check(config_of(folders, path="x", corrupt_share=1.0))
+        check(config_of(folders, path="x", corrupt_share=1.0))
 
 
 def test_a_run_begins_and_ends_documents_as_its_model_does(tmp_path):

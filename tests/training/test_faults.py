@@ -13,8 +13,8 @@ from llada_jax.data.mixture import Mixture
 from llada_jax.data.order import Order
 from llada_jax.data.rows import Row
 from llada_jax.errors import InputError
-from llada_jax.training import config as settings
 from llada_jax.training import loop
+from llada_jax.training.config import default_config, phases
 from llada_jax.training.faults import FILE, FaultPolicy
 from llada_jax.training.inputs import open_inputs
 from llada_jax.training.step import Loss
@@ -177,7 +177,7 @@ def test_rewind_without_a_checkpoint_begins_anew_and_has_a_budget(text, bad_rows
 
 
 def policy_of(config, tmp_path, host=None):
-    return FaultPolicy(config, settings.phases(config), tmp_path, host or {})
+    return FaultPolicy(config, phases(config), tmp_path, host or {})
 
 
 def test_verdicts_do_not_depend_on_when_metrics_are_read_or_where_a_run_was_resumed(text, tmp_path):
@@ -187,15 +187,15 @@ def test_verdicts_do_not_depend_on_when_metrics_are_read_or_where_a_run_was_resu
     losses = np.exp(rng.normal(0, 0.3, 80)).astype(np.float32)
 
     def limits(nows, resume_at):
-        policy, found = policy_of(config, tmp_path), []
+        policy, limits = policy_of(config, tmp_path), []
         for step, loss in enumerate(losses):
             if step in resume_at:  # all was judged before it was saved
                 assert not policy._pending
                 policy = policy_of(config, tmp_path, json.loads(json.dumps(policy.host_state())))
-            found.append(float(policy.scalars(step)[0]))
+            limits.append(float(policy.scalars(step)[0]))
             now = nows[step] or step + 1 in resume_at
             policy.observe(step, {"loss": loss, "gradient_norm": np.float32(1)}, np.arange(2), now)
-        return found, policy.skipped
+        return limits, policy.skipped
 
     whole = limits([False] * 80, ())
     assert np.isinf(whole[0][:5]).all() and np.isinf(whole[0][40:45]).all()  # a phase begins without a level
@@ -229,7 +229,7 @@ def test_the_level_is_the_median_of_the_phase(text, tmp_path):
     [
         (dict(faults__on_nonfinite="ignore"), 'faults.on_nonfinite=\'ignore\', expected "stop", "skip" or "rewind"'),
         (dict(faults__on_spike="no"), "faults.on_spike='no'"),
-        (dict(faults__spike_factor=0.5), "faults.spike_factor=0.5, expected more than 1, or 0"),
+        (dict(faults__spike_factor=0.5), "faults.spike_factor=0.5, expected more than 1, or None"),
         (dict(faults__spike_window=0), "faults.spike_window=0"),
         (dict(faults__hang_minutes=-1.0), "faults.hang_minutes=-1.0"),
         (dict(checkpoint__keep_every=-1), "checkpoint.keep_every=-1"),
@@ -265,10 +265,10 @@ class Counting(Order):
 
 
 def policy_with(rows, host, tmp_path, steps=400):
-    config = settings.default_config("tiny")
+    config = default_config("tiny")
     config.batch.rows = rows
     config.schedule.update(kind="constant", steps=steps)
-    return FaultPolicy(config, settings.phases(config), tmp_path, host)
+    return FaultPolicy(config, phases(config), tmp_path, host)
 
 
 @pytest.mark.parametrize("sizes", [(8, 4, 16, 8), (16, 2), (3, 50, 1), (6, 6)])
@@ -309,10 +309,10 @@ def test_a_trained_run_goes_on_behind_its_rows(text, tmp_path, monkeypatch):
     met, real = {}, Order.batch
 
     def batch(self, step, rows_per_step, offset=0, which=slice(None)):
-        found = real(self, step, rows_per_step, offset, which)
+        batch = real(self, step, rows_per_step, offset, which)
         if not isinstance(which, slice):  # of training, not of what is held out
-            met[step] = list(zip(found.row_ids.tolist(), found.epochs.tolist(), strict=True))
-        return found
+            met[step] = list(zip(batch.row_ids.tolist(), batch.epochs.tolist(), strict=True))
+        return batch
 
     monkeypatch.setattr(Order, "batch", batch)
     config = faulty_config(text)
@@ -335,8 +335,8 @@ def test_an_older_checkpoint_says_its_rows_by_its_config(text, tmp_path, monkeyp
     restored = saver.restore
 
     def older(*arguments):
-        *found, host = restored(*arguments)
-        return *found, {name: value for name, value in host.items() if name != "rows_per_step"}
+        *state, host = restored(*arguments)
+        return *state, {name: value for name, value in host.items() if name != "rows_per_step"}
 
     monkeypatch.setattr(saver, "restore", older)
     seen = []

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from llada_jax.errors import InputError
-from llada_jax.training import config as settings
+from llada_jax.training.config import check, default_config
 
 BAD = {
     ("batch.rows", None): "config.batch.rows=None, expected an integer",
@@ -17,7 +17,16 @@ BAD = {
     ("model", None): "config: unknown model None",
     ("model", "huge"): "config: unknown model 'huge'",
     ("data.source", None): "config.data.source=None, expected text",
-    ("optimizer.learning_rate", None): "config.optimizer.learning_rate=None, expected a number",
+    ("optimizer.b1", None): "config.optimizer.b1=None, expected a number",
+    ("optimizer.learning_rate", "fast"): "config.optimizer.learning_rate='fast', expected a number or None",
+    ("optimizer.learning_rate", -1e-3): "config.optimizer.learning_rate=-0.001, expected more than 0, or None",
+    ("checkpoint.keep_last", 1.0): "config.checkpoint.keep_last=1.0, expected an integer or None",
+    ("checkpoint.keep_last", False): "config.checkpoint.keep_last=False, expected an integer or None",
+    ("checkpoint.keep_last", -1): "config.checkpoint.keep_last=-1, expected more than 0, or None",
+    ("execution.dtype", "float16"): 'config.execution.dtype=\'float16\', expected "float32" or "bfloat16"',
+    ("execution.expert_parallel", "tokens"): "expert_parallel='tokens', expected one of gather_weights, gather_tokens",
+    ("alignment", "left"): 'config.alignment=\'left\', expected "same", "shifted" or ""',
+    ("schedule.kind", "cosine"): 'config.schedule.kind=\'cosine\', expected "wsd", "constant" or "ar"',
     ("optimizer.learning_rate", float("nan")): "config.optimizer.learning_rate=nan, expected a finite number",
     ("optimizer.learning_rate", float("inf")): "config.optimizer.learning_rate=inf, expected a finite number",
     ("optimizer.clip_norm", float("nan")): "config.optimizer.clip_norm=nan",
@@ -40,7 +49,7 @@ BAD = {
 
 @pytest.mark.parametrize("field, value", BAD, ids=lambda x: str(x))
 def test_a_field_of_another_type_or_out_of_range_is_named(field, value):
-    config = settings.default_config("tiny")
+    config = default_config("tiny")
     *sections, name = field.split(".")
     node = config
     for section in sections:
@@ -48,28 +57,28 @@ def test_a_field_of_another_type_or_out_of_range_is_named(field, value):
     with node.ignore_type():
         node[name] = value
     with pytest.raises(InputError) as caught:
-        settings.check(config)
+        check(config)
     assert BAD[field, value] in str(caught.value)
 
 
 def test_fields_that_are_too_many_or_too_few():
-    config = settings.default_config("tiny")
+    config = default_config("tiny")
     with config.unlocked():
         config.optimizer.lr = 1.0
     with pytest.raises(InputError, match="config.optimizer.lr: no such field"):
-        settings.check(config)
-    config = settings.default_config("tiny")
+        check(config)
+    config = default_config("tiny")
     with config.unlocked():
         del config.faults.max_skips
     with pytest.raises(InputError, match="config.faults.max_skips: is missing"):
-        settings.check(config)
+        check(config)
 
 
 def test_what_is_in_range():
-    config = settings.default_config("tiny")
+    config = default_config("tiny")
     config.optimizer.clip_norm = float("inf")  # clips nothing
     config.seed = 2**32 - 1
     config.optimizer.learning_rate = 1  # a number
     config.evaluation.block_sizes = [1, 4]
-    settings.check(config)
+    check(config)
     assert np.random.SeedSequence((config.seed, 1))

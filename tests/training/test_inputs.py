@@ -33,9 +33,9 @@ def source(tmp_path):
 
 def test_edited_and_other_files_of_the_same_size_are_packed_anew(tmp_path, source):
     assert "cat" in rows_of(tmp_path, source)
-    kept = (source / "x.txt").stat()
+    stat = (source / "x.txt").stat()
     (source / "x.txt").write_text("the dog lay by the fire." * 20)
-    os.utime(source / "x.txt", ns=(kept.st_atime_ns, kept.st_mtime_ns))  # nor does the clock tell
+    os.utime(source / "x.txt", ns=(stat.st_atime_ns, stat.st_mtime_ns))  # nor does the clock tell
     assert "dog" in (edited := rows_of(tmp_path, source)) and "cat" not in edited
     line = (source / "deep" / "y.jsonl").read_text()
     (source / "deep" / "y.jsonl").write_text(line.replace("another", "the rest"[:7]))
@@ -48,10 +48,10 @@ def test_edited_and_other_files_of_the_same_size_are_packed_anew(tmp_path, sourc
 
 def test_the_same_contents_elsewhere_are_not_packed_again(tmp_path, source):
     before = rows_of(tmp_path, source)
-    kept = caches(tmp_path)
+    cached = caches(tmp_path)
     source.rename(tmp_path / "moved")
     os.utime(tmp_path / "moved" / "x.txt")
-    assert rows_of(tmp_path, tmp_path / "moved") == before and caches(tmp_path) == kept
+    assert rows_of(tmp_path, tmp_path / "moved") == before and caches(tmp_path) == cached
 
 
 def test_other_patterns_that_match_the_same_files_are_no_conflict(tmp_path, source):

@@ -62,7 +62,7 @@ def config_of(text, model="small", **changes):
         config.schedule.update(
             warmup_blocks=(1, 4), warmup_steps=(3, 3), stable_steps=4, decay_blocks=(16, 8), decay_steps=(2, 2)
         )
-        config.checkpoint.update(every_steps=4, keep_last=0)
+        config.checkpoint.update(every_steps=4, keep_last=None)
         config.evaluation.update(every_steps=6, block_sizes=(1, 8, 32), rows=4)
         config.log_every_steps = 1
     for field, value in changes.items():
@@ -258,10 +258,10 @@ def test_fsdp_splits_weights_and_moments():
     config = default_config("tiny")
     mesh = sharding.make_mesh(data=2, fsdp=4)
     optimizer = make_optimizer(config.optimizer, preset("tiny"), 10)
-    where = train_state.shardings(train_state.abstract(preset("tiny"), optimizer), preset("tiny"), mesh)
-    assert "fsdp" in str(where.params["dense"]["query"].spec)
-    adam = next(s for s in jax.tree.leaves(where.optimizer, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(s, "mu"))
-    assert adam.mu["dense"]["query"].spec == adam.nu["dense"]["query"].spec == where.params["dense"]["query"].spec
+    shardings = train_state.shardings(train_state.abstract(preset("tiny"), optimizer), preset("tiny"), mesh)
+    assert "fsdp" in str(shardings.params["dense"]["query"].spec)
+    adam = next(s for s in jax.tree.leaves(shardings.optimizer, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(s, "mu"))
+    assert adam.mu["dense"]["query"].spec == adam.nu["dense"]["query"].spec == shardings.params["dense"]["query"].spec
 
 
 def test_sigterm_saves_and_a_second_run_goes_on(tmp_path):
@@ -303,7 +303,10 @@ def test_sigterm_saves_and_a_second_run_goes_on(tmp_path):
         (dict(data__source="/nowhere"), "/nowhere"),
         (dict(data__held_out_rows=100_000), "none is left"),
         (dict(init_from="/nowhere"), "/nowhere"),
-        (dict(optimizer__learning_rate=0.0), 'learning_rate=0.0 is that of the stage before, but config.init_from=""'),
+        (
+            dict(optimizer__learning_rate=None),
+            'learning_rate=None is that of the stage before, but config.init_from=""',
+        ),
         (dict(mesh__fsdp=3), "mesh"),
         (dict(schedule__kind="ar"), "alignment"),
         (dict(model="smollm2_135m", data__tokenizer="tokenizer"), "no mask token; import .* --add_mask_token"),

@@ -73,7 +73,7 @@ def config_of(text, base, **changes):
         config.schedule.update(kind="constant", block_size=8, steps=3)
         config.optimizer.update(learning_rate=1e-2, warmup_steps=0, decay_steps=0)
         config.lora.rank = 4
-        config.checkpoint.update(every_steps=2, keep_last=0)
+        config.checkpoint.update(every_steps=2, keep_last=None)
         config.evaluation.update(every_steps=100, block_sizes=(8,), rows=4)
         config.log_every_steps = 1
         for field, value in changes.items():
@@ -177,9 +177,9 @@ def test_a_step_holds_adapters_and_the_name_of_their_base(trained, base):
     assert set(tensors(step)["params"]) == set(parameters.leaves(adapters))
     moments = {name.split(".mu.")[1] for name in tensors(step)["optimizer"] if ".mu." in name}
     assert moments == {f"{group}.{name}" for group, node in parameters.abstract(adapters).items() for name in node}
-    held = json.loads((step / "config.json").read_text())["lora"]
-    assert (held["base"], held["rank"], held["alpha"]) == (str(base), 4, 16.0)
-    assert held["base_digest"] == json.loads((base / "digests.json").read_text())["sha256"]
+    record = json.loads((step / "config.json").read_text())["lora"]
+    assert (record["base"], record["rank"], record["alpha"]) == (str(base), 4, 16.0)
+    assert record["base_digest"] == json.loads((base / "digests.json").read_text())["sha256"]
 
 
 def test_the_run_says_what_trains(trained, text, base, capsys):
@@ -246,22 +246,22 @@ def narrow(text, base, tmp_path_factory):
 
 def exactly(step):
     """{name: W + sum of scale A B} of all LoRA steps below `step`, float64."""
-    held = weights.read_held(step)
+    adapters = weights.read_held(step)
     reader = files.TensorReader(step, "params", files.read_digests(step).tensors["params"])
-    if not isinstance(held, lora.Lora):
+    if not isinstance(adapters, lora.Lora):
         return {name: reader.read(name).astype(np.float64) for name in reader.entries}
-    exact = exactly(weights.base_of(held, step))
+    exact = exactly(weights.base_of(adapters, step))
     for name in {lora.weight_of(name) for name in reader.entries}:
         a, b = (reader.read(each).astype(np.float64) for each in lora.adapter_names(name))
-        exact[name] = exact[name] + held.scale * np.tensordot(a, b, 1)
+        exact[name] = exact[name] + adapters.scale * np.tensordot(a, b, 1)
     return exact
 
 
-def error_of(found, step, base):
-    """Of `found`, {name: tensor}: its distance from the exact weights, over theirs from the base."""
-    wanted, start = exactly(step), exactly(base)
+def error_of(rounded, step, base):
+    """Of `rounded`, {name: tensor}: its distance from the exact weights, over theirs from the base."""
+    exact, start = exactly(step), exactly(base)
     squares = [
-        (np.square(found[n].astype(np.float64) - w).sum(), np.square(w - start[n]).sum()) for n, w in wanted.items()
+        (np.square(rounded[n].astype(np.float64) - w).sum(), np.square(w - start[n]).sum()) for n, w in exact.items()
     ]
     lost, update = np.sqrt(np.sum(squares, axis=0))
     return lost / update
@@ -277,8 +277,10 @@ def test_a_step_on_bfloat16_is_read_exactly_and_so_is_one_on_that(narrow, tmp_pa
         assert {e.dtype for n, e in reader.entries.items() if e.dtype != reader.stored[n].dtype} == {
             np.dtype("float32")
         }
-        where = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), parameters.abstract(SMALL))
-        for params in (load_params(step, dtype="float32"), load_params(step, dtype="float32", shardings=where)):
+        shardings = jax.tree.map(
+            lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), parameters.abstract(SMALL)
+        )
+        for params in (load_params(step, dtype="float32"), load_params(step, dtype="float32", shardings=shardings)):
             assert error_of({n: np.asarray(w) for n, w in parameters.unstack(params, SMALL).items()}, step, base) < 1e-3
 
 
@@ -303,8 +305,8 @@ def test_weights_that_stay_narrow_keep_the_adapters_beside_them(narrow, base, dt
         wide = jax.tree.map(lambda x: x.astype(jnp.float32), params)
         exact = parameters.stack({n: w.astype(np.float32) for n, w in exactly(step).items()}, SMALL)
         start = load_params(narrow_base, dtype="float32")
-        found, expected, before = (forward(each, SMALL, TOKENS) for each in (wide, exact, start))
-        assert np.abs(found - expected).max() < 0.02 * np.abs(expected - before).max()
+        actual, expected, before = (forward(each, SMALL, TOKENS) for each in (wide, exact, start))
+        assert np.abs(actual - expected).max() < 0.02 * np.abs(expected - before).max()
         sharded = load_params(
             step, dtype=dtype, shardings=jax.tree.map(lambda _: everywhere, parameters.abstract(SMALL))
         )

@@ -48,7 +48,7 @@ def config_of(start, kind, **changes):
     config.objective.block_origin = "document"
     config.preference.update(enabled=True, reference=kind, draws=2, max_pairs=4)
     config.optimizer.update(learning_rate=3e-3, warmup_steps=0)
-    config.checkpoint.update(every_steps=3, keep_last=0)
+    config.checkpoint.update(every_steps=3, keep_last=None)
     config.evaluation.update(every_steps=3, block_sizes=(8,), rows=4, preference_draws=2)
     config.log_every_steps = 1
     config.update_from_flattened_dict(changes)
@@ -110,8 +110,8 @@ def test_sigterm_stops_the_scoring_and_keeps_what_is_scored(start, runs, tmp_pat
     loop.train(config_of(start, "precomputed"), tmp_path, jax.devices()[:1])
     assert "stopped after scoring 2 steps" in capsys.readouterr().out and not (tmp_path / "checkpoints").exists()
     data = (runs[0] / "precomputed" / "reference_scores.bin").read_bytes()
-    found = (tmp_path / "reference_scores.bin").read_bytes()
-    assert data.startswith(found) and len(data) - len(found) == (STEPS - 2) * (4 * 4 * 2 * 4 + 4)
+    stored = (tmp_path / "reference_scores.bin").read_bytes()
+    assert data.startswith(stored) and len(data) - len(stored) == (STEPS - 2) * (4 * 4 * 2 * 4 + 4)
 
 
 @pytest.mark.parametrize(

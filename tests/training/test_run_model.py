@@ -13,8 +13,8 @@ from llada_jax.errors import InputError
 from llada_jax.model import parameters
 from llada_jax.model.config import RopeScaling, preset
 from llada_jax.pod import rehearse
-from llada_jax.training import config as settings
 from llada_jax.training import loop, run_model, stages
+from llada_jax.training.config import FROM_CHECKPOINT, check, default_config, extended
 
 SHAPE = dict(hidden_size=24, num_heads=3, num_kv_heads=1, head_dim=8, rotary_dim=8, intermediate_size=40)
 QWEN = preset("tiny").replace(architecture="qwen3", qk_norm=True, num_layers=1, max_position_embeddings=48, **SHAPE)
@@ -68,8 +68,8 @@ def test_stages_train_a_checkpoint_of_any_size(folders, tmp_path, stage, capsys)
         "config.data.length=64: the model has seen 48 positions (max_position_embeddings); config.yarn_factor=2"
         in printed
     )
-    held = json.loads((tmp_path / "checkpoints" / "1" / "config.json").read_text())
-    assert held["model"]["hidden_size"] == 24 and held["model"]["architecture"] == "qwen3"
+    saved = json.loads((tmp_path / "checkpoints" / "1" / "config.json").read_text())
+    assert saved["model"]["hidden_size"] == 24 and saved["model"]["architecture"] == "qwen3"
     written = json.loads((tmp_path / "config.json").read_text())
     assert written["lora"]["targets"] == list(parameters.adaptable(QWEN)) and written["mesh"]["fsdp"] == 1
 
@@ -91,17 +91,17 @@ def test_what_follows_from_the_model(folders):
     assert (dense.mesh.data, dense.mesh.fsdp, dense.execution.remat) == (-1, 1, "none")
 
 
-@pytest.mark.parametrize("name", settings.FROM_CHECKPOINT)
+@pytest.mark.parametrize("name", FROM_CHECKPOINT)
 def test_names_of_no_preset(folders, name):
     config = config_of(folders, "sft", argument=None)  # the stage after another needs no model
     assert config.model == "init_from"
     config.model = name
-    settings.check(config)
+    check(config)
     assert run_model.named(config) == QWEN
     assert rehearse.model_of(config).replace(mask_token_id=511) == QWEN
     config.init_from = ""
     with pytest.raises(InputError, match=r'config.init_from="": config.model=.* is the model of a checkpoint; set it'):
-        settings.check(config)
+        check(config)
 
 
 def test_a_preset_that_is_not_the_checkpoints_is_refused_with_all_that_differs(folders, tmp_path):
@@ -117,7 +117,7 @@ def test_a_preset_that_is_not_the_checkpoints_is_refused_with_all_that_differs(f
 def test_the_experts_bias_is_the_checkpoints(folders):
     config = config_of(folders, "sft", "sparse")
     config.optimizer.expert_bias_rate = 1e-3
-    settings.check(config)
+    check(config)
     assert SPARSE.expert_bias and run_model.fitted(config)
     config.init_from = str(folders / "qwen")
     with pytest.raises(InputError, match="expert_bias_rate=0.001, expected 0: the model has no expert bias"):
@@ -125,9 +125,9 @@ def test_the_experts_bias_is_the_checkpoints(folders):
 
 
 def test_rows_within_the_positions_that_the_model_knows():
-    config = settings.default_config("tiny")
+    config = default_config("tiny")
     assert run_model.length_notice(config, QWEN.replace(max_position_embeddings=256)) == ""
     scaled = QWEN.replace(rope_scaling=RopeScaling("yarn", 2.0, 24))
     assert "yarn_factor" not in run_model.length_notice(config, scaled) and run_model.length_notice(config, scaled)
     config.yarn_factor = 6.0
-    assert run_model.length_notice(config, settings.extended(config, QWEN)) == ""
+    assert run_model.length_notice(config, extended(config, QWEN)) == ""

@@ -42,7 +42,7 @@ def workdir(tmp_path_factory):
 @pytest.mark.parametrize("step,rate", [(5, 1e-3), (40, 2e-3), (75, 2e-3 * (1 - 0.9 * 25 / 50)), (100, 2e-4)])
 def test_the_rate_goes_on_where_the_step_before_ended(workdir, step, rate):
     source = open_source(workdir / "checkpoints" / str(step))
-    config = continue_learning_rate(run_config(learning_rate=0.0), source)
+    config = continue_learning_rate(run_config(learning_rate=None), source)
     assert config.optimizer.learning_rate == pytest.approx(rate, rel=1e-5) and config.is_locked
     given = run_config()
     assert continue_learning_rate(given, source) is given
@@ -63,17 +63,17 @@ def test_a_lora_step_is_the_merged_model(tmp_path):
         changed = leaves | {first: scale * leaves[first]}
         stored = ((leaf, value.astype(ml_dtypes.bfloat16)) for leaf, value in changed.items())
         write_weights(tmp_path / name, CONFIG, stored, {}, {})
-    found = []
+    sources = []
     for i, (name, alpha) in enumerate([("base", 2.0), ("moved", 2.0), ("other", 2.0), ("base", 4.0)]):
         identity = files.read_digests(tmp_path / name).sha256
         lora = Lora(CONFIG, 2, alpha, ("query",), str(tmp_path / name), identity)
         writer = saver.Saver(tmp_path / f"run-{i}" / "checkpoints")
         writer.save(1, parameters.initialize(lora, jax.random.key(1)), {}, {}, lora, {}, {})
         writer.wait()
-        found.append(open_source(tmp_path / f"run-{i}"))
-    weights = [source.weights for source in found]
+        sources.append(open_source(tmp_path / f"run-{i}"))
+    weights = [source.weights for source in sources]
     assert weights[0] == weights[1] and len(set(weights)) == 3
-    assert (found[0].dtype, found[0].record()["parameters"]) == ("bfloat16", parameters.count(CONFIG))
+    assert (sources[0].dtype, sources[0].record()["parameters"]) == ("bfloat16", parameters.count(CONFIG))
 
 
 @pytest.mark.parametrize(
@@ -88,14 +88,15 @@ def test_checkpoints_that_no_run_wrote_have_no_rate(tmp_path, lineage, said):
     source = open_source(tmp_path / "a")
     assert source.step is None and said in source.describe()
     with pytest.raises(InputError, match="has no recorded schedule; set the rate"):
-        continue_learning_rate(run_config(learning_rate=0.0), source)
+        continue_learning_rate(run_config(learning_rate=None), source)
 
 
 def test_a_rate_that_ended_at_zero_is_refused(tmp_path):
     writer = saver.Saver(tmp_path / "checkpoints")
-    config = run_config(decay_steps=0, learning_rate=0.0)
-    params = parameters.initialize(CONFIG, jax.random.key(0))
-    writer.save(9, params, {}, {}, CONFIG, {}, {"config": json.loads(config.to_json())})
+    config = run_config(decay_steps=0, learning_rate=None)
+    params, recorded = parameters.initialize(CONFIG, jax.random.key(0)), json.loads(config.to_json())
+    recorded["optimizer"]["learning_rate"] = 0.0
+    writer.save(9, params, {}, {}, CONFIG, {}, {"config": recorded})
     writer.wait()
     with pytest.raises(InputError, match="ended at 0.0; set the rate"):
         continue_learning_rate(config, open_source(tmp_path))

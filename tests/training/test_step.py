@@ -10,8 +10,8 @@ from llada_jax.diffusion.objectives import Objective
 from llada_jax.errors import InputError
 from llada_jax.model import parameters
 from llada_jax.model.forward import Execution
-from llada_jax.training import config as settings
 from llada_jax.training import train_state
+from llada_jax.training.config import check, default_config
 from llada_jax.training.step import denoising_loss, make_train_step
 from tests.test_sharding import MODELS, batch_of
 
@@ -45,7 +45,7 @@ def test_rows_of_padding_alone_have_metrics_that_are_numbers_and_move_no_bias():
 
 
 def test_balancing_is_refused_where_no_router_has_a_bias():
-    config = settings.default_config("tiny")
+    config = default_config("tiny")
     config.optimizer.expert_bias_rate = 1e-3
     with pytest.raises(InputError, match="expert_bias_rate=0.001, expected 0"):
-        settings.check(config)
+        check(config)
