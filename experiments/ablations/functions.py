@@ -1,4 +1,4 @@
-"""Documents for the ablations, and a tokenizer for them: the functions of the Python standard library, one a line.
+"""Documents for the ablations and a tokenizer for them: functions of the Python standard library, one per line.
 
     python experiments/ablations/functions.py FOLDER  ->  FOLDER/text/functions.jsonl, FOLDER/tokenizer
 
@@ -15,6 +15,9 @@ from pathlib import Path
 import tokenizers
 
 from llada_jax.data.jsonl import read_values, write_values
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "common"))
+import stdlib_text  # noqa: E402
 
 EOS, MASK = "<|endoftext|>", "<|mask|>"
 SPECIAL_FROM, VOCABULARY = 508, 512  # the preset `tiny` has its end of text at 508 and its mask token at 511, of 512
@@ -53,14 +56,11 @@ def train_tokenizer(texts: Iterator[str], folder: Path) -> None:
 
 
 def main(folder: str) -> None:
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    import stdlib_text
-
     out = Path(folder)
     stdlib_text.main(out / "stdlib")
     modules = [row["text"] for _, row in read_values(out / "stdlib" / "stdlib.jsonl")]
-    found = dict.fromkeys(text for module in modules for text in functions(module))  # each of them once
-    texts = [text for text in found if SHORTEST <= len(text) <= LONGEST]
+    unique = dict.fromkeys(text for module in modules for text in functions(module))  # each of them once
+    texts = [text for text in unique if SHORTEST <= len(text) <= LONGEST]
     random.Random(0).shuffle(texts)  # the last rows are held out: they are to be of all modules
     train_tokenizer(iter(texts), out / "tokenizer")
     (out / "text").mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Records of runs: each is made once and kept."""
+"""Records of runs: each is made once."""
 
 import json
 import os
@@ -35,11 +35,11 @@ def record_ar(place: Place, path: Path) -> None:
 def finished(place: Place, path: Path, seed: int, name: str) -> bool:
     """Whether the run is recorded at `path`, now or before. Raises InputError when it was with other fields."""
     run = RUNS[name]
-    found = json.loads(path.read_text()) if path.exists() else {}
+    recorded = json.loads(path.read_text()) if path.exists() else {}
     changed = dict(run.fields) | {"stage": run.stage, "start": run.start}
-    if name in found:
-        if found[name]["changed"] != changed:
-            raise InputError(f"{path}: {name} is of {found[name]['changed']}, expected {changed}; remove it there")
+    if name in recorded:
+        if recorded[name]["changed"] != changed:
+            raise InputError(f"{path}: {name} is of {recorded[name]['changed']}, expected {changed}; remove it there")
         return True
     print(f"seed {seed}, {name}", end="", flush=True)
     begun = time.monotonic()
@@ -49,23 +49,23 @@ def finished(place: Place, path: Path, seed: int, name: str) -> bool:
         print(f": {error}", flush=True)
         return False
     print(f": {time.monotonic() - begun:.0f} s, {record['scores']}", flush=True)
-    write(path, found | {name: record})
+    write(path, recorded | {name: record})
     return True
 
 
 def train_and_score(place: Place, run: Run, seed: int, name: str) -> dict:
     """What is recorded of a run, besides what it changes and the machine."""
-    found, rows = {}, None
+    training, rows = {}, None
     if run.merge:
         checkpoint = merged(place, seed, run.merge)
     else:
         config = run_config(run, seed, place)
         checkpoint, rows = place.out / f"{name}-{seed}", Path(config.data.path)
-        found = train(config, checkpoint)
+        training = train(config, checkpoint)
     begun = time.monotonic()
     model = load_checkpoint(checkpoint)
     scores = score_text(model, place) if run.of_text else score_answers(model, rows, place)
-    return found | {"scores": scores, "score_seconds": round(time.monotonic() - begun, 1)}
+    return training | {"scores": scores, "score_seconds": round(time.monotonic() - begun, 1)}
 
 
 def command(place: Place, seed: int, name: str) -> str:
@@ -87,7 +87,7 @@ def command(place: Place, seed: int, name: str) -> str:
 
 
 def machine() -> dict:
-    """What a record says of where it was made."""
+    """The code, device and versions that made a record."""
     device = jax.devices()[0]
     cores = len(os.sched_getaffinity(0))
     kind = f"{cores} CPU core{'s' * (cores > 1)}" if device.platform == "cpu" else device.device_kind
@@ -95,7 +95,7 @@ def machine() -> dict:
 
 
 def write(path: Path, value: dict) -> None:
-    """JSON, an entry a line."""
+    """Writes JSON, one entry per line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
     lines = [f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in value.items()]

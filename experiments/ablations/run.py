@@ -6,24 +6,22 @@ The runs and what they change are declared in runs.py; runs that ablations share
 experiments/ablations/results/MODEL/SEED.json and is not repeated; one that was interrupted goes on. The AR model that
 text runs start from is made first. Runs on answers (mask_band) start from the models of
 experiments/post_training/run.sh SEED; complementary and cap are what that experiment has recorded. Tables and
-pictures: python experiments/ablations/table.py.
+pictures: python experiments/ablations/report.py.
 
 --model=smollm2_135m is the same over SmolLM2-135M on 128 rows and ten times the steps, for an accelerator. --dry_run
 prints the command that trains each run. --smoke takes one step a phase and scores little, to see that all of it works.
 """
 
 import itertools
-import sys
 from pathlib import Path
 
 from absl import flags
+from runs import ABLATIONS, RUNS, runs_of
 
 from llada_jax import command_line
 from llada_jax.errors import InputError
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
-from runs import ABLATIONS, RUNS, runs_of  # noqa: E402
 
 _ABLATION = flags.DEFINE_list("ablation", list(ABLATIONS), f"Of {', '.join(ABLATIONS)}.")
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Of the order of the rows and of the noise.")
@@ -47,15 +45,15 @@ def main(argv) -> int:
     out = Path(_OUT.value or f"runs/ablations/{_MODEL.value}")
     place = Place(_MODEL.value, out, Path(_POST_TRAINING.value), _SMOKE.value)
     results = Path(_RESULTS.value or HERE / "results" / _MODEL.value)
-    wanted = [(int(seed), name) for seed, name in itertools.product(_SEEDS.value, runs_of(_ABLATION.value))]
+    runs = [(int(seed), name) for seed, name in itertools.product(_SEEDS.value, runs_of(_ABLATION.value))]
     if _DRY_RUN.value:
-        for seed, name in wanted:
+        for seed, name in runs:
             print(records.command(place, seed, name))
         return 0
     records.keep_programs(out)
-    if any(RUNS[name].of_text for _, name in wanted):
+    if any(RUNS[name].of_text for _, name in runs):
         records.record_ar(place, results / "ar.json")
-    failed = [name for seed, name in wanted if not records.finished(place, results / f"{seed}.json", seed, name)]
+    failed = [name for seed, name in runs if not records.finished(place, results / f"{seed}.json", seed, name)]
     return int(bool(failed))
 
 

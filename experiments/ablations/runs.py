@@ -148,7 +148,7 @@ ABLATIONS = {
 
 def runs_of(names) -> list[str]:
     """The runs that the ablations of these names need, each once, in the order of RUNS."""
-    wanted = {run for name in names for run in ABLATIONS[name].runs if not ABLATIONS[name].elsewhere}
-    if any(RUNS[name].merge for name in wanted):
-        wanted.add("wsd")
-    return [name for name in RUNS if name in wanted]
+    needed = {run for name in names for run in ABLATIONS[name].runs if not ABLATIONS[name].elsewhere}
+    if any(RUNS[name].merge for name in needed):
+        needed.add("wsd")
+    return [name for name in RUNS if name in needed]

@@ -4,7 +4,7 @@
 #   bash experiments/conversion/run.sh [FOLDER [FORM]]        (FOLDER: runs/conversion; FORM: cpu, h200 or gpu)
 #
 # At each kept checkpoint: NELBO per block size with the low-variance estimator, samples, tokens per forward. Writes
-# experiments/conversion/FORM.json and FORM.svg and prints the tables. cpu is the reduced form, 51 thousand tokens of the
+# FORM.json and FORM.svg to results/ beside this file and prints the tables. cpu is the reduced form, 51 thousand tokens of the
 # Python standard library, for a single core; h200 trains for 5.9 million tokens, what one H200 does in four minutes, of
 # the installed packages' sources too; gpu for 249 million tokens, of any .jsonl as well that is put into FOLDER/text
 # before. Run again, it goes on where it was. MINUTES (h200, gpu: 9) ends a run after so many, with exit code 75 when
@@ -21,7 +21,7 @@ case $form in
   *) echo "error: FORM=$form, expected cpu, h200 or gpu" >&2 && exit 2 ;;
 esac
 source tools/setup_venv.sh "$extras"
-source experiments/smollm2.sh
+source experiments/common/smollm2.sh
 here=experiments/conversion
 mkdir -p "$folder/text" "$folder/measured"
 JAX_COMPILATION_CACHE_DIR=$(realpath "$folder")/programs
@@ -62,4 +62,4 @@ while read -r step; do
   measure "$step" "$folder/wsd/checkpoints/$step"
 done < <(find "$folder/wsd/checkpoints" -mindepth 1 -maxdepth 1 -regex '.*/[0-9]+' -printf '%f\n' | sort -n)
 note_time
-python "$here/report.py" "$folder" "$here/$form"
+python "$here/report.py" "$folder" "$here/results/$form"

@@ -2,8 +2,8 @@
 
     python experiments/decoding_sweep/sweep.py --checkpoint=DIR --results=FILE.json [--picture=FILE.svg]
 
-Answers the test questions of experiments/post_training once for each pair. The threshold is data of the decoding
-program, so that a block size is compiled once. Pairs that --results holds already are not answered again.
+Answers the test questions of experiments/post_training once per pair. The threshold is data of the decoding program, so
+that each block size is compiled once. Pairs that are in --results already are not answered again.
 """
 
 import dataclasses
@@ -12,11 +12,12 @@ import sys
 from pathlib import Path
 
 from absl import flags
+from report import draw, table
 
-from llada_jax import command_line, plots
+from llada_jax import command_line
 from llada_jax.errors import InputError
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "post_training"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "post_training"))
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of the checkpoint or workdir.")
 _RESULTS = flags.DEFINE_string("results", None, "JSON file of the numbers.")
@@ -66,45 +67,12 @@ def sweep(checkpoint: str, pairs):
         config = GenerateConfig(
             gen_length=32, block_length=block, steps=block, threshold=threshold, eos_early_stop=True
         )
-        found, _ = answer_questions(model, questions, config, _BATCH.value)
-        row = {"block": block, "threshold": threshold} | dataclasses.asdict(found)
-        print(f"block {block:3}, threshold {threshold}: {found.score:.3f}, {found.tokens_per_forward:.2f}", flush=True)
-        yield row
-
-
-def table(rows) -> str:
-    """Markdown."""
-    lines = ["| block | threshold | right answers, % | tokens per forward |", "|---|---|---|---|"]
-    for row in rows:
-        lines.append(
-            f"| {row['block']} | {row['threshold']} | {100 * row['score']:.1f} ± {100 * row['score_stderr']:.1f} "
-            f"| {row['tokens_per_forward']:.2f} ± {row['tokens_per_forward_stderr']:.2f} |"
+        result, _ = answer_questions(model, questions, config, _BATCH.value)
+        row = {"block": block, "threshold": threshold} | dataclasses.asdict(result)
+        print(
+            f"block {block:3}, threshold {threshold}: {result.score:.3f}, {result.tokens_per_forward:.2f}", flush=True
         )
-    return "\n".join(lines)
-
-
-def draw(rows, path: str) -> None:
-    """Score and tokens per forward over the threshold, a line for each block size."""
-    pyplot = plots.open_pyplot()
-
-    figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.6))
-    blocks, thresholds = (sorted({row[name] for row in rows}) for name in ("block", "threshold"))
-    places = {threshold: place for place, threshold in enumerate(thresholds)}
-    for shade, block in enumerate(blocks):
-        line = [row for row in rows if row["block"] == block]
-        color = pyplot.cm.viridis(0.9 * shade / max(len(blocks) - 1, 1))
-        for axes, name, scale in ((panels[0], "score", 100), (panels[1], "tokens_per_forward", 1)):
-            axes.errorbar(
-                [places[row["threshold"]] for row in line],
-                [scale * row[name] for row in line],
-                [scale * row[f"{name}_stderr"] for row in line],
-                color=color, marker="o", markersize=4, linewidth=1.5, capsize=2, label=f"block {block}",
-            )  # fmt: skip
-    for axes, title in zip(panels, ("right answers, %", "tokens per forward"), strict=True):
-        axes.set(title=title, xlabel="threshold", xticks=range(len(thresholds)), xticklabels=thresholds)
-        plots.trim(axes)
-    panels[1].legend(frameon=False)
-    plots.save(figure, path, bbox_inches="tight")
+        yield row
 
 
 if __name__ == "__main__":

@@ -268,11 +268,11 @@ def _watch(run: Runner, describe: list[str], delete: list[str], create: list[str
 
 def xpk(topology: Topology, train_flags: Sequence[str]) -> int:
     run = Runner()
-    where = [f"--cluster={_CLUSTER.value}", f"--project={_PROJECT.value}", f"--zone={_ZONE.value}"]
+    cluster = [f"--cluster={_CLUSTER.value}", f"--project={_PROJECT.value}", f"--zone={_ZONE.value}"]
     if _ACTION.value == "status":
-        run("xpk", "workload", "list", *where, f"--filter-by-job={_NAME.value}")
+        run("xpk", "workload", "list", *cluster, f"--filter-by-job={_NAME.value}")
     elif _ACTION.value == "delete":
-        run("xpk", "workload", "delete", f"--workload={_NAME.value}", *where)
+        run("xpk", "workload", "delete", f"--workload={_NAME.value}", *cluster)
     else:
         commit = code_version()
         folder = _folder(run).relative_to(ROOT)
@@ -280,8 +280,9 @@ def xpk(topology: Topology, train_flags: Sequence[str]) -> int:
         run("mkdir", "-p", f"{folder}/{commit}")
         run("tar", "--extract", f"--file={folder}/{commit}.tar", f"--directory={folder}/{commit}")
         run(
-            "xpk", "workload", "create", f"--workload={_NAME.value}", *where, f"--tpu-type={slices.xpk_type(topology)}",
-            f"--num-slices={_SLICES.value}", *(["--spot"] if _SPOT.value else []),
+            "xpk", "workload", "create", f"--workload={_NAME.value}", *cluster,
+            f"--tpu-type={slices.xpk_type(topology)}", f"--num-slices={_SLICES.value}",
+            *(["--spot"] if _SPOT.value else []),
             f"--base-docker-image={_IMAGE.value}", f"--script-dir={folder}/{commit}", "--max-restarts=1000",
             f"--termination-grace-period-seconds={GRACE_SECONDS}",
             # exec, no pipe, nothing behind it: XPK passes SIGTERM on to its sub-shell alone, which this replaces.

@@ -1,4 +1,4 @@
-"""What experiments/long_context/run.sh measured: OUT.json, the picture OUT.svg, and the table, printed.
+"""Collects what run.sh measured into OUT.json, draws OUT.svg and prints the table.
 
 python experiments/long_context/report.py FOLDER OUT
 """
@@ -22,7 +22,7 @@ def collect(folder: Path) -> list[dict]:
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown. Seconds are those of a question, the compilation of the program divided among them."""
+    """Markdown. Seconds are per question; the time to compile is divided among the questions."""
     lines = [
         "| context, tokens | YaRN | right answers, % | questions | seconds a question | most memory, GiB |",
         "|---|---|---|---|---|---|",
@@ -37,7 +37,7 @@ def table(rows: list[dict]) -> str:
 
 
 def draw(rows: list[dict], path: str) -> None:
-    """The score, and the seconds of a question, over the context; a line for each factor of YaRN."""
+    """Score and seconds per question over the length of the context; one line per YaRN factor."""
     pyplot = plots.open_pyplot()
 
     figure, (scores, seconds) = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")

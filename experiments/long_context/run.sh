@@ -4,7 +4,7 @@
 #   bash experiments/long_context/run.sh NAME CHECKPOINT "CONTEXTS" [QUESTIONS [FACTORS [BLOCK]]]
 #
 # CONTEXTS in tokens; FACTORS of YaRN ("1 2"; 1 is none); BLOCK of decoding (1: a shifted model is the AR model that it
-# came from). Writes NAME.json and NAME.svg beside this file and prints the table. Run again, it goes on where it was.
+# came from). Writes results/NAME.json and NAME.svg beside this file and prints the table. Run again, it goes on where it was.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 name=${1:?usage: run.sh NAME CHECKPOINT CONTEXTS [QUESTIONS [FACTORS [BLOCK]]]}
@@ -22,4 +22,4 @@ for context in "${contexts[@]}"; do
       --questions="${4:-20}" --yarn="$factor" --gen_length=16 --block_length="${6:-1}" --eos_early_stop --batch=4 --output="$out"
   done
 done
-python "$here/report.py" "$folder" "$here/$name"
+python "$here/report.py" "$folder" "$here/results/$name"

@@ -1,9 +1,9 @@
 """Compiles MaxText's own training step of Qwen3-30B-A3B for v5p:4x4x4 and writes its HLO and memory.
 
     python3.12 -m venv .venv-maxtext && .venv-maxtext/bin/pip install 'maxtext[tpu]'
-    .venv-maxtext/bin/python experiments/maxtext/compile.py OUT.hlo        # OUT.hlo.json: bytes of a device
+    .venv-maxtext/bin/python experiments/maxtext/compile.py OUT.hlo        # OUT.hlo.json: bytes per device
 
-MaxText's defaults with remat_policy=full: an AR step, 2 rows of 4,096 tokens a chip, weights split over all 64.
+MaxText's defaults with remat_policy=full: an AR step, 2 rows of 4,096 tokens per chip, weights split over all 64.
 """
 
 import json

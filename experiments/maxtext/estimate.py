@@ -1,9 +1,9 @@
-"""Seconds of a step that MaxText compiled (compile.py), by the estimator of tools/rehearse.py, and ours beside it.
+"""Seconds per step of what MaxText compiled (compile.py) and of our step, by the estimator of tools/rehearse.py.
 
     python experiments/maxtext/estimate.py OUT.hlo [OURS.json ...]          # of tools/rehearse.py --json
 
-Attention is left out: the two steps do not have the same mask. MaxText's grouped matmuls count at the peak of the
-matrix units, as if no tile were waste; ours by their schedules.
+Attention is left out, as the two steps have different masks. MaxText's grouped matmuls count at the peak of the matrix
+units, as if no tile were wasted; ours count by their schedules.
 """
 
 import json

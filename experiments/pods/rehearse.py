@@ -1,4 +1,4 @@
-"""Rehearses the configs of this folder for the slices that they name, and tables what came of it.
+"""Rehearses the launches of config.py for their slices, and prints a table of the results.
 
 python experiments/pods/rehearse.py [NAME ...]       # e.g. mini_v5p; without names, all that have no result yet
 python experiments/pods/rehearse.py --table          # of what is recorded in results/
@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 from absl import flags
+from config import LAUNCHES
 
 from llada_jax import command_line
 from llada_jax.errors import InputError
@@ -23,22 +24,19 @@ _TABLE = flags.DEFINE_bool("table", False, "Print the table of what is recorded,
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent.parent
-NAMES = ("mini_v5p", "mini_v6e", "mini_tpu7x", "flash_v5p", "flash_v6e", "flash_tpu7x")
 _GIB = 2**30
 
 
-def load(name: str):
-    """The module of a config: TOPOLOGY, SLICES and get_config."""
-    from llada_jax.training.config import load_sibling  # importing jax takes seconds: not before the names are right
-
-    return load_sibling(__file__, name)
-
-
 def command(name: str) -> list[str]:
-    """The rehearsal of a config, as its docstring has it."""
-    module = load(name)
-    several = [f"--slices={module.SLICES}"] if module.SLICES > 1 else []
-    return ["tools/rehearse.py", f"--config=experiments/pods/{name}.py", f"--topology={module.TOPOLOGY}", *several]
+    """The rehearsal of a launch, as the docstring of config.py has it."""
+    launch = LAUNCHES[name]
+    several = [f"--slices={launch.slices}"] if launch.slices > 1 else []
+    return [
+        "tools/rehearse.py",
+        f"--config=experiments/pods/config.py:{name}",
+        f"--topology={launch.topology}",
+        *several,
+    ]
 
 
 def rehearse(name: str) -> None:
@@ -51,38 +49,39 @@ def rehearse(name: str) -> None:
         values = json.loads(out.read_text())
     del values["per_op"]
     packages = {package: importlib.metadata.version(package) for package in ("jax", "libtpu")}
-    text = json.dumps({"topology": load(name).TOPOLOGY, "slices": load(name).SLICES, **packages, **values}, indent=1)
+    launch = {"topology": LAUNCHES[name].topology, "slices": LAUNCHES[name].slices}
+    text = json.dumps(launch | packages | values, indent=1)
     FOLDER.joinpath("results", f"{name}.json").write_text(text + "\n")
 
 
 def recorded() -> dict[str, dict]:
-    files = {name: FOLDER / "results" / f"{name}.json" for name in NAMES}
+    files = {name: FOLDER / "results" / f"{name}.json" for name in LAUNCHES}
     return {name: json.loads(path.read_text()) for name, path in files.items() if path.exists()}
 
 
 def tokens_per_chip(values: dict) -> str:
-    """Clean ones, a second."""
+    """Clean tokens per second and chip."""
     return f"{values['global_clean_tokens'] / sum(values['seconds'].values()) / values['chips']:,.0f}"
 
 
 def summary(values: dict) -> str:
-    """What the docstring of a config says of it."""
+    """The line of a launch in the docstring of config.py."""
     seconds = sum(values["seconds"].values())
     memory, capacity = values["hbm_bytes"] / _GIB, values["hbm_capacity_bytes"] / _GIB
     return (
-        f"{memory:.1f} of {capacity:.0f} GiB a chip, {seconds:.3f} s a step, serial MFU {values['serial_mfu']:.1%}, "
-        f"{tokens_per_chip(values)} clean tokens a second and chip"
+        f"{memory:.1f} of {capacity:.0f} GiB per chip, {seconds:.3f} s per step, "
+        f"serial MFU {values['serial_mfu']:.1%}, {tokens_per_chip(values)} clean tokens per second and chip"
     )
 
 
 def unhidden(values: dict) -> float:
-    """Serial MFU with the seconds of collectives that run behind arithmetic added."""
+    """Serial MFU if the collectives that run behind arithmetic were not hidden."""
     seconds = sum(values["seconds"].values())
     return values["serial_mfu"] * seconds / (seconds + values["hidden_seconds"])
 
 
 def table(results: dict[str, dict]) -> str:
-    """Markdown, a column for each config."""
+    """Markdown, one column per launch."""
 
     def row(label, cell):
         return f"| {label} | " + " | ".join(cell(values) for values in results.values()) + " |"
@@ -90,13 +89,13 @@ def table(results: dict[str, dict]) -> str:
     def seconds(values, *parts):
         return ", ".join(f"{values['seconds'][part]:.3f}" for part in parts)
 
-    def where(values):
+    def slices(values):
         return f"{values['slices']} x {values['topology']}" if values["slices"] > 1 else values["topology"]
 
     return "\n".join([
         "| | " + " | ".join(name.replace("_", ", ") for name in results) + " |",
         "|" + "---|" * (len(results) + 1),
-        row("slices", where),
+        row("slices", slices),
         row("chips, rows a chip", lambda v: f"{v['chips']}, {v['rows_per_chip']:g}"),
         row("clean tokens a step", lambda v: f"{v['global_clean_tokens'] / 1e6:.2f} M"),
         row("memory of a chip, GiB", lambda v: f"{v['hbm_bytes'] / _GIB:.1f} of {v['hbm_capacity_bytes'] / _GIB:.0f}"),
@@ -114,10 +113,10 @@ def table(results: dict[str, dict]) -> str:
 
 
 def main(argv) -> None:
-    if unknown := [name for name in argv[1:] if name not in NAMES]:
-        raise InputError(f"{unknown[0]}: no such config here; there are {', '.join(NAMES)}")
-    wanted = argv[1:] or [name for name in NAMES if name not in recorded()]
-    for name in [] if _TABLE.value else wanted:
+    if unknown := [name for name in argv[1:] if name not in LAUNCHES]:
+        raise InputError(f"{unknown[0]}: no such config here; there are {', '.join(LAUNCHES)}")
+    names = argv[1:] or [name for name in LAUNCHES if name not in recorded()]
+    for name in [] if _TABLE.value else names:
         rehearse(name)
     print(table(recorded()))
 

@@ -3,23 +3,18 @@
     python -m llada_jax.train --config=experiments/post_training/config.py:STAGE,MODEL --workdir=DIR \
         --config.data.path=ROWS --config.seed=SEED [--config.init_from=DIR_OF_THE_STAGE_BEFORE]
 
-STAGE: ar, wsd, sft, sft_single (one mask a row, twice the rows: as many positions as sft), cap, sft_longer (cap
+STAGE: ar, wsd, sft, sft_single (one mask per row, twice the rows: as many positions as sft), cap, sft_longer (cap
 without its confidence term: what the same steps give alone), dpo. Blocks have 16 tokens, as the answers are short.
 MODEL: tiny, for CPU; or smollm2_135m, from the real AR weights (no stage ar), for an accelerator: four times the steps
 on thirty-two times the tokens, 616 M tokens of WSD.
 """
 
-from pathlib import Path
-
 from llada_jax.errors import InputError
-from llada_jax.training.config import load_sibling
+from llada_jax.training import stages
 
-CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs" / "ar.py"
 BLOCK = 16
 STAGES = ("ar", "wsd", "sft", "sft_single", "cap", "sft_longer", "dpo")
-
-
-MODELS = {"tiny": 128, "smollm2_135m": 256}  # tokens a row
+MODELS = {"tiny": 128, "smollm2_135m": 256}  # tokens per row
 
 
 def get_config(argument: str = "sft"):
@@ -29,8 +24,8 @@ def get_config(argument: str = "sft"):
         raise InputError(
             f"config argument: {argument!r}, expected one of {', '.join(STAGES)}, and {' or '.join(MODELS)}"
         )
-    file = {"sft_single": "sft", "sft_longer": "sft"}.get(stage, stage)
-    config = load_sibling(str(CONFIGS), file).get_config(f"{model},length={MODELS[model]}")
+    function = stages.STAGES["sft" if stage in ("sft_single", "sft_longer") else stage]
+    config = function(model, length=MODELS[model])
     config.data.source = ""
     config.data.patterns = ()
     config.data.tokenizer = ""

@@ -2,7 +2,7 @@
 
     python experiments/post_training/pairs.py DRAWN.jsonl PAIRS.jsonl
 
-A line of DRAWN has the `messages` of a question, its `solution`, and the `answer` that tools/generate.py drew.
+Each line of DRAWN has the `messages` of a question, its `solution`, and the `answer` that tools/generate.py drew.
 """
 
 import sys
@@ -20,9 +20,9 @@ def pairs(rows):
 
 def main(drawn: str, out: str) -> None:
     rows = [row for _, row in read_values(drawn)]
-    found = list(pairs(rows))
-    write_values(out, found)
-    print(f"{out}: {len(found)} wrong answers of {len(rows)}")
+    preferences = list(pairs(rows))
+    write_values(out, preferences)
+    print(f"{out}: {len(preferences)} wrong answers of {len(rows)}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The numbers of a seed, and the table over all recorded seeds.
+"""The numbers of one seed, and the table over all recorded seeds.
 
-    python experiments/post_training/report.py --collect FOLDER OUT.json     # a seed, at the end of run.sh
+    python experiments/post_training/report.py --collect FOLDER OUT.json     # one seed, at the end of run.sh
     python experiments/post_training/report.py [MODEL]                       # the table of results/MODEL/*.json
 
 Standard errors are over seeds. A ratio or a difference is taken within a seed first.
@@ -25,7 +25,7 @@ STAGES = {
 
 
 def collect(folder: Path) -> dict:
-    """Everything that the table needs, from the files that a seed's commands wrote."""
+    """All numbers of one seed for the table, from the files that run.sh wrote."""
     stages = {}
     trained = [stage for stage in STAGES if (folder / stage / "metrics.jsonl").exists()]  # an imported AR model is not
     for stage in trained:

@@ -4,7 +4,7 @@
 #   bash experiments/post_training/run.sh SEED [FOLDER]        (FOLDER: runs/post_training)
 #
 # and, from the real weights of SmolLM2-135M, on a machine with an accelerator (four times the steps, thirty-two times the
-# tokens a step; --config.mesh.* as in the README):
+# tokens per step; --config.mesh.* says how it is split over chips):
 #
 #   bash experiments/post_training/run.sh SEED FOLDER smollm2_135m
 #
@@ -16,7 +16,7 @@ cd "$(dirname "$0")/../.."
 seed=${1:?usage: run.sh SEED [FOLDER [MODEL]]}
 model=${3:-tiny}
 source tools/setup_venv.sh eval
-source experiments/smollm2.sh
+source experiments/common/smollm2.sh
 here=experiments/post_training
 folder=${2:-runs/post_training}/$seed
 mkdir -p "$folder"

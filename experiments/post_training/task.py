@@ -13,7 +13,7 @@ at once. Writes to FOLDER
     chats.jsonl       other conversations, for SFT and CAP
     questions.jsonl   more questions with their solutions, for preference pairs
 
-all without the questions of the test, which are those of a seed of their own (run.sh).
+none of which has a question of the test; the test has its own seed (run.sh).
 """
 
 import json

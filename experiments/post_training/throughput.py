@@ -1,10 +1,10 @@
-"""Score, tokens per forward and tokens a second with and without CAP (the form of the paper's Figure 3).
+"""Score, tokens per forward and tokens per second with and without CAP (the form of the paper's Figure 3).
 
     python experiments/post_training/throughput.py [FOLDER]      (FOLDER: runs/post_training, as run.sh leaves it)
 
 For each seed in FOLDER, the model of CAP and the one of as many steps more of SFT answer the same test questions, in
-turns, in blocks of 16 at threshold 0.95. A second is one of processor time, so that what else a machine does counts
-little; the fastest of three rounds counts, compilation does not. Writes results/throughput.json and .svg beside this
+turns, in blocks of 16 at threshold 0.95. Seconds are of processor time, so that other work on the machine counts
+little. The fastest of three rounds counts, compilation does not. Writes results/throughput.json and .svg beside this
 file, and prints the table.
 """
 
@@ -42,13 +42,13 @@ def measure(folder: Path) -> list[dict]:
     for seed in sorted(path.name for path in folder.iterdir() if (path / "cap").exists()):
         models = {stage: load_checkpoint(str(folder / seed / stage)) for stage in STAGES}
         answer_questions(models["cap"], questions[:BATCH], decoding, BATCH)  # compiles
-        found = {stage: [] for stage in STAGES}
+        timed = {stage: [] for stage in STAGES}
         for stage in list(STAGES) * ROUNDS:
             begin = time.process_time()
             result, _ = answer_questions(models[stage], questions, decoding, BATCH)
-            found[stage].append((time.process_time() - begin, result))
-        for stage, rounds in found.items():
-            seconds, best = min(rounds, key=lambda timed: timed[0])
+            timed[stage].append((time.process_time() - begin, result))
+        for stage, rounds in timed.items():
+            seconds, best = min(rounds, key=lambda entry: entry[0])
             speed = best.answer_tokens / seconds
             row = {"seed": int(seed), "stage": stage, "score": best.score}
             rows.append(row | {"tokens_per_forward": best.tokens_per_forward, "tokens_per_second": speed})
@@ -80,9 +80,9 @@ def draw(rows: list[dict], path: str) -> None:
     figure, panels = pyplot.subplots(1, len(MEASURES), figsize=(9, 3), layout="constrained")
     for axes, (name, (title, scale, _)) in zip(panels, MEASURES.items(), strict=True):
         for place, (stage, color) in enumerate(zip(STAGES, ("#98a2b3", plots.COLORS[0]), strict=True)):
-            found = scale * values(rows, stage, name)
-            error = np.std(found, ddof=1) / len(found) ** 0.5 if len(found) > 1 else None
-            axes.bar(place, found.mean(), 0.6, yerr=error, color=color, capsize=3)
+            scaled = scale * values(rows, stage, name)
+            error = np.std(scaled, ddof=1) / len(scaled) ** 0.5 if len(scaled) > 1 else None
+            axes.bar(place, scaled.mean(), 0.6, yerr=error, color=color, capsize=3)
         axes.set(title=title, xticks=range(len(STAGES)), xticklabels=STAGES.values())
         plots.trim(axes)
     plots.save(figure, path)

@@ -8,7 +8,6 @@ A stage (training/stages.py) starts from `default_config` and changes fields; fl
 writes their table.
 """
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -71,15 +70,6 @@ def pod_mesh(model: ModelConfig) -> tuple[int, int]:
     if not model.is_moe:
         return -1, 1
     return (-1, model.num_experts) if _is_large(model) else (1, -1)
-
-
-def load_sibling(file: str, name: str):
-    """The config NAME.py in the folder of `file`, as a module: configs/ is a folder of programs, not a package."""
-    path = Path(file).with_name(f"{name}.py")
-    spec = importlib.util.spec_from_file_location(f"configs_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def extended(config: ConfigDict, model: ModelConfig) -> ModelConfig:

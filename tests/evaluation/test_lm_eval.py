@@ -288,7 +288,7 @@ def test_bad_settings_are_named(build, model):
 def test_the_tasks_that_stand_for_the_papers_benchmarks_exist():
     from lm_eval.tasks import TaskManager
 
-    text = (Path(__file__).parents[2] / "experiments" / "benchmarks.md").read_text()
+    text = (Path(__file__).parents[2] / "llada_jax" / "evaluation" / "benchmarks.md").read_text()
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")][1:]
     assert len(rows) == len({row[0] for row in rows}) == 47
     named = set(re.findall(r"`([a-z][a-z0-9_-]*)`", text)) - {"prompt_level_strict_acc"}  # a score, not a task

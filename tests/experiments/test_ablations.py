@@ -3,7 +3,6 @@
 import functools
 import importlib
 import json
-import sys
 from pathlib import Path
 
 import jax
@@ -17,20 +16,17 @@ from llada_jax.model import parameters
 from llada_jax.model.config import PRESETS, preset
 from llada_jax.tokenizer import load_tokenizer
 from llada_jax.training import config as settings
+from tests.helpers.experiments import EXPERIMENTS, importable
 
-ROOT = Path(__file__).resolve().parents[2]
-FOLDER = ROOT / "experiments" / "ablations"
-NAMES = ("base", "functions", "records", "runs", "table")
+FOLDER = EXPERIMENTS / "ablations"
+NAMES = ("base", "functions", "records", "report", "runs")
 
 
 @pytest.fixture(scope="module")
 def ablations():
     """The modules of experiments/ablations, by name, as when run.py runs."""
-    sys.path.insert(0, str(FOLDER))
-    yield {name: importlib.import_module(name) for name in NAMES}
-    sys.path.remove(str(FOLDER))
-    for name in NAMES:
-        del sys.modules[name]
+    with importable("ablations"):
+        yield {name: importlib.import_module(name) for name in NAMES}
 
 
 @pytest.fixture
@@ -123,8 +119,7 @@ def test_text_runs_end_to_end(ablations, place, tmp_path, compile_once, monkeypa
         out.mkdir(parents=True, exist_ok=True)
         (out / "stdlib.jsonl").write_text(json.dumps({"text": module}) + "\n")
 
-    monkeypatch.syspath_prepend(str(FOLDER.parent))
-    monkeypatch.setattr(importlib.import_module("stdlib_text"), "main", write_modules)
+    monkeypatch.setattr(ablations["functions"].stdlib_text, "main", write_modules)
     monkeypatch.setattr(ablations["functions"], "SHORTEST", 20)
     results = tmp_path / "results"
     records.record_ar(place, results / "ar.json")
@@ -151,7 +146,7 @@ def test_answer_runs_end_to_end(ablations, place, compile_once, monkeypatch, cap
     assert not records.finished(place, place.out / "0.json", 0, "sft")
     assert "no wsd; run experiments/post_training/run.sh 0 first" in capsys.readouterr().out
     folder = place.post_training / "0"
-    task = base._of_post_training("task")
+    task = base.task
     monkeypatch.setattr(task, "SIZES", {"text": 100, "chats": 400, "questions": 2})
     task.main(str(folder), "0")
     tokenizer = load_tokenizer(str(folder / "tokenizer"))
@@ -172,28 +167,28 @@ def record(nats, peak=1.0):
 
 
 def test_differences_are_taken_within_a_seed(ablations, tmp_path):
-    table, runs = ablations["table"], ablations["runs"]
+    report, runs = ablations["report"], ablations["runs"]
     seeds = [{"wsd": record(2.0 + seed), "no_document_mask": record(2.5 + seed + 0.01 * seed)} for seed in range(3)]
     ablation = runs.ABLATIONS["document_mask"]
-    text = table.table(ablation, seeds)
+    text = report.table(ablation, seeds)
     assert "| with | 3.000 ± 0.577 |" in text and "| without | 3.510 ± 0.583 |" in text
     assert "**+0.510 ± 0.006**" in text, "0.51 is far beyond 4.3 standard errors"
     assert text.endswith("3 seeds; 9 minutes in all on 1 CPU core; commit abc.")
     noisy = [{"wsd": record(2.0), "no_document_mask": record(2.0 + x)} for x in (-0.1, 0.0, 0.2)]
-    assert "| +0.033 ± 0.088 |" in table.table(ablation, noisy)
+    assert "| +0.033 ± 0.088 |" in report.table(ablation, noisy)
     for number, seed in enumerate([*seeds, {"wsd": record(1.0)}]):
         (tmp_path / f"{number}.json").write_text(json.dumps(seed))
-    assert table.read(ablation, tmp_path) == seeds, "the last one lacks a run"
-    table.draw(ablation, seeds, tmp_path / "picture.svg")
+    assert report.read(ablation, tmp_path) == seeds, "the last one lacks a run"
+    report.draw(ablation, seeds, tmp_path / "picture.svg")
     assert "scored without the mask" in (tmp_path / "picture.svg").read_text()
 
 
 def test_the_tables_of_the_gallery_are_those_of_the_records(ablations):
-    table = ablations["table"]
-    text = table.README.read_text()
+    report = ablations["report"]
+    text = report.README.read_text()
     ar = json.loads((FOLDER / "results" / "tiny" / "ar.json").read_text())
-    assert table.marked(text, "ar", table.origin(ar)) == text
-    for name, ablation in table.ABLATIONS.items():
-        assert len(table.read(ablation, FOLDER / "results" / "tiny")) == 3
-        assert table.marked(text, name, table.section(name)) == text
+    assert report.marked(text, "ar", report.origin(ar)) == text
+    for name, ablation in report.ABLATIONS.items():
+        assert len(report.read(ablation, FOLDER / "results" / "tiny")) == 3
+        assert report.marked(text, name, report.section(name)) == text
         assert (FOLDER / "results" / "tiny" / f"{name}.svg").stat().st_size < 100_000

@@ -1,21 +1,14 @@
 """The pieces of the gallery: configs of the conversion, and the tables and pictures of what was measured."""
 
-import importlib
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
 from llada_jax.errors import InputError
 from llada_jax.training import config as settings
-
-EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
-
-
-def load(folder: str, name: str):
-    return settings.load_sibling(str(EXPERIMENTS / folder / "run.sh"), name)
+from tests.helpers.experiments import EXPERIMENTS, load
 
 
 @pytest.mark.parametrize("form", ["cpu", "gpu"])
@@ -32,7 +25,7 @@ def test_the_conversion_keeps_checkpoints_at_even_distances_to_its_end(form):
 
 
 def test_the_recorded_conversion_on_an_accelerator_is_of_its_form():
-    recorded = json.loads((EXPERIMENTS / "conversion" / "h200.json").read_text())
+    recorded = json.loads((EXPERIMENTS / "conversion" / "results" / "h200.json").read_text())
     config = load("conversion", "config").get_config("h200")
     settings.check(config)
     phases = settings.phases(config)
@@ -52,8 +45,7 @@ def test_checkpoints_without_samples_are_in_the_table(tmp_path, capsys):
 
 
 def test_modules_of_packages_are_written_once_each(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(EXPERIMENTS))
-    stdlib_text = importlib.import_module("stdlib_text")
+    stdlib_text = load("common", "stdlib_text")
     site = tmp_path / "site"
     long = "x = 1\n" * 100
     files = {"a/b.py": long, "a/copy.py": long, "a/short.py": "y = 1\n", "a/tests/t.py": "t" + long, "c.py": "c" + long}
@@ -134,8 +126,7 @@ def test_the_report_of_long_contexts(tmp_path, capsys):
     assert "YaRN x 2" in (tmp_path / "out.svg").read_text()
 
 
-def test_the_table_of_throughput_takes_ratios_within_a_seed(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "path", [str(EXPERIMENTS / "post_training"), *sys.path])  # as when the script runs
+def test_the_table_of_throughput_takes_ratios_within_a_seed(tmp_path):
     throughput = load("post_training", "throughput")
     rows = []
     for seed, scale in ((0, 1.0), (1, 3.0)):

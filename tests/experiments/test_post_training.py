@@ -1,27 +1,16 @@
 """The pieces of experiments/post_training: data, pairs, configs, the table."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
 from llada_jax.tokenizer import load_tokenizer
 from llada_jax.training import config as settings
-
-FOLDER = Path(__file__).resolve().parents[2] / "experiments" / "post_training"
+from tests.helpers import experiments
 
 
 def load(name):
-    sys.path.insert(0, str(FOLDER))  # as when the script runs
-    try:
-        spec = importlib.util.spec_from_file_location(f"post_training_{name}", FOLDER / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-    finally:
-        sys.path.remove(str(FOLDER))
+    return experiments.load("post_training", name)
 
 
 def test_data_keeps_the_test_out_and_numbers_apart(tmp_path, monkeypatch):

@@ -1,7 +1,6 @@
 """Sweeps: points, resuming, failures and the table."""
 
 import fcntl
-import importlib.util
 import json
 import shlex
 from pathlib import Path
@@ -10,6 +9,7 @@ import pytest
 
 from llada_jax import config_flag
 from tests.helpers.command_lines import run_all
+from tests.helpers.experiments import load
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,16 +23,9 @@ def sweep(*arguments):
     return done
 
 
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "experiments" / f"{name}.py")
-    found = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(found)
-    return found
-
-
 @pytest.fixture(scope="module")
 def module():
-    return load("sweep_points")
+    return load("sweep", "points")
 
 
 @pytest.mark.parametrize(
@@ -210,7 +203,7 @@ def metrics_at(folder, step):
 
 
 def test_the_table_says_what_has_not_finished_and_mixes_no_configs(tmp_path):
-    file, out, records = tmp_path / "c.py", tmp_path / "out", load("sweep_records")
+    file, out, records = tmp_path / "c.py", tmp_path / "out", load("sweep", "records")
     file.write_text(CONFIG.format(steps=3))
     before = json.loads(config_flag.load([f"--config={file}"]).to_json())
     file.write_text(CONFIG.format(steps=4))
@@ -241,7 +234,7 @@ def test_the_table_says_what_has_not_finished_and_mixes_no_configs(tmp_path):
 
 
 def test_a_point_whose_config_file_was_edited_is_trained_anew(tmp_path):
-    file, out, records = tmp_path / "c.py", tmp_path / "out", load("sweep_records")
+    file, out, records = tmp_path / "c.py", tmp_path / "out", load("sweep", "records")
     file.write_text(CONFIG.format(steps=3))
     flags = [f"--config={file}", "--config.seed=0"]
     record = records.new_record(flags, json.loads(config_flag.load(flags).to_json()))

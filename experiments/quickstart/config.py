@@ -1,4 +1,4 @@
-"""The shortened curriculum of experiments/quickstart.sh: a demonstration on two CPU cores, not a conversion.
+"""The shortened curriculum of experiments/quickstart/run.sh: a demonstration on two CPU cores, not a conversion.
 
 SmolLM2-135M sees 27 thousand tokens in about six minutes: enough for the held-out NELBO to fall at every block
 size, far from enough for fluent samples. The real curriculum of the same model is configs/wsd.py:smollm2_135m.

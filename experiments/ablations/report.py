@@ -1,6 +1,6 @@
 """Tables and pictures of the recorded ablations, in seconds.
 
-    python experiments/ablations/table.py [MODEL]
+    python experiments/ablations/report.py [MODEL]
 
 draws experiments/ablations/results/MODEL/NAME.svg, prints the tables, and puts those of `tiny` into
 experiments/README.md. A value is the mean over seeds ± its standard error. A difference is taken within a seed
@@ -11,13 +11,14 @@ exceeds 95% of Student's t of so few seeds (4.3 standard errors of three).
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from runs import ABLATIONS, Ablation, Column
 
-from llada_jax.training.config import load_sibling
+from llada_jax import config_flag
 
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
@@ -37,16 +38,16 @@ def _post_training(model: str) -> Iterator[dict]:
     """The stages that experiments/post_training has recorded, as runs."""
     folder = HERE.parent / "post_training"
     for path in sorted((folder / "results" / model).glob("*.json")):
-        found = {}
+        runs = {}
         for stage, recorded in json.loads(path.read_text())["stages"].items():
-            config = load_sibling(str(folder / "config.py"), "config").get_config(f"{stage},{model}")
+            config = config_flag.load([f"--config={folder / 'config.py'}:{stage},{model}"])
             names = {"right": "score", "tokens_per_forward": "tokens_per_forward", "nelbo": "held_out_nelbo"}
-            found[stage] = {
+            runs[stage] = {
                 "scores": {key: [recorded[name]] for key, name in names.items()},
                 "tokens": config.schedule.steps * config.batch.rows * config.data.length,
                 "train_seconds": recorded["train_seconds"],
             }
-        yield found
+        yield runs
 
 
 def value(record: dict, column: Column) -> float:
@@ -73,7 +74,7 @@ def cell(x: np.ndarray, digits: int, signed: bool = False, mark: bool = False) -
 
 
 def table(ablation: Ablation, seeds: list[dict]) -> str:
-    """Markdown, and a line of what it cost."""
+    """Markdown, and a line that says the cost."""
     first, *_ = ablation.runs
     compared = [column for column in ablation.columns if column.key in ablation.compared]
     headings = [column.heading for column in ablation.columns]
@@ -90,7 +91,7 @@ def table(ablation: Ablation, seeds: list[dict]) -> str:
 
 
 def _footer(ablation: Ablation, seeds: list[dict]) -> str:
-    """What it cost, where, and of which code it is."""
+    """Seeds, minutes, device and commit, in one line."""
     used = [seed[run] for seed in seeds for run in ablation.runs]
     minutes = sum(record.get("train_seconds", 0) + record.get("score_seconds", 0) for record in used) / 60
     if ablation.elsewhere:
@@ -101,7 +102,7 @@ def _footer(ablation: Ablation, seeds: list[dict]) -> str:
 
 
 def cost(seeds: list[dict], run: str) -> list[str]:
-    """Tokens read and seconds of training, of a seed."""
+    """Thousands of tokens read and mean seconds of training, both per seed."""
     if "tokens" not in seeds[0][run]:  # a merge
         return ["", ""]
     seconds = np.mean([seed[run]["train_seconds"] for seed in seeds])
@@ -122,10 +123,10 @@ def draw(ablation: Ablation, seeds: list[dict], path: Path) -> None:
     )
     for place, (panel, column) in enumerate(zip(panels[0], ablation.columns, strict=False)):
         for row, run in enumerate(ablation.runs):
-            found = values(seeds, run, column)
-            mean, error = mean_and_error(found)
+            scores = values(seeds, run, column)
+            mean, error = mean_and_error(scores)
             color = COLORS[row % len(COLORS)]
-            panel.plot(found, [row] * len(found), "o", color=color, alpha=0.35, markersize=4, markeredgewidth=0)
+            panel.plot(scores, [row] * len(scores), "o", color=color, alpha=0.35, markersize=4, markeredgewidth=0)
             panel.errorbar(mean, row, xerr=np.nan_to_num(error), fmt="|", color=color, markersize=11, capsize=3)
         panel.set_title(column.heading.replace(", scored", ",\nscored"), fontsize=9)
         panel.set_yticks(range(len(ablation.runs)), list(ablation.runs.values()) if place == 0 else [])
@@ -169,13 +170,14 @@ def origin(record: dict) -> str:
     ar, four, blocks, full = (record["scores"][key][0] for key in ("ar", "4", "32", "full"))
     documents, tokens = record["text"]["documents"], record["text"]["tokens"] / 1e6
     parameters, seen, minutes = record["parameters"] / 1e6, record["tokens"] / 1e6, record["train_seconds"] / 60
-    return (
+    words = (
         f"The AR model has {parameters:.1f} M parameters and a vocabulary of 512; it was trained on {seen:.1f} M tokens"
         f" in {minutes:.0f} minutes on {record['device']}. The text is the functions of the standard library of Python "
         f"{record['python']}: {documents:,} documents, {tokens:.1f} M tokens. On held-out rows the AR loss is {ar:.3f} "
         f"nats per token; read as a block-diffusion model before any conversion, its NELBO is {four:.3f} at "
-        f"block size 4, {blocks:.3f} at 32 and {full:.3f} over the full sequence.\n"
+        f"block size 4, {blocks:.3f} at 32 and {full:.3f} over the full sequence."
     )
+    return textwrap.fill(words, 120) + "\n"
 
 
 def marked(text: str, name: str, new: str) -> str:

@@ -1,7 +1,7 @@
 """Chats in a format that the model has never been taught: sums, answered as "The answer is 12."
 
-    python experiments/smollm2_sft_chats.py FOLDER
-    python experiments/smollm2_sft_chats.py --report ANSWERS.jsonl
+    python experiments/smollm2_sft/chats.py FOLDER
+    python experiments/smollm2_sft/chats.py --report ANSWERS.jsonl
 
 The first writes FOLDER/chats.jsonl to train on and FOLDER/questions.jsonl, other sums, to be asked: reasoning-gym's
 chain_sum with two terms of one digit. The second counts the answers in the format, and the right ones.

@@ -1,4 +1,4 @@
-"""What a sweep keeps of each point, in OUT/POINT/sweep.json, and how far the point has come.
+"""The record of each point of a sweep, OUT/POINT/sweep.json, and how far the point has come.
 
 A record has the point's "flags", the "config" that they made when it was begun (the config file may be edited later),
 "finished", and "failure": why it last ended before that.
@@ -12,7 +12,7 @@ from etils import epath
 from llada_jax.errors import InputError
 
 FILE = "sweep.json"
-REPLACED = "replaced"  # folder in OUT of points that were trained with a config which is another one now
+REPLACED = "replaced"  # folder in OUT: points trained with a config that has changed since
 
 
 def new_record(flags: Sequence[str], config: dict) -> dict:
@@ -34,31 +34,31 @@ def write_record(folder: epath.Path, record: dict) -> None:
 
 def differences(before: dict, now: dict, prefix: str = "config.") -> list[str]:
     """ "config.seed was 0, is now 1" for each field; configs are as JSON has them."""
-    found = []
+    lines = []
     for name in sorted(set(before) | set(now)):
         old, new = before.get(name), now.get(name)
         if isinstance(old, dict) and isinstance(new, dict):
-            found += differences(old, new, f"{prefix}{name}.")
+            lines += differences(old, new, f"{prefix}{name}.")
         elif old != new:
-            found.append(f"{prefix}{name} was {old!r}, is now {new!r}")
-    return found
+            lines.append(f"{prefix}{name} was {old!r}, is now {new!r}")
+    return lines
 
 
 def changed(record: dict, config: dict) -> list[str]:
-    """How `config` differs from that of the record; records from before it was kept are taken at their flags' word."""
+    """How `config` differs from that of the record, line by line; older records have no config, only flags."""
     return differences(record["config"], config) if "config" in record else []
 
 
 def move_aside(out: epath.Path, name: str) -> epath.Path:
     """Renames OUT/NAME to OUT/replaced/NAME-N, which it returns."""
-    kept = out / REPLACED
-    kept.mkdir(exist_ok=True)
-    number = next(n for n in range(1, 10**6) if not (kept / f"{name}-{n}").exists())
-    return (out / name).rename(kept / f"{name}-{number}")
+    replaced = out / REPLACED
+    replaced.mkdir(exist_ok=True)
+    number = next(n for n in range(1, 10**6) if not (replaced / f"{name}-{n}").exists())
+    return (out / name).rename(replaced / f"{name}-{number}")
 
 
 def why_unfinished(record: dict | None, last_step: int, total: int, running: bool) -> str | None:
-    """None of a point that has finished, or that no sweep has recorded; else what the table says of it."""
+    """None for a point that has finished or that no sweep has recorded; else what the table shows as its failure."""
     if record is None or record["finished"] or (record.get("launched") and last_step >= total):
         return None
     if running:

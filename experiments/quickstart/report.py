@@ -1,4 +1,4 @@
-"""Prints the table of experiments/quickstart.sh: python experiments/quickstart_report.py before.json after.json"""
+"""Prints the table of a quickstart: python experiments/quickstart/report.py before.json after.json"""
 
 import json
 import sys
