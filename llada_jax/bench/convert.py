@@ -30,7 +30,7 @@ _RANDOM_BYTES = 64 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class CommandUsage:
     """One command: wall-clock seconds, those of the CPU, and the most memory it held, in bytes."""
 
     seconds: float
@@ -81,7 +81,7 @@ def _write_shard(path: Path, tensors: dict[str, tuple[tuple[int, ...], int]], se
         os.fsync(file.fileno())
 
 
-def copy(source: Path, out: Path) -> Run:
+def copy(source: Path, out: Path) -> CommandUsage:
     """`cp -r` and fsync of every file."""
 
     def sync():
@@ -91,15 +91,15 @@ def copy(source: Path, out: Path) -> Run:
     return _run(["cp", "-r", str(source), str(out)], sync)
 
 
-def import_folder(source: Path, out: Path) -> Run:
+def import_folder(source: Path, out: Path) -> CommandUsage:
     return _run([sys.executable, str(TOOLS / "hf_to_orbax.py"), f"--source={source}", f"--out={out}"])
 
 
-def export_folder(source: Path, out: Path) -> Run:
+def export_folder(source: Path, out: Path) -> CommandUsage:
     return _run([sys.executable, str(TOOLS / "orbax_to_hf.py"), f"--checkpoint={source}", f"--out={out}"])
 
 
-def interpreter() -> Run:
+def interpreter() -> CommandUsage:
     """A command that imports everything and converts nothing."""
     return _run([sys.executable, str(TOOLS / "orbax_to_hf.py"), "--help"])
 
@@ -111,7 +111,7 @@ def forget(folder: Path) -> None:
             _with_file(path, lambda file: (os.fsync(file), os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)))
 
 
-def _run(command: list[str], then: Callable[[], None] = lambda: None) -> Run:
+def _run(command: list[str], then: Callable[[], None] = lambda: None) -> CommandUsage:
     """Raises RuntimeError when the command fails."""
     environment = os.environ | {"PYTHONPATH": str(TOOLS.parent), "JAX_PLATFORMS": "cpu"}
     with tempfile.TemporaryFile() as log:
@@ -124,7 +124,7 @@ def _run(command: list[str], then: Callable[[], None] = lambda: None) -> Run:
         if process.returncode:
             log.seek(0)
             raise RuntimeError(f"{' '.join(command)}: {log.read().decode()}")
-    return Run(seconds, usage.ru_utime + usage.ru_stime, 1024 * usage.ru_maxrss)
+    return CommandUsage(seconds, usage.ru_utime + usage.ru_stime, 1024 * usage.ru_maxrss)
 
 
 def differences(a: Path, b: Path) -> list[str]:

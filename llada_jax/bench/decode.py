@@ -148,12 +148,12 @@ def continuous(params, config: ModelConfig, count: int, rows: int) -> tuple[Usag
 
 def expert_hits(params, config: ModelConfig, tokens: int) -> np.ndarray:
     """Distinct experts that `tokens` random tokens reach in each sparse layer, as measured in a pass."""
-    found: list[int] = []
+    hits: list[int] = []
     original = experts.route
 
     def recording(x, router, bias, config):
         chosen, weights = original(x, router, bias, config)
-        jax.debug.callback(lambda chosen: found.append(len(np.unique(chosen))), chosen)
+        jax.debug.callback(lambda chosen: hits.append(len(np.unique(chosen))), chosen)
         return chosen, weights
 
     @contextlib.contextmanager
@@ -171,4 +171,4 @@ def expert_hits(params, config: ModelConfig, tokens: int) -> np.ndarray:
         run = jax.jit(lambda params: hidden_states(params, config, ids, positions, visibility, Execution())[0])
         jax.block_until_ready(run(params))
         jax.effects_barrier()
-    return np.array(found)
+    return np.array(hits)

@@ -15,7 +15,7 @@ import numpy as np
 from tokamax._src.ops.experimental.tpu.splash_attention import base, splash_attention_kernel
 from tokamax._src.ops.experimental.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
-from llada_jax.pod.packings import Walk
+from llada_jax.pod.packings import KernelCounts
 
 TILE = 512
 EMPTY, PARTIAL, FULL = 0, 1, 2  # splash's own codes of a tile
@@ -25,10 +25,10 @@ REGIONS = {"forward": ("init", "full", "partial", "write"), "backward": ("init",
 
 def mask_function(length: int, block_size: int, query: jax.Array, key: jax.Array) -> jax.Array:
     """Eq. 3 for positions in the doubled row, the noisy half first; any broadcastable int32 -> bool."""
-    where = np.where if isinstance(query, np.ndarray) else jnp.where
+    select = np.where if isinstance(query, np.ndarray) else jnp.where
     noisy_query, noisy_key = query < length, key < length
-    query_block = where(noisy_query, query, query - length) // block_size
-    key_block = where(noisy_key, key, key - length) // block_size
+    query_block = select(noisy_query, query, query - length) // block_size
+    key_block = select(noisy_key, key, key - length) // block_size
     return (
         (noisy_query & noisy_key & (query_block == key_block))
         | (noisy_query & ~noisy_key & (query_block > key_block))
@@ -78,7 +78,7 @@ def tile_lists(length: int, block_size: int, segments: jax.Array, static: bool, 
     return tuple(tile_list(classes, documents, tile, by_key) for by_key in (False, True))
 
 
-def program(length: int, heads: int, kv_heads: int, head_dim: int, block_size: int, static: bool):
+def kernel_program(length: int, heads: int, kv_heads: int, head_dim: int, block_size: int, static: bool):
     """(attend(query, key, value, mask), abstract query, key and value, abstract mask) of one row."""
     q, k = (jax.ShapeDtypeStruct((n, 2 * length, head_dim), jnp.bfloat16) for n in (heads, kv_heads))
     segments = jax.ShapeDtypeStruct((length,), jnp.int32)
@@ -104,7 +104,9 @@ def attention(query, key, value, lists, segments, block_size: int, tile: int = T
     return kernel(query * query.shape[-1] ** -0.5, key, value, base.SegmentIds(both_halves, both_halves))
 
 
-def walk(lists: tuple[MaskInfo, MaskInfo], direction: str, heads: int, kv_heads: int, head_dim: int) -> Walk:
+def kernel_counts(
+    lists: tuple[MaskInfo, MaskInfo], direction: str, heads: int, kv_heads: int, head_dim: int
+) -> KernelCounts:
     """Counts a pass over concrete tile lists. A block is copied when its index changes from one step to the next."""
     info = jax.tree.map(np.asarray, lists[direction == "backward"])
     count = int(info.num_active_blocks[0])
@@ -127,4 +129,4 @@ def walk(lists: tuple[MaskInfo, MaskInfo], direction: str, heads: int, kv_heads:
         regions |= {"write": new_rows * kv_heads, "add": new_rows * (heads - kv_heads)}
         # k, v, their segments, dk, dv in and out; q, do, dq in and out, four values a row.
         moved = new_rows * (2 * block + lanes + 8 * block) + new_columns * (4 * block + 4 * sublanes)
-    return Walk(regions, launches=1, dma_bytes=moved * heads, tile_pairs=TILE * TILE)
+    return KernelCounts(regions, launches=1, dma_bytes=moved * heads, tile_pairs=TILE * TILE)

@@ -46,10 +46,10 @@ def programs(model: ModelConfig, rows: int, length: int, execution: Execution) -
     batch = jax.device_put(Batch(ids, np.ones_like(ids), np.ones_like(ids, bool), index, np.zeros_like(index)))
     block_size, no_noise = jnp.int32(BLOCK_SIZE), jnp.float32(0)
     step = make_train_step(model, denoising_loss(model, Objective(), execution, seed=0), optimizer)
-    held = [state]  # the step donates it
+    carried = [state]  # the step donates it
 
     def run_step():
-        held[0], metrics = step(held[0], None, batch, block_size, no_noise, "both")
+        carried[0], metrics = step(carried[0], None, batch, block_size, no_noise, "both")
         return metrics
 
     prepare = jax.jit(functools.partial(_prepare, model))
@@ -94,7 +94,7 @@ def _passes(model: ModelConfig, params, example: Example, execution: Execution):
         return attend(query, own, own)
 
     hidden = jax.random.normal(key, (rows, length, model.hidden_size), dtype)
-    found = {
+    passes = {
         "layers": (layers, (params,)),
         "attention": (attention, (query, own)),
         "head": (score, (hidden, head.head_matrix(params, model))),
@@ -103,8 +103,8 @@ def _passes(model: ModelConfig, params, example: Example, execution: Execution):
         weights = {name: w[0] for name, w in params["sparse"].items() if name in forward.EXPERT_WEIGHTS}
         axes = parameters.layer_axes(model, "sparse", weights)
         moe = sharding.over_batch(functools.partial(experts.moe, config=model, execution=execution), axes, None)
-        found["experts"] = (lambda x, w: moe((x, x), w)[0], (jnp.concatenate([hidden, hidden], axis=1), weights))
-    return {name: (jax.jit(_with_gradients(function)), operands) for name, (function, operands) in found.items()}
+        passes["experts"] = (lambda x, w: moe((x, x), w)[0], (jnp.concatenate([hidden, hidden], axis=1), weights))
+    return {name: (jax.jit(_with_gradients(function)), operands) for name, (function, operands) in passes.items()}
 
 
 def _with_gradients(function):

@@ -21,8 +21,8 @@ from llada_jax.bench.attention import (
     HEADS,
     KV_HEADS,
     attention_kernels,
-    kernel_classes,
-    kernel_walks,
+    counts_per_row,
+    kernel_regions,
     total_cycles,
 )
 from llada_jax.bench.timing import least_seconds
@@ -51,7 +51,7 @@ def ranking(entries: Iterable[Entry], price: Price, unit: str, report: Callable[
 
     report: is told each price as it is found. Passes are priced once for all entries that differ only in the other.
     """
-    found: dict[tuple, float | None] = {}
+    costs: dict[tuple, float | None] = {}
     ranked = []
     for entry in entries:
         queries = BLOCK_SIZE if entry.shape == "decode" else 2 * LENGTHS["row"]
@@ -59,16 +59,16 @@ def ranking(entries: Iterable[Entry], price: Price, unit: str, report: Callable[
         for name in PASSES[entry.shape]:
             chunks = tiles.backward if name == "backward" else tiles.forward
             key = name, tiles.queries, tiles.chunk, chunks
-            if key not in found:
+            if key not in costs:
                 label = f"{name:8} rows {entry.rows:4} chunk {tiles.chunk:3} x {chunks}"
                 try:
                     # What the other pass takes does not matter.
-                    found[key] = price(name, Tiles(tiles.queries, chunks, chunks, tiles.chunk))
-                    report(f"{label}: {found[key]:.4g} {unit}")
+                    costs[key] = price(name, Tiles(tiles.queries, chunks, chunks, tiles.chunk))
+                    report(f"{label}: {costs[key]:.4g} {unit}")
                 except (InputError, ValueError) as error:  # the compiler's, or of a schedule that cannot be told apart
-                    found[key] = None
+                    costs[key] = None
                     report(f"{label}: refused: {error}")
-            cost[name] = found[key]
+            cost[name] = costs[key]
         if None not in cost.values():
             ranked.append(dataclasses.replace(entry, cost=cost))
     return sorted(ranked, key=total)
@@ -86,11 +86,11 @@ def estimated(topology: str, head_dim: int) -> Price:
         length = LENGTHS["decode" if name == "decode" else "row"]
         arguments = {"implementation": "llada", "direction": name, "length": length, "head_dim": head_dim}
         arguments["tiles"] = dataclasses.asdict(tiles)
-        (schedule,) = attention_kernels(compile_program("llada_jax.bench.attention:program", arguments, topology))
+        (schedule,) = attention_kernels(compile_program("llada_jax.bench.attention:pass_program", arguments, topology))
 
         def cycles(mean: int) -> float:
-            walks = kernel_walks(name, length, mean, head_dim, tiles)
-            return total_cycles(kernel_classes(schedule, walks, attention_program.REGIONS[name], chip)[1])
+            counts = counts_per_row(name, length, mean, head_dim, tiles)
+            return total_cycles(kernel_regions(schedule, counts, attention_program.REGIONS[name], chip)[1])
 
         return sum(map(cycles, (0,) if name == "decode" else packings.MEANS))
 

@@ -16,8 +16,8 @@ from llada_jax.attention.visibility import block_causal, block_diffusion, layout
 from llada_jax.chips import Chip, Topology
 from llada_jax.pod import attention_program, packings
 from llada_jax.pod.aot import Program, compile_program
-from llada_jax.pod.operations import Cost
-from llada_jax.pod.packings import Walk
+from llada_jax.pod.operations import OperationCost
+from llada_jax.pod.packings import KernelCounts
 from llada_jax.pod.schedule_reader import Kernel, region_costs
 from llada_jax.pod.step_cost import KernelCost
 from llada_jax.pod.stream_cost import compiled_costs
@@ -29,7 +29,7 @@ _MATMULS = {"forward": 2, "backward": 5}  # of a tile; the backward pass compute
 
 
 @dataclasses.dataclass(frozen=True)
-class Class:
+class RegionCost:
     """A kernel's region, "step" (the rest of a grid step) or "xla" (all that XLA schedules, once a row).
 
     tiles: how often the busiest core executes it. Its cycles are tiles x max(bundles, mxu_cycles).
@@ -83,11 +83,11 @@ class Shape:
 
     def visibility(self, segment_ids: jax.Array, block_size: int):
         """segment_ids int32 [rows, length]."""
-        where = layout(segment_ids, block_size if self.halves == "both" else self.length)
-        return block_diffusion(where) if self.halves == "both" else block_causal(where)
+        blocks = layout(segment_ids, block_size if self.halves == "both" else self.length)
+        return block_diffusion(blocks) if self.halves == "both" else block_causal(blocks)
 
 
-def program(shape: dict):
+def training_program(shape: dict):
     """(forward and backward of one row, abstract arguments); called in the compiler's own process."""
     shape = Shape(**shape)
     sizes = (shape.positions // shape.ranks, shape.heads), (shape.positions, shape.kv_heads)
@@ -116,12 +116,12 @@ def kernel_costs(
 ) -> dict[str, KernelCost]:
     """{beginning of a kernel's name: its cost for num_rows rows}."""
     compiled = compile_program(
-        "llada_jax.pod.attention_cost:program", {"shape": dataclasses.asdict(shape)}, topology.name
+        "llada_jax.pod.attention_cost:training_program", {"shape": dataclasses.asdict(shape)}, topology.name
     )
     with jax.set_mesh(one_device(topology)):
         tiles, parts = shape.tiles(), shape.key_parts()
     costs = {}
-    for name, cost in _walk_costs(shape, block_size, mean, compiled, tiles, parts, topology.chip).items():
+    for name, cost in _pass_costs(shape, block_size, mean, compiled, tiles, parts, topology.chip).items():
         costs[NAME + name] = lambda result, operands, cost=cost * num_rows: ("attention", cost)
     counts = operand_steps(
         shape.positions // shape.ranks, shape.heads, shape.positions, shape.kv_heads, shape.head_dim, tiles
@@ -129,8 +129,8 @@ def kernel_costs(
     return costs | compiled_costs(compiled, counts, "attention", topology.chip)
 
 
-def _walk_costs(shape: Shape, block_size: int, mean: int, compiled: Program, tiles: Tiles, parts: int, chip: Chip):
-    """{"forward", "backward": Cost of one call for one row}: the mean over the bench's rows of mean document length
+def _pass_costs(shape: Shape, block_size: int, mean: int, compiled: Program, tiles: Tiles, parts: int, chip: Chip):
+    """{"forward", "backward": cost of one call for one row}: the mean over the bench's rows of mean document length
     `mean`, of the busiest rank. Where keys go in parts, the backward pass is a call for each.
     """
     make = jax.jit(lambda row, queries: shape.plan(row, block_size, queries, tiles, parts))
@@ -142,41 +142,41 @@ def _walk_costs(shape: Shape, block_size: int, mean: int, compiled: Program, til
     for name in PASSES:
         (schedule,) = (schedule for kernel, schedule in compiled.kernels.items() if NAME + name in kernel)
         # [row, rank, call]
-        walks = [[_walks(plan, name, shape) for plan in of_ranks] for of_ranks in plans]
+        counts = [[_counts(plan, name, shape) for plan in of_ranks] for of_ranks in plans]
         regions = attention_program.REGIONS[name]
-        seconds = _each(walks, lambda walk: _seconds(schedule, walk, regions, chip)).mean(axis=2)  # noqa: B023
-        computed = _each(walks, lambda walk: walk.regions["full"] + walk.regions["partial"]).mean()
+        seconds = _per_call(counts, lambda each: _seconds(schedule, each, regions, chip)).mean(axis=2)  # noqa: B023
+        computed = _per_call(counts, lambda each: each.regions["full"] + each.regions["partial"]).mean()
         pairs = tiles.queries * shape.heads // shape.kv_heads * getattr(tiles, name) * tiles.chunk
         flops = 2 * _MATMULS[name] * computed * pairs * shape.head_dim
-        costs[name] = Cost(float(seconds.max(axis=1).mean()), float(flops))
+        costs[name] = OperationCost(float(seconds.max(axis=1).mean()), float(flops))
     return costs
 
 
-def _walks(plan: Plan, name: str, shape: Shape) -> list[Walk]:
+def _counts(plan: Plan, name: str, shape: Shape) -> list[KernelCounts]:
     """Of each call of a kernel."""
     calls = plan.parts if name == "backward" and plan.parts else (plan,)
-    return [attention_program.walk(call, name, shape.heads, shape.kv_heads, shape.head_dim) for call in calls]
+    return [attention_program.kernel_counts(call, name, shape.heads, shape.kv_heads, shape.head_dim) for call in calls]
 
 
-def _each(walks: list[list[list[Walk]]], value) -> np.ndarray:
-    return np.array([[[value(walk) for walk in calls] for calls in of_ranks] for of_ranks in walks])
+def _per_call(counts: list[list[list[KernelCounts]]], value) -> np.ndarray:
+    return np.array([[[value(each) for each in calls] for calls in of_ranks] for of_ranks in counts])
 
 
-def _seconds(schedule: Kernel, walk: Walk, names, chip: Chip) -> float:
+def _seconds(schedule: Kernel, counts: KernelCounts, names, chip: Chip) -> float:
     """Of one row: the busiest core's cycles, or the copies at HBM bandwidth where they take longer."""
-    cycles = total_cycles(kernel_classes(schedule, [walk], names, chip)[1])
-    return max(cycles / chip.clock, walk.dma_bytes / (chip.hbm_bandwidth / chip.devices))
+    cycles = total_cycles(kernel_regions(schedule, [counts], names, chip)[1])
+    return max(cycles / chip.clock, counts.dma_bytes / (chip.hbm_bandwidth / chip.devices))
 
 
-def kernel_classes(schedule: Kernel, walks: list[Walk], names, chip: Chip):
-    """(times that all cores execute each region, {region: Class} of the busiest core)."""
+def kernel_regions(schedule: Kernel, counts: list[KernelCounts], names, chip: Chip):
+    """(times that all cores execute each region, {region: RegionCost} of the busiest core)."""
     # The split axis is of heads or of key/value heads, which two cores divide evenly.
     cores = chip.cores_per_device if schedule.split else 1
-    executed = {name: sum(walk.regions[name] for walk in walks) for name in (*names, "step")}
-    executed["launch"] = sum(max(walk.launches, cores) for walk in walks)
-    found = region_costs(schedule, names).items()
-    return executed, {name: Class(cost.bundles, cost.mxu_cycles, executed[name] // cores) for name, cost in found}
+    executed = {name: sum(each.regions[name] for each in counts) for name in (*names, "step")}
+    executed["launch"] = sum(max(each.launches, cores) for each in counts)
+    costs = region_costs(schedule, names).items()
+    return executed, {name: RegionCost(cost.bundles, cost.mxu_cycles, executed[name] // cores) for name, cost in costs}
 
 
-def total_cycles(classes: dict[str, Class]) -> float:
-    return sum(part.tiles * max(part.bundles, part.mxu_cycles) for part in classes.values())
+def total_cycles(regions: dict[str, RegionCost]) -> float:
+    return sum(region.tiles * max(region.bundles, region.mxu_cycles) for region in regions.values())

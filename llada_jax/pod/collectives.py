@@ -102,9 +102,9 @@ def _group(op: Operation, kind: str, devices: int) -> np.ndarray:
     if kind == "collective-permute":
         pairs = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", op.attributes)
         return np.array([int(pairs.group(1)), int(pairs.group(2))])
-    if (found := _GROUPS.search(op.attributes)) is None:
+    if (match := _GROUPS.search(op.attributes)) is None:
         raise ValueError(f"replica groups of {op.name}: {op.attributes[:120]}")
-    text = found.group(1)
+    text = match.group(1)
     if listed := re.match(r"\{\{([\d,]+)\}", text):
         return np.array([int(number) for number in listed.group(1).split(",")])
     if text == "{}":
@@ -124,11 +124,11 @@ def _iota(text: str) -> np.ndarray:
 
 def _named_group(text: str) -> np.ndarray:
     """mesh['a'=4,'b'=16], device_ids=([16,4]T(1,0)) {'b'}: the devices along the named axes."""
-    mesh, numbers, wanted = re.match(r"mesh\[(.*?)\](?:, device_ids=\((.*?\)?)\))? \{(.*?)\}$", text).groups()
+    mesh, numbers, named = re.match(r"mesh\[(.*?)\](?:, device_ids=\((.*?\)?)\))? \{(.*?)\}$", text).groups()
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
-    wanted = re.findall(r"'([^']+)'", wanted)
+    named = re.findall(r"'([^']+)'", named)
     flat = _iota(numbers or f"[{math.prod(sizes.values())}]")
-    picked = tuple(slice(None) if name in wanted else 0 for name in sizes)
+    picked = tuple(slice(None) if name in named else 0 for name in sizes)
     return flat.reshape(tuple(sizes.values()))[picked].reshape(-1)
 
 

@@ -33,7 +33,7 @@ REGIONS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Cost:
+class MatmulCost:
     """tile: (rows, contracted, columns). steps: of the grid. peak_share: of the matrix units of all cores, counting the
     rows only. dma_cycles: the kernel's copies at HBM bandwidth, which run beside its arithmetic.
     """
@@ -58,7 +58,7 @@ def group_sizes(rows: int, groups: int) -> np.ndarray:
     return np.random.default_rng(0).multinomial(rows, np.full(groups, 1 / groups))
 
 
-def program(implementation: str, direction: str, rows: int, groups: int, contracted: int, columns: int):
+def matmul_program(implementation: str, direction: str, rows: int, groups: int, contracted: int, columns: int):
     """The function that is compiled for y = x w, dx or dw, and its abstract arguments."""
     x, w, y, sizes = (
         jax.ShapeDtypeStruct(shape, dtype)
@@ -120,20 +120,22 @@ def activation_costs(mlp: int, topology: Topology) -> dict[str, KernelCost]:
 
 def kernel_cost(
     implementation: str, direction: str, sizes: np.ndarray, contracted: int, columns: int, topology: str, rows: int = 0
-) -> Cost:
+) -> MatmulCost:
     """Of a pass of y [rows, columns] = x [rows, contracted] times its group's matrix, on one device. Compiles it.
 
     sizes: rows of each group; rows: of the buffer, where it is larger than their sum.
     """
     arguments = dict(rows=rows or int(sizes.sum()), groups=len(sizes), contracted=contracted, columns=columns)
     arguments |= {"implementation": implementation, "direction": direction}
-    (kernel,) = compile_program("llada_jax.pod.experts_cost:program", arguments, topology).kernels.values()
+    (kernel,) = compile_program("llada_jax.pod.experts_cost:matmul_program", arguments, topology).kernels.values()
     regions = region_costs(kernel, REGIONS[implementation][direction])
     shape = (columns, contracted) if direction == "dx" else (contracted, columns)
     return _cost(regions, kernel.split, direction, sizes, shape, parse_topology(topology).chip)
 
 
-def _cost(regions: dict, split: bool, direction: str, sizes: np.ndarray, shape: tuple[int, int], chip: Chip) -> Cost:
+def _cost(
+    regions: dict, split: bool, direction: str, sizes: np.ndarray, shape: tuple[int, int], chip: Chip
+) -> MatmulCost:
     contracted, columns = shape
     choose = grouped_tiles.group_gradients if direction == "dw" else grouped_tiles.rows_times_groups
     tile = choose(int(sizes.sum()), contracted, columns, kind=chip.device_kind)
@@ -147,7 +149,7 @@ def _cost(regions: dict, split: bool, direction: str, sizes: np.ndarray, shape: 
     share = -(-tiles_of_columns // cores) / tiles_of_columns
     cycles = sum(cost.cycles * times[region] * (1 if region == "launch" else share) for region, cost in regions.items())
     macs = int(sizes.sum()) * contracted * columns
-    return Cost(
+    return MatmulCost(
         tile=tile,
         steps=times["step"],
         cycles=cycles,

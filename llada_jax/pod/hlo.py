@@ -69,14 +69,14 @@ class Operation:
     @property
     def op_name(self) -> str:
         """Where the program made it: jit(train_step)/jvp()/while/body/..."""
-        found = re.search(r'op_name="([^"]*)"', self.attributes)
-        return found.group(1) if found else ""
+        match = re.search(r'op_name="([^"]*)"', self.attributes)
+        return match.group(1) if match else ""
 
     @property
     def target(self) -> str:
         """custom_call_target, or nothing."""
-        found = re.search(r'custom_call_target="([^"]*)"', self.attributes)
-        return found.group(1) if found else ""
+        match = re.search(r'custom_call_target="([^"]*)"', self.attributes)
+        return match.group(1) if match else ""
 
 
 @dataclasses.dataclass(frozen=True)

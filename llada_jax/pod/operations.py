@@ -33,24 +33,24 @@ _LANES = 1024  # of one instruction of the vector unit
 
 
 @dataclasses.dataclass(frozen=True)
-class Cost:
+class OperationCost:
     """seconds; flops of matrix multiplications; from_bytes: how many of the seconds rest on the bytes model."""
 
     seconds: float = 0.0
     flops: float = 0.0
     from_bytes: float = 0.0
 
-    def __add__(self, other: "Cost") -> "Cost":
-        return Cost(self.seconds + other.seconds, self.flops + other.flops, self.from_bytes + other.from_bytes)
+    def __add__(self, other: "OperationCost") -> "OperationCost":
+        return OperationCost(self.seconds + other.seconds, self.flops + other.flops, self.from_bytes + other.from_bytes)
 
-    def __mul__(self, times: float) -> "Cost":
-        return Cost(self.seconds * times, self.flops * times, self.from_bytes * times)
+    def __mul__(self, times: float) -> "OperationCost":
+        return OperationCost(self.seconds * times, self.flops * times, self.from_bytes * times)
 
 
-def operation_cost(module: Module, computation: str, op: Operation, chip: Chip) -> Cost:
+def operation_cost(module: Module, computation: str, op: Operation, chip: Chip) -> OperationCost:
     """Of one run of an operation that calls no loop, branch, kernel or collective."""
     if op.kind in FREE or op.kind.endswith(("-start", "-done", "-update")) or op.target in NO_WORK:
-        return Cost()
+        return OperationCost()
     operations = ((computation, op), *module.inside(op))
     matmuls = [(name, inner) for name, inner in operations if is_matmul(inner)]
     flops = sum(matmul_flops(module, name, inner) for name, inner in matmuls)
@@ -59,11 +59,11 @@ def operation_cost(module: Module, computation: str, op: Operation, chip: Chip) 
     by_flops = flops * passes / peak
     estimate = re.search(r'"estimated_cycles":"?(\d+)', op.attributes)
     if estimate and int(estimate.group(1)) < _SANE:
-        return Cost(max(int(estimate.group(1)) / chip.clock, by_flops), flops)
+        return OperationCost(max(int(estimate.group(1)) / chip.clock, by_flops), flops)
     by_bytes = max(
         moved_bytes(module, computation, op) / (chip.hbm_bandwidth / chip.devices), _sort_seconds(module, op, chip)
     )
-    return Cost(max(by_flops, by_bytes), flops, by_bytes if by_bytes > by_flops else 0.0)
+    return OperationCost(max(by_flops, by_bytes), flops, by_bytes if by_bytes > by_flops else 0.0)
 
 
 def _passes(matmul: Operation) -> int:

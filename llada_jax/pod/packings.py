@@ -21,7 +21,7 @@ FILLED = tuple((2 * row + 1) / (2 * ROWS) for row in range(ROWS))
 
 
 @dataclasses.dataclass(frozen=True)
-class Walk:
+class KernelCounts:
     """What a kernel executes for one row, all heads: times per region ("step" among them), entries of its main loop,
     bytes copied from and to HBM, and the query-key pairs of a tile.
     """

@@ -20,17 +20,8 @@ from llada_jax.errors import InputError
 from llada_jax.model import parameters
 from llada_jax.model.config import ModelConfig
 from llada_jax.pod import hlo, operations, routing_cost
-from llada_jax.pod.rehearse import (
-    Memory,
-    Slices,
-    check_experts,
-    compile_step,
-    memory_of,
-    model_of,
-    physical_devices,
-    rows_of_device,
-    with_shardings,
-)  # fmt: skip
+from llada_jax.pod.lower import Slices, check_experts, compile_step, model_of, with_shardings
+from llada_jax.pod.rehearse import Memory, memory_of, physical_devices, rows_of_device
 from llada_jax.pod.step_cost import PARTS, Line, step_lines
 from llada_jax.pod.topology import slice_devices
 from llada_jax.sampling import decode, predict
@@ -120,13 +111,13 @@ def _arguments(model: ModelConfig, program: Program, rows: int, canvas: int, mes
     params = with_shardings(parameters.abstract(model, jnp.bfloat16), lambda x: sharding.shardings(x, axes, mesh))
     state = jax.eval_shape(functools.partial(empty_state, model, program, rows, canvas, "bfloat16"))
 
-    def where(path, leaf):
+    def layout(path, leaf):
         if path[0].name == "cache":
             return NamedSharding(mesh, sharding.spec(CACHE_AXES, leaf.shape, mesh))
         rowwise = leaf.ndim and leaf.shape[0] == rows
         return NamedSharding(mesh, sharding.spec(("batch",), (rows,), mesh) if rowwise else PartitionSpec())
 
-    return params, with_shardings(state, lambda tree: jax.tree_util.tree_map_with_path(where, tree))
+    return params, with_shardings(state, lambda tree: jax.tree_util.tree_map_with_path(layout, tree))
 
 
 def _expert_kernels(config: ConfigDict, model: ModelConfig, mesh, topology: Topology, tokens: int):
@@ -151,11 +142,13 @@ def _expert_kernels(config: ConfigDict, model: ModelConfig, mesh, topology: Topo
         flops = 2 * rows * product.shape[-1] * result[0].shape[-1]
         by_bytes = 2 * values / bandwidth
         by_flops = flops / (chip.peak_bf16 / chip.devices)
-        return "experts", operations.Cost(max(by_bytes, by_flops), flops, by_bytes if by_bytes > by_flops else 0.0)
+        return "experts", operations.OperationCost(
+            max(by_bytes, by_flops), flops, by_bytes if by_bytes > by_flops else 0.0
+        )
 
     def activation(result, operands):
         seconds = sum(x.bytes for x in (*result, *operands)) / bandwidth
-        return "experts", operations.Cost(seconds, from_bytes=seconds)
+        return "experts", operations.OperationCost(seconds, from_bytes=seconds)
 
     routing = routing_cost.kernel_costs(model, tokens, ranks, topology)
     return {"gmm": gmm, "expert_activation": activation} | routing

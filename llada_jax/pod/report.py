@@ -9,7 +9,7 @@ from llada_jax.pod.step_cost import PARTS
 _GIB = 2**30
 
 
-def describe(result: Rehearsal) -> str:
+def describe_step(result: Rehearsal) -> str:
     """The table that tools/rehearse.py prints."""
     chip, memory, seconds = result.slices.topology.chip, result.memory, result.seconds
     total = sum(seconds.values())

@@ -36,8 +36,8 @@ def selection(config: dict, tokens: int, ranks: int):
 
     def run(logits, bias, d_scores):
         experts, scores = router_kernel.choose(logits, bias, config)
-        kept = logits if config.router == "softmax" else None
-        return router_kernel.gradient(experts, scores, d_scores, kept, config)
+        saved_logits = logits if config.router == "softmax" else None
+        return router_kernel.gradient(experts, scores, d_scores, saved_logits, config)
 
     return run, (logits, bias, d_scores)
 

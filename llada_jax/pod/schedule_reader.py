@@ -29,7 +29,7 @@ _MATMUL = re.compile(r"\bvmatmul\.(?:mubr\.)?(?:msk\.)?((?:lmr\.)?\w+)")
 
 
 @dataclasses.dataclass(frozen=True)
-class Cost:
+class ScheduleCost:
     """Bundles, cycles for which the matrix units are occupied, and uses of each unit's slots ("VALU", "VLOAD", ...)."""
 
     bundles: int = 0
@@ -40,9 +40,9 @@ class Cost:
     def cycles(self) -> float:
         return max(self.bundles, self.mxu_cycles)
 
-    def __add__(self, other: "Cost") -> "Cost":
+    def __add__(self, other: "ScheduleCost") -> "ScheduleCost":
         slots = {unit: self.slots.get(unit, 0) + other.slots.get(unit, 0) for unit in self.slots | other.slots}
-        return Cost(self.bundles + other.bundles, self.mxu_cycles + other.mxu_cycles, slots)
+        return ScheduleCost(self.bundles + other.bundles, self.mxu_cycles + other.mxu_cycles, slots)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +52,11 @@ class Region:
     start: int
     end: int
     loop: bool
-    own: Cost
+    own: ScheduleCost
     inside: tuple["Region", ...]
 
     @property
-    def total(self) -> Cost:
+    def total(self) -> ScheduleCost:
         return sum((region.total for region in self.inside), self.own)
 
     def walk(self) -> Iterator["Region"]:
@@ -100,7 +100,7 @@ def read_schedule(bundles_text: str, utilization_text: str, chip: Chip) -> Kerne
     return Kernel(program, split="BarrierMegacore" in bundles_text)
 
 
-def region_costs(kernel: Kernel, names: Sequence[str]) -> dict[str, Cost]:
+def region_costs(kernel: Kernel, names: Sequence[str]) -> dict[str, ScheduleCost]:
     """The cost of one execution of each region of a kernel's main loop, by name, and of the rest of a step of it.
 
     `names` names the regions of main_loop that do vector work, in program order: one per `pl.when`, or the body of a
@@ -114,9 +114,9 @@ def region_costs(kernel: Kernel, names: Sequence[str]) -> dict[str, Cost]:
     guards = [region for region in main.inside if len(_vector_regions(region)) > 1]
     regions = [leaf for region in guards or main.inside for leaf in _vector_regions(region)]
     if len(regions) != len(names):
-        found = ", ".join(f"[{r.start:#x}, {r.end:#x}) of {r.total.bundles} bundles" for r in regions)
+        regions_text = ", ".join(f"[{r.start:#x}, {r.end:#x}) of {r.total.bundles} bundles" for r in regions)
         raise UnknownRegions(
-            f"the kernel's main loop has {len(regions)} vector regions ({found}), expected {list(names)}"
+            f"the kernel's main loop has {len(regions)} vector regions ({regions_text}), expected {list(names)}"
         )
     for name, region in zip(names, regions, strict=True):
         if any(inner.loop for inner in region.walk()):
@@ -166,7 +166,7 @@ def _split_bundles(text: str) -> list[str]:
     return bundles
 
 
-def _bundle_costs(bundles: list[str], utilization_text: str, chip: Chip) -> list[Cost]:
+def _bundle_costs(bundles: list[str], utilization_text: str, chip: Chip) -> list[ScheduleCost]:
     head, _, body = utilization_text.partition("== UTILIZATION:\n")
     units = head.splitlines()[1].replace(" ", "").split(",")
     rows = [list(map(int, line.split())) for line in body.splitlines() if line.strip()]
@@ -178,11 +178,13 @@ def _bundle_costs(bundles: list[str], utilization_text: str, chip: Chip) -> list
         if unknown := set(dtypes) - _ROWS.keys():
             raise ValueError(f"matrix-unit instructions of unknown type: {', '.join(unknown)}")
         occupied = sum(_ROWS[dtype] / chip.rows_per_cycle for dtype in dtypes)
-        costs.append(Cost(1, occupied / chip.matrix_units, {u: n for u, n in zip(units, row, strict=True) if n}))
+        costs.append(
+            ScheduleCost(1, occupied / chip.matrix_units, {u: n for u, n in zip(units, row, strict=True) if n})
+        )
     return costs
 
 
-def _nest(spans: list[tuple[int, int, bool]], costs: list[Cost]) -> Region:
+def _nest(spans: list[tuple[int, int, bool]], costs: list[ScheduleCost]) -> Region:
     """The tree of spans sorted by start, the first of which holds all the others."""
     start, end, loop = spans[0]
     inside, rest = [], spans[1:]
@@ -194,7 +196,7 @@ def _nest(spans: list[tuple[int, int, bool]], costs: list[Cost]) -> Region:
         inside.append(_nest(rest[:count], costs))
         rest = rest[count:]
     covered = {i for region in inside for i in range(region.start, region.end)}
-    own = sum((costs[i] for i in range(start, end) if i not in covered), Cost())
+    own = sum((costs[i] for i in range(start, end) if i not in covered), ScheduleCost())
     return Region(start, end, loop, own, tuple(inside))
 
 
@@ -204,8 +206,8 @@ def _vector_regions(region: Region) -> list[Region]:
     return inner or ([region] if region.total.slots.get("VSTORE", 0) >= _FEWEST_STORES else [])
 
 
-def _minus(total: Cost, parts) -> Cost:
+def _minus(total: ScheduleCost, parts) -> ScheduleCost:
     for part in parts:
         slots = {unit: count - part.slots.get(unit, 0) for unit, count in total.slots.items()}
-        total = Cost(total.bundles - part.bundles, total.mxu_cycles - part.mxu_cycles, slots)
+        total = ScheduleCost(total.bundles - part.bundles, total.mxu_cycles - part.mxu_cycles, slots)
     return total

@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Mapping
 from llada_jax.chips import Chip
 from llada_jax.pod.collectives import Collective, Devices, collective_cost, kind_of
 from llada_jax.pod.hlo import Array, Module, Operation
-from llada_jax.pod.operations import Cost, is_matmul, operation_cost
+from llada_jax.pod.operations import OperationCost, is_matmul, operation_cost
 
 PARTS = ("attention", "experts", "head", "dense", "glue", "collectives")
 
@@ -48,7 +48,7 @@ def scopes(op: Operation) -> list[str]:
 
 
 # (result, operands) of a Pallas kernel -> the part it belongs to, and the cost of one run.
-KernelCost = Callable[[tuple[Array, ...], tuple[Array, ...]], tuple[str, Cost]]
+KernelCost = Callable[[tuple[Array, ...], tuple[Array, ...]], tuple[str, OperationCost]]
 
 
 def step_lines(
@@ -159,7 +159,7 @@ class _Walker:
             return  # of nothing but the collective
         self._arithmetic(op, self._part(op), operation_cost(self.module, computation, op, self.chip), runs, flights)
 
-    def _arithmetic(self, op: Operation, part: str, cost: Cost, runs: float, fused=()) -> None:
+    def _arithmetic(self, op: Operation, part: str, cost: OperationCost, runs: float, fused=()) -> None:
         """Adds a line, whose seconds hide what is under way: collectives share them, and so do copies."""
         if not cost.seconds:
             return
@@ -182,15 +182,17 @@ class _Walker:
 
     def _collectives(self, computation: str, op: Operation, runs: float) -> list[_Flight]:
         """Those that the operation is, or that are fused into it; each is counted where it first appears."""
-        found = [(computation, op)] if kind_of(op) else [pair for pair in self.module.inside(op) if kind_of(pair[1])]
+        collectives = (
+            [(computation, op)] if kind_of(op) else [pair for pair in self.module.inside(op) if kind_of(pair[1])]
+        )
         flights = []
-        for where, inner in found:
+        for inside, inner in collectives:
             channel = re.search(r"channel_id=(\d+)", inner.attributes)
             chain_id = re.search(r'(?:chain_id|async_collective_name)="([^"]*)"', inner.attributes)
             fused = inner is not op and chain_id
-            key = (channel and channel.group(1), chain_id.group(1)) if fused else (where, inner.name)
+            key = (channel and channel.group(1), chain_id.group(1)) if fused else (inside, inner.name)
             if key not in self._flights:
-                cost = collective_cost(self.module, where, inner, self.devices)
+                cost = collective_cost(self.module, inside, inner, self.devices)
                 self._flights[key] = _Flight(self._add_collective(inner, cost, runs))
             flights.append(self._flights[key])
         return flights
@@ -201,7 +203,7 @@ class _Walker:
         inside = (op, *(inner for _, inner in self.module.inside(op)))
         return "dense" if any(is_matmul(inner) for inner in inside) else "glue"
 
-    def _add(self, op: Operation, part: str, cost: Cost, runs: float) -> None:
+    def _add(self, op: Operation, part: str, cost: OperationCost, runs: float) -> None:
         cost = cost * runs
         self.lines.append(Line(op.name, part, op.op_name, runs, cost.seconds, cost.flops, cost.from_bytes))
 

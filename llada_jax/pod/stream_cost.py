@@ -10,7 +10,7 @@ from llada_jax.chips import Chip, Topology
 from llada_jax.pod import hlo
 from llada_jax.pod.aot import Program, compile_program
 from llada_jax.pod.hlo import Array
-from llada_jax.pod.operations import Cost
+from llada_jax.pod.operations import OperationCost
 from llada_jax.pod.schedule_reader import grid_cycles
 from llada_jax.pod.step_cost import KernelCost
 
@@ -41,7 +41,7 @@ def compiled_costs(compiled: Program, steps: Mapping[str, int], part: str, chip:
 
 
 def _kernel_cost(part: str, seconds: float) -> KernelCost:
-    return lambda result, operands: (part, Cost(seconds * (_bytes(result) + _bytes(operands))))
+    return lambda result, operands: (part, OperationCost(seconds * (_bytes(result) + _bytes(operands))))
 
 
 def _bytes(arrays: Iterable[Array]) -> int:
