@@ -1,4 +1,4 @@
-"""What a TPU chip can do, and the slices that exist: the facts that every estimate in this room rests on.
+"""TPU chips and slices: peak rates, memory and links, on which every estimate is based.
 
 Peaks, memory and links: the pages cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x}. TensorCores and VMEM: JAX's
 `pallas.tpu.get_tpu_info`. Multiply-accumulates per cycle: from the instructions of a compiled matmul (a 128 x 128
@@ -14,7 +14,7 @@ from llada_jax.errors import InputError
 _GIB = 2**30
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _BELOW_A_CUBE = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")
-# Of sizes that have several shapes, the one that the size alone stands for (cloud.google.com/tpu/docs/v5p).
+# The default shape of sizes that have several shapes (cloud.google.com/tpu/docs/v5p).
 _DEFAULTS = ("4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16", "16x16x24")
 
 
@@ -58,49 +58,27 @@ CHIPS = {
     chip.name: chip
     for chip in (
         Chip(
-            "v5e", "TPU v5 lite", 197e12, 16 * _GIB, 819e9, 4, 50e9, 3.125e9, 1, 1, 4, 128, 1, 128 * 2**20, _FLAT, 256
+            name="v5e", device_kind="TPU v5 lite", peak_bf16=197e12, hbm_bytes=16 * _GIB, hbm_bandwidth=819e9,
+            ici_links=4, ici_bandwidth=50e9, dcn_bandwidth=3.125e9, cores=1, devices=1, matrix_units=4,
+            matrix_unit_size=128, rows_per_cycle=1, vmem_bytes=128 * 2**20, slices=_FLAT, largest_slice=256,
         ),
         Chip(
-            "v5p",
-            "TPU v5",
-            459e12,
-            95 * _GIB,
-            2765e9,
-            6,
-            100e9,
-            6.25e9,
-            2,
-            1,
-            4,
-            128,
-            1,
-            64 * 2**20,
-            _BELOW_A_CUBE,
-            6144,
+            name="v5p", device_kind="TPU v5", peak_bf16=459e12, hbm_bytes=95 * _GIB, hbm_bandwidth=2765e9,
+            ici_links=6, ici_bandwidth=100e9, dcn_bandwidth=6.25e9, cores=2, devices=1, matrix_units=4,
+            matrix_unit_size=128, rows_per_cycle=1, vmem_bytes=64 * 2**20, slices=_BELOW_A_CUBE, largest_slice=6144,
         ),
         Chip(
-            "v6e", "TPU v6 lite", 918e12, 32 * _GIB, 1638e9, 4, 100e9, 12.5e9, 1, 1, 2, 256, 2, 128 * 2**20, _FLAT, 256
+            name="v6e", device_kind="TPU v6 lite", peak_bf16=918e12, hbm_bytes=32 * _GIB, hbm_bandwidth=1638e9,
+            ici_links=4, ici_bandwidth=100e9, dcn_bandwidth=12.5e9, cores=1, devices=1, matrix_units=2,
+            matrix_unit_size=256, rows_per_cycle=2, vmem_bytes=128 * 2**20, slices=_FLAT, largest_slice=256,
         ),
         Chip(
-            "tpu7x",
-            "TPU7x",
-            2307e12,
-            192 * _GIB,
-            7380e9,
-            6,
-            100e9,
-            12.5e9,
-            2,
-            2,
-            2,
-            256,
-            2,
-            64 * 2**20,
-            _BELOW_A_CUBE,
-            9216,
+            name="tpu7x", device_kind="TPU7x", peak_bf16=2307e12, hbm_bytes=192 * _GIB, hbm_bandwidth=7380e9,
+            ici_links=6, ici_bandwidth=100e9, dcn_bandwidth=12.5e9, cores=2, devices=2, matrix_units=2,
+            matrix_unit_size=256, rows_per_cycle=2, vmem_bytes=64 * 2**20, slices=_BELOW_A_CUBE, largest_slice=9216,
         ),
     )
-}
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,14 +106,14 @@ class Topology:
 
     @property
     def wraps(self) -> tuple[bool, ...]:
-        """Of each side, whether its links close a ring: in cubes of 4 x 4 x 4 all, in two dimensions a side of 16."""
+        """Whether the links of each side close a ring: all sides of 4 x 4 x 4 cubes; in two dimensions, sides of 16."""
         if len(self.shape) == 3:
             return (all(side % 4 == 0 for side in self.shape),) * 3
         return tuple(side == 16 for side in self.shape)
 
     @property
     def accelerator_type(self) -> str:
-        """The cloud's name, which counts TensorCores: v5p:4x4x4 is "v5p-128"."""
+        """The cloud's name of the slice, which counts TensorCores: v5p:4x4x4 is "v5p-128"."""
         return f"{self.type_name}-{self.chips * self.chip.cores}"
 
     @property
@@ -145,12 +123,12 @@ class Topology:
 
     @property
     def is_default(self) -> bool:
-        """Whether accelerator_type alone stands for this slice."""
+        """Whether accelerator_type alone selects this slice."""
         return self.is_the_only_one or self.shape_name in _DEFAULTS
 
     @property
     def is_the_only_one(self) -> bool:
-        """Whether no other slice of the chip has as many chips, so that accelerator_type says all."""
+        """Whether no other slice has the same number of chips, so that accelerator_type is unambiguous."""
         if len(self.shape) == 2 or self.chips % 64:
             return True
         cubes = self.chips // 64
@@ -159,7 +137,7 @@ class Topology:
 
 
 def parse_topology(name: str) -> Topology:
-    """ "v5p:2x2x1" -> Topology. Raises InputError where no such chip or slice exists."""
+    """ "v5p:2x2x1" -> Topology. Raises InputError if there is no such chip or slice."""
     chip_name, _, shape_text = name.partition(":")
     if chip_name not in CHIPS:
         raise InputError(f"topology {name}: unknown chip, expected one of {', '.join(CHIPS)}, as in v5p:2x2x1")

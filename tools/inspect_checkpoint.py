@@ -17,7 +17,7 @@ _STEP = flags.DEFINE_integer("step", None, "Step of the workdir; by default the 
 
 def main(argv) -> None:
     del argv
-    for line in describe.describe(weights.directory_of(_CHECKPOINT.value, _STEP.value)):
+    for line in describe.describe_checkpoint(weights.directory_of(_CHECKPOINT.value, _STEP.value)):
         print(line)
 
 

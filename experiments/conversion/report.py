@@ -83,7 +83,7 @@ def samples(found: dict) -> str:
 
 def draw(found: dict, path: str) -> None:
     """NELBO at each block size over the tokens seen, and the phases of the curriculum."""
-    from llada_jax.monitoring.curves import draw as draw_runs
+    from llada_jax.monitoring.curves import draw_runs
 
     runs = {}
     for name in found["measured"][0]["likelihood"]:

@@ -1,13 +1,13 @@
-"""What block-diffusion attention costs on a TPU, by the compiler's schedules: ours beside splash and dense attention.
+"""The cost of block-diffusion attention on a TPU, by the compiler's schedules: our kernel, splash and dense attention.
 
-One row of 2 x `length` positions (noisy half first), 16 query heads and 4 key heads of 128, block size 32, bfloat16, in
-training: the forward pass saves what the backward pass needs (dense attention saves nothing and computes its scores
-again: a matrix for every layer does not fit). Each program is compiled once for a length; the tiles are
-then counted on 16 fixed rows of packed documents, and cycles are those of the 16 rows on one device's busiest
-TensorCore. Tile lists are built once per training step and are not in the numbers.
+The program is training on one row of 2 x `length` positions (noisy half first), with 16 query heads and 4 key heads of
+128, block size 32, bfloat16. The forward pass saves what the backward pass needs; dense attention saves nothing and
+computes its scores again, since one matrix per layer would not fit. Each program is compiled once per length. Tiles
+are counted on 16 fixed rows of packed documents; cycles are those of the 16 rows on one device's busiest TensorCore.
+Tile lists are built once per training step and are not included.
 
-The pass "decode" is another program, of our kernel only: 16 rows denoise a block each, against caches of `length` that
-are filled to different shares (pod/packings.py).
+The pass "decode" is another program, of our kernel only: 16 rows denoise one block each, against caches of `length`
+that are filled to different shares (pod/packings.py).
 """
 
 import dataclasses
@@ -45,9 +45,8 @@ _MACS_PER_PAIR = {"forward": 2 * HEAD_DIM, "backward": 5 * HEAD_DIM, "decode": 2
 
 @dataclasses.dataclass(frozen=True)
 class AttentionCost:
-    """A pass over the 16 rows. `tiles` counts all cores and heads; `peak_share` only pairs that the mask needs.
-
-    tile_pairs: the query-key pairs of a tile, of each pass.
+    """The cost of a pass over the 16 rows. tiles: over all cores and heads. peak_share: counts only pairs that the mask
+    allows. tile_pairs: query-key pairs per tile, for each pass.
     """
 
     tiles: dict[str, int]
@@ -55,12 +54,12 @@ class AttentionCost:
     classes: dict[str, RegionCost]
     cycles: float
     peak_share: float
-    dma_cycles: float  # the kernel's copies at HBM bandwidth, which run beside its arithmetic
+    dma_cycles: float  # copies at HBM bandwidth, in parallel with the arithmetic
     temp_bytes: int
 
 
 def check_implementations(names) -> None:
-    """Raises InputError on an unknown name, and on a baseline that is not installed."""
+    """Raises InputError on an unknown name, or a baseline that is not installed."""
     for name in names:
         if name not in IMPLEMENTATIONS:
             raise InputError(f"--implementations={name}, expected some of {', '.join(IMPLEMENTATIONS)}")
@@ -69,9 +68,9 @@ def check_implementations(names) -> None:
 
 
 def pass_program(implementation: str, direction: str, length: int, head_dim: int = HEAD_DIM, tiles: dict | None = None):
-    """The function that is compiled for a pass, and its abstract arguments; called in the compiler's own process.
+    """Returns (function to compile for a pass, its abstract arguments); called in the compiler's process.
 
-    tiles: what our kernel is to use instead of the table's, as a dict.
+    tiles: fields of the Tiles for our kernel, instead of the table's.
     """
     attend, arrays, mask = _program(implementation, length, head_dim, tiles, direction == "decode")
     if direction == "decode":
@@ -109,7 +108,7 @@ def costs(implementation: str, length: int, means, passes, topology: str) -> Ite
 
 
 def needed_pairs(segments: np.ndarray, block_size: int) -> int:
-    """Query-key pairs that the mask allows, summed over rows. segments [rows, length]."""
+    """The number of query-key pairs that the mask allows, over all rows. segments [rows, length]."""
     return allowed_pairs(block_diffusion(layout(jnp.asarray(segments), block_size)))
 
 
@@ -192,7 +191,7 @@ def _cost(implementation: str, direction: str, length: int, mean: int, compiled:
 
 
 def attention_kernels(compiled: Program) -> list[Kernel]:
-    """Without those that bring operands into form."""
+    """The attention kernels of a program, without those that prepare operands."""
     return [kernel for name, kernel in compiled.kernels.items() if not re.search(r"attention_\w+_(tiles|rows)", name)]
 
 
@@ -205,7 +204,7 @@ def _operand_steps(direction: str, length: int, chip: Chip) -> dict[str, int]:
 
 
 def xla_cycles(compiled: Program, chip: Chip, steps: dict[str, int]) -> float:
-    """Of what is not a Pallas kernel, and of our kernels that bring operands into form, which take so many steps."""
+    """Cycles outside the attention kernels: XLA's operations and our operand kernels. steps: {kernel name: steps}."""
     around = compiled_costs(compiled, steps, "attention", chip)
     costs = {op: cost for op in compiled.kernels for name, cost in around.items() if name in op}
     left_out = {"": lambda result, operands: ("attention", OperationCost())}
@@ -213,7 +212,7 @@ def xla_cycles(compiled: Program, chip: Chip, steps: dict[str, int]) -> float:
 
 
 def table(implementations, lengths, passes, topology_name: str) -> Iterator[dict]:
-    """Prints a line for every cost, as it comes, and yields its values, then the bars that they can be held against.
+    """Prints a line per cost and yields its values, then prints the bars (bench/bars.py) that apply to them.
 
     Raises InputError on an unknown name.
     """

@@ -1,6 +1,6 @@
-"""What the kernel must reach, and what rows of tools/bench.py attention say of it.
+"""The performance that the attention kernel must reach, checked against rows of tools/bench.py attention.
 
-Tiles of different sizes compare by their cycles for each query-key pair.
+Tiles of different sizes are compared by their cycles per query-key pair.
 """
 
 import dataclasses
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from llada_jax.chips import CHIPS
 
-# Chip -> bars of a tile; the packed rows of the others.
+# Chip -> bars for a tile; for packed rows, implementation -> bar.
 FULL_OVER_FLOOR = {"v5p": 1.25}
 FULL_OVER_SPLASH = {"v6e": 0.7, "tpu7x": 0.7}
 MASKED_OVER_SPLASH = {"v5p": 0.5}
@@ -28,7 +28,7 @@ class Bar:
 
 
 def bars(rows: list[dict], head_dim: int) -> Iterator[Bar]:
-    """The bars that these rows of the bench (its JSON) can be held against."""
+    """Yields the bars that apply to these rows of the bench's JSON."""
     for row in rows:
         if row["implementation"] != "llada" or row["mean_document"] or row["pass"] not in ("forward", "both"):
             continue
@@ -55,13 +55,13 @@ def bars(rows: list[dict], head_dim: int) -> Iterator[Bar]:
 
 
 def _same(rows: list[dict], row: dict, **changed) -> dict | None:
-    """The row that differs from `row` in `changed` only."""
+    """The row that equals `row` except for `changed`, or None."""
     names = ("implementation", "length", "mean_document", "pass", "topology")
     values = {name: row[name] for name in names} | changed
     return next((other for other in rows if all(other[name] == values[name] for name in names)), None)
 
 
 def _tile(row: dict, kind: str) -> float:
-    """Cycles a pair."""
+    """Cycles per query-key pair."""
     cost = row["classes"][f"forward {kind}" if row["pass"] == "both" else kind]
     return max(cost["bundles"], cost["mxu_cycles"]) / row["tile_pairs"]["forward"]

@@ -90,7 +90,7 @@ def _cost(params, config, batches, cost_config, chip, **_) -> dict:
         result["expert_hits"] = hits
 
     def measured(model: ModelConfig, tokens: int) -> float:
-        """The share of uniform routing's experts that was measured, applied to another number of experts."""
+        """Scales the measured share of uniform routing's experts to a model with another number of experts."""
         share = hits[tokens] / cost.uniform_hits(config, tokens) if tokens in hits else 1.0
         return share * cost.uniform_hits(model, tokens)
 

@@ -1,10 +1,10 @@
-"""The baselines: the unmodified splash kernel of tokamax (0.0.12), two ways.
+"""The baselines: the unmodified splash kernel of tokamax (0.0.12), in two ways.
 
-static  the mask of Eq. 3 as splash's own static mask, documents as segment ids. Other documents' tiles are visited.
-tiles   a list of tiles built at run time from the documents, so that those tiles cost nothing.
+static  the mask of Eq. 3 as splash's own static mask, documents as segment ids; tiles of other documents are visited.
+tiles   a list of tiles built at run time from the documents, so that tiles of other documents cost nothing.
 
-Both with tiles of 512 x 512 and dq reduced in three buffers, splash's best configuration for long rows. Segment ids are
-compared element by element on every tile, so a full tile is right whatever the documents are.
+Both use tiles of 512 x 512 and reduce dq in three buffers, splash's best configuration for long rows. Every tile
+compares segment ids element by element, so a full tile is correct for any documents.
 """
 
 import functools
@@ -24,7 +24,7 @@ REGIONS = {"forward": ("init", "full", "partial", "write"), "backward": ("init",
 
 
 def mask_function(length: int, block_size: int, query: jax.Array, key: jax.Array) -> jax.Array:
-    """Eq. 3 for positions in the doubled row, the noisy half first; any broadcastable int32 -> bool."""
+    """Eq. 3 for positions in the doubled row, noisy half first; broadcastable int32 arrays -> bool."""
     select = np.where if isinstance(query, np.ndarray) else jnp.where
     noisy_query, noisy_key = query < length, key < length
     query_block = select(noisy_query, query, query - length) // block_size
@@ -48,9 +48,9 @@ def static_tiles(length: int, block_size: int, tile: int) -> np.ndarray:
 
 
 def tile_list(classes: jax.Array, segments: jax.Array, tile: int, by_key: bool) -> MaskInfo:
-    """The tiles to visit, by query tile (forward) or by key tile (backward).
+    """The tiles to visit, ordered by query tile (forward) or by key tile (backward).
 
-    classes [query tiles, key tiles] int32; segments [2 * length] int32, ascending in each half. In the backward pass a
+    classes [query tiles, key tiles] int32; segments [2 * length] int32, ascending in each half. In the backward pass, a
     key tile without work keeps one empty tile, so that its gradient is written.
     """
     low, high = (f(segments.reshape(-1, tile), axis=1) for f in (jnp.min, jnp.max))
@@ -71,7 +71,7 @@ def tile_list(classes: jax.Array, segments: jax.Array, tile: int, by_key: bool) 
 
 
 def tile_lists(length: int, block_size: int, segments: jax.Array, static: bool, tile: int) -> tuple[MaskInfo, MaskInfo]:
-    """Of the forward and the backward pass. segments [length] int32."""
+    """The tile lists of the forward and the backward pass. segments [length] int32."""
     both_halves = jnp.concatenate([segments, segments])
     classes = jnp.asarray(static_tiles(length, block_size, tile))
     documents = jnp.zeros_like(both_halves) if static else both_halves
@@ -107,7 +107,7 @@ def attention(query, key, value, lists, segments, block_size: int, tile: int = T
 def kernel_counts(
     lists: tuple[MaskInfo, MaskInfo], direction: str, heads: int, kv_heads: int, head_dim: int
 ) -> KernelCounts:
-    """Counts a pass over concrete tile lists. A block is copied when its index changes from one step to the next."""
+    """What a pass over tile lists executes. A block is copied if its index changes from one step to the next."""
     info = jax.tree.map(np.asarray, lists[direction == "backward"])
     count = int(info.num_active_blocks[0])
     rows, columns, classes = (x[:count] for x in (info.active_rows, info.active_cols, info.block_mask))

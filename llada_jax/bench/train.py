@@ -1,8 +1,8 @@
-"""The trainer's step of block diffusion, timed on the device at hand and split by part.
+"""The trainer's block-diffusion step, timed on the current device and split into parts.
 
-The parts are programs of their own, over the arrays that the step has: the noise; the layers forward and backward, and
-of these attention and the experts alone; the head with its loss; clip and optimizer. What they do not add up to is the
-rest of the step. The matrix peak is that of a large product in the step's dtype, in turn with it.
+Each part is a separate program over the step's arrays: the noise; the layers, forward and backward, and of these
+attention and the experts alone; the head with its loss; clipping and optimizer. The rest of the step is what the parts
+do not add up to. The matrix peak is that of a large product in the step's dtype, measured in turn with the step.
 """
 
 import functools
@@ -29,14 +29,14 @@ from llada_jax.training.optimizer import make_optimizer
 from llada_jax.training.step import denoising_loss, make_train_step
 
 BLOCK_SIZE, REPEATS, PEAK_SIDE = 32, 5, 2048
-# As large as the model that public GPU trainers of block diffusion have been timed with on two CPU cores.
+# The size at which public GPU trainers of block diffusion were timed on two CPU cores.
 SMALL = preset("tiny").replace(
     hidden_size=256, num_kv_heads=4, head_dim=64, rotary_dim=64, intermediate_size=1024, tie_word_embeddings=True
 )
 
 
 def programs(model: ModelConfig, rows: int, length: int, execution: Execution) -> dict[str, Callable[[], object]]:
-    """{"step", "matmul", parts: runs it once and returns its arrays}, all compiled."""
+    """{"step", "matmul" and parts: a function that runs it once and returns its arrays}, all compiled."""
     config = settings.default_config("tiny")
     optimizer = make_optimizer(config.optimizer, model, 1000)
     params = parameters.initialize(model, jax.random.key(0))
@@ -73,7 +73,7 @@ def _update(optimizer, gradients, state, params):
 
 
 def _passes(model: ModelConfig, params, example: Example, execution: Execution):
-    """{part: (its forward and backward pass, operands)}."""
+    """{part: (forward and backward pass, operands)}."""
     dtype = execution.dtype or jnp.float32
 
     def layers(params):
@@ -108,7 +108,7 @@ def _passes(model: ModelConfig, params, example: Example, execution: Execution):
 
 
 def _with_gradients(function):
-    """The gradients of a function whose outputs all count."""
+    """Wraps `function` to return its output and gradients, with a cotangent of 1 for every output."""
 
     def run(*operands):
         out, backward = jax.vjp(function, *operands)

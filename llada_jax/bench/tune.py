@@ -1,8 +1,8 @@
-"""What each choice of tile sizes costs the attention kernel: by the compiler's estimate, or timed on a device.
+"""The cost of the attention kernel for each choice of tile sizes: estimated by the compiler, or timed on a device.
 
-The work is that of the bench: 16 fixed rows of 4096 tokens for each kind of documents, forward and backward; or a
-decoding batch against caches of 8192. A candidate is compiled once for each pass; the compiler's cycles are the
-kernel's alone, as what XLA does around it does not depend on the tiles.
+The work is that of the bench: 16 fixed rows of 4096 tokens per kind of documents, forward and backward; or a decoding
+batch against caches of 8192. A candidate is compiled once per pass. The compiler's cycles are the kernel's alone, since
+XLA's work around it does not depend on the tiles.
 """
 
 import dataclasses
@@ -35,12 +35,12 @@ PASSES = {"row": ("forward", "backward"), "decode": ("decode",)}
 LENGTHS = {"row": 4096, "decode": 8192}
 REPEATS = 5
 
-# Cost of (pass, Tiles): one number.
+# (pass, Tiles) -> cost.
 Price = Callable[[str, Tiles], float]
 
 
 def candidates(device_kind: str, head_dim: int, shape: str, all_rows, chunk_sizes, steps) -> Iterator[Entry]:
-    """Every combination; decoding has no backward pass, and takes the same number of chunks for it."""
+    """Yields every combination; decoding has no backward pass, which gets the same number of chunks."""
     for tile_rows, chunk, forward, backward in itertools.product(all_rows, chunk_sizes, steps, steps):
         if shape != "decode" or forward == backward:
             yield Entry(device_kind, head_dim, shape, tile_rows, forward, backward, chunk)
@@ -49,7 +49,7 @@ def candidates(device_kind: str, head_dim: int, shape: str, all_rows, chunk_size
 def ranking(entries: Iterable[Entry], price: Price, unit: str, report: Callable[[str], None]) -> list[Entry]:
     """The entries with their costs, cheapest first. A candidate that the compiler refuses is reported and left out.
 
-    report: is told each price as it is found. Passes are priced once for all entries that differ only in the other.
+    report: receives a line per price. A pass is priced once for all entries that differ only in the other pass.
     """
     costs: dict[tuple, float | None] = {}
     ranked = []
@@ -79,7 +79,7 @@ def total(entry: Entry) -> float:
 
 
 def estimated(topology: str, head_dim: int) -> Price:
-    """Cycles of the busiest core of one device, by the compiler's schedules, over all kinds of documents."""
+    """A Price in cycles of a device's busiest core, by the compiler's schedules, summed over all kinds of documents."""
     chip = parse_topology(topology).chip
 
     def price(name: str, tiles: Tiles) -> float:
@@ -98,7 +98,10 @@ def estimated(topology: str, head_dim: int) -> Price:
 
 
 def timed(head_dim: int, interpret: bool = False, lengths=LENGTHS, batch: int = packings.ROWS) -> Price:
-    """Seconds on the device at hand, the least of REPEATS, over all kinds of documents. Smaller work is for tests."""
+    """A Price in seconds on the current device, minimum of REPEATS, summed over all kinds of documents.
+
+    lengths, batch: smaller work, for tests.
+    """
 
     def price(name: str, tiles: Tiles) -> float:
         length = lengths["decode" if name == "decode" else "row"]

@@ -1,4 +1,4 @@
-"""The cost of the attention kernels of a training step: their schedules, times the tiles of a named packing."""
+"""The cost of the attention kernels in a training step: their schedules times the tile counts of a packing."""
 
 import dataclasses
 
@@ -30,7 +30,7 @@ _MATMULS = {"forward": 2, "backward": 5}  # of a tile; the backward pass compute
 
 @dataclasses.dataclass(frozen=True)
 class RegionCost:
-    """A kernel's region, "step" (the rest of a grid step) or "xla" (all that XLA schedules, once a row).
+    """The cost of a kernel's region, "step" (the rest of a grid step) or "xla" (all that XLA schedules, once per row).
 
     tiles: how often the busiest core executes it. Its cycles are tiles x max(bundles, mxu_cycles).
     """
@@ -42,8 +42,8 @@ class RegionCost:
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Of the attention of one row on one device: heads and kv_heads are those of the device, halves as in
-    schedule.Phase; ranks of a context axis share out the row's queries.
+    """The attention of one row on one device. heads, kv_heads: per device. halves: as in schedule.Phase. ranks: of the
+    context axis, which divides the row's queries.
     """
 
     length: int
@@ -64,7 +64,7 @@ class Shape:
         return self.length + self.num_noisy
 
     def tiles(self) -> Tiles:
-        """Of the device at hand, as key_parts."""
+        """The tiles on the current device; key_parts too depends on it."""
         return tiles_for(device_kind(), self.head_dim, self.heads // self.kv_heads, self.positions // self.ranks)
 
     def key_parts(self) -> int:
@@ -72,23 +72,23 @@ class Shape:
         return key_parts(self.num_noisy, self.positions, self.tiles(), group, self.head_dim)
 
     def rank_queries(self) -> np.ndarray:
-        """int [ranks, queries of a rank]"""
+        """The queries of each rank, int [ranks, queries per rank]."""
         own = context.positions(self.length, self.ranks)
         return np.concatenate([own, self.length + own], axis=1) if self.num_noisy else own
 
     def plan(self, segment_ids: jax.Array, block_size: int, queries: jax.Array, tiles: Tiles, parts: int):
-        """Of one row, segment_ids int32 [length], and of some of its queries."""
+        """The plan of one row, segment_ids int32 [length], for some of its queries."""
         seen = jax.tree.map(lambda bound: bound[:, queries], self.visibility(segment_ids[None], block_size))
         return make_plan(seen, self.positions, tiles, parts)
 
     def visibility(self, segment_ids: jax.Array, block_size: int):
-        """segment_ids int32 [rows, length]."""
+        """The mask of rows; segment_ids int32 [rows, length]."""
         blocks = layout(segment_ids, block_size if self.halves == "both" else self.length)
         return block_diffusion(blocks) if self.halves == "both" else block_causal(blocks)
 
 
 def training_program(shape: dict):
-    """(forward and backward of one row, abstract arguments); called in the compiler's own process."""
+    """(forward and backward pass of one row, abstract arguments); called in the compiler's process."""
     shape = Shape(**shape)
     sizes = (shape.positions // shape.ranks, shape.heads), (shape.positions, shape.kv_heads)
     q, k = (jax.ShapeDtypeStruct((1, *size, shape.head_dim), jnp.bfloat16) for size in sizes)
@@ -114,7 +114,7 @@ def training_program(shape: dict):
 def kernel_costs(
     shape: Shape, block_size: int, mean: int, num_rows: float, topology: Topology
 ) -> dict[str, KernelCost]:
-    """{beginning of a kernel's name: its cost for num_rows rows}."""
+    """{prefix of a kernel's name: its cost for num_rows rows}."""
     compiled = compile_program(
         "llada_jax.pod.attention_cost:training_program", {"shape": dataclasses.asdict(shape)}, topology.name
     )
@@ -130,8 +130,8 @@ def kernel_costs(
 
 
 def _pass_costs(shape: Shape, block_size: int, mean: int, compiled: Program, tiles: Tiles, parts: int, chip: Chip):
-    """{"forward", "backward": cost of one call for one row}: the mean over the bench's rows of mean document length
-    `mean`, of the busiest rank. Where keys go in parts, the backward pass is a call for each.
+    """{"forward", "backward": cost of one call for one row}, for the busiest rank, averaged over the bench's rows with
+    mean document length `mean`. If the keys are split into parts, the backward pass has one call per part.
     """
     make = jax.jit(lambda row, queries: shape.plan(row, block_size, queries, tiles, parts))
     # [row][rank]
@@ -153,7 +153,7 @@ def _pass_costs(shape: Shape, block_size: int, mean: int, compiled: Program, til
 
 
 def _counts(plan: Plan, name: str, shape: Shape) -> list[KernelCounts]:
-    """Of each call of a kernel."""
+    """The counts of each call of a kernel."""
     calls = plan.parts if name == "backward" and plan.parts else (plan,)
     return [attention_program.kernel_counts(call, name, shape.heads, shape.kv_heads, shape.head_dim) for call in calls]
 
@@ -163,13 +163,13 @@ def _per_call(counts: list[list[list[KernelCounts]]], value) -> np.ndarray:
 
 
 def _seconds(schedule: Kernel, counts: KernelCounts, names, chip: Chip) -> float:
-    """Of one row: the busiest core's cycles, or the copies at HBM bandwidth where they take longer."""
+    """Seconds per row: the busiest core's cycles, or the copies at HBM bandwidth if they take longer."""
     cycles = total_cycles(kernel_regions(schedule, [counts], names, chip)[1])
     return max(cycles / chip.clock, counts.dma_bytes / (chip.hbm_bandwidth / chip.devices))
 
 
 def kernel_regions(schedule: Kernel, counts: list[KernelCounts], names, chip: Chip):
-    """(times that all cores execute each region, {region: RegionCost} of the busiest core)."""
+    """Returns (executions of each region, over all cores; {region: RegionCost} of the busiest core)."""
     # The split axis is of heads or of key/value heads, which two cores divide evenly.
     cores = chip.cores_per_device if schedule.split else 1
     executed = {name: sum(each.regions[name] for each in counts) for name in (*names, "step")}

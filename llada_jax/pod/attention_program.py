@@ -1,4 +1,4 @@
-"""Our kernel (attention/kernel.py) as the bench sees it."""
+"""Programs of our attention kernel (attention/kernel.py) for the bench and the estimator."""
 
 import functools
 
@@ -12,19 +12,19 @@ from llada_jax.attention.tiles import Tiles, device_kind, tiles_for
 from llada_jax.attention.visibility import block_diffusion, layout, window
 from llada_jax.pod.packings import ROWS, KernelCounts
 
-# The branches of the kernels' loops in program order.
+# The branches of the kernels' loops, in program order.
 REGIONS = dict.fromkeys(("forward", "backward"), ("full", "partial", "finish"))
 REGIONS["decode"] = ("full", "partial")  # the end of so small a tile cannot be told from the rest of a step
 
 
 @functools.partial(jax.jit, static_argnames="tiles")
 def plan(segments: jax.Array, block_size: int, tiles: Tiles) -> Plan:
-    """Of one row: segments [length] int32."""
+    """The plan of one row; segments [length] int32."""
     return make_plan(block_diffusion(layout(segments[None], block_size)), 2 * segments.size, tiles)
 
 
 def decoding_plan(cached: jax.Array, length: int, block_size: int, tiles: Tiles) -> Plan:
-    """Of a batch that decodes a block a row, cached [rows] int32 positions of `length` filled."""
+    """The plan of a batch that decodes one block per row; cached [rows] int32: filled positions, of `length`."""
     return make_plan(window(cached, block_size), block_size + length, tiles)
 
 
@@ -53,7 +53,7 @@ def kernel_program(
 
 
 def kernel_counts(row: Plan, direction: str, heads: int, kv_heads: int, head_dim: int) -> KernelCounts:
-    """Counts a pass ("forward" or "backward") over the concrete plan of a row, or of a batch launched at once."""
+    """What a pass ("forward" or "backward") executes for the plan of a row, or of a batch in one launch."""
     chunks = getattr(row.tiles, direction)
     classes = np.asarray(step_classes(row, chunks))
     steps, tiles = int((classes > 0).sum()), len(classes)

@@ -1,7 +1,7 @@
-"""Traces and compiles the trainer's step for a slice that is not there.
+"""Traces and compiles the trainer's step for a TPU slice, without the slice.
 
-The step is the one that training/loop.py runs: noise, tile plan, forward, backward, clip and optimizer, with the
-config's mesh over all devices of the slices.
+The step is that of training/loop.py: noise, tile plan, forward, backward, clipping and optimizer, with the config's
+mesh over all devices of the slices.
 """
 
 import dataclasses
@@ -45,8 +45,9 @@ class Slices:
 
 
 class DoesNotFit(Exception):
-    """The compiler's words on a step that needs more memory than a chip has; .hbm_bytes: what it needs of a chip, or
-    None where they do not say.
+    """The compiler's message about a step that needs more memory than a chip has.
+
+    hbm_bytes: the bytes that it needs per chip; None if the message does not say.
     """
 
     def __init__(self, message: str, devices: int):
@@ -58,7 +59,7 @@ class DoesNotFit(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class LoweredStep:
-    """A lowered step: `lowered.compile()` is the program. state: abstract, sharded."""
+    """A lowered step; `lowered.compile()` is the program. state: abstract, with shardings."""
 
     lowered: jax.stages.Lowered
     mesh: jax.sharding.Mesh
@@ -69,10 +70,10 @@ class LoweredStep:
 
 
 def lower_step(config: ConfigDict, slices: Slices, halves: str) -> LoweredStep:
-    """Traces the trainer's step over the mesh of config.mesh. Raises InputError where the config is refused."""
+    """Traces the trainer's step over the mesh of config.mesh. Raises InputError if the config is refused."""
     settings.check(config)
     execution = settings.execution(config, platform="tpu")
-    if execution.attention == "blockwise":  # its loops run as long as the rows' documents say
+    if execution.attention == "blockwise":  # its trip counts depend on the rows' documents
         raise InputError("config.execution.attention='blockwise': no estimate, expected 'kernel', 'dense' or 'auto'")
     check_experts(execution, run_model.named(config))
     if config.data.length not in (known := LENGTHS + LONG_LENGTHS):
@@ -106,7 +107,7 @@ def lower_step(config: ConfigDict, slices: Slices, halves: str) -> LoweredStep:
 
 
 def compile_step(lowered: jax.stages.Lowered, mesh, slices: Slices):
-    """(compiled, seconds that it took). Raises DoesNotFit."""
+    """Returns (compiled program, seconds of compilation). Raises DoesNotFit."""
     begin = time.perf_counter()
     try:
         with jax.set_mesh(mesh):
@@ -118,20 +119,20 @@ def compile_step(lowered: jax.stages.Lowered, mesh, slices: Slices):
 
 
 def check_experts(execution: Execution, model: ModelConfig) -> None:
-    """Raises InputError on the experts of plain XLA, whose loops run as long as the routing says."""
+    """Raises InputError on experts in plain XLA, whose trip counts depend on the routing."""
     if model.is_moe and execution.experts != "megablox":
         raise InputError(f"config.execution.experts={execution.experts!r}: no estimate, expected 'megablox' or 'auto'")
 
 
 def model_of(config: ConfigDict) -> ModelConfig:
     model = run_model.named(config)
-    if model.mask_token_id is None:  # import adds one; which it is costs nothing
+    if model.mask_token_id is None:  # import adds one; its id does not change the cost
         model = model.replace(mask_token_id=model.vocab_size - 1)
     return settings.extended(config, model.replace(alignment=config.alignment or model.alignment))
 
 
 def with_shardings(abstract, shardings_of):
-    """A tree of jax.ShapeDtypeStruct, laid out as shardings_of(tree) says."""
+    """A tree of jax.ShapeDtypeStruct with the shardings of shardings_of(tree)."""
     return jax.tree.map(
         lambda x, layout: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout), abstract, shardings_of(abstract)
     )

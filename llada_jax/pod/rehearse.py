@@ -1,4 +1,4 @@
-"""What the trainer's own step would cost on a slice that is not there (pod/lower.py compiles it).
+"""Estimates what the trainer's own step costs on a TPU slice, without the slice; pod/lower.py compiles it.
 
 Compiler-estimated, not measured.
 """
@@ -27,10 +27,10 @@ from llada_jax.training import config as settings
 
 @dataclasses.dataclass(frozen=True)
 class Packing:
-    """What the rows hold and how tokens choose experts: what run-time tile counts depend on.
+    """The contents of the rows and the balance of the experts, on which run-time tile counts depend.
 
-    mean_document: tokens, 0 for one document a row (pod/packings.py). busiest: load of the busiest shard's experts over
-    the mean; 1 is balanced.
+    mean_document: tokens per document; 0: one document per row (pod/packings.py). busiest: load of the busiest shard's
+    experts over the mean load; 1 is balanced.
     """
 
     mean_document: int = 1024
@@ -40,7 +40,7 @@ class Packing:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes of one chip. activations: what the loops keep for the backward pass; temporaries: all other."""
+    """Bytes per chip. activations: what the loops keep for the backward pass; temporaries: all others."""
 
     parameters: int
     optimizer: int
@@ -54,7 +54,7 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Rehearsal:
-    """What a step costs: seconds of each part on one device, and the rest of the whole launch."""
+    """The estimate of a step. lines and seconds: of one device. rows, flops, useful_flops: of all chips."""
 
     lines: list[Line]
     memory: Memory
@@ -70,7 +70,7 @@ class Rehearsal:
 
     @property
     def flops(self) -> float:
-        """Executed, of all chips."""
+        """FLOPs that all chips execute."""
         return sum(line.flops for line in self.lines) * self.slices.chips * self.slices.topology.chip.devices
 
     @property
@@ -88,13 +88,13 @@ class Rehearsal:
 
     @property
     def weight_traffic_mfu(self) -> float:
-        """Serial MFU if the useful FLOPs, at peak, and all collectives, one after the other, took all the time."""
+        """The MFU if the step consisted of the useful FLOPs at peak and then all collectives, unhidden."""
         least = self.useful_flops / self.peak
         return least / (least + self.communication)
 
     @property
     def hidden(self) -> float:
-        """Seconds of collectives behind arithmetic."""
+        """Seconds of collectives that are hidden behind arithmetic."""
         return sum(line.hidden for line in self.lines if line.part == "collectives")
 
     @property
@@ -104,7 +104,7 @@ class Rehearsal:
 
     @property
     def collective_bytes(self) -> dict[str, float]:
-        """That a device sends, by mesh axis."""
+        """{mesh axis: bytes that a device sends}."""
         axes = sorted({line.axes for line in self.lines if line.axes})
         return {axis: sum(line.bytes for line in self.lines if line.axes == axis) for axis in axes}
 
@@ -144,9 +144,10 @@ class Rehearsal:
 def rehearse(
     config: ConfigDict, slices: Slices, packing: Packing = Packing(), halves: str = "both", save: str | None = None
 ) -> Rehearsal:
-    """Raises InputError on bad input and DoesNotFit when the compiler runs out of a chip's memory.
+    """Compiles the config's training step for `slices` and estimates its memory, time and MFU.
 
-    save: a file for the compiled step (training/compiled_step.py).
+    packing: what the rows contain. halves: the pass, as in schedule.Phase. save: a file for the compiled step
+    (training/compiled_step.py). Raises InputError on bad input, and DoesNotFit if a chip's memory is too small.
     """
     if packing.mean_document not in MEANS:
         raise InputError(f"--mean_document={packing.mean_document}, expected one of {', '.join(map(str, MEANS))}")
@@ -190,7 +191,7 @@ def _attention_shape(config: ConfigDict, step: LoweredStep) -> attention_cost.Sh
 
 
 def _rows(config: ConfigDict, mesh) -> float:
-    """Of a micro-batch, on one device: as many rows as it has tokens of."""
+    """Rows of a micro-batch per device; a split row counts by its share of tokens."""
     return rows_of_device(config.batch.rows / config.batch.micro_batches, mesh)
 
 
@@ -199,7 +200,7 @@ def rows_of_device(rows: float, mesh) -> float:
 
 
 def _kernels(config: ConfigDict, step: LoweredStep, slices: Slices, packing: Packing):
-    """{beginning of a Pallas kernel's name: its cost}."""
+    """{prefix of a Pallas kernel's name: its cost}."""
     rows = _rows(config, step.mesh)
     shape = _attention_shape(config, step)
     kernels = {}
@@ -223,9 +224,9 @@ def _kernels(config: ConfigDict, step: LoweredStep, slices: Slices, packing: Pac
 
 
 def _expert_costs(config: ConfigDict, step: LoweredStep, topology: Topology, tokens: float, packing: Packing):
-    """{(kernel, contracted, columns): cost} of the grouped matmuls and of their gradients, tokens of one device.
+    """{(kernel, contracted, columns): cost} of the grouped matmuls and their gradients; tokens: per device.
 
-    Raises InputError on experts so narrow that the compiler runs a tile together with the rest of its step.
+    Raises InputError on experts so narrow that the compiler merges a tile with the rest of its step.
     """
     model, mesh = step.model, step.mesh.shape
     width = model.moe_intermediate_size // mesh["tensor"]
@@ -257,7 +258,7 @@ def physical_devices(mesh, slices: Slices) -> Devices:
 
 
 def memory_of(compiled, module: hlo.Module, params, devices: int) -> Memory:
-    """Of a chip of so many devices; params: the weights among the arguments."""
+    """Memory per chip of `devices` devices. params: the weights among the program's arguments."""
 
     def on_device(tree):
         leaves = jax.tree.leaves(tree)

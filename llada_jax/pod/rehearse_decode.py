@@ -1,7 +1,7 @@
-"""Compiles a pass of decoding for a slice that is not there: sampling/decode.py's own, on all devices of the mesh.
+"""Compiles a decoding pass for a TPU slice, without the slice: that of sampling/decode.py, on all devices of the mesh.
 
-The pass denoises a block of every row against caches that are filled to a given length, and commits the block before in
-the same window (the dearer of the two passes that decoding may take). Compiler-estimated, not measured.
+The pass denoises one block per row against caches filled to a given length, and commits the previous block in the same
+window (the more expensive of the two passes of decoding). Compiler-estimated, not measured.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ from llada_jax.training import run_model
 
 @dataclasses.dataclass(frozen=True)
 class DecodeRehearsal:
-    """What a pass costs one device. memory.optimizer: the caches and all else that a batch carries."""
+    """The estimate of a pass on one device. memory.optimizer: the caches and the rest of a batch's state."""
 
     lines: list[Line]
     memory: Memory
@@ -71,9 +71,10 @@ class DecodeRehearsal:
 
 
 def rehearse_decode(config: ConfigDict, slices: Slices, rows: int, canvas: int, filled: int) -> DecodeRehearsal:
-    """rows: of the batch, over all chips; canvas: most positions of a request; filled: of them, in the caches.
+    """Compiles a decoding pass of the config's model for `slices` and estimates its memory and time.
 
-    Weights and caches are bfloat16. Raises InputError on bad input and DoesNotFit as pod/rehearse.rehearse.
+    rows: of the batch, over all chips. canvas: the most positions per request; filled: how many of them are in the
+    caches. Weights and caches are bfloat16. Raises InputError on bad input, and DoesNotFit as pod/rehearse.rehearse.
     """
     settings.check(config)
     config = run_model.fitted(config)
@@ -106,7 +107,7 @@ def rehearse_decode(config: ConfigDict, slices: Slices, rows: int, canvas: int, 
 
 
 def _arguments(model: ModelConfig, program: Program, rows: int, canvas: int, mesh):
-    """Abstract weights and state, laid out as sharding.RULES say: rows over the batch axes."""
+    """Abstract weights and state with the shardings of sharding.RULES: rows over the batch axes."""
     axes = parameters.logical_axes(model)
     params = with_shardings(parameters.abstract(model, jnp.bfloat16), lambda x: sharding.shardings(x, axes, mesh))
     state = jax.eval_shape(functools.partial(empty_state, model, program, rows, canvas, "bfloat16"))
@@ -121,8 +122,8 @@ def _arguments(model: ModelConfig, program: Program, rows: int, canvas: int, mes
 
 
 def _expert_kernels(config: ConfigDict, model: ModelConfig, mesh, topology: Topology, tokens: int):
-    """Costs of the router's kernels and of the experts'. The matmul's: their weights read once, those that uniform
-    routing reaches, or its arithmetic; the activation's: its bytes.
+    """Costs of the kernels of the router and the experts. A matmul costs one read of the weights that uniform routing
+    reaches, or its arithmetic if that takes longer; the activation costs its bytes.
     """
     chip = topology.chip
     bandwidth = chip.hbm_bandwidth / chip.devices
@@ -155,7 +156,7 @@ def _expert_kernels(config: ConfigDict, model: ModelConfig, mesh, topology: Topo
 
 
 def _trips(rows: int, block: int, length: int, filled: int) -> dict[str, int]:
-    """Of the loops whose length the data decide, by their scopes: half of the positions are masked, and all rows have a
+    """Trip counts, by scope, of loops that depend on the data: half of the positions are masked, and every row has a
     block to commit.
     """
     chunk, positions = cached.chunk_of(length), rows * block

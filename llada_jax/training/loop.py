@@ -33,7 +33,7 @@ from llada_jax.monitoring.profiling import Profile, parse_steps
 from llada_jax.runtime import distributed
 from llada_jax.runtime.global_arrays import from_own_rows, on_all_devices, own_rows
 from llada_jax.runtime.preemption import Stop, stop_on_sigterm
-from llada_jax.runtime.remote_workdir import Mirror, open_workdir
+from llada_jax.runtime.remote_workdir import RemoteWorkdir, open_workdir
 from llada_jax.runtime.retry import Retry
 from llada_jax.runtime.watchdog import watched
 from llada_jax.runtime.workdir_lock import claimed
@@ -103,7 +103,7 @@ class Run:
     retry: Retry
     stop: Stop
     heartbeat: Callable[[], None]
-    mirror: Mirror
+    mirror: RemoteWorkdir
     goodput: Goodput
     speed: Speed
     profile: Profile
@@ -113,7 +113,7 @@ class Run:
         return schedule.total_steps(self.phases)
 
 
-def _run(config, phases, mesh, mirror: Mirror, inputs: Inputs, stop) -> None:
+def _run(config, phases, mesh, mirror: RemoteWorkdir, inputs: Inputs, stop) -> None:
     workdir = mirror.local
     goodput = Goodput(workdir, writes=jax.process_index() == 0)
     last_step = schedule.total_steps(phases)
