@@ -58,27 +58,49 @@ CHIPS = {
     chip.name: chip
     for chip in (
         Chip(
-            name="v5e", device_kind="TPU v5 lite", peak_bf16=197e12, hbm_bytes=16 * _GIB, hbm_bandwidth=819e9,
-            ici_links=4, ici_bandwidth=50e9, dcn_bandwidth=3.125e9, cores=1, devices=1, matrix_units=4,
-            matrix_unit_size=128, rows_per_cycle=1, vmem_bytes=128 * 2**20, slices=_FLAT, largest_slice=256,
+            "v5e", "TPU v5 lite", 197e12, 16 * _GIB, 819e9, 4, 50e9, 3.125e9, 1, 1, 4, 128, 1, 128 * 2**20, _FLAT, 256
         ),
         Chip(
-            name="v5p", device_kind="TPU v5", peak_bf16=459e12, hbm_bytes=95 * _GIB, hbm_bandwidth=2765e9,
-            ici_links=6, ici_bandwidth=100e9, dcn_bandwidth=6.25e9, cores=2, devices=1, matrix_units=4,
-            matrix_unit_size=128, rows_per_cycle=1, vmem_bytes=64 * 2**20, slices=_BELOW_A_CUBE, largest_slice=6144,
+            "v5p",
+            "TPU v5",
+            459e12,
+            95 * _GIB,
+            2765e9,
+            6,
+            100e9,
+            6.25e9,
+            2,
+            1,
+            4,
+            128,
+            1,
+            64 * 2**20,
+            _BELOW_A_CUBE,
+            6144,
         ),
         Chip(
-            name="v6e", device_kind="TPU v6 lite", peak_bf16=918e12, hbm_bytes=32 * _GIB, hbm_bandwidth=1638e9,
-            ici_links=4, ici_bandwidth=100e9, dcn_bandwidth=12.5e9, cores=1, devices=1, matrix_units=2,
-            matrix_unit_size=256, rows_per_cycle=2, vmem_bytes=128 * 2**20, slices=_FLAT, largest_slice=256,
+            "v6e", "TPU v6 lite", 918e12, 32 * _GIB, 1638e9, 4, 100e9, 12.5e9, 1, 1, 2, 256, 2, 128 * 2**20, _FLAT, 256
         ),
         Chip(
-            name="tpu7x", device_kind="TPU7x", peak_bf16=2307e12, hbm_bytes=192 * _GIB, hbm_bandwidth=7380e9,
-            ici_links=6, ici_bandwidth=100e9, dcn_bandwidth=12.5e9, cores=2, devices=2, matrix_units=2,
-            matrix_unit_size=256, rows_per_cycle=2, vmem_bytes=64 * 2**20, slices=_BELOW_A_CUBE, largest_slice=9216,
+            "tpu7x",
+            "TPU7x",
+            2307e12,
+            192 * _GIB,
+            7380e9,
+            6,
+            100e9,
+            12.5e9,
+            2,
+            2,
+            2,
+            256,
+            2,
+            64 * 2**20,
+            _BELOW_A_CUBE,
+            9216,
         ),
     )
-}  # fmt: skip
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The frame of every command: absl flags, --help, one line for an error that the user can fix, the exit code."""
+"""The frame that every command runs in: absl flags, --help, one line for what the user can mend, the exit code."""
 
 import re
 import sys

@@ -1,7 +1,7 @@
-"""The --config flag of ml_collections and its overrides --config.FIELD=VALUE, checked before absl parses them.
+"""The --config flag of ml_collections, as a value, and its overrides --config.FIELD=VALUE, read before absl reads them.
 
-ml_collections reports an unknown field as a bare KeyError, accepts anything for a tuple field, and shows an error in a
-config file as a traceback. So the overrides are read here first, by the types of the config's fields.
+ml_collections tells an unknown field by a bare KeyError, makes a tuple of whatever a tuple field is given, and shows
+what a config file raises as a traceback. So the overrides are read here first, by the types of the config's own fields.
 """
 
 import ast
@@ -24,7 +24,7 @@ _BOOLS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": F
 
 
 def resolved(flag) -> ConfigDict:
-    """The config of a parsed DEFINE_config_file flag. Raises InputError if the file cannot be read."""
+    """The config of a parsed DEFINE_config_file flag. Raises InputError when the file cannot be read."""
     try:
         flag.value.lock()  # a file that could not be read shows at the first use
         return flag.value
@@ -33,7 +33,7 @@ def resolved(flag) -> ConfigDict:
 
 
 def load(arguments: Sequence[str]) -> ConfigDict:
-    """The config from --config=FILE.py[:ARGUMENT] and --config.FIELD=VALUE. Raises InputError naming the flag."""
+    """The config that --config=FILE.py[:ARGUMENT] and --config.FIELD=VALUE make. Raises InputError naming the flag."""
     arguments = ["load", *arguments]
     values = flags.FlagValues()
     flag = config_flags.DEFINE_config_file(NAME, flag_values=values, sys_argv=arguments)
@@ -45,15 +45,15 @@ def load(arguments: Sequence[str]) -> ConfigDict:
 
 
 def config_arguments(argv: Sequence[str]) -> list[str]:
-    """The --config flags of a command line, one argument each: --config=FILE or --config.FIELD=VALUE."""
+    """The --config flags of a command line, each as one argument, --config=FILE or --config.FIELD=VALUE."""
     return [text for text in _joined(argv) if re.match(r"--?(no)?config[.=]", text)]
 
 
 def checked(argv: Sequence[str]) -> list[str]:
-    """Returns argv with all values of --config.FIELD in the form that ml_collections expects.
+    """argv with the values of all --config.FIELD as ml_collections understands them.
 
-    Raises InputError naming the flag: for a file that cannot be read or fails, an unknown field (with the known ones),
-    a section instead of a field, or a value of the wrong type.
+    Raises InputError naming the flag: a file that cannot be read or fails, a field that there is not (with those that
+    there are), a section instead of a field, a value of another type.
     """
     argv = _joined(argv)
     paths = [text.partition("=")[2] for text in argv if re.match("--?config=", text)]
@@ -64,10 +64,10 @@ def checked(argv: Sequence[str]) -> list[str]:
     path = paths[-1]
     config = None
     for at, text in enumerate(argv):
-        if not (override := _OVERRIDE.fullmatch(text)):
+        if not (found := _OVERRIDE.fullmatch(text)):
             continue
         config = _load_file(path) if config is None else config
-        negated, field, given = override.groups()
+        negated, field, given = found.groups()
         default = field_of(config, field, f"--config.{field}")
         if given is None and not isinstance(default, bool):
             raise InputError(f"{text}: expected a value, {text}=VALUE")
@@ -78,26 +78,26 @@ def checked(argv: Sequence[str]) -> list[str]:
     return argv
 
 
-def field_of(config: ConfigDict, field: str, place: str):
-    """The value of "section.field". Raises InputError that begins with `place` and names the existing fields."""
+def field_of(config: ConfigDict, field: str, where: str):
+    """The value of "section.field". Raises InputError that begins with `where` and names the fields there are."""
     node, parts = config, field.split(".")
     for depth, name in enumerate(parts):
         if not isinstance(node, ConfigDict):
-            raise InputError(f"{place}: config.{'.'.join(parts[:depth])} is a value, it has no fields")
+            raise InputError(f"{where}: config.{'.'.join(parts[:depth])} is a value, it has no fields")
         if name not in node:
-            raise InputError(f"{place}: no such field, config.{field}; {_near(config, node, parts, depth)}")
+            raise InputError(f"{where}: no such field, config.{field}; {_near(config, node, parts, depth)}")
         node = node[name]
     if isinstance(node, ConfigDict):
-        raise InputError(f"{place}: config.{field} is a section; set its fields, {', '.join(sorted(node))}")
+        raise InputError(f"{where}: config.{field} is a section; set its fields, {', '.join(sorted(node))}")
     return node
 
 
 def _near(config: ConfigDict, node: ConfigDict, parts: list[str], depth: int) -> str:
-    """Suggests fields similar to an unknown one, from its section or any other, and lists its section."""
+    """Fields like the one that there is not, of its section or of any, and all of its section."""
     section = ".".join([NAME, *parts[:depth]])
     here = {name: f"{section}.{name}" for name in node}
-    sections = {part: fields for part, fields in config.items() if isinstance(fields, ConfigDict)}
-    anywhere = {name: f"{NAME}.{part}.{name}" for part, fields in sections.items() for name in fields}
+    sections = {part: held for part, held in config.items() if isinstance(held, ConfigDict)}
+    anywhere = {name: f"{NAME}.{part}.{name}" for part, held in sections.items() for name in held}
     for known in (here, anywhere):
         if close := [known[name] for name in difflib.get_close_matches(parts[depth], known, n=2)]:
             break
@@ -105,17 +105,17 @@ def _near(config: ConfigDict, node: ConfigDict, parts: list[str], depth: int) ->
     return f"did you mean {' or '.join(close)}? {there}" if close else there
 
 
-def read_value(text: str, default, place: str):
-    """Parses `text` as the type of `default`. Raises InputError that begins with `place`.
+def read_value(text: str, default, where: str):
+    """`text` as a value of the type of `default`. Raises InputError that begins with `where`.
 
-    A tuple may be written as (1,4), [1,4] or 1,4; with one entry, as 1.
+    A tuple may be written (1,4), [1,4], 1,4 or, of one entry, 1.
     """
     if isinstance(default, tuple):
         kind = type(default[0]) if default else str
-        return tuple(_checked_entry(entry, kind, f"{place}={text}") for entry in _entries(text, kind, place))
+        return tuple(_checked_entry(entry, kind, f"{where}={text}") for entry in _entries(text, kind, where))
     kind = type(default)
     if kind not in EXPECTED:
-        raise InputError(f"{place}: the config file sets {default!r} there, expected {', '.join(EXPECTED.values())}")
+        raise InputError(f"{where}: the config file sets {default!r} there, expected {', '.join(EXPECTED.values())}")
     try:
         if kind is bool:
             return _BOOLS[text.lower()]
@@ -125,17 +125,17 @@ def read_value(text: str, default, place: str):
                 return value
     except (KeyError, ValueError):
         pass
-    raise InputError(f"{place}={text}, expected {EXPECTED[kind]}")
+    raise InputError(f"{where}={text}, expected {EXPECTED[kind]}")
 
 
-def _checked_entry(value, kind: type, place: str):
+def _checked_entry(value, kind: type, where: str):
     if type(value) is not kind:
-        raise InputError(f"{place}: {value!r}, expected {EXPECTED[kind]}")
+        raise InputError(f"{where}: {value!r}, expected {EXPECTED[kind]}")
     return value
 
 
-def _entries(text: str, kind: type, place: str) -> list:
-    """The entries of a tuple's text: those of a Python literal, else the words between commas."""
+def _entries(text: str, kind: type, where: str) -> list:
+    """What a tuple's text holds: the entries of a literal, else the words between its commas."""
     try:
         value = ast.literal_eval(text)
         return list(value) if isinstance(value, tuple | list) else [value]
@@ -145,12 +145,12 @@ def _entries(text: str, kind: type, place: str) -> list:
             words = words[1:-1]
         entries = [word.strip().strip("'\"") for word in words.strip(", ").split(",")]
         if not all(entries) or set(words) & set("()[]"):
-            raise InputError(f"{place}={text}, expected values with commas between them, or () for none") from error
+            raise InputError(f"{where}={text}, expected values with commas between them, or () for none") from error
         return [int(word) if kind is int and re.fullmatch(r"-?\d+", word) else word for word in entries]
 
 
 def _joined(argv: Sequence[str]) -> list[str]:
-    """argv with --flagfile expanded and "--config.FIELD VALUE" joined to one argument; unchanged after --."""
+    """argv after --flagfile, with "--config.FIELD VALUE" as one argument. What follows -- stays."""
     argv, joined = list(flags.FLAGS.read_flags_from_files(list(argv), force_gnu=False)), []
     while argv:
         text = argv.pop(0)
@@ -162,7 +162,7 @@ def _joined(argv: Sequence[str]) -> list[str]:
 
 
 def _load_file(path: str) -> ConfigDict:
-    """The config from get_config of FILE.py[:ARGUMENT]. Any error of the file becomes a one-line InputError."""
+    """get_config of FILE.py[:ARGUMENT]. Raises InputError in one line, whatever the file raises."""
     file, *argument = path.split(":", 1)
     try:
         with open(file, encoding="utf-8") as stream:

@@ -5,7 +5,7 @@ import sys
 
 
 class InputError(ValueError):
-    """Wrong input by the user. The message is one line that names the file, field or value."""
+    """The user's input is wrong. The message is one line that names the file, field or value."""
 
 
 def check_range(

@@ -108,7 +108,7 @@ def costs(implementation: str, length: int, means, passes, topology: str) -> Ite
 
 
 def needed_pairs(segments: np.ndarray, block_size: int) -> int:
-    """The number of query-key pairs that the mask allows, over all rows. segments [rows, length]."""
+    """Query-key pairs that the mask allows, summed over rows. segments [rows, length]."""
     return allowed_pairs(block_diffusion(layout(jnp.asarray(segments), block_size)))
 
 

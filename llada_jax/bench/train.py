@@ -36,7 +36,7 @@ SMALL = preset("tiny").replace(
 
 
 def programs(model: ModelConfig, rows: int, length: int, execution: Execution) -> dict[str, Callable[[], object]]:
-    """{"step", "matmul" and parts: a function that runs it once and returns its arrays}, all compiled."""
+    """{"step", "matmul", parts: runs it once and returns its arrays}, all compiled."""
     config = settings.default_config("tiny")
     optimizer = make_optimizer(config.optimizer, model, 1000)
     params = parameters.initialize(model, jax.random.key(0))

@@ -40,7 +40,7 @@ Price = Callable[[str, Tiles], float]
 
 
 def candidates(device_kind: str, head_dim: int, shape: str, all_rows, chunk_sizes, steps) -> Iterator[Entry]:
-    """Yields every combination; decoding has no backward pass, which gets the same number of chunks."""
+    """Every combination; decoding has no backward pass, and takes the same number of chunks for it."""
     for tile_rows, chunk, forward, backward in itertools.product(all_rows, chunk_sizes, steps, steps):
         if shape != "decode" or forward == backward:
             yield Entry(device_kind, head_dim, shape, tile_rows, forward, backward, chunk)
@@ -49,7 +49,7 @@ def candidates(device_kind: str, head_dim: int, shape: str, all_rows, chunk_size
 def ranking(entries: Iterable[Entry], price: Price, unit: str, report: Callable[[str], None]) -> list[Entry]:
     """The entries with their costs, cheapest first. A candidate that the compiler refuses is reported and left out.
 
-    report: receives a line per price. A pass is priced once for all entries that differ only in the other pass.
+    report: is told each price as it is found. Passes are priced once for all entries that differ only in the other.
     """
     costs: dict[tuple, float | None] = {}
     ranked = []

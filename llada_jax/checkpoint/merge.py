@@ -22,7 +22,8 @@ def merge_checkpoints(
 
     Model and tokenizer are those of the first checkpoint, and so are the dtypes unless `dtype` is given. Adapters of
     LoRA steps are merged in float32 first; the loss of the final rounding is printed. Raises InputError if a checkpoint
-    is damaged or of another model.
+    is damaged or of
+    another model.
     """
     directories = [weights.candidates(path)[0] for path in paths]
     if not directories:

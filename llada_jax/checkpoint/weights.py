@@ -258,16 +258,16 @@ def load_params(path: str | os.PathLike, dtype=None, shardings=None, verify: boo
     stacked weight.
 
     Adapters of a LoRA step are merged in float32; if the weights stay narrower, the adapters are attached beside them
-    (model/lora.attach) and the forward pass adds them. Raises InputError naming a tensor that is missing, cannot be
-    read, or has another digest than when it was written.
+    (model/lora.attach) and the forward pass adds them.
+    Raises InputError naming the tensor when one is missing, cannot be read or has another digest than was written.
     """
     return _newest_intact(path, lambda directory: _load_params(directory, dtype, shardings, verify))
 
 
 def load_checkpoint(path: str | os.PathLike, dtype=None, verify: bool = True) -> Model:
-    """Loads a checkpoint: config, weights (as load_params), tokenizer (or None) and lineage.
+    """Loads config, weights (dtype and verify as in load_params), tokenizer (or None) and lineage of a checkpoint.
 
-    dtype, verify: as in load_params. Raises InputError naming the file or tensor that is missing or damaged.
+    Raises InputError naming the file or tensor that is missing or damaged.
     """
 
     def load(directory: epath.Path) -> Model:

@@ -51,7 +51,7 @@ class Draws:
         return dataclasses.replace(ESTIMATOR, masking=self.masking, rate_low=rate_low)
 
     def key_and_part(self, draw: int) -> tuple[int, noise.Part]:
-        """Returns (number to fold into the row's key, part) of draw 0 .. samples * repeats - 1, set after set."""
+        """(what the row's key is folded with, its part) of draw 0 .. samples * repeats - 1, set after set."""
         if self.times == "antithetic":
             return draw // 2, noise.Part(mirrored=bool(draw % 2))
         if self.times == "stratified":
@@ -79,8 +79,8 @@ def block_nelbo(
     """Estimates the NELBO per token of the rows of `batch` (data.order.Batch of numpy arrays).
 
     block_size: tokens per block; None: full-sequence MDLM. samples, times, masking, repeats: the noise, as in Draws,
-    which raises InputError. seed: of that noise. rows_at_once: rows per forward pass. block_origin, document_mask: as
-    in objectives.Objective; estimates are comparable only with equal values. Returns an Estimate.
+    which raises InputError. seed: of that noise. rows_at_once: rows per pass. block_origin, document_mask: as in
+    objectives.Objective, by default what evaluation compares by.
     """
     draws = Draws(samples, times, masking, repeats)
     return summarize(

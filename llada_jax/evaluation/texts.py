@@ -58,7 +58,9 @@ def read_texts(source: str, tokenizer: Tokenizer, length: int, limit: int | None
 
 
 def scored_bytes(batch: Batch, tokenizer: Tokenizer, alignment: str) -> int:
-    """UTF-8 bytes of the batch's tokens that a model of this alignment can predict; special tokens have no bytes."""
+    """UTF-8 bytes of the tokens of the batch that a model of this alignment gives a probability; special tokens have
+    none.
+    """
     asked = np.asarray(predictable(layout(batch.segment_ids, 1), batch.segment_ids, alignment)) & batch.supervised
     goes_on = batch.goes_on if isinstance(batch, Texts) else np.zeros(len(batch.ids), bool)
     total = 0

@@ -60,7 +60,7 @@ def import_checkpoint(
     alignment: "same" or "shifted", the token that a position predicts; by default that of the architecture.
     mask_token_id, add_mask_token: the mask of a model that has none; see `choose_mask`.
 
-    Raises InputError naming the file, tensor or flag, before anything is written.
+    Raises InputError, naming the file, tensor or flag, before anything is written.
     """
     begun = time.monotonic()
     target = None if dtype is None else huggingface.parse_dtype(dtype)

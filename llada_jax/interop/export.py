@@ -65,8 +65,9 @@ def export_checkpoint(
     shard_bytes: the size limit per shard; a shard exceeds it only if a single leaf (the experts of a layer) does.
 
     Weights of a LoRA step are merged in float32 and rounded once; the loss of that rounding is printed. `out` appears
-    when it is complete; a killed run resumes after its last complete shard. Raises InputError if `out` exists, a tensor
-    is damaged, or safetensors cannot hold its dtype.
+    when it is complete; a killed run resumes after its last complete shard. Raises InputError if `out` exists, or if a
+    tensor is damaged or its dtype has no
+    place in safetensors.
     """
     directory = weights.directory_of(path, step)
     config, lineage = weights.read_config(directory)

@@ -82,9 +82,9 @@ class Shape:
         return make_plan(seen, self.positions, tiles, parts)
 
     def visibility(self, segment_ids: jax.Array, block_size: int):
-        """The mask of rows; segment_ids int32 [rows, length]."""
-        blocks = layout(segment_ids, block_size if self.halves == "both" else self.length)
-        return block_diffusion(blocks) if self.halves == "both" else block_causal(blocks)
+        """segment_ids int32 [rows, length]."""
+        where = layout(segment_ids, block_size if self.halves == "both" else self.length)
+        return block_diffusion(where) if self.halves == "both" else block_causal(where)
 
 
 def training_program(shape: dict):

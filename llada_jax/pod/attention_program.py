@@ -19,12 +19,12 @@ REGIONS["decode"] = ("full", "partial")  # the end of so small a tile cannot be 
 
 @functools.partial(jax.jit, static_argnames="tiles")
 def plan(segments: jax.Array, block_size: int, tiles: Tiles) -> Plan:
-    """The plan of one row; segments [length] int32."""
+    """Of one row: segments [length] int32."""
     return make_plan(block_diffusion(layout(segments[None], block_size)), 2 * segments.size, tiles)
 
 
 def decoding_plan(cached: jax.Array, length: int, block_size: int, tiles: Tiles) -> Plan:
-    """The plan of a batch that decodes one block per row; cached [rows] int32: filled positions, of `length`."""
+    """Of a batch that decodes a block a row, cached [rows] int32 positions of `length` filled."""
     return make_plan(window(cached, block_size), block_size + length, tiles)
 
 

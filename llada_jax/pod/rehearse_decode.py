@@ -107,7 +107,7 @@ def rehearse_decode(config: ConfigDict, slices: Slices, rows: int, canvas: int, 
 
 
 def _arguments(model: ModelConfig, program: Program, rows: int, canvas: int, mesh):
-    """Abstract weights and state with the shardings of sharding.RULES: rows over the batch axes."""
+    """Abstract weights and state, laid out as sharding.RULES say: rows over the batch axes."""
     axes = parameters.logical_axes(model)
     params = with_shardings(parameters.abstract(model, jnp.bfloat16), lambda x: sharding.shardings(x, axes, mesh))
     state = jax.eval_shape(functools.partial(empty_state, model, program, rows, canvas, "bfloat16"))

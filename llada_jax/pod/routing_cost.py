@@ -16,7 +16,7 @@ _FEWEST = 4 * PARTS * TILE  # tokens; with fewer, the loop has one step or none
 def kernel_costs(config: ModelConfig, tokens: int, ranks: int, topology: Topology) -> dict[str, KernelCost]:
     """{prefix of a kernel's name: its cost} for a device that routes `tokens` tokens (rounded to whole tiles).
 
-    ranks: of the expert axis, if tokens are exchanged over it, else 1.
+    ranks: of the expert axis, where tokens are exchanged over it, else 1.
     """
 
     def costs(kind, tokens):

@@ -22,8 +22,8 @@ from llada_jax.training.config import default_config
 @pytest.mark.parametrize("halves,block_size", [("both", 4), ("both", 1), ("noisy", 24), ("clean", 1)])
 def test_pairs_are_those_of_the_mask(halves, block_size, block_origin):
     segments = np.array([[1] * 7 + [2] * 11 + [3] * 6, [1] * 9 + [2] * 2 + [0] * 13, [0] * 24], np.int32)
-    blocks = layout(jnp.asarray(segments), block_size, block_origin)
-    mask = block_diffusion(blocks) if halves == "both" else block_causal(blocks)
+    where = layout(jnp.asarray(segments), block_size, block_origin)
+    mask = block_diffusion(where) if halves == "both" else block_causal(where)
     assert mean_pairs(segments, block_size, halves, block_origin) * 3 == allowed_pairs(mask)
 
 
