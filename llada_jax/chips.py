@@ -2,7 +2,7 @@
 
 Peaks, memory and links: the pages cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x}. TensorCores and VMEM: JAX's
 `pallas.tpu.get_tpu_info`. Multiply-accumulates per cycle: from the instructions of a compiled matmul (a 128 x 128
-matrix unit takes a row a cycle, a 256 x 256 one two rows), which tests/pod/test_schedule_reader.py checks on every
+matrix unit takes one row per cycle, a 256 x 256 one two rows); tests/pod/test_schedule_reader.py checks that for every
 chip. The clock follows: peak FLOP/s / (2 x multiply-accumulates of all cores).
 """
 

@@ -10,7 +10,7 @@ from llada_jax.model import parameters
 from llada_jax.model.config import ModelConfig, preset
 from llada_jax.sampling import cost
 
-GEN_LENGTH, STEPS = 128, 12  # 2.7 tokens a step, as LLaDA2.0-mini decodes at threshold 0.95 (its paper, Figure 4)
+GEN_LENGTH, STEPS = 128, 12  # 2.7 tokens per step, as LLaDA2.0-mini at threshold 0.95 (its paper, Figure 4)
 REQUESTS, SLOTS = 200, 16
 
 

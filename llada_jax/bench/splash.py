@@ -127,6 +127,6 @@ def kernel_counts(
     else:
         # Float32 gradients of k and v are read and added to by all heads of a group but the first.
         regions |= {"write": new_rows * kv_heads, "add": new_rows * (heads - kv_heads)}
-        # k, v, their segments, dk, dv in and out; q, do, dq in and out, four values a row.
+        # k, v, their segments, dk, dv in and out; q, do, dq in and out, four values per row.
         moved = new_rows * (2 * block + lanes + 8 * block) + new_columns * (4 * block + 4 * sublanes)
     return KernelCounts(regions, launches=1, dma_bytes=moved * heads, tile_pairs=TILE * TILE)

@@ -142,8 +142,8 @@ def table(model_name: str | None, rows: int, length: int, execution: Execution) 
     flops = useful_flops(model, rows, length, "both", pairs)
     peak = 2 * PEAK_SIDE**3 / matmul
     print(
-        f"step        {step:7.4f}: {rows * length / step:,.0f} clean tokens a second; {flops / step / 1e9:,.1f} useful "
-        f"GFLOP/s,\n{flops / step / peak:.0%} of the {peak / 1e9:,.1f} of a {PEAK_SIDE} x {PEAK_SIDE} product"
+        f"step        {step:7.4f}: {rows * length / step:,.0f} clean tokens per second; {flops / step / 1e9:,.1f} "
+        f"useful GFLOP/s,\n{flops / step / peak:.0%} of the {peak / 1e9:,.1f} of a {PEAK_SIDE} x {PEAK_SIDE} product"
     )
     yield {
         "model": name, "rows": rows, "length": length, "seconds": step, "tokens_per_second": rows * length / step,

@@ -14,7 +14,7 @@ PANELS = ("loss", "nelbo", "tokens_per_second")
 LABELS = {
     "loss": "training loss, nats per token",
     "nelbo": "held-out NELBO, nats per token",
-    "tokens_per_second": "clean tokens a second",
+    "tokens_per_second": "clean tokens per second",
     "mfu": "model FLOPs utilisation",
     "goodput": "share of wall time in useful steps",
     "mask_embedding_norm": "norm of the mask token's embedding",
