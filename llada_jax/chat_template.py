@@ -1,4 +1,4 @@
-"""Chat templates: which of them a tokenizer's files hold, and the text that one gives, as transformers does both."""
+"""Chat templates: finds those in a tokenizer's files and renders them, both as transformers does."""
 
 import contextlib
 import datetime
@@ -15,21 +15,23 @@ from llada_jax.errors import InputError
 
 DEFAULT, TOOL_USE = "default", "tool_use"  # the names of templates; the second is for conversations with tools
 MORE = "additional_chat_templates/"  # where transformers 5 keeps those with other names, as NAME.jinja
-# What templates take for today. It is fixed, so that a conversation has one text; Llama 3's templates name this day
-# where they are told none.
+# The date that templates see. It is fixed, so that a conversation has one text; it is also the default of Llama 3's
+# templates.
 DATE = datetime.date(2024, 7, 26)
 
 
-def find(files: Mapping[str, bytes], config: dict, processor: dict, where: str) -> dict[str, str]:
-    """{name: template} of a tokenizer's files: .jinja files, else chat_template.json, else tokenizer_config.json.
+def find(files: Mapping[str, bytes], config: dict, processor: dict, place: str) -> dict[str, str]:
+    """{name: template} from a tokenizer's files: .jinja files, else chat_template.json, else tokenizer_config.json.
 
-    `config` and `processor` are the parsed tokenizer_config.json and chat_template.json. Raises InputError naming
-    `where` and the file.
+    config, processor: the parsed tokenizer_config.json and chat_template.json. Raises InputError naming `place` and the
+    file.
     """
-    found = {DEFAULT: "chat_template.jinja"} if "chat_template.jinja" in files else {}
-    found |= {name.removeprefix(MORE).removesuffix(".jinja"): name for name in sorted(files) if name.startswith(MORE)}
-    if found:
-        return {name: _decode(files[file], f"{where}/{file}") for name, file in found.items()}
+    jinja_files = {DEFAULT: "chat_template.jinja"} if "chat_template.jinja" in files else {}
+    jinja_files |= {
+        name.removeprefix(MORE).removesuffix(".jinja"): name for name in sorted(files) if name.startswith(MORE)
+    }
+    if jinja_files:
+        return {name: _decode(files[file], f"{place}/{file}") for name, file in jinja_files.items()}
     given = {"chat_template.json": processor, "tokenizer_config.json": config}
     file = next((file for file, value in given.items() if value.get("chat_template")), None)
     if file is None:
@@ -39,7 +41,7 @@ def find(files: Mapping[str, bytes], config: dict, processor: dict, where: str) 
         value = {entry.get("name"): entry.get("template") for entry in value}
     templates = value if isinstance(value, dict) else {DEFAULT: value}
     if not all(isinstance(text, str) for pair in templates.items() for text in pair):
-        raise InputError(f"{where}/{file}: chat_template is neither a text nor named texts")
+        raise InputError(f"{place}/{file}: chat_template is neither a text nor named texts")
     return templates
 
 
@@ -58,19 +60,19 @@ def choose(templates: Mapping[str, str], tools: bool) -> str | None:
 
 @functools.lru_cache(maxsize=16)
 def compile_template(source: str) -> jinja2.Template:
-    """Raises InputError if the template is malformed."""
+    """Compiles a template, cached. Raises InputError if it is malformed."""
     with _errors():
         return _environment().from_string(source)
 
 
 def render(template: jinja2.Template, variables: dict, date: datetime.date) -> str:
-    """The text that the template makes of its variables. Raises InputError if it rejects them."""
+    """Renders the template. Raises InputError if it rejects the variables."""
     with _errors():
         return template.render(strftime_now=date.strftime, **variables)
 
 
 def asks_for_the_date(source: str) -> bool:
-    """Whether the template may write the date that it is told. Raises InputError if it is malformed."""
+    """Whether the template may write the current date. Raises InputError if it is malformed."""
     with _errors():
         return "strftime_now" in jinja2.meta.find_undeclared_variables(_environment().parse(source))
 
@@ -85,7 +87,7 @@ def _errors() -> Iterator[None]:
 
 @functools.cache
 def _environment() -> jinja2.Environment:
-    """The settings and helpers of transformers, which templates are written for."""
+    """A jinja environment with the settings and helpers of transformers, for which templates are written."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
@@ -103,7 +105,7 @@ def _environment() -> jinja2.Environment:
 
 
 class _Generation(jinja2.ext.Extension):
-    """{% generation %} marks what the assistant says; it prints its body."""
+    """The tag {% generation %}, which marks the assistant's text; it prints its body."""
 
     tags = frozenset({"generation"})
 

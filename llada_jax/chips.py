@@ -1,8 +1,8 @@
-"""What a TPU chip can do, and the slices that exist: the facts that every estimate in this room rests on.
+"""TPU chips and slices: peak rates, memory and links, on which every estimate is based.
 
 Peaks, memory and links: the pages cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x}. TensorCores and VMEM: JAX's
 `pallas.tpu.get_tpu_info`. Multiply-accumulates per cycle: from the instructions of a compiled matmul (a 128 x 128
-matrix unit takes a row a cycle, a 256 x 256 one two rows), which tests/pod/test_schedule_reader.py checks on every
+matrix unit takes one row per cycle, a 256 x 256 one two rows); tests/pod/test_schedule_reader.py checks that for every
 chip. The clock follows: peak FLOP/s / (2 x multiply-accumulates of all cores).
 """
 
@@ -14,7 +14,7 @@ from llada_jax.errors import InputError
 _GIB = 2**30
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _BELOW_A_CUBE = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")
-# Of sizes that have several shapes, the one that the size alone stands for (cloud.google.com/tpu/docs/v5p).
+# The default shape of sizes that have several shapes (cloud.google.com/tpu/docs/v5p).
 _DEFAULTS = ("4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16", "16x16x24")
 
 
@@ -158,14 +158,14 @@ class Topology:
 
     @property
     def wraps(self) -> tuple[bool, ...]:
-        """Of each side, whether its links close a ring: in cubes of 4 x 4 x 4 all, in two dimensions a side of 16."""
+        """Whether the links of each side close a ring: all sides of 4 x 4 x 4 cubes; in two dimensions, sides of 16."""
         if len(self.shape) == 3:
             return (all(side % 4 == 0 for side in self.shape),) * 3
         return tuple(side == 16 for side in self.shape)
 
     @property
     def accelerator_type(self) -> str:
-        """The cloud's name, which counts TensorCores: v5p:4x4x4 is "v5p-128"."""
+        """The cloud's name of the slice, which counts TensorCores: v5p:4x4x4 is "v5p-128"."""
         return f"{self.type_name}-{self.chips * self.chip.cores}"
 
     @property
@@ -175,12 +175,12 @@ class Topology:
 
     @property
     def is_default(self) -> bool:
-        """Whether accelerator_type alone stands for this slice."""
+        """Whether accelerator_type alone selects this slice."""
         return self.is_the_only_one or self.shape_name in _DEFAULTS
 
     @property
     def is_the_only_one(self) -> bool:
-        """Whether no other slice of the chip has as many chips, so that accelerator_type says all."""
+        """Whether no other slice has the same number of chips, so that accelerator_type is unambiguous."""
         if len(self.shape) == 2 or self.chips % 64:
             return True
         cubes = self.chips // 64
@@ -189,7 +189,7 @@ class Topology:
 
 
 def parse_topology(name: str) -> Topology:
-    """ "v5p:2x2x1" -> Topology. Raises InputError where no such chip or slice exists."""
+    """ "v5p:2x2x1" -> Topology. Raises InputError if there is no such chip or slice."""
     chip_name, _, shape_text = name.partition(":")
     if chip_name not in CHIPS:
         raise InputError(f"topology {name}: unknown chip, expected one of {', '.join(CHIPS)}, as in v5p:2x2x1")

@@ -1,4 +1,4 @@
-"""Errors that a user can mend: a command prints one line and exits with code 2. A traceback is a defect of ours."""
+"""Errors that a user can fix: a command prints one line and exits with code 2. A traceback is a bug of this package."""
 
 import math
 import sys
@@ -20,8 +20,8 @@ class InputError(ValueError):
 def check_range(
     name: str, value, *, at_least=None, above=None, at_most=None, below=None, infinite: bool = False
 ) -> None:
-    """Raises InputError, naming it, unless `value` is a number in the range: NaN is in none, and infinity only where it
-    is allowed.
+    """Raises InputError naming `name` unless `value` is a number in the range. NaN never is; infinity only with
+    `infinite`.
     """
     try:
         number = math.nan if isinstance(value, bool | str | bytes) else float(value)
@@ -34,12 +34,12 @@ def check_range(
         f"below {below}": below is None or number < below,
     }
     if not all(bounds.values()) or not (math.isfinite(number) or (infinite and not math.isnan(number))):
-        wanted = " and ".join(text for text in bounds if not text.endswith(" None"))
-        raise InputError(f"{name}={value!r}, expected {wanted or 'a finite number'}")
+        expected = " and ".join(text for text in bounds if not text.endswith(" None"))
+        raise InputError(f"{name}={value!r}, expected {expected or 'a finite number'}")
 
 
 def report(error: BaseException) -> int | None:
-    """Prints what a user can mend, or meant, and returns the exit code for it; None for any other error."""
+    """Prints an InputError or interrupt in one line and returns the exit code; None for any other error."""
     if isinstance(error, InputError):
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

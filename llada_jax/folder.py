@@ -1,4 +1,4 @@
-"""The files of a Hugging Face folder, none of which may lead out of it."""
+"""Files of a Hugging Face folder; no name or link may lead out of it."""
 
 import os
 from pathlib import PurePosixPath
@@ -8,10 +8,10 @@ from etils import epath
 from llada_jax.errors import InputError
 
 
-def open_source(source: str) -> epath.Path:
-    """The path of a source; of hf://OWNER/NAME, the folder of the hub's cache that it is downloaded to first.
+def local_path(source: str) -> epath.Path:
+    """The local path of a source; hf://OWNER/NAME[@REVISION] is downloaded to the hub's cache first.
 
-    Raises InputError when it cannot be downloaded.
+    Raises InputError if it cannot be downloaded.
     """
     if not source.startswith("hf://"):
         return epath.Path(source)
@@ -27,17 +27,17 @@ def open_source(source: str) -> epath.Path:
         raise InputError(f"{source}: cannot be downloaded ({type(error).__name__}: {error})") from error
 
 
-def file_in(folder: epath.Path, name: str, where: str = "") -> epath.Path:
-    """The path of a file of the folder, there or not.
+def file_in(folder: epath.Path, name: str, place: str = "") -> epath.Path:
+    """The path of a file in the folder, which need not exist.
 
-    A symbolic link may lead within the folder, or from a snapshot of the hub's cache to its blobs. `where` is named
-    before the file in the error. Raises InputError when the file is elsewhere.
+    A symbolic link may lead within the folder, or from a snapshot of the hub's cache to its blobs. Raises InputError if
+    the file is elsewhere; `place` is named first in the message.
     """
-    where = f"{where}: " if where else ""
+    place = f"{place}: " if place else ""
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name or "\0" in name:
-        raise InputError(f"{where}{name!r} leads out of the folder")
+        raise InputError(f"{place}{name!r} leads out of the folder")
     if len(name) > 255:
-        raise InputError(f"{where}{name[:20]!r}... has {len(name)} characters, which no file name has")
+        raise InputError(f"{place}{name[:20]!r}... has {len(name)} characters, which no file name has")
     path = folder / name
     if "://" in os.fspath(path):
         return path
@@ -45,7 +45,7 @@ def file_in(folder: epath.Path, name: str, where: str = "") -> epath.Path:
     roots = [root]
     if os.path.basename(os.path.dirname(root)) == "snapshots":
         roots.append(os.path.join(os.path.dirname(os.path.dirname(root)), "blobs"))
-    found = os.path.realpath(path)
-    if not any(found.startswith(os.path.join(each, "")) for each in roots):
-        raise InputError(f"{where}{path} is a link out of the folder, to {found}")
+    target = os.path.realpath(path)
+    if not any(target.startswith(os.path.join(each, "")) for each in roots):
+        raise InputError(f"{place}{path} is a link out of the folder, to {target}")
     return path

@@ -1,11 +1,11 @@
-"""What all pictures have in common. Needs matplotlib: pip install -e '.[plot]'."""
+"""Shared settings of all plots. Needs matplotlib: pip install -e '.[plot]'."""
 
-# Okabe and Ito's colours, which colour-blind readers tell apart.
+# Okabe and Ito's colours, which colour-blind readers can distinguish.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
 def open_pyplot():
-    """matplotlib.pyplot, for files alone; the same data gives the same bytes."""
+    """matplotlib.pyplot for output to files; the same data gives the same bytes."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -16,7 +16,7 @@ def open_pyplot():
 
 
 def trim(axes) -> None:
-    """Leaves of the frame what is read, with a pale grid of values behind."""
+    """Removes the top and right spines and adds a pale horizontal grid."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e4e7ec")
     axes.set_axisbelow(True)

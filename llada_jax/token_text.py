@@ -1,8 +1,7 @@
-"""The text of tokens inside a text: the bytes that each stands for, and an answer behind its prompt.
+"""The text of tokens inside a longer text: the bytes of each token, and an answer after its prompt.
 
-Decoders treat the beginning of what they are given as the beginning of a text: SentencePiece-like ones take a space
-off. So what follows a prompt must not be decoded on its own. Nor does decoding show the bytes of a token that holds
-part of a character.
+Decoders treat their input as the beginning of a text: SentencePiece-like ones remove a space. So the tokens after a
+prompt must not be decoded alone. Decoding also does not show the bytes of a token that holds part of a character.
 """
 
 import functools
@@ -14,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 import tokenizers
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-_CONTEXT = 8  # tokens of a prompt that a decoder of another kind is shown before an answer: they have effects on none
+_CONTEXT = 8  # tokens of the prompt that other decoders see before an answer; earlier ones have no effect on it
 
 
 def byte_characters() -> list[str]:
@@ -25,9 +24,10 @@ def byte_characters() -> list[str]:
 
 
 class TokenText:
-    """Text and bytes of the tokens of a backend. Special tokens, and ids that it does not know, have none.
+    """Text and bytes of a backend's tokens. Special tokens and unknown ids have none.
 
-    named: ids that are special although the backend does not say so, as an end of sequence that is not an added token.
+    named: ids that are special although the backend does not say so, such as an end of sequence that is not an added
+    token.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, named: Iterable[int] = ()):
@@ -38,7 +38,7 @@ class TokenText:
         spell = _spelling(decoder)
         self._spell = None if spell is None else functools.cache(lambda i: self._own(i, spell))
 
-    def __reduce__(self):  # for processes that tokenise: what is remembered stays here
+    def __reduce__(self):  # for processes that tokenise: the cache is not copied
         return TokenText, (self._backend, tuple(self._special))
 
     def _own(self, token_id: int, spell: Callable[[str], bytes]) -> bytes:
@@ -47,30 +47,30 @@ class TokenText:
 
     @functools.cached_property
     def begins_with(self) -> int:
-        """Bytes that encoding puts in front of a text: the space before the first word, of SentencePiece-like ones."""
+        """Bytes that encoding adds before a text: the space before the first word in SentencePiece-like tokenizers."""
         ids = self._backend.encode("a", add_special_tokens=False).ids
         return 0 if self._spell is None else max(sum(len(self._spell(i)) for i in ids) - 1, 0)
 
     def count_bytes(self, ids: Sequence[int], chosen: Sequence[bool], begins: bool) -> int:
-        """UTF-8 bytes of the text of the `chosen` ones of consecutive tokens; begins: of a text, not inside one.
+        """UTF-8 bytes of the `chosen` ones of consecutive tokens. begins: the tokens begin a text.
 
-        A token of byte-level BPE or byte fallback has its own bytes, parts of characters too; one of SentencePiece a
-        space for each "▁", but for that which encoding puts before the first word. Other tokens have what they add to
-        the text before them.
+        A token of byte-level BPE or byte fallback has its own bytes, even parts of characters. A SentencePiece token
+        has a space per "▁", except the one that encoding adds before the first word. Any other token has what it adds
+        to the text before it.
         """
         ids = [int(i) for i in ids]
         if self._spell is None:
             sizes = [0, *(len(self._decode(ids[: stop + 1]).encode()) for stop in range(len(ids)))]
-            return sum(sizes[i + 1] - sizes[i] for i, wanted in enumerate(chosen) if wanted)
-        total = sum(len(self._spell(i)) for i, wanted in zip(ids, chosen, strict=True) if wanted)
+            return sum(sizes[i + 1] - sizes[i] for i, counted in enumerate(chosen) if counted)
+        total = sum(len(self._spell(i)) for i, counted in zip(ids, chosen, strict=True) if counted)
         first = next((at for at, i in enumerate(ids) if self._spell(i)), None)
         return total - self.begins_with if begins and first is not None and chosen[first] else total
 
     def text_after(self, before: Sequence[int], ids: Sequence[int], skip_special: bool = True) -> str:
-        """What `ids` add to the text of the ids `before` them: the text of both less that of the first.
+        """What `ids` add to the text of the ids `before` them: the text of both minus that of `before`.
 
-        With skip_special=False special tokens are written out. A character that `ids` leave incomplete is U+FFFD; one
-        that `before` leaves so is completed.
+        skip_special=False writes special tokens out. A character that `ids` leave incomplete becomes U+FFFD; one that
+        `before` leaves incomplete is completed.
         """
         ids = [int(i) for i in ids]
         if self._spell is None:
@@ -83,27 +83,27 @@ class TokenText:
         return (_incomplete(end) + b"".join(spelled)).decode("utf-8", "replace")
 
     def piece(self, before: Sequence[int], token_id: int) -> str:
-        """One token behind those `before` it, to be shown: a special one by its name, part of a character U+FFFD."""
+        """One token after those `before` it, for display: a special token by name, part of a character as U+FFFD."""
         name = self._special.get(int(token_id))
         if name is not None or self._spell is None:
             return self._in_context(before, [int(token_id)], name is None)
         return self._spell(int(token_id)).decode("utf-8", "replace")
 
     def _decode(self, ids: list[int], skip_special: bool = True) -> str:
-        kept = [i for i in ids if not (skip_special and i in self._special)]
-        return self._backend.decode(kept, skip_special_tokens=skip_special)
+        shown = [i for i in ids if not (skip_special and i in self._special)]
+        return self._backend.decode(shown, skip_special_tokens=skip_special)
 
     def _bytes_before_end(self, ids: Sequence[int]) -> bytes:
         """The last bytes of the text of `ids`, enough for an incomplete character; b"" if there is no text."""
-        found = b""
+        end = b""
         for i in reversed(ids):
-            found = self._spell(int(i)) + found
-            if len(found) >= 4:
+            end = self._spell(int(i)) + end
+            if len(end) >= 4:
                 break
-        return found
+        return end
 
     def _in_context(self, before: Sequence[int], ids: list[int], skip_special: bool) -> str:
-        """By decoding twice, behind the last tokens of `before` that have text: what is farther away has no effect."""
+        """Decodes twice, after the last _CONTEXT tokens of `before` that have text; earlier ones have no effect."""
         start, left = len(before), _CONTEXT
         while start and left:
             start -= 1
@@ -114,7 +114,7 @@ class TokenText:
 
 
 def _spelling(decoder: dict | None) -> Callable[[str], bytes] | None:
-    """How a decoder spells a token inside a text, or None where that depends on its neighbours."""
+    """How a decoder spells a token inside a text; None if that depends on its neighbours."""
     steps = [] if decoder is None else decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
     kinds = [step["type"] for step in steps]
     if kinds == ["ByteLevel"]:
@@ -154,7 +154,7 @@ def _byte_level(token: str, bytes_of: dict[str, int]) -> bytes:
 
 
 def _incomplete(text: bytes) -> bytes:
-    """The bytes of a UTF-8 character that `text` ends with and does not complete."""
+    """The bytes of an incomplete UTF-8 character at the end of `text`."""
     for size in range(1, min(3, len(text)) + 1):
         first = text[-size]
         if first >= 0xC0:

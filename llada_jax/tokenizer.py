@@ -1,4 +1,4 @@
-"""A tokenizer and its chat template, read from the files of a Hugging Face folder or of a converted checkpoint."""
+"""A tokenizer with its chat templates, from the files of a Hugging Face folder or an imported checkpoint."""
 
 import dataclasses
 import datetime
@@ -12,7 +12,7 @@ import tokenizers
 from etils import epath
 
 from llada_jax import chat_template
-from llada_jax.chat_template import compile_template as _template
+from llada_jax.chat_template import compile_template
 from llada_jax.errors import InputError
 from llada_jax.folder import file_in
 from llada_jax.token_text import TokenText
@@ -20,7 +20,7 @@ from llada_jax.token_text import TokenText
 ADD_BOS = {"auto": "auto", "true": True, "false": False}
 MASK_NAMES = ("<|mask|>", "<|mask_token|>", "[MASK]")
 NEW_MASK = "<|mask|>"
-# What a checkpoint keeps, so that it can be exported with the tokenizer that it came with.
+# Files that a checkpoint keeps, so that it can be exported with its original tokenizer.
 FILE_NAMES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -36,29 +36,29 @@ FILE_NAMES = (
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tokenizer:
-    """Text <-> ids. `files` is everything it was read from: {file name: content}.
+    """Text <-> ids. files: everything it was read from, {file name: content}.
 
-    add_bos: whether documents and bare prompts begin with a beginning of sequence: "auto" as the tokenizer's own
-    post-processor says, so as transformers encodes them; or always (True) or never (False).
+    add_bos: whether documents and bare prompts begin with a beginning of sequence. "auto": as the tokenizer's own
+    post-processor says, which is how transformers encodes them; True: always; False: never.
     """
 
     files: dict[str, bytes]
     backend: tokenizers.Tokenizer
     special_tokens: dict[str, str]  # {"eos_token": "<|im_end|>", ...}
     chat_templates: dict[str, str]  # {"default": ..., "tool_use": ...}, as they are named
-    template_date: datetime.date = chat_template.DATE  # what templates take for today
+    template_date: datetime.date = chat_template.DATE  # the current date, for templates
     add_bos: str | bool = "auto"
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text. Nothing is added; special tokens written out in the text become their ids."""
+        """Ids of a text. Nothing is added; special tokens in the text become their ids."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def with_bos(self, add_bos: str | bool) -> "Tokenizer":
-        """The tokenizer with another `add_bos`. Raises InputError if it has no beginning of sequence to add, or on a
-        value that parse_add_bos does not know.
+        """This tokenizer with another `add_bos`. Raises InputError on an unknown value, or if there is no beginning of
+        sequence to add.
         """
         tokenizer = dataclasses.replace(self, add_bos=parse_add_bos(add_bos))
         if tokenizer.add_bos is True and not tokenizer.document_prefix:
@@ -67,7 +67,7 @@ class Tokenizer:
 
     @functools.cached_property
     def document_prefix(self) -> list[int]:
-        """The ids that a document and a bare prompt begin with: [bos id] or none."""
+        """The ids with which a document and a bare prompt begin: [bos id] or []."""
         if self.add_bos is False:
             return []
         encoding = self.backend.encode("a", add_special_tokens=True)
@@ -81,31 +81,31 @@ class Tokenizer:
         return bool(self.document_prefix)
 
     def encode_document(self, text: str) -> list[int]:
-        """Ids of a text from its beginning: a document, or a bare prompt. A text that begins with a written-out
-        beginning of sequence does not get a second one; what a chat template renders is for `encode`.
+        """Ids of a document or a bare prompt, with `document_prefix`. A text that already begins with a written-out
+        beginning of sequence does not get a second one. For the text of a chat template use `encode`.
         """
         return self.begun(self.encode(text))
 
     def begun(self, ids: list[int]) -> list[int]:
-        """The ids of a text with `document_prefix` in front, unless they begin so already."""
+        """The ids with `document_prefix` before them, unless they already begin with it."""
         prefix = self.document_prefix
         return ids if ids[: len(prefix)] == prefix else prefix + ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
-        """Text of ids, from the beginning of a text; ids that the tokenizer does not know (a padded vocabulary has
-        some) give nothing. What follows a prompt is for `decode_after`.
+        """Text of ids that begin a text; for ids after a prompt use `decode_after`. Unknown ids, as of a padded
+        vocabulary, give nothing.
         """
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
 
     def decode_after(self, prompt: Sequence[int], ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """What the ids of an answer add to the text of their prompt: the text of both less the prompt's, so that
-        SentencePiece-like tokenizers keep the space that the answer begins with.
+        """What the ids of an answer add to the text of their prompt: the text of both minus the prompt's. With
+        SentencePiece-like tokenizers this keeps the space at the beginning of the answer.
         """
         return self.text.text_after(prompt, ids, skip_special_tokens)
 
     @functools.cached_property
     def text(self) -> TokenText:
-        """Text and bytes of tokens that are not the beginning of a text: of answers behind their prompts."""
+        """Text and bytes of tokens inside a text, such as answers after their prompts."""
         named = (self._special_id(name) for name in self.special_tokens)
         return TokenText(self.backend, [i for i in named if i is not None])
 
@@ -126,7 +126,7 @@ class Tokenizer:
 
     @functools.cached_property
     def eos_ids(self) -> tuple[int, ...]:
-        """All ends of sequence that the files name: eos_id, other ends of a turn, those of generation_config.json."""
+        """All ends of sequence in the files: eos_id, other ends of a turn, and those of generation_config.json."""
         named = [self._special_id(name) for name in ("eos_token", "eot_token", "eom_token")]
         listed = read_json(self.files, "generation_config.json").get("eos_token_id")
         named += listed if isinstance(listed, list) else [listed]
@@ -158,9 +158,9 @@ class Tokenizer:
         return digest.hexdigest()
 
     def identity(self, chat: bool) -> str:
-        """sha256 (hex) over what changes the ids of a text and, of `chat`, the text of a conversation.
+        """sha256 (hex) over everything that changes the ids of a text and, with `chat`, the text of a conversation.
 
-        How the files are written, and what of them only decoding uses (generation_config.json), does not count.
+        The formatting of the files and settings that only decoding uses (generation_config.json) do not count.
         """
         meant = [json.loads(self.backend.to_str()), self.eos_id, self.bos_id]
         if chat:
@@ -169,7 +169,7 @@ class Tokenizer:
 
     @property
     def chat_template(self) -> str | None:
-        """The template of conversations without tools."""
+        """The template for conversations without tools."""
         return self.chat_templates.get(chat_template.DEFAULT)
 
     @functools.cached_property
@@ -184,22 +184,22 @@ class Tokenizer:
         tools: Sequence[dict] | None = None,
         **kwargs,
     ) -> str:
-        """Text of a conversation, [{"role": ..., "content": ...}, ...]; kwargs are variables of the template.
+        """Text of a conversation, [{"role": ..., "content": ...}, ...]; kwargs: variables of the template.
 
-        Whether all of it is in the text is for data/chat.py to see. Raises InputError if there is no template or it
-        rejects the messages.
+        Does not check that the text contains all of it; data/chat.py does. Raises InputError if there is no template or
+        it rejects the messages.
         """
         source = chat_template.choose(self.chat_templates, bool(tools))
         if source is None:
             raise InputError("the tokenizer has no chat template (chat_template in tokenizer_config.json)")
         variables = {"documents": None} | self.special_tokens | kwargs
         variables |= {"messages": messages, "tools": tools or None, "add_generation_prompt": add_generation_prompt}
-        return chat_template.render(_template(source), variables, self.template_date)
+        return chat_template.render(compile_template(source), variables, self.template_date)
 
     def with_template_date(self, day: str) -> "Tokenizer":
         """This tokenizer with another template_date, YYYY-MM-DD.
 
-        Raises InputError if it is none, or no template asks for it.
+        Raises InputError if `day` is not a date, or if no template writes one.
         """
         try:
             date = datetime.date.fromisoformat(day)
@@ -215,14 +215,14 @@ class Tokenizer:
 
 
 def parse_add_bos(value: str | bool) -> str | bool:
-    """A flag's or config's add_bos as a value of ADD_BOS. Raises InputError on another one."""
+    """The add_bos of a flag or config as a value of ADD_BOS. Raises InputError on an unknown one."""
     if isinstance(value, bool | str) and (name := str(value).lower()) in ADD_BOS:
         return ADD_BOS[name]
     raise InputError(f"add_bos={value!r}, expected {', '.join(ADD_BOS)}")
 
 
 def trained_with(lineage: dict | None) -> str | bool:
-    """The add_bos that the training runs in a checkpoint's lineage chose, the last first; "auto" if none did."""
+    """The add_bos of the latest training run in a checkpoint's lineage that set one; "auto" without one."""
     while isinstance(lineage, dict):
         chosen = lineage.get("config", {}).get("data", {}).get("add_bos", "auto")
         if chosen != "auto":
@@ -232,9 +232,9 @@ def trained_with(lineage: dict | None) -> str | bool:
 
 
 def load_tokenizer(directory: str) -> Tokenizer:
-    """Tokenizer of a Hugging Face folder or of a converted checkpoint (its tokenizer/ folder).
+    """The tokenizer of a Hugging Face folder or of an imported checkpoint (its tokenizer/ folder).
 
-    Raises InputError naming the folder or file if there is none or it cannot be read.
+    Raises InputError naming the folder or file that is missing or cannot be read.
     """
     folder, add_bos = epath.Path(directory), "auto"
     if (folder / "tokenizer" / "tokenizer.json").is_file():
@@ -261,31 +261,31 @@ def read_files(folder: epath.Path) -> dict[str, bytes]:
         raise InputError(f"{error.filename}: {error.strerror}") from error
 
 
-def from_files(files: dict[str, bytes], where: str = "tokenizer") -> Tokenizer:
-    """Tokenizer from {file name: content}. Raises InputError naming `where` and the file."""
+def from_files(files: dict[str, bytes], place: str = "tokenizer") -> Tokenizer:
+    """Tokenizer from {file name: content}. Raises InputError naming `place` and the file."""
     try:
         backend = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
     except Exception as error:  # the library raises plain Exception
-        raise InputError(f"{where}/tokenizer.json: {error}") from error
+        raise InputError(f"{place}/tokenizer.json: {error}") from error
     # A file may carry the truncation and padding of somebody's last call.
     backend.no_truncation()
     backend.no_padding()
-    config = read_json(files, "tokenizer_config.json", where)
-    named = read_json(files, "special_tokens_map.json", where) | config
+    config = read_json(files, "tokenizer_config.json", place)
+    named = read_json(files, "special_tokens_map.json", place) | config
     special = {name: _content(value) for name, value in named.items() if name.endswith("_token")}
     special = {name: token for name, token in special.items() if isinstance(token, str)}
-    templates = chat_template.find(files, config, read_json(files, "chat_template.json", where), where)
+    templates = chat_template.find(files, config, read_json(files, "chat_template.json", place), place)
     return Tokenizer(files, backend, special, templates)
 
 
-def read_json(files: dict[str, bytes], name: str, where: str = "tokenizer") -> dict:
+def read_json(files: dict[str, bytes], name: str, place: str = "tokenizer") -> dict:
     """A JSON object among the files, {} if absent. Raises InputError if it is malformed."""
     try:
         value = json.loads(files.get(name, b"{}"))
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}/{name}: malformed JSON ({error})") from error
+        raise InputError(f"{place}/{name}: malformed JSON ({error})") from error
     if not isinstance(value, dict):
-        raise InputError(f"{where}/{name}: not a JSON object")
+        raise InputError(f"{place}/{name}: not a JSON object")
     return value
 
 
@@ -294,9 +294,9 @@ def _content(token):
 
 
 def with_mask(files: dict[str, bytes], token_id: int) -> dict[str, bytes]:
-    """The files with `token_id` as the mask token: under the name it has, else as a new special token "<|mask|>".
+    """The files with `token_id` as the mask token: under its existing name, else as a new special token "<|mask|>".
 
-    Raises InputError if the tokenizer cannot hold a token of that id.
+    Raises InputError if the tokenizer cannot hold a token with that id.
     """
     old = from_files(files)
     name = old.id_to_token(token_id) or NEW_MASK
@@ -321,8 +321,8 @@ def with_mask(files: dict[str, bytes], token_id: int) -> dict[str, bytes]:
 def _insert(tokenizer: dict, entry: dict, token_id: int) -> dict:
     """tokenizer.json with one more added token.
 
-    The library numbers added tokens consecutively after the model's vocabulary, whatever ids the file states, unless
-    the model's vocabulary holds them: so with an id that is not the next, all of them are written there.
+    The library numbers added tokens consecutively after the model's vocabulary and ignores the ids in the file, unless
+    that vocabulary contains the tokens. So if the id is not the next one, all added tokens are written there.
     """
     added = [*tokenizer.get("added_tokens", ()), {"id": token_id} | entry]
     model = tokenizer["model"]

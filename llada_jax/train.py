@@ -3,8 +3,8 @@
 python -m llada_jax.train --config=configs/wsd.py:MODEL --workdir=DIR [--config.FIELD=VALUE ...]
 
 MODEL is a preset (tiny, tiny_moe, smollm2_135m, llada2_mini, ...); the config file says which options it takes.
-A second run over the same DIR resumes from its newest checkpoint. On several hosts every one runs this command, over a
-folder that all share; TPU VMs find each other, other machines are told --coordinator, --processes and --process.
+A second run with the same DIR resumes from its newest checkpoint. On several hosts, every host runs this command with a
+DIR that all share. TPU VMs find each other; other machines need --coordinator, --processes and --process.
 """
 
 from absl import flags
@@ -31,10 +31,10 @@ def main(argv) -> None:
 
     peers = _COORDINATOR.value, _PROCESSES.value, _PROCESS.value
     distributed.connect(*peers, peer_timeout=_PEER_TIMEOUT.value, start_timeout=_START_TIMEOUT.value)
-    from llada_jax.runtime.failure import ending_together
+    from llada_jax.runtime.failure import failing_together
     from llada_jax.training.loop import train
 
-    with ending_together(_PEER_TIMEOUT.value):
+    with failing_together(_PEER_TIMEOUT.value):
         train(config, _WORKDIR.value)
 
 

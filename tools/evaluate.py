@@ -246,7 +246,7 @@ def _packed_rows():
 
 
 def _nelbo() -> dict:
-    from llada_jax.evaluation.likelihood import Draws, ar_nll, block_nelbo, describe
+    from llada_jax.evaluation.likelihood import Draws, ar_nll, block_nelbo, estimate_fields
     from llada_jax.evaluation.texts import read_texts, scored_bytes
 
     draws = Draws(_SAMPLES.value, _TIMES.value, _MASKING.value, _REPEATS.value)
@@ -267,7 +267,7 @@ def _nelbo() -> dict:
     def add(name, estimate, alignment):
         if not estimate.tokens:
             raise InputError(f"{_DATA.value}: its {len(batch.ids)} rows hold no token to score")
-        found = describe(estimate, sizes.get(alignment))
+        found = estimate_fields(estimate, sizes.get(alignment))
         nats = report.with_error(estimate.nats, estimate.stderr)
         line = f"{name:>10}  {nats} nats per token ({estimate.tokens} tokens)"
         bits = f", {found['bits_per_byte']:.4f} bits per byte" if found["bits_per_byte"] is not None else ""

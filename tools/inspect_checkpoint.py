@@ -18,7 +18,7 @@ def main(argv) -> None:
     del argv
     from llada_jax.checkpoint import describe, weights  # jax, which takes seconds: not before the flags are right
 
-    for line in describe.describe(weights.directory_of(_CHECKPOINT.value, _STEP.value)):
+    for line in describe.describe_checkpoint(weights.directory_of(_CHECKPOINT.value, _STEP.value)):
         print(line)
 
 

@@ -25,9 +25,9 @@ def main(argv) -> None:
         raise InputError(f"--save={_SAVE.value}, expected .svg or .png")
     if importlib.util.find_spec("matplotlib") is None:
         raise InputError("matplotlib is not installed; pip install 'llada_jax[plot]'")
-    from llada_jax.monitoring.curves import draw, read_runs
+    from llada_jax.monitoring.curves import draw_runs, read_runs
 
-    draw(read_runs(argv[2:]), _SAVE.value, _METRIC.value)
+    draw_runs(read_runs(argv[2:]), _SAVE.value, _METRIC.value)
     print(_SAVE.value)
 
 

@@ -52,7 +52,8 @@ def main(argv) -> None:
     jax.config.update("jax_platforms", "cpu")  # nothing runs on the TPU that the step is compiled for
     from llada_jax.chips import parse_topology
     from llada_jax.pod import report
-    from llada_jax.pod.rehearse import DoesNotFit, Packing, Slices, rehearse
+    from llada_jax.pod.lower import DoesNotFit, Slices
+    from llada_jax.pod.rehearse import Packing, rehearse
     from llada_jax.pod.rehearse_decode import rehearse_decode
 
     slices = Slices(parse_topology(_TOPOLOGY.value), _SLICES.value)
@@ -67,7 +68,7 @@ def main(argv) -> None:
             capacity = slices.topology.chip.hbm_bytes
             _write({"fits": False, "hbm_bytes": error.hbm_bytes, "hbm_capacity_bytes": capacity, "chips": slices.chips})
         sys.exit(report.does_not_fit(error.hbm_bytes, slices))
-    print(report.describe_decoding(result) if _DECODE.value else report.describe(result))
+    print(report.describe_decoding(result) if _DECODE.value else report.describe_step(result))
     for line in sorted(result.lines, key=lambda line: -line.seconds)[: _OPERATIONS.value]:
         print(f"{line.seconds * 1e3:9.3f} ms {line.part:11} {line.runs:6g} x {line.name:44.44} {line.scope[-60:]}")
     if _JSON.value:

@@ -83,7 +83,7 @@ def samples(record: dict) -> str:
 
 def draw(record: dict, path: str) -> None:
     """NELBO at each block size over the tokens seen, and the phases of the curriculum."""
-    from llada_jax.monitoring.curves import draw as draw_runs
+    from llada_jax.monitoring.curves import draw_runs
 
     runs = {}
     for name in record["measured"][0]["likelihood"]:

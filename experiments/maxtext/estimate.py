@@ -14,8 +14,9 @@ import jax
 
 from llada_jax.chips import parse_topology
 from llada_jax.pod import hlo
-from llada_jax.pod.operations import Cost
-from llada_jax.pod.rehearse import Slices, physical_devices
+from llada_jax.pod.lower import Slices
+from llada_jax.pod.operations import OperationCost
+from llada_jax.pod.rehearse import physical_devices
 from llada_jax.pod.step_cost import PARTS, step_lines
 from llada_jax.pod.topology import slice_devices
 
@@ -30,12 +31,12 @@ def grouped_matmul(result, operands):
     rows = max(max(shape) for shape in arrays if len(shape) == 2)
     (_, contracted, columns), *_ = (shape for shape in arrays if len(shape) == 3)
     flops = 2.0 * rows * contracted * columns
-    return "experts", Cost(flops / AT_PEAK, flops)
+    return "experts", OperationCost(flops / AT_PEAK, flops)
 
 
 def seconds_of(text: str) -> dict[str, float]:
     mesh = jax.sharding.Mesh(slice_devices(TOPOLOGY).reshape(-1), ("fsdp",))
-    attention = {"splash": lambda result, operands: ("attention", Cost(0.0, 0.0))}
+    attention = {"splash": lambda result, operands: ("attention", OperationCost(0.0, 0.0))}
     kernels = attention | dict.fromkeys(("gmm", "tgmm"), grouped_matmul)
     lines = step_lines(hlo.parse(text), TOPOLOGY.chip, kernels, physical_devices(mesh, Slices(TOPOLOGY)))
     return {part: sum(line.seconds for line in lines if line.part == part) for part in OTHERS}

@@ -1,13 +1,13 @@
-"""What block-diffusion attention costs on a TPU, by the compiler's schedules: ours beside splash and dense attention.
+"""The cost of block-diffusion attention on a TPU, by the compiler's schedules: our kernel, splash and dense attention.
 
-One row of 2 x `length` positions (noisy half first), 16 query heads and 4 key heads of 128, block size 32, bfloat16, in
-training: the forward pass saves what the backward pass needs (dense attention saves nothing and computes its scores
-again: a matrix for every layer does not fit). Each program is compiled once for a length; the tiles are
-then counted on 16 fixed rows of packed documents, and cycles are those of the 16 rows on one device's busiest
-TensorCore. Tile lists are built once per training step and are not in the numbers.
+The program is training on one row of 2 x `length` positions (noisy half first), with 16 query heads and 4 key heads of
+128, block size 32, bfloat16. The forward pass saves what the backward pass needs; dense attention saves nothing and
+computes its scores again, since one matrix per layer would not fit. Each program is compiled once per length. Tiles
+are counted on 16 fixed rows of packed documents; cycles are those of the 16 rows on one device's busiest TensorCore.
+Tile lists are built once per training step and are not included.
 
-The pass "decode" is another program, of our kernel only: 16 rows denoise a block each, against caches of `length` that
-are filled to different shares (pod/packings.py).
+The pass "decode" is another program, of our kernel only: 16 rows denoise one block each, against caches of `length`
+that are filled to different shares (pod/packings.py).
 """
 
 import dataclasses
@@ -29,9 +29,9 @@ from llada_jax.errors import InputError
 from llada_jax.model.useful_flops import allowed_pairs
 from llada_jax.pod import attention_program, packings
 from llada_jax.pod.aot import Program, compile_program
-from llada_jax.pod.attention_cost import Class, kernel_classes, total_cycles
+from llada_jax.pod.attention_cost import RegionCost, kernel_regions, total_cycles
 from llada_jax.pod.hlo import parse
-from llada_jax.pod.operations import Cost as OperationCost
+from llada_jax.pod.operations import OperationCost
 from llada_jax.pod.schedule_reader import Kernel
 from llada_jax.pod.step_cost import step_lines
 from llada_jax.pod.stream_cost import compiled_costs
@@ -44,23 +44,22 @@ _MACS_PER_PAIR = {"forward": 2 * HEAD_DIM, "backward": 5 * HEAD_DIM, "decode": 2
 
 
 @dataclasses.dataclass(frozen=True)
-class Cost:
-    """A pass over the 16 rows. `tiles` counts all cores and heads; `peak_share` only pairs that the mask needs.
-
-    tile_pairs: the query-key pairs of a tile, of each pass.
+class AttentionCost:
+    """The cost of a pass over the 16 rows. tiles: over all cores and heads. peak_share: counts only pairs that the mask
+    allows. tile_pairs: query-key pairs per tile, for each pass.
     """
 
     tiles: dict[str, int]
     tile_pairs: dict[str, int]
-    classes: dict[str, Class]
+    classes: dict[str, RegionCost]
     cycles: float
     peak_share: float
-    dma_cycles: float  # the kernel's copies at HBM bandwidth, which run beside its arithmetic
+    dma_cycles: float  # copies at HBM bandwidth, in parallel with the arithmetic
     temp_bytes: int
 
 
 def check_implementations(names) -> None:
-    """Raises InputError on an unknown name, and on a baseline that is not installed."""
+    """Raises InputError on an unknown name, or a baseline that is not installed."""
     for name in names:
         if name not in IMPLEMENTATIONS:
             raise InputError(f"--implementations={name}, expected some of {', '.join(IMPLEMENTATIONS)}")
@@ -68,10 +67,10 @@ def check_implementations(names) -> None:
             raise InputError(f"--implementations={name}: tokamax is not installed; pip install 'llada_jax[bench]'")
 
 
-def program(implementation: str, direction: str, length: int, head_dim: int = HEAD_DIM, tiles: dict | None = None):
-    """The function that is compiled for a pass, and its abstract arguments; called in the compiler's own process.
+def pass_program(implementation: str, direction: str, length: int, head_dim: int = HEAD_DIM, tiles: dict | None = None):
+    """Returns (function to compile for a pass, its abstract arguments); called in the compiler's process.
 
-    tiles: what our kernel is to use instead of the table's, as a dict.
+    tiles: fields of the Tiles for our kernel, instead of the table's.
     """
     attend, arrays, mask = _program(implementation, length, head_dim, tiles, direction == "decode")
     if direction == "decode":
@@ -97,8 +96,8 @@ def program(implementation: str, direction: str, length: int, head_dim: int = HE
     return both, (arrays, mask, out)
 
 
-def costs(implementation: str, length: int, means, passes, topology: str) -> Iterator[tuple[int, str, Cost]]:
-    """(mean document length, pass, Cost) of all, a pass at a time. Compiles a program for each, whatever the means."""
+def costs(implementation: str, length: int, means, passes, topology: str) -> Iterator[tuple[int, str, AttentionCost]]:
+    """Yields (mean document length, pass, cost), one pass after the other; compiles one program per pass."""
     chip = parse_topology(topology).chip
     for name in passes:
         if name == "decode" and implementation != "llada":
@@ -116,7 +115,7 @@ def needed_pairs(segments: np.ndarray, block_size: int) -> int:
 def _compile(implementation: str, direction: str, length: int, topology: str) -> Program:
     arguments = {"implementation": implementation, "direction": direction, "length": length}
     schedules = implementation != "dense"
-    return compile_program("llada_jax.bench.attention:program", arguments, topology, schedules)
+    return compile_program("llada_jax.bench.attention:pass_program", arguments, topology, schedules)
 
 
 def _program(implementation: str, length: int, head_dim: int, tiles: dict | None, decode: bool):
@@ -127,8 +126,8 @@ def _program(implementation: str, length: int, head_dim: int, tiles: dict | None
         return dense_attention, (q, k, k), Visibility(bound, bound, bound, bound, num_noisy=length)
     shape = length, HEADS, KV_HEADS, head_dim, BLOCK_SIZE
     if implementation == "llada":
-        return attention_program.program(*shape, Tiles(**tiles) if tiles else None, decode)
-    return _splash().program(*shape, static=implementation == "splash_static")
+        return attention_program.kernel_program(*shape, Tiles(**tiles) if tiles else None, decode)
+    return _splash().kernel_program(*shape, static=implementation == "splash_static")
 
 
 def _splash():
@@ -137,50 +136,50 @@ def _splash():
     return splash
 
 
-def kernel_walks(direction: str, length: int, mean: int, head_dim: int, tiles: Tiles) -> list[packings.Walk]:
-    """Of our kernel: a walk for each row, or the only one of a decoding batch."""
+def counts_per_row(direction: str, length: int, mean: int, head_dim: int, tiles: Tiles) -> list[packings.KernelCounts]:
+    """The counts of our kernel per row; one entry for a decoding batch."""
     if direction == "decode":
         plans = [attention_program.decoding_plan(jnp.asarray(packings.cached(length)), length, BLOCK_SIZE, tiles)]
     else:
         plans = [attention_program.plan(segments, BLOCK_SIZE, tiles) for segments in packings.segment_ids(length, mean)]
     direction = "backward" if direction == "backward" else "forward"
-    return [attention_program.walk(plan, direction, HEADS, KV_HEADS, head_dim) for plan in plans]
+    return [attention_program.kernel_counts(plan, direction, HEADS, KV_HEADS, head_dim) for plan in plans]
 
 
-def _walks(implementation: str, direction: str, length: int, mean: int, chip: Chip) -> list[packings.Walk]:
+def _counts(implementation: str, direction: str, length: int, mean: int, chip: Chip) -> list[packings.KernelCounts]:
     if implementation == "llada":
         queries = BLOCK_SIZE if direction == "decode" else 2 * length
         tiles = tiles_for(chip.device_kind, HEAD_DIM, HEADS // KV_HEADS, queries)
-        return kernel_walks(direction, length, mean, HEAD_DIM, tiles)
+        return counts_per_row(direction, length, mean, HEAD_DIM, tiles)
     splash, static = _splash(), implementation == "splash_static"
     make = jax.jit(lambda segments: splash.tile_lists(length, BLOCK_SIZE, segments, static, splash.TILE))
     plans = [make(segments) for segments in packings.segment_ids(length, mean)]
-    return [splash.walk(plan, direction, HEADS, KV_HEADS, HEAD_DIM) for plan in plans]
+    return [splash.kernel_counts(plan, direction, HEADS, KV_HEADS, HEAD_DIM) for plan in plans]
 
 
-def _cost(implementation: str, direction: str, length: int, mean: int, compiled: Program, chip: Chip) -> Cost:
+def _cost(implementation: str, direction: str, length: int, mean: int, compiled: Program, chip: Chip) -> AttentionCost:
     tiles, tile_pairs, classes, dma_bytes = {"full": 0, "partial": 0}, {}, {}, 0
     directions = ("forward", "backward") if direction == "both" else (direction,)
     if implementation != "dense":
         regions = (attention_program if implementation == "llada" else _splash()).REGIONS
         for name, schedule in zip(directions, attention_kernels(compiled), strict=True):
-            walks = _walks(implementation, name, length, mean, chip)
-            executed, part = kernel_classes(schedule, walks, regions[name], chip)
+            counts = _counts(implementation, name, length, mean, chip)
+            executed, part = kernel_regions(schedule, counts, regions[name], chip)
             prefix = f"{name} " if direction == "both" else ""
             classes |= {prefix + region: cost for region, cost in part.items()}
             tiles = {kind: tiles[kind] + executed[kind] for kind in tiles}
-            tile_pairs[name] = walks[0].tile_pairs
-            dma_bytes += sum(walk.dma_bytes for walk in walks)
+            tile_pairs[name] = counts[0].tile_pairs
+            dma_bytes += sum(each.dma_bytes for each in counts)
     # A decoding batch is one program.
     steps = _operand_steps(direction, length, chip) if implementation == "llada" else {}
-    classes["xla"] = Class(xla_cycles(compiled, chip, steps), 0.0, 1 if direction == "decode" else packings.ROWS)
+    classes["xla"] = RegionCost(xla_cycles(compiled, chip, steps), 0.0, 1 if direction == "decode" else packings.ROWS)
     cycles = total_cycles(classes)
     if direction == "decode":
         pairs = int((packings.cached(length) + BLOCK_SIZE).sum()) * BLOCK_SIZE
     else:
         pairs = needed_pairs(packings.segment_ids(length, mean), BLOCK_SIZE)
     macs = pairs * HEADS * sum(_MACS_PER_PAIR[name] for name in directions)
-    return Cost(
+    return AttentionCost(
         tiles=tiles,
         tile_pairs=tile_pairs,
         classes=classes,
@@ -192,7 +191,7 @@ def _cost(implementation: str, direction: str, length: int, mean: int, compiled:
 
 
 def attention_kernels(compiled: Program) -> list[Kernel]:
-    """Without those that bring operands into form."""
+    """The attention kernels of a program, without those that prepare operands."""
     return [kernel for name, kernel in compiled.kernels.items() if not re.search(r"attention_\w+_(tiles|rows)", name)]
 
 
@@ -205,7 +204,7 @@ def _operand_steps(direction: str, length: int, chip: Chip) -> dict[str, int]:
 
 
 def xla_cycles(compiled: Program, chip: Chip, steps: dict[str, int]) -> float:
-    """Of what is not a Pallas kernel, and of our kernels that bring operands into form, which take so many steps."""
+    """Cycles outside the attention kernels: XLA's operations and our operand kernels. steps: {kernel name: steps}."""
     around = compiled_costs(compiled, steps, "attention", chip)
     costs = {op: cost for op in compiled.kernels for name, cost in around.items() if name in op}
     left_out = {"": lambda result, operands: ("attention", OperationCost())}
@@ -213,7 +212,7 @@ def xla_cycles(compiled: Program, chip: Chip, steps: dict[str, int]) -> float:
 
 
 def table(implementations, lengths, passes, topology_name: str) -> Iterator[dict]:
-    """Prints a line for every cost, as it comes, and yields its values, then the bars that they can be held against.
+    """Prints a line per cost and yields its values, then prints the bars (bench/bars.py) that apply to them.
 
     Raises InputError on an unknown name.
     """
@@ -227,7 +226,7 @@ def table(implementations, lengths, passes, topology_name: str) -> Iterator[dict
     print(f"{topology.name}: one device of {chip.cores_per_device} TensorCores at {chip.clock / 1e9:.2f} GHz")
     print("16 rows, compiler-estimated: Mcycles of the busiest core, share of matrix-unit peak, Mcycles of copies")
     print("length documents implementation  pass      full tiles  partial  Mcycles  peak  copies temp GiB")
-    found = []
+    rows = []
     for length in lengths:
         for name in implementations:
             for mean, direction, cost in costs(name, length, packings.MEANS, passes, topology.name):
@@ -237,8 +236,8 @@ def table(implementations, lengths, passes, topology_name: str) -> Iterator[dict
                     f"{cost.dma_cycles / 1e6:7.1f} {cost.temp_bytes / 2**30:6.3f}",
                     flush=True,
                 )
-                where = {"implementation": name, "length": length, "mean_document": mean, "pass": direction}
-                found.append(where | dataclasses.asdict(cost) | {"topology": topology.name})
-                yield found[-1]
-    for bar in bars(found, HEAD_DIM):
+                case = {"implementation": name, "length": length, "mean_document": mean, "pass": direction}
+                rows.append(case | dataclasses.asdict(cost) | {"topology": topology.name})
+                yield rows[-1]
+    for bar in bars(rows, HEAD_DIM):
         print(bar)

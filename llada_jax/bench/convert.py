@@ -1,7 +1,7 @@
-"""The rate of import and export beside that of `cp` and fsync, on a synthetic checkpoint with the hub's layout.
+"""The rate of import and export compared with `cp` and fsync, on a synthetic checkpoint with the hub's layout.
 
-Names, shapes, dtypes and sharding are those of LLaDA2.0-mini at full width, with fewer layers: bfloat16, every expert a
-tensor of its own, shards of at most 5 GB whose tensors lie in alphabetical order.
+Names, shapes, dtypes and sharding are those of LLaDA2.0-mini at full width, with fewer layers: bfloat16, one tensor per
+expert, and shards of at most 5 GB with tensors in alphabetical order.
 """
 
 import dataclasses
@@ -30,8 +30,8 @@ _RANDOM_BYTES = 64 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """One command: wall-clock seconds, those of the CPU, and the most memory it held, in bytes."""
+class CommandUsage:
+    """What one command used: wall-clock seconds, CPU seconds, and its peak memory in bytes."""
 
     seconds: float
     cpu_seconds: float
@@ -81,7 +81,7 @@ def _write_shard(path: Path, tensors: dict[str, tuple[tuple[int, ...], int]], se
         os.fsync(file.fileno())
 
 
-def copy(source: Path, out: Path) -> Run:
+def copy(source: Path, out: Path) -> CommandUsage:
     """`cp -r` and fsync of every file."""
 
     def sync():
@@ -91,28 +91,28 @@ def copy(source: Path, out: Path) -> Run:
     return _run(["cp", "-r", str(source), str(out)], sync)
 
 
-def import_folder(source: Path, out: Path) -> Run:
+def import_folder(source: Path, out: Path) -> CommandUsage:
     return _run([sys.executable, str(TOOLS / "hf_to_orbax.py"), f"--source={source}", f"--out={out}"])
 
 
-def export_folder(source: Path, out: Path) -> Run:
+def export_folder(source: Path, out: Path) -> CommandUsage:
     return _run([sys.executable, str(TOOLS / "orbax_to_hf.py"), f"--checkpoint={source}", f"--out={out}"])
 
 
-def interpreter() -> Run:
-    """A command that imports everything and converts nothing."""
+def interpreter() -> CommandUsage:
+    """Runs a command that imports everything and converts nothing."""
     return _run([sys.executable, str(TOOLS / "orbax_to_hf.py"), "--help"])
 
 
 def forget(folder: Path) -> None:
-    """Writes all of a folder to the disk and drops it from the page cache: every command finds the same memory free."""
+    """Flushes a folder to the disk and drops it from the page cache, so that all commands start alike."""
     for path in folder.rglob("*"):
         if path.is_file():
             _with_file(path, lambda file: (os.fsync(file), os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)))
 
 
-def _run(command: list[str], then: Callable[[], None] = lambda: None) -> Run:
-    """Raises RuntimeError when the command fails."""
+def _run(command: list[str], then: Callable[[], None] = lambda: None) -> CommandUsage:
+    """Runs a command, then `then`. Raises RuntimeError if the command fails."""
     environment = os.environ | {"PYTHONPATH": str(TOOLS.parent), "JAX_PLATFORMS": "cpu"}
     with tempfile.TemporaryFile() as log:
         begun = time.monotonic()
@@ -124,12 +124,12 @@ def _run(command: list[str], then: Callable[[], None] = lambda: None) -> Run:
         if process.returncode:
             log.seek(0)
             raise RuntimeError(f"{' '.join(command)}: {log.read().decode()}")
-    return Run(seconds, usage.ru_utime + usage.ru_stime, 1024 * usage.ru_maxrss)
+    return CommandUsage(seconds, usage.ru_utime + usage.ru_stime, 1024 * usage.ru_maxrss)
 
 
 def differences(a: Path, b: Path) -> list[str]:
-    """Names of the tensors that two Hugging Face folders do not have byte for byte in common."""
-    first, second = (huggingface.open_weights(epath.Path(folder)) for folder in (a, b))
+    """Names of the tensors that are not byte for byte equal in two Hugging Face folders."""
+    first, second = (huggingface.open_tensors(epath.Path(folder)) for folder in (a, b))
     differing = set(first) ^ set(second)
     for name in first.keys() & second.keys():
         x, y = first[name], second[name]
@@ -149,9 +149,9 @@ def _with_file(path: Path, function: Callable[[int], object]) -> None:
 
 
 def table(directory: str, layers: int, rounds: int) -> Iterator[dict]:
-    """Measures cp, import and export in turn; prints a line for each and yields its values.
+    """Measures cp, import and export in turn; prints a line per command and yields its values.
 
-    Every command begins with nothing of the folder in the page cache. What it makes in `directory` it removes again.
+    Before each command the folder is dropped from the page cache. Files created in `directory` are removed again.
     """
     folder = Path(tempfile.mkdtemp(prefix="bench_convert_", dir=directory))
     try:

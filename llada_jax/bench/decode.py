@@ -1,4 +1,4 @@
-"""Decoding, measured: throughput against batch, the cache against recomputation, rows kept busy."""
+"""Measures decoding: throughput by batch size, the cache against recomputation, and the share of busy rows."""
 
 import contextlib
 import dataclasses
@@ -24,7 +24,7 @@ BLOCK = 32
 
 @dataclasses.dataclass(frozen=True)
 class Throughput:
-    """Of a batch of ragged prompts. positions: evaluated for a row in all its passes, for each token of an answer."""
+    """Throughput for a batch of ragged prompts. positions: evaluated per token of an answer, over all passes."""
 
     rows: int
     commit: str
@@ -36,7 +36,7 @@ class Throughput:
 
 
 def throughput(params, config: ModelConfig, rows: int, commit: str, gen_length: int, steps: int) -> Throughput:
-    """`rows` answers of gen_length tokens, a block in `steps` steps. commit: "fused", "separate" or "chosen"."""
+    """Decodes `rows` answers of gen_length tokens, `steps` steps per block. commit: "fused", "separate" or "chosen"."""
     rng = np.random.default_rng(rows)
     prompts = [rng.integers(0, config.vocab_size - 16, rng.integers(1, 65)) for _ in range(rows)]
     g = GenerateConfig(gen_length=gen_length, block_length=BLOCK, steps=steps, threshold=2.0, eos_id=-1)
@@ -52,11 +52,12 @@ def throughput(params, config: ModelConfig, rows: int, commit: str, gen_length: 
 
 
 def cached_against_recomputed(params, config: ModelConfig, tokens: int = 512) -> tuple[float, float, float]:
-    """Seconds for `tokens` tokens, one per forward, with the cache and with the prefix computed again at every step;
-    and the share of tokens before the first that differs (rounding may turn a near tie).
+    """Returns (seconds with the cache, seconds with the prefix recomputed in every step, share of equal tokens).
 
-    Recomputed: the reference's algorithm, a jitted pass over all positions up to the end of the current block, logits
-    of that block only, a program for each of its lengths; everything stays on the device. Same alignment only.
+    Decodes `tokens` tokens, one per forward pass. The share counts tokens before the first difference, which rounding
+    may cause at a near tie. Recomputation is the reference's algorithm: a jitted pass over all positions up to the end
+    of the current block, with logits of that block only, one program per length, all on the device. Same alignment
+    only.
     """
     g = GenerateConfig(gen_length=tokens - 1, block_length=BLOCK, threshold=2.0, eos_id=-1)
     prompt = np.array([3], np.int32)
@@ -93,7 +94,7 @@ def cached_against_recomputed(params, config: ModelConfig, tokens: int = 512) ->
 
 
 def step_seconds(params, config: ModelConfig, prefixes=(0, 512)) -> dict[int, float]:
-    """Seconds of a denoising step, one row, in the first block after each prefix."""
+    """{prefix length: seconds of a denoising step} for one row, in the first block after the prefix."""
     g = GenerateConfig(gen_length=BLOCK, block_length=BLOCK, threshold=2.0, eos_id=-1)
     settings = decode_settings(config, [g])
     canvas = max(prefixes) + BLOCK
@@ -116,7 +117,7 @@ def step_seconds(params, config: ModelConfig, prefixes=(0, 512)) -> dict[int, fl
 
 
 def pass_seconds(params, config: ModelConfig, rows: int) -> tuple[float, float]:
-    """Seconds of a pass over windows of one and of two blocks."""
+    """Returns (seconds of a pass over one block, over two blocks)."""
     g = GenerateConfig(gen_length=BLOCK, block_length=BLOCK)
     settings = decode_settings(config, [g])
     state = empty_state(config, settings, rows, 4 * BLOCK, str(params["embedding"].dtype))
@@ -140,20 +141,20 @@ def ragged_requests(config: ModelConfig, count: int, longest: int = 192) -> list
 
 
 def continuous(params, config: ModelConfig, count: int, rows: int) -> tuple[Usage, float, int]:
-    """(usage, seconds, tokens) of `count` ragged requests over `rows` rows; compilation is in the seconds."""
+    """(usage, seconds with compilation, tokens) for `count` ragged requests over `rows` rows."""
     usage, begin = Usage(), time.perf_counter()
     answers = list(serve(params, config, ragged_requests(config, count), rows, 64 + 192, usage=usage))
     return usage, time.perf_counter() - begin, sum(len(answer.tokens) for answer in answers)
 
 
 def expert_hits(params, config: ModelConfig, tokens: int) -> np.ndarray:
-    """Distinct experts that `tokens` random tokens reach in each sparse layer, as measured in a pass."""
-    found: list[int] = []
+    """Distinct experts that `tokens` random tokens reach per sparse layer, measured in one pass."""
+    hits: list[int] = []
     original = experts.route
 
     def recording(x, router, bias, config):
         chosen, weights = original(x, router, bias, config)
-        jax.debug.callback(lambda chosen: found.append(len(np.unique(chosen))), chosen)
+        jax.debug.callback(lambda chosen: hits.append(len(np.unique(chosen))), chosen)
         return chosen, weights
 
     @contextlib.contextmanager
@@ -171,4 +172,4 @@ def expert_hits(params, config: ModelConfig, tokens: int) -> np.ndarray:
         run = jax.jit(lambda params: hidden_states(params, config, ids, positions, visibility, Execution())[0])
         jax.block_until_ready(run(params))
         jax.effects_barrier()
-    return np.array(found)
+    return np.array(hits)

@@ -10,7 +10,7 @@ from llada_jax.model import parameters
 from llada_jax.model.config import ModelConfig, preset
 from llada_jax.sampling import cost
 
-GEN_LENGTH, STEPS = 128, 12  # 2.7 tokens a step, as LLaDA2.0-mini decodes at threshold 0.95 (its paper, Figure 4)
+GEN_LENGTH, STEPS = 128, 12  # 2.7 tokens per step, as LLaDA2.0-mini at threshold 0.95 (its paper, Figure 4)
 REQUESTS, SLOTS = 200, 16
 
 
@@ -57,13 +57,13 @@ def _batches(params, config, batches, **_) -> list[dict]:
     result = []
     for rows in batches:
         for commit in ("fused", "separate", "chosen"):
-            found = decode.throughput(params, config, rows, commit, GEN_LENGTH, STEPS)
+            measured = decode.throughput(params, config, rows, commit, GEN_LENGTH, STEPS)
             print(
-                f"{rows:6}  {commit:9} {found.tokens_per_second:9.0f} {found.seconds_per_pass * 1e3:10.2f} "
-                f"{found.passes:7} {found.commit_passes:20.2f} {found.positions:18.1f}",
+                f"{rows:6}  {commit:9} {measured.tokens_per_second:9.0f} {measured.seconds_per_pass * 1e3:10.2f} "
+                f"{measured.passes:7} {measured.commit_passes:20.2f} {measured.positions:18.1f}",
                 flush=True,
             )
-            result.append(dataclasses.asdict(found))
+            result.append(dataclasses.asdict(measured))
     return result
 
 
@@ -90,7 +90,7 @@ def _cost(params, config, batches, cost_config, chip, **_) -> dict:
         result["expert_hits"] = hits
 
     def measured(model: ModelConfig, tokens: int) -> float:
-        """The share of uniform routing's experts that was measured, applied to another number of experts."""
+        """Scales the measured share of uniform routing's experts to a model with another number of experts."""
         share = hits[tokens] / cost.uniform_hits(config, tokens) if tokens in hits else 1.0
         return share * cost.uniform_hits(model, tokens)
 
@@ -102,14 +102,14 @@ def _cost(params, config, batches, cost_config, chip, **_) -> dict:
     rows_of = []
     for rows in batches:
         tokens = rows * decode.BLOCK
-        found = cost.pass_cost(cost_config, tokens, tokens // 2, rows * 1024, 1024, measured)
+        roofline = cost.pass_cost(cost_config, tokens, tokens // 2, rows * 1024, 1024, measured)
         price = cost.second_block_price(cost_config, rows, decode.BLOCK, chip.device_kind)
-        seconds = found.seconds(chip)
+        seconds = roofline.seconds(chip)
         print(
-            f"{rows:6} {found.bytes / 1e9:8.1f} {found.flops / 1e12:6.2f} {seconds * 1e3:12.2f}  {found.bound(chip):8} "
-            f"{price:24.2f}"
+            f"{rows:6} {roofline.bytes / 1e9:8.1f} {roofline.flops / 1e12:6.2f} {seconds * 1e3:12.2f}  "
+            f"{roofline.bound(chip):8} {price:24.2f}"
         )
-        rows_of.append({"rows": rows, "price": price, "seconds": seconds} | dataclasses.asdict(found))
+        rows_of.append({"rows": rows, "price": price, "seconds": seconds} | dataclasses.asdict(roofline))
     bound = cost.compute_bound_rows(cost_config, decode.BLOCK, chip)
     print(f"compute-bound from {bound} rows on" if bound else "never compute-bound")
     return result | {"chip": chip.name, "passes": rows_of, "compute_bound_rows": bound}

@@ -1,4 +1,4 @@
-"""The table of tools/bench.py experts: grouped matmuls of a layer's experts, megablox beside tokamax."""
+"""The table of tools/bench.py experts: grouped matmuls of a layer's experts, with megablox and tokamax."""
 
 import dataclasses
 import importlib.util
@@ -12,7 +12,7 @@ from llada_jax.pod.experts_cost import IMPLEMENTATIONS, PASSES, TOKENS, group_si
 
 
 def check_implementations(names) -> None:
-    """Raises InputError on an unknown name, and on one that is not installed."""
+    """Raises InputError on an unknown name, or one that is not installed."""
     for name in names:
         if name not in IMPLEMENTATIONS:
             raise InputError(f"--implementations={name}, expected some of {', '.join(IMPLEMENTATIONS)}")
@@ -21,7 +21,7 @@ def check_implementations(names) -> None:
 
 
 def table(implementations, models, topology_name: str) -> Iterator[dict]:
-    """Prints a line for every cost, as it comes, and yields its values. Raises InputError on an unknown name."""
+    """Prints a line per cost and yields its values. Raises InputError on an unknown name."""
     check_implementations(implementations)
     topology = parse_topology(topology_name)
     chip = topology.chip

@@ -1,10 +1,10 @@
-"""The baselines: the unmodified splash kernel of tokamax (0.0.12), two ways.
+"""The baselines: the unmodified splash kernel of tokamax (0.0.12), in two ways.
 
-static  the mask of Eq. 3 as splash's own static mask, documents as segment ids. Other documents' tiles are visited.
-tiles   a list of tiles built at run time from the documents, so that those tiles cost nothing.
+static  the mask of Eq. 3 as splash's own static mask, documents as segment ids; tiles of other documents are visited.
+tiles   a list of tiles built at run time from the documents, so that tiles of other documents cost nothing.
 
-Both with tiles of 512 x 512 and dq reduced in three buffers, splash's best configuration for long rows. Segment ids are
-compared element by element on every tile, so a full tile is right whatever the documents are.
+Both use tiles of 512 x 512 and reduce dq in three buffers, splash's best configuration for long rows. Every tile
+compares segment ids element by element, so a full tile is correct for any documents.
 """
 
 import functools
@@ -15,7 +15,7 @@ import numpy as np
 from tokamax._src.ops.experimental.tpu.splash_attention import base, splash_attention_kernel
 from tokamax._src.ops.experimental.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
-from llada_jax.pod.packings import Walk
+from llada_jax.pod.packings import KernelCounts
 
 TILE = 512
 EMPTY, PARTIAL, FULL = 0, 1, 2  # splash's own codes of a tile
@@ -24,11 +24,11 @@ REGIONS = {"forward": ("init", "full", "partial", "write"), "backward": ("init",
 
 
 def mask_function(length: int, block_size: int, query: jax.Array, key: jax.Array) -> jax.Array:
-    """Eq. 3 for positions in the doubled row, the noisy half first; any broadcastable int32 -> bool."""
-    where = np.where if isinstance(query, np.ndarray) else jnp.where
+    """Eq. 3 for positions in the doubled row, noisy half first; broadcastable int32 arrays -> bool."""
+    select = np.where if isinstance(query, np.ndarray) else jnp.where
     noisy_query, noisy_key = query < length, key < length
-    query_block = where(noisy_query, query, query - length) // block_size
-    key_block = where(noisy_key, key, key - length) // block_size
+    query_block = select(noisy_query, query, query - length) // block_size
+    key_block = select(noisy_key, key, key - length) // block_size
     return (
         (noisy_query & noisy_key & (query_block == key_block))
         | (noisy_query & ~noisy_key & (query_block > key_block))
@@ -48,9 +48,9 @@ def static_tiles(length: int, block_size: int, tile: int) -> np.ndarray:
 
 
 def tile_list(classes: jax.Array, segments: jax.Array, tile: int, by_key: bool) -> MaskInfo:
-    """The tiles to visit, by query tile (forward) or by key tile (backward).
+    """The tiles to visit, ordered by query tile (forward) or by key tile (backward).
 
-    classes [query tiles, key tiles] int32; segments [2 * length] int32, ascending in each half. In the backward pass a
+    classes [query tiles, key tiles] int32; segments [2 * length] int32, ascending in each half. In the backward pass, a
     key tile without work keeps one empty tile, so that its gradient is written.
     """
     low, high = (f(segments.reshape(-1, tile), axis=1) for f in (jnp.min, jnp.max))
@@ -71,14 +71,14 @@ def tile_list(classes: jax.Array, segments: jax.Array, tile: int, by_key: bool) 
 
 
 def tile_lists(length: int, block_size: int, segments: jax.Array, static: bool, tile: int) -> tuple[MaskInfo, MaskInfo]:
-    """Of the forward and the backward pass. segments [length] int32."""
+    """The tile lists of the forward and the backward pass. segments [length] int32."""
     both_halves = jnp.concatenate([segments, segments])
     classes = jnp.asarray(static_tiles(length, block_size, tile))
     documents = jnp.zeros_like(both_halves) if static else both_halves
     return tuple(tile_list(classes, documents, tile, by_key) for by_key in (False, True))
 
 
-def program(length: int, heads: int, kv_heads: int, head_dim: int, block_size: int, static: bool):
+def kernel_program(length: int, heads: int, kv_heads: int, head_dim: int, block_size: int, static: bool):
     """(attend(query, key, value, mask), abstract query, key and value, abstract mask) of one row."""
     q, k = (jax.ShapeDtypeStruct((n, 2 * length, head_dim), jnp.bfloat16) for n in (heads, kv_heads))
     segments = jax.ShapeDtypeStruct((length,), jnp.int32)
@@ -104,8 +104,10 @@ def attention(query, key, value, lists, segments, block_size: int, tile: int = T
     return kernel(query * query.shape[-1] ** -0.5, key, value, base.SegmentIds(both_halves, both_halves))
 
 
-def walk(lists: tuple[MaskInfo, MaskInfo], direction: str, heads: int, kv_heads: int, head_dim: int) -> Walk:
-    """Counts a pass over concrete tile lists. A block is copied when its index changes from one step to the next."""
+def kernel_counts(
+    lists: tuple[MaskInfo, MaskInfo], direction: str, heads: int, kv_heads: int, head_dim: int
+) -> KernelCounts:
+    """What a pass over tile lists executes. A block is copied if its index changes from one step to the next."""
     info = jax.tree.map(np.asarray, lists[direction == "backward"])
     count = int(info.num_active_blocks[0])
     rows, columns, classes = (x[:count] for x in (info.active_rows, info.active_cols, info.block_mask))
@@ -125,6 +127,6 @@ def walk(lists: tuple[MaskInfo, MaskInfo], direction: str, heads: int, kv_heads:
     else:
         # Float32 gradients of k and v are read and added to by all heads of a group but the first.
         regions |= {"write": new_rows * kv_heads, "add": new_rows * (heads - kv_heads)}
-        # k, v, their segments, dk, dv in and out; q, do, dq in and out, four values a row.
+        # k, v, their segments, dk, dv in and out; q, do, dq in and out, four values per row.
         moved = new_rows * (2 * block + lanes + 8 * block) + new_columns * (4 * block + 4 * sublanes)
-    return Walk(regions, launches=1, dma_bytes=moved * heads, tile_pairs=TILE * TILE)
+    return KernelCounts(regions, launches=1, dma_bytes=moved * heads, tile_pairs=TILE * TILE)

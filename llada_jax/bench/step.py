@@ -1,4 +1,4 @@
-"""A training step of BDLM with each attention implementation, measured on the device at hand."""
+"""Measures a BDLM training step with each attention implementation on the current device."""
 
 import dataclasses
 import time
@@ -22,7 +22,7 @@ REPEATS = 5
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """seconds: the least of REPEATS steps. temp_bytes: the compiled step's temporaries. loss: the same for all."""
+    """seconds: minimum of REPEATS steps. temp_bytes: temporaries of the compiled step. loss: equal for all."""
 
     seconds: float
     temp_bytes: int
@@ -30,7 +30,7 @@ class Measured:
 
 
 def compiled_step(model: ModelConfig, attention: str, segment_ids: np.ndarray, block_size: int):
-    """(a training step on segment_ids [rows, length], compiled; its arguments)."""
+    """Returns (compiled training step on segment_ids [rows, length], its arguments)."""
     rows, length = segment_ids.shape
     ids = np.random.default_rng(0).integers(0, model.mask_token_id, (rows, length), dtype=np.int32)
     index = np.arange(rows, dtype=np.uint32)
@@ -43,7 +43,7 @@ def compiled_step(model: ModelConfig, attention: str, segment_ids: np.ndarray, b
 
 
 def measure(model: ModelConfig, attentions, segment_ids: np.ndarray, block_size: int) -> dict[str, Measured]:
-    """Times a step with each of `attentions`, in turn: all see the same machine."""
+    """Times a step with each of `attentions` in turn, so that all see the same machine load."""
     steps = {attention: compiled_step(model, attention, segment_ids, block_size) for attention in attentions}
     seconds, losses = {attention: [] for attention in attentions}, {}
     for _ in range(REPEATS):
@@ -60,7 +60,7 @@ def measure(model: ModelConfig, attentions, segment_ids: np.ndarray, block_size:
 
 
 def table(attentions, lengths, model_name: str, num_rows: int) -> Iterator[dict]:
-    """Prints a line for every measurement and yields its values."""
+    """Prints a line per measurement and yields its values."""
     model = preset(model_name)
     print(f"{jax.devices()[0].device_kind}, {model_name}, {num_rows} row(s) of one document, block size 32: a step")
     print(f"length implementation  seconds (least of {REPEATS})  temporaries MiB  loss")

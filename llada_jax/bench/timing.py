@@ -1,4 +1,4 @@
-"""Wall-clock times on a machine that other work shares: the least of several."""
+"""Wall-clock times on a shared machine: the minimum of several runs."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -7,13 +7,14 @@ import jax
 
 
 def least_seconds(run: Callable[[], object], repeats: int = 3, warm_up: bool = False) -> float:
-    """As least_in_turn, of one."""
+    """least_in_turn for a single function."""
     return least_in_turn({"": run}, repeats, warm_up)[""]
 
 
 def least_in_turn(runs: Mapping[str, Callable[[], object]], repeats: int, warm_up: bool = True) -> dict[str, float]:
-    """Of `repeats` runs of each, in turn: all see the same machine. What a run returns is waited for; warm_up: one run
-    more, which may compile, is not counted.
+    """{name: minimum seconds} of `repeats` runs, in turn, so that all see the same machine load.
+
+    Waits for the arrays that a run returns. warm_up: one more run first, which may compile and is not counted.
     """
     seconds = {name: [] for name in runs}
     for number in range(-warm_up, repeats):

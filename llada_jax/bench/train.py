@@ -1,8 +1,8 @@
-"""The trainer's step of block diffusion, timed on the device at hand and split by part.
+"""The trainer's block-diffusion step, timed on the current device and split into parts.
 
-The parts are programs of their own, over the arrays that the step has: the noise; the layers forward and backward, and
-of these attention and the experts alone; the head with its loss; clip and optimizer. What they do not add up to is the
-rest of the step. The matrix peak is that of a large product in the step's dtype, in turn with it.
+Each part is a separate program over the step's arrays: the noise; the layers, forward and backward, and of these
+attention and the experts alone; the head with its loss; clipping and optimizer. The rest of the step is what the parts
+do not add up to. The matrix peak is that of a large product in the step's dtype, measured in turn with the step.
 """
 
 import functools
@@ -29,7 +29,7 @@ from llada_jax.training.optimizer import make_optimizer
 from llada_jax.training.step import denoising_loss, make_train_step
 
 BLOCK_SIZE, REPEATS, PEAK_SIDE = 32, 5, 2048
-# As large as the model that public GPU trainers of block diffusion have been timed with on two CPU cores.
+# The size at which public GPU trainers of block diffusion were timed on two CPU cores.
 SMALL = preset("tiny").replace(
     hidden_size=256, num_kv_heads=4, head_dim=64, rotary_dim=64, intermediate_size=1024, tie_word_embeddings=True
 )
@@ -46,10 +46,10 @@ def programs(model: ModelConfig, rows: int, length: int, execution: Execution) -
     batch = jax.device_put(Batch(ids, np.ones_like(ids), np.ones_like(ids, bool), index, np.zeros_like(index)))
     block_size, no_noise = jnp.int32(BLOCK_SIZE), jnp.float32(0)
     step = make_train_step(model, denoising_loss(model, Objective(), execution, seed=0), optimizer)
-    held = [state]  # the step donates it
+    carried = [state]  # the step donates it
 
     def run_step():
-        held[0], metrics = step(held[0], None, batch, block_size, no_noise, "both")
+        carried[0], metrics = step(carried[0], None, batch, block_size, no_noise, "both")
         return metrics
 
     prepare = jax.jit(functools.partial(_prepare, model))
@@ -73,7 +73,7 @@ def _update(optimizer, gradients, state, params):
 
 
 def _passes(model: ModelConfig, params, example: Example, execution: Execution):
-    """{part: (its forward and backward pass, operands)}."""
+    """{part: (forward and backward pass, operands)}."""
     dtype = execution.dtype or jnp.float32
 
     def layers(params):
@@ -94,7 +94,7 @@ def _passes(model: ModelConfig, params, example: Example, execution: Execution):
         return attend(query, own, own)
 
     hidden = jax.random.normal(key, (rows, length, model.hidden_size), dtype)
-    found = {
+    passes = {
         "layers": (layers, (params,)),
         "attention": (attention, (query, own)),
         "head": (score, (hidden, head.head_matrix(params, model))),
@@ -103,12 +103,12 @@ def _passes(model: ModelConfig, params, example: Example, execution: Execution):
         weights = {name: w[0] for name, w in params["sparse"].items() if name in forward.EXPERT_WEIGHTS}
         axes = parameters.layer_axes(model, "sparse", weights)
         moe = sharding.over_batch(functools.partial(experts.moe, config=model, execution=execution), axes, None)
-        found["experts"] = (lambda x, w: moe((x, x), w)[0], (jnp.concatenate([hidden, hidden], axis=1), weights))
-    return {name: (jax.jit(_with_gradients(function)), operands) for name, (function, operands) in found.items()}
+        passes["experts"] = (lambda x, w: moe((x, x), w)[0], (jnp.concatenate([hidden, hidden], axis=1), weights))
+    return {name: (jax.jit(_with_gradients(function)), operands) for name, (function, operands) in passes.items()}
 
 
 def _with_gradients(function):
-    """The gradients of a function whose outputs all count."""
+    """Wraps `function` to return its output and gradients, with a cotangent of 1 for every output."""
 
     def run(*operands):
         out, backward = jax.vjp(function, *operands)
@@ -142,8 +142,8 @@ def table(model_name: str | None, rows: int, length: int, execution: Execution) 
     flops = useful_flops(model, rows, length, "both", pairs)
     peak = 2 * PEAK_SIDE**3 / matmul
     print(
-        f"step        {step:7.4f}: {rows * length / step:,.0f} clean tokens a second; {flops / step / 1e9:,.1f} useful "
-        f"GFLOP/s,\n{flops / step / peak:.0%} of the {peak / 1e9:,.1f} of a {PEAK_SIDE} x {PEAK_SIDE} product"
+        f"step        {step:7.4f}: {rows * length / step:,.0f} clean tokens per second; {flops / step / 1e9:,.1f} "
+        f"useful GFLOP/s,\n{flops / step / peak:.0%} of the {peak / 1e9:,.1f} of a {PEAK_SIDE} x {PEAK_SIDE} product"
     )
     yield {
         "model": name, "rows": rows, "length": length, "seconds": step, "tokens_per_second": rows * length / step,

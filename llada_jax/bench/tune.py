@@ -1,8 +1,8 @@
-"""What each choice of tile sizes costs the attention kernel: by the compiler's estimate, or timed on a device.
+"""The cost of the attention kernel for each choice of tile sizes: estimated by the compiler, or timed on a device.
 
-The work is that of the bench: 16 fixed rows of 4096 tokens for each kind of documents, forward and backward; or a
-decoding batch against caches of 8192. A candidate is compiled once for each pass; the compiler's cycles are the
-kernel's alone, as what XLA does around it does not depend on the tiles.
+The work is that of the bench: 16 fixed rows of 4096 tokens per kind of documents, forward and backward; or a decoding
+batch against caches of 8192. A candidate is compiled once per pass. The compiler's cycles are the kernel's alone, since
+XLA's work around it does not depend on the tiles.
 """
 
 import dataclasses
@@ -21,8 +21,8 @@ from llada_jax.bench.attention import (
     HEADS,
     KV_HEADS,
     attention_kernels,
-    kernel_classes,
-    kernel_walks,
+    counts_per_row,
+    kernel_regions,
     total_cycles,
 )
 from llada_jax.bench.timing import least_seconds
@@ -35,7 +35,7 @@ PASSES = {"row": ("forward", "backward"), "decode": ("decode",)}
 LENGTHS = {"row": 4096, "decode": 8192}
 REPEATS = 5
 
-# Cost of (pass, Tiles): one number.
+# (pass, Tiles) -> cost.
 Price = Callable[[str, Tiles], float]
 
 
@@ -51,7 +51,7 @@ def ranking(entries: Iterable[TileEntry], price: Price, unit: str, report: Calla
 
     report: is told each price as it is found. Passes are priced once for all entries that differ only in the other.
     """
-    found: dict[tuple, float | None] = {}
+    costs: dict[tuple, float | None] = {}
     ranked = []
     for entry in entries:
         queries = BLOCK_SIZE if entry.shape == "decode" else 2 * LENGTHS["row"]
@@ -59,16 +59,16 @@ def ranking(entries: Iterable[TileEntry], price: Price, unit: str, report: Calla
         for name in PASSES[entry.shape]:
             chunks = tiles.backward if name == "backward" else tiles.forward
             key = name, tiles.queries, tiles.chunk, chunks
-            if key not in found:
+            if key not in costs:
                 label = f"{name:8} rows {entry.rows:4} chunk {tiles.chunk:3} x {chunks}"
                 try:
                     # What the other pass takes does not matter.
-                    found[key] = price(name, Tiles(tiles.queries, chunks, chunks, tiles.chunk))
-                    report(f"{label}: {found[key]:.4g} {unit}")
+                    costs[key] = price(name, Tiles(tiles.queries, chunks, chunks, tiles.chunk))
+                    report(f"{label}: {costs[key]:.4g} {unit}")
                 except (InputError, ValueError) as error:  # the compiler's, or of a schedule that cannot be told apart
-                    found[key] = None
+                    costs[key] = None
                     report(f"{label}: refused: {error}")
-            cost[name] = found[key]
+            cost[name] = costs[key]
         if None not in cost.values():
             ranked.append(dataclasses.replace(entry, cost=cost))
     return sorted(ranked, key=total)
@@ -79,18 +79,18 @@ def total(entry: TileEntry) -> float:
 
 
 def estimated(topology: str, head_dim: int) -> Price:
-    """Cycles of the busiest core of one device, by the compiler's schedules, over all kinds of documents."""
+    """A Price in cycles of a device's busiest core, by the compiler's schedules, summed over all kinds of documents."""
     chip = parse_topology(topology).chip
 
     def price(name: str, tiles: Tiles) -> float:
         length = LENGTHS["decode" if name == "decode" else "row"]
         arguments = {"implementation": "llada", "direction": name, "length": length, "head_dim": head_dim}
         arguments["tiles"] = dataclasses.asdict(tiles)
-        (schedule,) = attention_kernels(compile_program("llada_jax.bench.attention:program", arguments, topology))
+        (schedule,) = attention_kernels(compile_program("llada_jax.bench.attention:pass_program", arguments, topology))
 
         def cycles(mean: int) -> float:
-            walks = kernel_walks(name, length, mean, head_dim, tiles)
-            return total_cycles(kernel_classes(schedule, walks, attention_program.REGIONS[name], chip)[1])
+            counts = counts_per_row(name, length, mean, head_dim, tiles)
+            return total_cycles(kernel_regions(schedule, counts, attention_program.REGIONS[name], chip)[1])
 
         return sum(map(cycles, (0,) if name == "decode" else packings.MEANS))
 
@@ -98,7 +98,10 @@ def estimated(topology: str, head_dim: int) -> Price:
 
 
 def timed(head_dim: int, interpret: bool = False, lengths=LENGTHS, batch: int = packings.ROWS) -> Price:
-    """Seconds on the device at hand, the least of REPEATS, over all kinds of documents. Smaller work is for tests."""
+    """A Price in seconds on the current device, minimum of REPEATS, summed over all kinds of documents.
+
+    lengths, batch: smaller work, for tests.
+    """
 
     def price(name: str, tiles: Tiles) -> float:
         length = lengths["decode" if name == "decode" else "row"]

@@ -1,4 +1,4 @@
-"""From the tensors of a checkpoint to arrays: stacked for scan, on the host's default device or sharded over a mesh."""
+"""Reads the tensors of a checkpoint as arrays: stacked for scan, on the default device or sharded over a mesh."""
 
 import os
 from collections.abc import Sequence
@@ -53,29 +53,30 @@ def read_whole(reader: TensorReader, names: Names, dtype=None, verify: bool = Tr
 
 
 def read_sharded(
-    reader: TensorReader, wanted: Sequence[tuple[Names, jax.sharding.Sharding]], verify: bool = True
+    reader: TensorReader, layouts: Sequence[tuple[Names, jax.sharding.Sharding]], verify: bool = True
 ) -> list[jax.Array]:
-    """Arrays laid out as asked; each process reads the parts that its devices hold. Digests are taken on the devices.
+    """Reads each tensor or stack with its sharding; each process reads the parts of its own devices.
 
-    Every process must make the same call. Raises DamagedError on every process when it is raised on one.
+    verify: digests are computed on the devices. Every process must make the same call. Raises DamagedError on every
+    process if one of them raises it.
     """
     elsewhere = f"checkpoint {reader.directory}: damaged, as another process found"
     loaded, error = [], None
     try:
-        loaded = [_read_sharded(reader, names, sharding) for names, sharding in wanted]
+        loaded = [_read_sharded(reader, names, sharding) for names, sharding in layouts]
     except DamagedError as caught:
         error = caught
     agree(error, elsewhere)
     if verify:
-        found = digest.device_digests(loaded, [not isinstance(names, str) for names, _ in wanted])
-        for (names, _), digests in zip(wanted, found, strict=True):
+        computed = digest.device_digests(loaded, [not isinstance(names, str) for names, _ in layouts])
+        for (names, _), digests in zip(layouts, computed, strict=True):
             for name, each in zip((names,) if isinstance(names, str) else names, digests, strict=True):
                 reader.check(name, each)  # the same on every process
     return loaded
 
 
 def agree(error: Exception | None, elsewhere: str) -> None:
-    """Raises `error`, or DamagedError(elsewhere) when another process has one; a barrier of all processes."""
+    """Raises `error`, or DamagedError(elsewhere) if another process has an error. A barrier for all processes."""
     failed = error is not None
     if jax.process_count() > 1:
         failed = bool(np.any(multihost_utils.process_allgather(np.array(failed))))
@@ -92,7 +93,7 @@ def cast_sharded(array: jax.Array, dtype) -> jax.Array:
 
 
 def stack_of(reader: TensorReader, names: Names) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and dtype of what `names` make. Raises DamagedError when a tensor is missing or does not fit the stack."""
+    """Shape and dtype of a tensor or stack. Raises DamagedError if a tensor is missing or does not fit the stack."""
     one = isinstance(names, str)
     entries = []
     for name in (names,) if one else names:

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, in lines: its tree, its step, and where it came from. Reads no weights."""
+"""Describes a checkpoint in lines of text: its tensors, its step and its lineage. Reads no weights."""
 
 import base64
 import json
@@ -11,15 +11,15 @@ from llada_jax.checkpoint import files, weights
 from llada_jax.model.config import ModelConfig
 
 
-def describe(directory: epath.Path) -> Iterator[str]:
-    """Lines of text. Raises InputError naming what is missing or damaged."""
+def describe_checkpoint(directory: epath.Path) -> Iterator[str]:
+    """Yields lines of text. Raises InputError naming what is missing or damaged."""
     digests = files.read_digests(directory)
-    held, header = weights.read_held(directory), weights.read_header(directory)
-    model = held if isinstance(held, ModelConfig) else held.model
+    stored, header = weights.read_stored_config(directory), weights.read_header(directory)
+    model = stored if isinstance(stored, ModelConfig) else stored.model
     yield f"checkpoint {directory}, sha256 {digests.sha256}"
     yield f"model: {model.architecture}, alignment {model.alignment}, mask token id {model.mask_token_id}"
-    if model is not held:
-        yield f"adapters: rank {held.rank}, alpha {held.alpha} on {', '.join(held.targets)} of {held.base}"
+    if model is not stored:
+        yield f"adapters: rank {stored.rank}, alpha {stored.alpha} on {', '.join(stored.targets)} of {stored.base}"
     if "train_state.json" in digests.files:
         state = json.loads(files.read_file(directory, digests, "train_state.json"))
         yield f"step {state['step']}" + ("" if state.get("score") is None else f", score {state['score']:.6g}")
@@ -33,7 +33,7 @@ def describe(directory: epath.Path) -> Iterator[str]:
 
 
 def _lineage(lineage: dict) -> Iterator[str]:
-    """One line for each stage, the last one first."""
+    """One line per stage, the last one first."""
     while lineage:
         source = lineage.get("source")
         if "config" in lineage:
@@ -53,7 +53,7 @@ def _short(values: dict) -> str:
     return f"({', '.join(f'{key} {value}' for key, value in values.items())})" if values else ""
 
 
-def _table(folder: str, entries: dict[str, files.Entry], shardings: dict[str, str]) -> Iterator[str]:
+def _table(folder: str, entries: dict[str, files.TensorEntry], shardings: dict[str, str]) -> Iterator[str]:
     rows = [("tensor", "shape", "dtype", "bytes", "digest", "sharding")]
     for name, entry in entries.items():
         shape = "[" + ", ".join(map(str, entry.shape)) + "]"
@@ -68,14 +68,14 @@ def _table(folder: str, entries: dict[str, files.Entry], shardings: dict[str, st
 
 
 def _shardings(folder: epath.Path) -> dict[str, str]:
-    """{tensor: how it lay when it was saved}, of the file that Orbax writes; {} without one."""
+    """{tensor: its sharding when it was saved}, from the file that Orbax writes; {} without one."""
     path = folder / "_sharding"
     if not path.exists():
         return {}
-    found = {}
+    shardings = {}
     for name, text in json.loads(path.read_text()).items():
         value = json.loads(text)
         mesh = ", ".join(f"{a}={n}" for a, n in zip(value.get("axis_names", []), value.get("shape", []), strict=False))
         spec = value.get("partition_spec", value.get("sharding_type"))
-        found[base64.b64decode(name).decode()] = f"{json.dumps(spec)}" + (f" on {mesh}" if mesh else "")
-    return found
+        shardings[base64.b64decode(name).decode()] = f"{json.dumps(spec)}" + (f" on {mesh}" if mesh else "")
+    return shardings

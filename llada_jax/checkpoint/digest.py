@@ -1,12 +1,12 @@
-"""Digests of tensors: a sum over elements, so that the shards of an array add up to the whole on any mesh.
+"""Digests of tensors: sums over elements, so that the shards of an array add up to the whole on any mesh.
 
     digest(x) = (sum h1(i, x_i) mod 2^32, sum h2(i, x_i) mod 2^32)        written as 16 hex digits
 
 x_i are the bits of element i, zero-extended to 32 bits (a 64-bit element counts as two), and i is its row-major index
 in the whole tensor. Given i, h1 and h2 are bijections of the bits: an element that changes always changes both sums.
 
-The index is a pair of 32-bit words: (row, place), `place` running over the trailing dimensions that hold at most 2^32
-elements and `row` over the others (0 for any tensor below that size). It enters as key(place mod 2^15) and
+The index is a pair of 32-bit words (row, place): `place` runs over the trailing dimensions with at most 2^32 elements,
+and `row` over the others (0 for any tensor below that size). It enters as key(place mod 2^15) and
 salt(row, place div 2^15).
 """
 
@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 _CHUNK_BITS = 15  # part of the definition
 _CHUNK = 1 << _CHUNK_BITS
-# What numpy sums at once: its temporaries stay in the cache. Rows of a compiled call, and the least width of one.
+# Elements that numpy sums at once, so that temporaries stay in the cache; rows and minimum width of a compiled call.
 _NUMPY_ELEMENTS, _SCANNED_ROWS, _SCANNED_WIDTH = 1 << 15, (512, 64), 1 << 12
 _U16, _U15 = np.uint32(16), np.uint32(15)
 # The finaliser of lowbias32 (Wellons), then odd constants of our own.
@@ -30,15 +30,15 @@ _C1, _C2, _C3, _C4 = (np.uint32(c) for c in (0x7FEB352D, 0x846CA68B, 0x9E3779B1,
 
 
 def digest(array: np.ndarray) -> str:
-    """16 hex digits for a numpy array of any shape, with elements of 1, 2, 4 or 8 bytes. Raises TypeError else."""
+    """16 hex digits for a numpy array of any shape with elements of 1, 2, 4 or 8 bytes; otherwise raises TypeError."""
     return to_hex(host_lanes(np.asarray(array)))
 
 
 def lanes(array, xp=jnp, start: tuple[int, ...] | None = None, shape: tuple[int, ...] | None = None):
-    """The two sums of `array`, uint32 [2]; traceable under jit with xp=jax.numpy, also on sharded arrays.
+    """The two sums of `array`, uint32 [2]. With xp=jax.numpy traceable under jit, also on sharded arrays.
 
-    `array` may be a piece of a tensor: `shape` is then the shape of the whole and `start` the index of the piece's
-    first element in it. The lanes of the pieces add up (mod 2^32) to those of the whole.
+    `array` may be a piece of a tensor: `shape` is then the shape of the whole, and `start` the index of the piece's
+    first element. The lanes of the pieces add up (mod 2^32) to those of the whole.
     """
     words, start, shape = _placed(array, xp, start, shape)
     leading = _leading(shape)
@@ -50,9 +50,9 @@ def lanes(array, xp=jnp, start: tuple[int, ...] | None = None, shape: tuple[int,
 def host_lanes(
     piece: np.ndarray, start: tuple[int, ...] | None = None, shape: tuple[int, ...] | None = None
 ) -> np.ndarray:
-    """`lanes` of a numpy array in host memory, uint32 [2], without copies of its size.
+    """`lanes` of a numpy array in host memory, uint32 [2], without a copy of its size.
 
-    Most of it is summed by one fused loop on the CPU device, at some GB/s a core and without Python's lock.
+    A fused loop on the CPU device sums most of it, at some GB/s per core and without Python's lock.
     """
     words, start, shape = _placed(piece, np, start, shape)
     leading = _leading(shape)
@@ -65,7 +65,7 @@ def host_lanes(
 
 
 def _placed(array, xp, start, shape):
-    """(words, start, shape) of a piece, or of the whole when no shape is given."""
+    """(words, start, shape) of a piece; without a shape, of the whole."""
     words = _words(array, xp)
     extra = words.shape[array.ndim :]
     if shape is None:
@@ -74,7 +74,7 @@ def _placed(array, xp, start, shape):
 
 
 def _runs(words: np.ndarray, start, shape) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(runs [n, width], place of the first element of each [n]): what lies in the piece as it lies in the whole."""
+    """Yields (runs [n, width], place of each run's first element [n]): parts that are contiguous in the whole."""
     if not words.size:
         return
     split = words.ndim
@@ -111,7 +111,7 @@ def _sum_runs(runs: np.ndarray, row: np.ndarray, places: np.ndarray) -> np.ndarr
 
 @jax.jit
 def _scan_sums(runs, row, places):
-    """Sums of runs [n, width] uint, row [] and places [n] uint32."""
+    """The sums, uint32 [2], of runs [n, width] uint with row [] and places [n] uint32."""
     steps = jax.lax.iota(jnp.uint32, runs.shape[1])
 
     def add(total, one):
@@ -123,7 +123,7 @@ def _scan_sums(runs, row, places):
 
 @functools.cache
 def cpu_device() -> jax.Device | None:
-    """The CPU device, or None where JAX was told to have none (JAX_PLATFORMS=tpu): numpy then does it all."""
+    """The CPU device; None if JAX has none (JAX_PLATFORMS=tpu), and numpy does everything."""
     try:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError:
@@ -131,9 +131,9 @@ def cpu_device() -> jax.Device | None:
 
 
 def shard_lanes(array: jax.Array) -> np.ndarray:
-    """The lanes of the shards that this process holds, uint32 [2]; over all processes they add up to the whole.
+    """The lanes of this process's shards, uint32 [2]; over all processes they add up to those of the whole.
 
-    Every replica but one is left out. Computed on the host.
+    Counts one replica of each shard. Computed on the host.
     """
     total = np.zeros(2, np.uint32)
     for shard in array.addressable_shards:
@@ -146,12 +146,12 @@ def shard_lanes(array: jax.Array) -> np.ndarray:
 def device_digests(
     arrays: Sequence[jax.Array], stacked: Sequence[bool] | None = None, on_host: bool | None = None
 ) -> list[list[str]]:
-    """Digests of arrays where they live: [digest], or one for each index of the first axis where stacked.
+    """Digests of arrays on their devices: per array [digest], or one digest per index of the first axis if stacked.
 
-    Every process must make the same calls. Each device sums its own shard, and the host adds: there is no collective
-    on the devices, so that any number of arrays is in flight at once. on_host: as host_lanes does it, which on CPU
-    spares compiling (the default there); it needs the whole array in this process. Raises ValueError when the first
-    axis of a stacked array is sharded over devices.
+    Every process must make the same calls. Each device sums its own shard and the host adds them. Without collectives
+    on the devices, any number of arrays can be in flight at once. on_host: computed as by host_lanes, which needs the
+    whole array in this process and, on CPU, avoids compiling (the default there). Raises ValueError if the first axis
+    of a stacked array is sharded over devices.
     """
     stacked = [False] * len(arrays) if stacked is None else stacked
     in_flight = [_start(array, each, on_host) for array, each in zip(arrays, stacked, strict=True)]
@@ -163,7 +163,7 @@ def device_digests(
 
 
 def _start(array: jax.Array, stacked: bool, on_host: bool | None):
-    """The lanes of each shard, [*mesh, n, 2] by the coordinates of its device; of the whole array, [n, 2]."""
+    """The lanes per shard, [*mesh, n, 2] by device coordinates; or of the whole array, [n, 2]."""
     devices = array.sharding.device_set
     if on_host is None:
         on_host = array.is_fully_addressable and next(iter(devices)).platform == "cpu"
@@ -207,8 +207,8 @@ def _axes_of_dims(sharding: NamedSharding, ndim: int) -> list[tuple[str, ...]]:
 
 
 def _addressable_sum(partial, sharding) -> np.ndarray:
-    """What this process adds to the digests, uint32 [n, 2]: every element is counted by one process, once."""
-    if sharding.is_fully_addressable and jax.process_index() != 0:  # every process holds one like it
+    """This process's part of the digests, uint32 [n, 2]; every element is counted once, by one process."""
+    if sharding.is_fully_addressable and jax.process_index() != 0:  # every process has the same array
         return np.zeros(partial.shape[-2:], np.uint32)
     if partial.ndim == 2:
         return np.asarray(partial)
@@ -234,7 +234,7 @@ def from_hex(text: str) -> np.ndarray:
 
 
 def _words(array, xp):
-    """The bits as uint8, uint16 or uint32, same shape; [..., 2] of uint32 for 64-bit elements."""
+    """The bits as uint8, uint16 or uint32 of the same shape; uint32 [..., 2] for 64-bit elements."""
     size = np.dtype(array.dtype).itemsize
     # Sub-byte types report one byte but have no byte layout that numpy and XLA share.
     if size not in (1, 2, 4, 8) or "int4" in str(array.dtype) or "int2" in str(array.dtype):
@@ -249,7 +249,7 @@ def _words(array, xp):
 
 
 def _leading(shape: tuple[int, ...]) -> int:
-    """How many leading dimensions make up `row`."""
+    """The number of leading dimensions that form `row`."""
     return next(n for n in range(len(shape) + 1) if math.prod(shape[n:]) <= 2**32)
 
 
@@ -276,7 +276,7 @@ def _salt(row, chunk):
 
 
 def _sums(bits, row, place, xp):
-    """The two sums, `row` and `place` broadcastable against `bits`; h2 continues from h1, keyed again."""
+    """The two sums; `row` and `place` broadcast against `bits`. h2 continues from h1 and is keyed again."""
     key = _finalise(place & np.uint32(_CHUNK - 1))
     h1 = _finalise((bits + key) + _salt(row, place >> _U15))
     h2 = (h1 + key) * _C4

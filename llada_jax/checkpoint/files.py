@@ -1,11 +1,11 @@
-"""Files of a checkpoint directory, below the level of models: tensors, their digests, and the mark of completeness.
+"""Files of a checkpoint directory, without knowledge of models: tensors, digests, and the mark of completeness.
 
 config.json       {"format": 1, "model": {...}, "lineage": {...}}; in a LoRA run also "lora": {...}
 tokenizer/        the tokenizer's files, when it has one
 params/           one tensor per layer and expert stack ("layers.007.query"), in Orbax's layout (OCDBT, zarr); in a
                   LoRA run those of the adapters
 optimizer/        training only: the optimizer's state, in Orbax's layout
-train_state.json  training only: what the trainer gave
+train_state.json  training only: the trainer's own values
 digests.json      written last; a directory without it is incomplete
 """
 
@@ -30,7 +30,7 @@ DIGESTS = "digests.json"
 TENSOR_FOLDERS = ("params", "optimizer")
 # Small enough that a host of a pod reads little beside its own shards, large enough for an object store.
 CHUNK_BYTES = 16 * 2**20
-# What is read, converted and written at once.
+# Read, converted and written at once.
 SLAB_BYTES = 32 * 2**20
 _OCDBT_NAMES = ("manifest.ocdbt", "d")
 
@@ -40,8 +40,8 @@ class DamagedError(InputError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
-    """What digests.json says of one tensor."""
+class TensorEntry:
+    """The record of one tensor in digests.json."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -54,22 +54,22 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Digests:
-    """Contents of digests.json: sha256 of each small file, an Entry for each tensor of each folder, and its own sha256,
+    """Contents of digests.json: sha256 of each small file, a TensorEntry per tensor of each folder, and its own sha256,
     which identifies the checkpoint.
     """
 
     files: dict[str, str]
-    tensors: dict[str, dict[str, Entry]]  # {"params": {"layers.007.query": Entry}, "optimizer": {...}}
+    tensors: dict[str, dict[str, TensorEntry]]  # {"params": {"layers.007.query": TensorEntry}, "optimizer": {...}}
     sha256: str
 
 
 def is_local(path: epath.Path) -> bool:
-    """Not on an object store, which cannot rename directories."""
+    """Whether a path is not on an object store, which cannot rename directories."""
     return "://" not in os.fspath(path)
 
 
 def absolute(path: str | os.PathLike) -> epath.Path:
-    """Orbax takes no other."""
+    """An absolute path; Orbax accepts no other."""
     path = os.fspath(path)
     return epath.Path(path if "://" in path else os.path.abspath(path))
 
@@ -78,12 +78,12 @@ def is_complete(directory: epath.Path) -> bool:
     return (directory / DIGESTS).exists()
 
 
-def entry(array: np.ndarray, hex_digest: str | None = None) -> Entry:
-    return Entry(tuple(array.shape), np.dtype(array.dtype), hex_digest or digest(array))
+def entry_of(array: np.ndarray, hex_digest: str | None = None) -> TensorEntry:
+    return TensorEntry(tuple(array.shape), np.dtype(array.dtype), hex_digest or digest(array))
 
 
 def sync(directory: epath.Path) -> None:
-    """Returns when every file of a local directory is on the disk."""
+    """Flushes every file of a local directory to the disk."""
     for folder, _, names in os.walk(directory):
         for name in names:
             with open(os.path.join(folder, name), "rb") as file:
@@ -97,7 +97,7 @@ def write_json(path: epath.Path, value) -> None:
     path.write_text(json.dumps(value, indent=1) + "\n")
 
 
-def finish(directory: epath.Path, tensors: dict[str, dict[str, Entry]]) -> None:
+def finish(directory: epath.Path, tensors: dict[str, dict[str, TensorEntry]]) -> None:
     """Writes digests.json, which makes the directory a checkpoint; every other file must be there already."""
     files = {name: _sha256((directory / name).read_bytes()) for name in sorted(_small_files(directory))}
     described = {
@@ -123,29 +123,31 @@ def read_digests(directory: epath.Path) -> Digests:
     if body["format"] != FORMAT:
         raise InputError(f"checkpoint {directory}: format {body['format']!r}, expected {FORMAT}")
     tensors = {
-        folder: {name: Entry(tuple(shape), jnp.dtype(dtype), hex_) for name, (shape, dtype, hex_) in entries.items()}
+        folder: {
+            name: TensorEntry(tuple(shape), jnp.dtype(dtype), hex_) for name, (shape, dtype, hex_) in entries.items()
+        }
         for folder, entries in body["tensors"].items()
     }
     return Digests(body["files"], tensors, expected)
 
 
 def read_file(directory: epath.Path, digests: Digests, name: str) -> bytes:
-    """Bytes of a small file. Raises DamagedError naming it when it is missing or its sha256 differs."""
+    """Bytes of a small file. Raises DamagedError naming the file if it is missing or its sha256 differs."""
     if name not in digests.files:
         raise DamagedError(f"checkpoint {directory}: there is no {name}")
     try:
         data = (directory / name).read_bytes()
     except OSError as error:
         raise DamagedError(f"checkpoint {directory}: {name} cannot be read ({_first_line(error)})") from error
-    if (found := _sha256(data)) != digests.files[name]:
+    if (actual := _sha256(data)) != digests.files[name]:
         raise DamagedError(
-            f"checkpoint {directory}: {name} is damaged (sha256 {found[:16]}… expected {digests.files[name][:16]}…)"
+            f"checkpoint {directory}: {name} is damaged (sha256 {actual[:16]}… expected {digests.files[name][:16]}…)"
         )
     return data
 
 
 def _small_files(directory: epath.Path, prefix: str = "") -> list[str]:
-    """Names, relative to the checkpoint, of all files but the tensors' data, which have digests of their own."""
+    """Names, relative to the checkpoint, of all files except tensor data, which has its own digests."""
     names = []
     for path in directory.iterdir():
         if path.is_dir() and not (prefix and _is_ocdbt(path.name)):
@@ -175,10 +177,10 @@ def _first_line(error: Exception) -> str:
 
 
 class TensorWriter:
-    """Writes the tensors of one folder, slab by slab, so that Orbax restores them as a flat dict. Thread-safe.
+    """Writes the tensors of one folder slab by slab, in a layout that Orbax restores as a flat dict. Thread-safe.
 
-    Orbax's own partial save keeps a database per call and reads every earlier one at each call; writing into a single
-    database takes the same time for any number of tensors.
+    Orbax's own partial save keeps one database per call and reads all earlier ones on each call. A single database
+    keeps the time per tensor constant.
     """
 
     def __init__(self, folder: epath.Path):
@@ -186,9 +188,7 @@ class TensorWriter:
         self._folder, self._context = folder, ts.Context({"file_io_sync": False})  # sync() does it once
 
     def write(self, leaf, first: int, value: np.ndarray) -> ts.Future:
-        """Begins to write `value` from index `first` on along leaf.axis; `value` must not change before the future's
-        result is there.
-        """
+        """Starts writing `value` at index `first` along leaf.axis; `value` must not change until the future is done."""
         spec = {"driver": "zarr", "kvstore": _kvstore(self._folder, leaf.name), "metadata": {"compressor": None}}
         layout = ts.ChunkLayout(chunk_shape=_chunk_shape(leaf.shape, leaf.dtype.itemsize, leaf.axis))
         store = ts.open(
@@ -196,8 +196,8 @@ class TensorWriter:
             chunk_layout=layout, write=True,
         ).result()  # fmt: skip
         if leaf.shape:
-            where = (slice(None),) * leaf.axis + (slice(first, first + value.shape[leaf.axis]),)
-            store = store[where]
+            index = (slice(None),) * leaf.axis + (slice(first, first + value.shape[leaf.axis]),)
+            store = store[index]
         return store.write(value, can_reference_source_data_indefinitely=True)
 
     def close(self, names: Sequence[str]) -> None:
@@ -221,7 +221,7 @@ class TensorWriter:
 class TensorReader:
     """Reads the tensors of one folder of a checkpoint, whole or in part."""
 
-    def __init__(self, directory: epath.Path, folder: str, entries: dict[str, Entry]):
+    def __init__(self, directory: epath.Path, folder: str, entries: dict[str, TensorEntry]):
         self.directory, self.folder, self.entries = directory, folder, entries
         # A cache for the database's inner nodes; what is read once need not pass through the system's.
         cache = {"total_bytes_limit": 64 * 2**20}
@@ -229,19 +229,19 @@ class TensorReader:
         self._stores = {}
 
     def read(self, name: str, index: tuple[slice, ...] = (), verify: bool = False) -> np.ndarray:
-        """The tensor, or the part `index` of it. Raises DamagedError naming the tensor.
+        """Reads the tensor, or the part `index` of it. Raises DamagedError naming the tensor.
 
-        verify compares digests (whole tensors only).
+        verify: compares the digest (whole tensors only).
         """
         expected = self.entries.get(name)
         if expected is None:
             raise DamagedError(f'checkpoint {self.directory}: there is no tensor "{self._label(name)}"')
         store = self._attempt(name, lambda: self._open(name))
-        found = (tuple(store.shape), store.dtype.numpy_dtype)
+        actual = (tuple(store.shape), store.dtype.numpy_dtype)
         value = self._attempt(name, lambda: np.asarray((store[index] if index else store).read().result()))
-        if found != (expected.shape, expected.dtype):
+        if actual != (expected.shape, expected.dtype):
             raise DamagedError(
-                f'checkpoint {self.directory}: tensor "{self._label(name)}" is damaged: {found[1]} {list(found[0])}, '
+                f'checkpoint {self.directory}: tensor "{self._label(name)}" is damaged: {actual[1]} {list(actual[0])}, '
                 f"expected {expected.dtype} {list(expected.shape)}"
             )
         if verify:
@@ -259,20 +259,20 @@ class TensorReader:
         return VerifiedSlabs(self)
 
     def slab_length(self, name: str, axis: int) -> int:
-        """Indices along `axis` to read at once: about SLAB_BYTES, and whole chunks. Raises DamagedError."""
+        """How many indices along `axis` make a slab of about SLAB_BYTES in whole chunks. Raises DamagedError."""
         expected = self.entries[name]
         if not expected.shape:
             return 1
-        wanted = slab_length(expected.shape, expected.dtype.itemsize, axis)
+        length = slab_length(expected.shape, expected.dtype.itemsize, axis)
         chunk = self._attempt(name, lambda: self._open(name).chunk_layout.read_chunk.shape[axis])
-        return max(chunk, wanted // chunk * chunk)
+        return max(chunk, length // chunk * chunk)
 
-    def check(self, name: str, found: str) -> None:
-        """Raises DamagedError naming the tensor unless `found` is its digest."""
-        if found != (expected := self.entries[name].digest):
+    def check(self, name: str, actual: str) -> None:
+        """Raises DamagedError naming the tensor unless `actual` is its digest."""
+        if actual != (expected := self.entries[name].digest):
             raise DamagedError(
                 f'checkpoint {self.directory}: tensor "{self._label(name)}" is damaged '
-                f"(digest {found} expected {expected})"
+                f"(digest {actual} expected {expected})"
             )
 
     def _attempt(self, name: str, action: Callable):
@@ -294,8 +294,8 @@ class TensorReader:
 
 
 class VerifiedSlabs:
-    """One pass over the tensors of a reader in slabs, in any order and from any thread: whoever reads the last slab of
-    a tensor compares the tensor's digest.
+    """Reads the tensors of a reader once, in slabs, in any order and from any thread. The call that reads the last slab
+    of a tensor checks its digest.
     """
 
     def __init__(self, reader: TensorReader):
@@ -318,7 +318,7 @@ class VerifiedSlabs:
 
 
 def verify_tensors(directory: epath.Path, digests: Digests, folders: Iterable[str]) -> Iterable[str]:
-    """Problems of the tensors, one line each; reads them one by one."""
+    """Yields one line per damaged tensor; reads the tensors one by one."""
     for folder in folders:
         reader = TensorReader(directory, folder, digests.tensors.get(folder, {}))
         for name in reader.entries:
@@ -335,20 +335,20 @@ def _kvstore(folder: epath.Path, name: str) -> dict:
 
 
 def slab_length(shape: tuple[int, ...], itemsize: int, axis: int) -> int:
-    """Indices along `axis` that hold about SLAB_BYTES, a power of two."""
+    """The number of indices along `axis`, a power of two, that hold about SLAB_BYTES."""
     size = shape[axis] if shape else 1
     each = math.prod(shape) // max(size, 1) * itemsize
     return 1 << max(0, (SLAB_BYTES // max(each, 1)).bit_length() - 1)
 
 
 def holds_experts(shape: Sequence[int]) -> bool:
-    """Whether a tensor of this shape, of one layer, is a stack of experts: its chunks are then cut along them."""
+    """Whether a layer's tensor of this shape is a stack of experts, whose chunks are cut along the experts."""
     return len(shape) == 3
 
 
 def _chunk_shape(shape: tuple[int, ...], itemsize: int, axis: int) -> list[int]:
-    """A slab, halved until a chunk is small: a stack of experts along them, as they go to different devices, all else
-    along its longest side, as a mesh may split any axis. No chunk belongs to two slabs.
+    """Halves a slab until a chunk has at most CHUNK_BYTES. A stack of experts is halved along the experts, which go to
+    different devices; any other tensor along its longest side, as a mesh may split any axis. No chunk spans two slabs.
     """
     chunk = [max(1, size) for size in shape]
     if chunk:

@@ -1,11 +1,11 @@
-"""Steps of LoRA runs: the weights of a checkpoint that holds adapters only.
+"""Weights of LoRA steps: checkpoints that hold adapters only.
 
-A step of a LoRA run holds A and B of each adapted weight, their optimizer state, and in config.json the directory of
-the base and the sha256 of its digests.json. Whoever asks for the weights of such a step gets the base's tensors with
-the low-rank terms added (model/lora.py), in float32: in the bfloat16 of a base most of a small update is less than
-half a unit in the last place, and lost. Weights that are to stay narrower keep the adapters beside them, unmerged, as
-in training (`attached`), which costs no memory: the adaptable weights of mini (16B), 0.3 B, would take 0.6 GB more in
-float32. Whoever writes merged weights rounds them once (`Rounding`).
+A LoRA step holds A and B of each adapted weight and their optimizer state. Its config.json names the directory of the
+base and the sha256 of the base's digests.json. Reading its weights returns the base's tensors with the low-rank terms
+added (model/lora.py), in float32: in a bfloat16 base, most of a small update is below half a unit in the last place and
+would be lost. Weights that must stay narrower keep the adapters beside them, unmerged, as in training (`attached`).
+That costs no memory; the adaptable weights of mini (16B), 0.3 B, would take 0.6 GB more in float32. Merged weights are
+rounded once, when they are written (`Rounding`).
 """
 
 import dataclasses
@@ -24,24 +24,24 @@ from llada_jax.model.lora import Lora
 
 
 def base_of(adapters: Lora, directory: epath.Path) -> epath.Path:
-    """Directory of the base of the step in `directory`. Raises InputError when it is gone or another one."""
+    """Directory of the base of the step in `directory`. Raises InputError if it is missing or has changed."""
     base = epath.Path(adapters.base)
     try:
-        found = files.read_digests(base).sha256
+        digest = files.read_digests(base).sha256
     except files.DamagedError as error:
         raise InputError(f"checkpoint {directory}: the base of its adapters cannot be read: {error}") from error
-    if found != adapters.base_digest:
+    if digest != adapters.base_digest:
         raise InputError(
-            f"checkpoint {directory}: the base of its adapters, {base}, has changed since (sha256 {found[:16]}… "
+            f"checkpoint {directory}: the base of its adapters, {base}, has changed since (sha256 {digest[:16]}… "
             f"expected {adapters.base_digest[:16]}…)"
         )
     return base
 
 
 class MergedReader:
-    """Reads the tensors of a LoRA step as those of a whole model, like a checkpoint_files.TensorReader.
+    """Reads the tensors of a LoRA step as those of a whole model, like a files.TensorReader.
 
-    Attributes: `entries`, of what is read: adapted tensors are float32; `stored`, of the base that has no adapters.
+    Attributes: `entries` of the tensors as read (adapted ones are float32); `stored`, entries of the innermost base.
     """
 
     def __init__(self, lora: Lora, base: "files.TensorReader | MergedReader", adapters: files.TensorReader):
@@ -56,7 +56,7 @@ class MergedReader:
         return lora.adapter_names(name)[0] in self.adapters.entries
 
     def read(self, name: str, verify: bool = False) -> np.ndarray:
-        """W + alpha / rank * A B in float32, or W where there is no adapter. Raises DamagedError naming the tensor."""
+        """W + alpha / rank * A B in float32, or W without an adapter. Raises DamagedError naming the tensor."""
         weight = self.base.read(name, verify=verify)
         if not self.adapts(name):
             return weight
@@ -69,22 +69,22 @@ class MergedReader:
     def slab_length(self, name: str, axis: int) -> int:
         return self.base.slab_length(name, axis)
 
-    def read_sharded(self, wanted, verify: bool = True) -> list[jax.Array]:
-        """As arrays.read_sharded: the base's parts are read where they lie and merged on the devices."""
-        merged = read_sharded(self.base, wanted, verify)
-        for i, (names, where) in enumerate(wanted):
+    def read_sharded(self, layouts, verify: bool = True) -> list[jax.Array]:
+        """As arrays.read_sharded: each process reads its parts of the base, and the devices merge them."""
+        merged = read_sharded(self.base, layouts, verify)
+        for i, (names, sharding) in enumerate(layouts):
             if self.adapts(_each(names)[0]):
-                merged[i] = self._merge_stack(merged[i], *self.read_stacks(names, where, verify))
+                merged[i] = self._merge_stack(merged[i], *self.read_stacks(names, sharding, verify))
         return merged
 
-    def read_stacks(self, names: arrays.Names, where, verify: bool = True) -> list[jax.Array]:
-        """A and B of a stack of weights that lies as `where` (None: on the default device), float32 [layers, ...], on
-        all of its devices.
+    def read_stacks(self, names: arrays.Names, sharding, verify: bool = True) -> list[jax.Array]:
+        """A and B of a stack of weights, float32 [layers, ...], replicated over the devices of the weights' `sharding`
+        (None: the default device).
         """
         stacks = list(zip(*(lora.adapter_names(name) for name in _each(names)), strict=True))
-        if where is None:
+        if sharding is None:
             return [arrays.read_whole(self.adapters, each, None, verify) for each in stacks]
-        whole = NamedSharding(where.mesh, PartitionSpec()) if isinstance(where, NamedSharding) else where
+        whole = NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else sharding
         return arrays.read_sharded(self.adapters, [(each, whole) for each in stacks], verify)
 
     def _merge_stack(self, weights: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -98,7 +98,7 @@ class MergedReader:
 
 
 class MergedSlabs:
-    """As checkpoint_files.VerifiedSlabs. An adapted weight is cut along its first output axis, as its B is along 1."""
+    """As files.VerifiedSlabs. An adapted weight is cut along its first output axis, which is axis 1 of its B."""
 
     def __init__(self, reader: MergedReader):
         self._reader, self._base = reader, reader.base.slabs()
@@ -111,7 +111,7 @@ class MergedSlabs:
         return lora.merge(weight.astype(np.float32), *self._pair(name, first, last), self._reader.lora.scale, np)
 
     def update(self, name: str, first: int, last: int) -> np.ndarray | None:
-        """What `read` has added to the base without adapters, float32; None where that is nothing."""
+        """What `read` adds to the base without adapters, float32; None if nothing."""
         below = self._base.update(name, first, last) if isinstance(self._base, MergedSlabs) else None
         if not self._reader.adapts(name):
             return below
@@ -125,13 +125,13 @@ class MergedSlabs:
 
 
 class Rounding:
-    """What is lost of the updates of adapters where merged weights are written in fewer bits. Thread-safe."""
+    """Measures how much of the adapters' update is lost when merged weights are rounded. Thread-safe."""
 
     def __init__(self):
         self._lock, self._lost, self._whole = threading.Lock(), 0.0, 0.0
 
     def round(self, exact: np.ndarray, update: np.ndarray | None, dtype: np.dtype) -> np.ndarray:
-        """`exact` in `dtype`. update: of update_of."""
+        """Returns `exact` in `dtype`. update: from update_of."""
         rounded = exact.astype(dtype, copy=False)
         if update is not None:
             base = (exact - update).astype(dtype)
@@ -142,7 +142,7 @@ class Rounding:
         return rounded
 
     def report(self) -> None:
-        """Prints the share, of the updates' root mean square, when there was something to lose."""
+        """Prints the lost share of the update's root mean square, if there was an update."""
         if self._whole:
             share = np.sqrt(self._lost / self._whole)
             print(f"rounding lost {share:.1%} of the adapters' update; --dtype=float32 keeps it", flush=True)
@@ -151,17 +151,17 @@ class Rounding:
 def update_of(
     slabs: "files.VerifiedSlabs | MergedSlabs", name: str, first: int, last: int, to: np.dtype
 ) -> np.ndarray | None:
-    """MergedSlabs.update for the slabs of either reader; None where float32 is written, which rounds nothing."""
+    """MergedSlabs.update for the slabs of either reader; None if float32 is written, since nothing is rounded."""
     return slabs.update(name, first, last) if isinstance(slabs, MergedSlabs) and to != np.float32 else None
 
 
-def stored_entries(reader: "files.TensorReader | MergedReader") -> dict[str, files.Entry]:
-    """The entries of the tensors as they lie in a checkpoint; those of a LoRA step lie in its base."""
+def stored_entries(reader: "files.TensorReader | MergedReader") -> dict[str, files.TensorEntry]:
+    """The entries of the tensors as stored; a LoRA step's are stored in its base."""
     return reader.stored if isinstance(reader, MergedReader) else reader.entries
 
 
 def levels(reader: "files.TensorReader | MergedReader") -> tuple[files.TensorReader, list[MergedReader]]:
-    """(the base without adapters, the LoRA steps on it, the first one first)."""
+    """Returns (the base without adapters, the LoRA steps on it, in the order they were trained)."""
     above = []
     while isinstance(reader, MergedReader):
         above.insert(0, reader)
@@ -170,9 +170,9 @@ def levels(reader: "files.TensorReader | MergedReader") -> tuple[files.TensorRea
 
 
 def attached(reader: MergedReader, params: dict, names: dict, shardings: dict | None, verify: bool) -> dict:
-    """`params`, the base of `reader` without adapters, with those of all LoRA steps on it beside its weights.
+    """Returns `params`, the innermost base of `reader`, with the adapters of all its LoRA steps beside the weights.
 
-    names: arrays.stacked_names of the model; shardings: as `params`, or None: the default device.
+    names: arrays.stacked_names of the model. shardings: a tree as `params`; None: the default device.
     """
     for step in levels(reader)[1]:
         adapters = {}
@@ -186,11 +186,11 @@ def attached(reader: MergedReader, params: dict, names: dict, shardings: dict | 
     return params
 
 
-def read_sharded(reader: files.TensorReader | MergedReader, wanted, verify: bool = True) -> list[jax.Array]:
+def read_sharded(reader: files.TensorReader | MergedReader, layouts, verify: bool = True) -> list[jax.Array]:
     """arrays.read_sharded for either reader."""
     if isinstance(reader, MergedReader):
-        return reader.read_sharded(wanted, verify)
-    return arrays.read_sharded(reader, wanted, verify)
+        return reader.read_sharded(layouts, verify)
+    return arrays.read_sharded(reader, layouts, verify)
 
 
 def _each(names: arrays.Names) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Top-k checkpoint merge (Section 4.3): the plain mean of the weights of the best checkpoints."""
+"""Top-k checkpoint merge (Section 4.3): the plain mean of the best checkpoints' weights."""
 
 import functools
 import os
@@ -18,10 +18,11 @@ from llada_jax.model.parameters import Parameter
 def merge_checkpoints(
     paths: Sequence[str | os.PathLike], out: str | os.PathLike, dtype: np.dtype | None = None
 ) -> None:
-    """Writes the mean of the checkpoints' weights at `out`, averaged in float32, slab by slab, digests verified.
+    """Writes the mean of the checkpoints' weights at `out`: averaged in float32, slab by slab, with digests verified.
 
-    The adapters of LoRA steps are merged in float32 too; what rounding then loses of them is printed. Model, tokenizer
-    and, unless `dtype` is given, dtypes are the first one's. Raises InputError when a checkpoint is damaged or of
+    Model and tokenizer are those of the first checkpoint, and so are the dtypes unless `dtype` is given. Adapters of
+    LoRA steps are merged in float32 first; the loss of the final rounding is printed. Raises InputError if a checkpoint
+    is damaged or of
     another model.
 
     Example:
@@ -70,25 +71,26 @@ def merge_checkpoints(
 
 
 def best_steps(workdir: str | os.PathLike, count: int) -> list[tuple[epath.Path, float]]:
-    """[(checkpoint, held-out NELBO)] of the `count` best saved steps, best first; the score is the one recorded with
-    the step, which config.checkpoint.keep_best also goes by. Steps that were scored in another way than the last one
-    that was, such as at another block size, are left out, which is printed.
+    """Returns [(checkpoint, held-out NELBO)] of the `count` best saved steps, best first.
 
-    Raises InputError when fewer steps were evaluated when they were saved.
+    The score is the one recorded with the step, by which config.checkpoint.keep_best ranks too. Steps scored in another
+    way than the last scored one, such as at another block size, are skipped with a printed line.
+
+    Raises InputError if fewer than `count` steps have a score.
     """
     folder = epath.Path(workdir) / "checkpoints"
     if not folder.is_dir():
         raise InputError(f"{workdir}: not a workdir, there is no checkpoints/")
-    found = saver.scores(folder)
-    last = found[max(found)].by if found else None
-    left_out = {step: why for step, score in sorted(found.items()) if (why := saver.difference(score.by, last))}
+    scores = saver.scores(folder)
+    last = scores[max(scores)].by if scores else None
+    left_out = {step: why for step, score in sorted(scores.items()) if (why := saver.difference(score.by, last))}
     for step, why in left_out.items():
         print(f"step {step} is left out: scored by {why}", flush=True)
-    ranked = [(folder / str(step), score.value) for step, score in found.items() if step not in left_out]
+    ranked = [(folder / str(step), score.value) for step, score in scores.items() if step not in left_out]
     if len(ranked) < count:
         others = " that can be compared with the last one" if left_out else ""
         raise InputError(
-            f"{workdir}: {len(ranked)} saved steps have a held-out score{others}, {count} wanted; train with "
+            f"{workdir}: {len(ranked)} saved steps have a held-out score{others}, expected {count}; train with "
             f"checkpoint.keep_best={count}"
         )
     return ranked[:count]

@@ -1,4 +1,4 @@
-"""Progress of moving bytes: a bar on a terminal, plain lines elsewhere."""
+"""Progress of copying bytes: a bar on a terminal, plain lines elsewhere."""
 
 import contextlib
 import sys
@@ -10,7 +10,7 @@ _PLAIN_SECONDS = 10.0
 
 @contextlib.contextmanager
 def byte_progress(title: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """Yields advance(bytes). `total` None: the size is not known, and neither is the time left. Writes to stderr."""
+    """Yields advance(bytes). total None: size and time left are unknown. Writes to stderr."""
     if sys.stderr.isatty():
         with _bar(title, total) as advance:
             yield advance

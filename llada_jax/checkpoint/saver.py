@@ -1,7 +1,7 @@
 """Checkpoints of a training run: written in the background, restored bit for bit or not at all.
 
-A step is a weights checkpoint (files.py) with the optimizer's state and the trainer's own values added. All
-processes of a run make the same calls; process 0 writes the small files, renames and deletes.
+A step is a weights checkpoint (files.py) plus the optimizer's state and the trainer's own values. All processes of a
+run make the same calls; process 0 writes the small files, renames and deletes.
 """
 
 import contextlib
@@ -38,10 +38,10 @@ _DISCARD_ROUNDS = 5
 class Saver:
     """Writes steps to `directory` (the checkpoints/ of a workdir), one at a time, in the background.
 
-    scored_by: what else a score depends on, which JSON can hold, such as the block size: kept with it, and only scores
-    of the same are ranked together. After each save only the newest `keep_last` steps, the `keep_best` steps of the
-    least score and the multiples of `keep_every` stay; keep_last 0 keeps all. Leftovers of a run that died while it was
-    saving are deleted at once.
+    scored_by: JSON values on which a score depends, such as the block size. They are saved with the score, and only
+    scores with equal scored_by are ranked together. Each save keeps the newest `keep_last` steps, the `keep_best` steps
+    of the lowest score and the multiples of `keep_every`, and deletes the others; keep_last 0 keeps all. Leftovers of a
+    run that died while saving are deleted at once.
     """
 
     def __init__(
@@ -68,18 +68,18 @@ class Saver:
         lineage: dict,
         score: float | None = None,
     ) -> None:
-        """Starts saving; returns once everything has been copied off the devices.
+        """Starts saving; returns when everything is copied off the devices.
 
-        params: the tree of parameters.abstract(config). optimizer: any pytree of arrays. host_state: what JSON can
-        hold. score: by which steps are ranked, less is better; a step without one is never among the best. While it
-        copies, the weights (not the optimizer) are on the devices twice. Raises InputError when the step exists, and
-        the error of the save before, if that failed.
+        params: the tree of parameters.abstract(config). optimizer: any pytree of arrays. host_state: JSON values.
+        score: ranks the steps, lower is better; a step without a score is never among the best. During the copy the
+        weights (not the optimizer) are on the devices twice. Raises InputError if the step exists, and the error of the
+        previous save if it failed.
         """
         self.wait()
         target = self._directory / str(step)
         if files.is_complete(target):
             raise InputError(f"{target}: this step is saved already")
-        json.dumps(host_state)  # a mistake of the caller shows here, not in the background
+        json.dumps(host_state)  # a caller's mistake fails here, not in the background
         trees = {"params": _unstack(params, config), "optimizer": _named(optimizer)}
         trees = {folder: tree for folder, tree in trees.items() if tree}
         entries = {"optimizer": {}} | {folder: _describe(tree) for folder, tree in trees.items()}
@@ -117,11 +117,11 @@ class Saver:
 
     @property
     def failed(self) -> bool:
-        """Whether the last save has ended with an error in this process, which wait() raises."""
+        """Whether the last save failed in this process; wait() raises its error."""
         return self._error is not None
 
     def wait(self) -> None:
-        """Returns when the last save is complete for all processes. Raises its error, once."""
+        """Returns when all processes have completed the last save. Raises its error, once."""
         if self._thread is None:
             return
         self._thread.join()
@@ -130,7 +130,7 @@ class Saver:
 
 
 def _chunked(tree: dict) -> dict:
-    """Orbax's chunks are the shards of this run; the next run may have more devices, and should read only its parts."""
+    """Small chunks instead of Orbax's whole shards: a later run with more devices then reads only its parts."""
 
     def chunks(leaf):
         experts_apart = (0,) if files.holds_experts(leaf.shape) else ()
@@ -156,19 +156,19 @@ def _make_checkpointer() -> ocp.AsyncCheckpointer:
 def restore(
     directory: str | os.PathLike, config: ModelConfig | Lora, abstract_params, abstract_optimizer, shardings
 ) -> tuple[int, dict, object, dict] | None:
-    """(step, params, optimizer, host_state) of the newest intact step, exactly as saved; None if there is no step.
+    """Returns (step, params, optimizer, host_state) of the newest intact step, exactly as saved; None without a step.
 
-    A step that is found damaged twice is renamed to "<step>.damaged", with the reason in damaged.txt, and the one
-    before is taken. abstract_*: trees of jax.ShapeDtypeStruct; shardings: (tree for params, tree for optimizer) of
-    jax.sharding.Sharding, any mesh.
-    Raises InputError when the step is of another model or another optimizer, or when every step is damaged.
+    A step that is damaged on two readings is renamed to "<step>.damaged", with the reason in damaged.txt, and the
+    previous one is tried. abstract_*: trees of jax.ShapeDtypeStruct. shardings: (tree for params, tree for optimizer)
+    of jax.sharding.Sharding, on any mesh.
+    Raises InputError if the step is of another model or optimizer, or if every step is damaged.
     """
     directory = epath.Path(directory)
     damaged, doubtful = 0, None
-    while found := steps(directory):
-        step = directory / str(found[-1])
+    while saved_steps := steps(directory):
+        step = directory / str(saved_steps[-1])
         try:
-            return found[-1], *_restore(step, config, abstract_params, abstract_optimizer, shardings)
+            return saved_steps[-1], *_restore(step, config, abstract_params, abstract_optimizer, shardings)
         except DamagedError as error:
             if step != doubtful:  # a store may fail to read once
                 doubtful = step
@@ -184,7 +184,7 @@ def restore(
 
 
 def leaf_names(tree) -> list[str]:
-    """Names under which the leaves of any pytree are stored, such as "0.mu.dense.query", in the leaves' order."""
+    """The stored names of a pytree's leaves, such as "0.mu.dense.query", in the order of the leaves."""
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
     names = [jax.tree_util.keystr(path, simple=True, separator=".") for path in paths]
     if len(set(names)) != len(names):
@@ -198,7 +198,7 @@ def _named(tree) -> dict:
 
 
 def _unstack(params, config: ModelConfig | Lora) -> dict:
-    """parameters.unstack in one program, every slice lying as its stack does."""
+    """parameters.unstack in one program; every slice keeps the sharding of its stack."""
     names = jax.tree.leaves(arrays.stacked_names(config), is_leaf=arrays.is_names)
     named = dict(zip(names, map(jnp.asarray, jax.tree.leaves(params)), strict=True))
     stacks = {layers: named.pop(layers) for layers in names if not isinstance(layers, str)}
@@ -219,18 +219,18 @@ def _split_function(row_shardings: tuple):
     return jax.jit(lambda stacks: tuple(tuple(stack) for stack in stacks), out_shardings=row_shardings)
 
 
-def _describe(tree: dict) -> dict[str, files.Entry]:
-    """Entries with digests computed on the devices, before anything is copied."""
+def _describe(tree: dict) -> dict[str, files.TensorEntry]:
+    """Entries with digests, computed on the devices before the copy."""
     on_device = {name: leaf for name, leaf in tree.items() if isinstance(leaf, jax.Array)}
-    found = dict(zip(on_device, digest.device_digests(list(on_device.values())), strict=True))
-    return {name: files.entry(leaf, found[name][0] if name in found else None) for name, leaf in tree.items()}
+    digests = dict(zip(on_device, digest.device_digests(list(on_device.values())), strict=True))
+    return {name: files.entry_of(leaf, digests[name][0] if name in digests else None) for name, leaf in tree.items()}
 
 
 def _restore(directory: epath.Path, config: ModelConfig | Lora, abstract_params, abstract_optimizer, shardings):
     error = None
     try:
         digests = files.read_digests(directory)
-        stored = _fields(weights.read_held(directory))
+        stored = _fields(weights.read_stored_config(directory))
         host_state = json.loads(files.read_file(directory, digests, "train_state.json"))["host"]
     except DamagedError as caught:
         error = caught
@@ -245,7 +245,7 @@ def _restore(directory: epath.Path, config: ModelConfig | Lora, abstract_params,
 
 
 def _fields(config: ModelConfig | Lora) -> dict:
-    """What a run must have in common with the step it resumes from; a LoRA base may have moved, not changed."""
+    """The fields that a run must share with the step it resumes from; a LoRA base may have moved, but not changed."""
     if isinstance(config, ModelConfig):
         return config.to_dict()
     adapters = {f"lora.{name}": value for name, value in config.to_dict().items() if name != "base"}
@@ -255,10 +255,10 @@ def _fields(config: ModelConfig | Lora) -> dict:
 def _restore_tree(directory: epath.Path, digests: files.Digests, folder: str, names: list, abstract, shardings):
     reader = files.TensorReader(directory, folder, digests.tensors[folder])
     leaves, treedef = jax.tree.flatten(abstract)
-    wanted = {one for each in names for one in ([each] if isinstance(each, str) else each)}
-    if different := sorted(wanted ^ set(reader.entries)):
-        where = "only in this run" if different[0] in wanted else "only in the checkpoint"
-        raise InputError(f'checkpoint {directory}: {folder} do not match: "{different[0]}" is {where}')
+    expected = {one for each in names for one in ([each] if isinstance(each, str) else each)}
+    if different := sorted(expected ^ set(reader.entries)):
+        side = "only in this run" if different[0] in expected else "only in the checkpoint"
+        raise InputError(f'checkpoint {directory}: {folder} do not match: "{different[0]}" is {side}')
     for each, leaf in zip(names, leaves, strict=True):
         shape, dtype = arrays.stack_of(reader, each)
         if (shape, dtype) != (tuple(leaf.shape), leaf.dtype):
@@ -291,24 +291,24 @@ def _remove_leftovers(directory: epath.Path) -> None:
 
 
 class Score(NamedTuple):
-    """A step's held-out score, and what it was scored by (Saver)."""
+    """A step's held-out score, and the values it depends on (scored_by of Saver)."""
 
     value: float
     by: dict | None
 
 
 def scores(directory: str | os.PathLike) -> dict[int, Score]:
-    """{step: score} of the complete steps of a checkpoints/ folder that have a finite score, least score first; those
-    of different `by` cannot be compared.
+    """{step: score} of the complete steps in a checkpoints/ folder with a finite score, lowest first. Scores with
+    different `by` are not comparable.
     """
     directory = epath.Path(directory)
-    found = {step: _score(directory / str(step)) for step in steps(directory)}
-    ranked = sorted((score.value, step) for step, score in found.items() if score is not None)
-    return {step: found[step] for _, step in ranked}
+    scored = {step: _score(directory / str(step)) for step in steps(directory)}
+    ranked = sorted((score.value, step) for step, score in scored.items() if score is not None)
+    return {step: scored[step] for _, step in ranked}
 
 
 def difference(one: dict | None, other: dict | None) -> str:
-    """How the first of two `scored_by` differs from the second, to print: "block_size=4, not 32"; "" if it does not."""
+    """How `one` scored_by differs from the `other`, as text: "block_size=4, not 32"; "" if they are equal."""
     one, other = one or {}, other or {}
     fields = [name for name in one | other if one.get(name) != other.get(name)]
     return "; ".join(f"{name}={one.get(name)!r}, not {other.get(name)!r}" for name in fields)
@@ -325,11 +325,11 @@ def _score(step: epath.Path) -> Score | None:
 
 def _delete_old(directory: epath.Path, keep_last: int, keep_best: int, keep_every: int, scored_by: dict | None) -> None:
     older = steps(directory)[:-keep_last] if keep_last else []
-    found = scores(directory) if older and keep_best else {}
-    best = [step for step, score in found.items() if score.by == scored_by][:keep_best]
+    scored = scores(directory) if older and keep_best else {}
+    best = [step for step, score in scored.items() if score.by == scored_by][:keep_best]
     for step in older:
         if step not in best and not (keep_every and step % keep_every == 0):
-            if step in found and (why := difference(found[step].by, scored_by)):
+            if step in scored and (why := difference(scored[step].by, scored_by)):
                 print(f"{directory}: step {step} is not ranked with the others: scored by {why}", flush=True)
             try:
                 _delete(directory / str(step))
@@ -338,7 +338,7 @@ def _delete_old(directory: epath.Path, keep_last: int, keep_best: int, keep_ever
 
 
 def _delete(step: epath.Path) -> None:
-    """Removes a step that never looks complete while it is half gone."""
+    """Removes a step so that it never looks complete while only half of it is deleted."""
     if files.is_local(step):
         step = step.rename(step.parent / f".{step.name}.deleted")
     else:
@@ -347,7 +347,7 @@ def _delete(step: epath.Path) -> None:
 
 
 def _discard(directory: epath.Path) -> None:
-    """Removes what a save that failed has written, as far as the store lets it, and what it still writes meanwhile."""
+    """Removes what a failed save has written, and what it still writes meanwhile, as far as the store allows."""
     for _ in range(_DISCARD_ROUNDS):
         with contextlib.suppress(Exception):
             for path in list(directory.parent.iterdir()):
@@ -358,5 +358,5 @@ def _discard(directory: epath.Path) -> None:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Not an error that Orbax logs with the stack of a thread of its own: that is raised too, and told in one line."""
+    """False for errors that Orbax logs with a stack trace: they are also raised, and reported in one line."""
     return "/orbax/" not in record.pathname or record.levelno < logging.ERROR

@@ -1,7 +1,7 @@
-"""Tensors on their way from one place to another: slabs that fit in memory, several at once, each of them done once.
+"""Streams tensors from one store to another in slabs that fit in memory, several at once, each once.
 
-A `Leaf` is a tensor that does not exist yet: its slabs are read, made and summed (digest.py) while others are written.
-What is finished is noted beside the partial output, so that a run that was killed goes on where it was.
+A `Leaf` is a tensor that does not exist yet: its slabs are read, computed and digested (digest.py) while others are
+written. Finished slabs are noted beside the partial output, so that a killed run resumes where it stopped.
 """
 
 import collections
@@ -28,7 +28,7 @@ THREADS = min(6, 2 * (os.cpu_count() or 1))
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """A tensor to come. read(a, b) gives indices a to b along `axis`, and everything along the other axes."""
+    """A tensor to be written. read(a, b) returns indices a to b along `axis`, and all indices of the other axes."""
 
     name: str
     shape: tuple[int, ...]
@@ -48,21 +48,21 @@ def leaf_of(name: str, array: np.ndarray) -> Leaf:
 
 
 def split_axis(parameter: Parameter) -> int:
-    """The axis that slabs cut: along it lie whole experts, or whole rows of the tensor that Hugging Face stores."""
+    """The axis that slabs cut: its indices are whole experts, or whole rows of the Hugging Face tensor."""
     if parameter.per_expert or not parameter.matrix:
         return 0
     return parameter.num_inputs
 
 
-def target_dtype(name: str, stored: np.dtype, wanted: np.dtype | None) -> np.dtype:
-    """The dtype to write: the stored one unless another is wanted. A float32 expert bias stays float32: the router
-    compares scores that a lower precision would tie."""
+def target_dtype(name: str, stored: np.dtype, requested: np.dtype | None) -> np.dtype:
+    """The dtype to write: `requested`, or the stored one if that is None. A float32 expert bias stays float32: at a
+    lower precision, scores that the router compares would tie."""
     keep = name.endswith("expert_bias") and stored == np.float32
-    return stored if wanted is None or keep else np.dtype(wanted)
+    return stored if requested is None or keep else np.dtype(requested)
 
 
 def slabs(shape: tuple[int, ...], itemsize: int, axis: int, step: int | None = None) -> Iterator[tuple[int, int]]:
-    """Bounds along `axis` of pieces of about files.SLAB_BYTES; `step`, by default what files.slab_length says."""
+    """Yields (first, last) bounds along `axis`, `step` indices each; by default about files.SLAB_BYTES."""
     size = shape[axis] if shape else 1
     step = step or files.slab_length(shape, itemsize, axis)
     for first in range(0, max(size, 1), step):
@@ -70,8 +70,8 @@ def slabs(shape: tuple[int, ...], itemsize: int, axis: int, step: int | None = N
 
 
 def each_done(function: Callable, tasks: Iterable[tuple]) -> Iterator:
-    """function(*task) of every task, on threads, in the order of completion. An error ends it once those that have
-    begun are done.
+    """Yields function(*task) for all tasks, run on threads, in order of completion. After an error, tasks that run are
+    finished and the others cancelled.
     """
     with ThreadPoolExecutor(THREADS) as pool:
         futures = [pool.submit(function, *task) for task in tasks]
@@ -83,7 +83,7 @@ def each_done(function: Callable, tasks: Iterable[tuple]) -> Iterator:
 
 
 def in_order(function: Callable, tasks: Iterable[tuple]) -> Iterator:
-    """function(*task) of every task, on threads, in the order of the tasks; a few are made ahead."""
+    """Yields function(*task) for all tasks, run on threads, in the order of the tasks; a few run ahead."""
     tasks = iter(tasks)
     with ThreadPoolExecutor(THREADS) as pool:
         ahead = collections.deque(pool.submit(function, *task) for task in itertools.islice(tasks, THREADS))
@@ -96,13 +96,13 @@ def in_order(function: Callable, tasks: Iterable[tuple]) -> Iterator:
 
 
 class Notes:
-    """What a run has finished, kept in a directory beside its partial output: one small file for each item."""
+    """A run's finished items, in a directory beside its partial output: one small file per item."""
 
     def __init__(self, directory: epath.Path):
         self._directory = directory
 
     def read(self) -> dict[str, str]:
-        """{item: what was noted}."""
+        """{item: its text}."""
         return {path.name: path.read_text() for path in self._directory.iterdir() if path.name != _IDENTITY}
 
     def add(self, item: str, text: str) -> None:
@@ -114,23 +114,23 @@ _BOOT = epath.Path("/proc/sys/kernel/random/boot_id")
 
 
 def since_boot() -> str:
-    """Changes when the machine restarts, by which what it wrote and did not bring to the disk may be lost."""
+    """An id that changes when the machine restarts, which may lose data that was not yet on the disk."""
     return _BOOT.read_text().strip() if _BOOT.exists() else ""
 
 
 def identity_of(*values) -> str:
-    """A sha256 of values that JSON can hold: what an output is made of."""
+    """A sha256 of the JSON values that determine an output."""
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
 
 @contextlib.contextmanager
 def partial(out: epath.Path, identity: str | None) -> Iterator[tuple[epath.Path, Notes]]:
-    """Yields (a directory that becomes `out` when the block ends, notes of what is in it already).
+    """Yields (a directory that becomes `out` when the block ends, notes of what it already holds).
 
-    The directory is a hidden one beside `out`; on an object store, which cannot rename, it is `out`, and whatever marks
-    it as complete must be written last. When the block fails with InputError, all is removed. After any other end
-    (kill -9, a full disk) the next run with the same `identity` goes on with it; one with another identity, or None,
-    starts anew. Raises InputError when `out` is there already (an empty directory is not in the way).
+    The directory is hidden and beside `out`. On an object store, which cannot rename, it is `out` itself, and the file
+    that marks it as complete must be written last. If the block raises InputError, everything is removed. After any
+    other failure (kill -9, a full disk), the next run with the same `identity` resumes; one with another identity, or
+    None, starts again. Raises InputError if `out` exists and is not an empty directory.
     """
     directory = out.parent / f".{out.name}.partial" if files.is_local(out) else out
     notes = out.parent / f".{out.name}.resume"
@@ -172,10 +172,10 @@ def _remove(notes: epath.Path) -> None:
     notes.rmtree(missing_ok=True)
 
 
-def write_leaves(
+def write_tensors(
     folder: epath.Path, leaves: Sequence[Leaf], notes: Notes, advance: Callable[[int], None]
-) -> dict[str, files.Entry]:
-    """Writes the tensors of one folder but for slabs that are noted, and notes each slab once it is written."""
+) -> dict[str, files.TensorEntry]:
+    """Writes the tensors of one folder, skips slabs that are noted, and notes each slab once it is written."""
     writer = files.TensorWriter(folder)
     sums = {leaf.name: np.zeros(2, np.uint32) for leaf in leaves}
     done = {item: text for item, text in notes.read().items() if len(text) == 16}  # a torn note is none
@@ -200,4 +200,4 @@ def write_leaves(
         sums[name] += lanes
         advance(size)
     writer.close([leaf.name for leaf in leaves])
-    return {leaf.name: files.Entry(leaf.shape, leaf.dtype, digest.to_hex(sums[leaf.name])) for leaf in leaves}
+    return {leaf.name: files.TensorEntry(leaf.shape, leaf.dtype, digest.to_hex(sums[leaf.name])) for leaf in leaves}

@@ -1,8 +1,8 @@
 """Weights checkpoints: streaming write, verified load. The files are described in files.py.
 
-A converted model and a step of a training run have the same layout; a step only adds files. A LoRA step holds adapters,
-and its weights are those of its base with the adapters merged, or beside them (training/lora.py). Wherever a path is
-asked for, it may be a checkpoint, or a workdir (or its checkpoints/ folder), which stands for its newest intact step.
+A converted model and a step of a training run have the same layout; a step only has more files. A LoRA step holds
+adapters; its weights are those of its base with the adapters merged or beside them (checkpoint/lora.py). Every `path`
+may be a checkpoint, or a workdir (or its checkpoints/ folder), which stands for its newest intact step.
 """
 
 import functools
@@ -33,11 +33,11 @@ T = TypeVar("T")
 
 
 class Model(NamedTuple):
-    """A loaded checkpoint. `params` is the tree of parameters.abstract(config)."""
+    """A loaded checkpoint. params: the tree of parameters.abstract(config). lineage: config.json's record of origin."""
 
     config: ModelConfig
     params: dict
-    tokenizer: object | None  # interop.tokenizer.Tokenizer
+    tokenizer: object | None  # tokenizer.Tokenizer
     lineage: dict
 
 
@@ -48,7 +48,7 @@ def write_weights(
     tokenizer_files: dict[str, bytes],
     lineage: dict,
 ) -> None:
-    """Writes a checkpoint of arrays in memory, {leaf name: array}.items(); else as write_leaves."""
+    """Writes a checkpoint of arrays in memory. leaves: {leaf name: array}.items(); the rest as in write_leaves."""
     write_leaves(out, config, [stream.leaf_of(*pair) for pair in leaves], tokenizer_files, lineage, identity=None)
 
 
@@ -88,12 +88,12 @@ def write_leaves(
     lineage: dict,
     identity: str | None,
 ) -> None:
-    """Writes a checkpoint of tensors that are still to be made, a few slabs at a time.
+    """Writes a checkpoint from tensors that are computed on demand, a few slabs at a time.
 
-    The names and shapes must be those of parameters.leaves(config), in any order. identity: what the tensors are made
-    of (stream.identity_of), by which a later run may go on with what this one leaves when it is killed
-    (stream.partial); None: it starts anew.
-    Raises InputError when `out` exists, or a leaf is missing, unknown, given twice or of another shape.
+    leaves: with the names and shapes of parameters.leaves(config), in any order. identity: a digest of what determines
+    the tensors (stream.identity_of), by which a later run resumes the output of a killed one (stream.partial); None:
+    start again.
+    Raises InputError if `out` exists, or a leaf is missing, unknown, given twice or of another shape.
     """
     out = files.absolute(out)
     _check_leaves(leaves, config)
@@ -104,7 +104,7 @@ def write_leaves(
     with stream.partial(out, identity) as (directory, notes):
         write_header(directory, config, tokenizer_files, lineage)
         with byte_progress(f"writing {out}", sum(leaf.nbytes for leaf in leaves)) as advance:
-            entries = stream.write_leaves(directory / "params", leaves, notes, advance)
+            entries = stream.write_tensors(directory / "params", leaves, notes, advance)
         files.finish(directory, {"params": entries})
 
 
@@ -113,8 +113,10 @@ def write_header(
 ) -> None:
     """Writes config.json and tokenizer/."""
     lora = isinstance(config, Lora)
-    held = {"model": config.model.to_dict(), "lora": config.to_dict()} if lora else {"model": config.to_dict()}
-    files.write_json(directory / "config.json", {"format": files.FORMAT, **held, "lineage": lineage, "code": code()})
+    sections = {"model": config.model.to_dict(), "lora": config.to_dict()} if lora else {"model": config.to_dict()}
+    files.write_json(
+        directory / "config.json", {"format": files.FORMAT, **sections, "lineage": lineage, "code": code()}
+    )
     for name, data in tokenizer_files.items():
         path = directory / "tokenizer" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -123,7 +125,7 @@ def write_header(
 
 @functools.cache
 def code() -> str:
-    """What wrote a checkpoint: the version of this package or, in a clone of its repository, the commit."""
+    """The code that writes a checkpoint: the version of this package or, in a git clone, its commit."""
     repository = epath.Path(__file__).parents[2]
     line = ["git", "-C", str(repository), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
@@ -163,9 +165,9 @@ def steps(directory: str | os.PathLike) -> list[int]:
 
 
 def resolve(path: str | os.PathLike) -> epath.Path:
-    """The directory of the checkpoint that `path` stands for, its weights verified.
+    """The directory of the checkpoint that `path` stands for, after its weights are verified.
 
-    Raises InputError saying what is missing or damaged.
+    Raises InputError naming what is missing or damaged.
     """
 
     def check(directory: epath.Path) -> epath.Path:
@@ -176,8 +178,8 @@ def resolve(path: str | os.PathLike) -> epath.Path:
 
 
 def locate(path: str | os.PathLike) -> epath.Path:
-    """The directory of the checkpoint that `path` stands for: its config and the bases of a LoRA step are verified, its
-    weights are not read. Raises InputError saying what is missing or damaged.
+    """The directory of the checkpoint that `path` stands for. The config and the bases of a LoRA step are verified; no
+    weights are read. Raises InputError naming what is missing or damaged.
     """
 
     def check(directory: epath.Path) -> epath.Path:
@@ -188,7 +190,7 @@ def locate(path: str | os.PathLike) -> epath.Path:
 
 
 def verify(path: str | os.PathLike) -> list[str]:
-    """What is wrong with the checkpoint in directory `path`, one line each; [] when all of it is as it was written."""
+    """Problems of the checkpoint in directory `path`, one line each; [] if everything is as it was written."""
     return list(_problems(epath.Path(path), files.TENSOR_FOLDERS))
 
 
@@ -205,8 +207,8 @@ def _problems(directory: epath.Path, folders: Iterable[str]) -> Iterator[str]:
             yield str(error)
     yield from files.verify_tensors(directory, digests, folders)
     try:
-        held = read_held(directory)
-        base = base_of(held, directory) if isinstance(held, Lora) else None
+        config = read_stored_config(directory)
+        base = base_of(config, directory) if isinstance(config, Lora) else None
     except DamagedError:
         return  # config.json, as said above
     except InputError as error:
@@ -222,65 +224,69 @@ def _raise_first(problems: Iterable[str]) -> None:
 
 
 def _newest_intact(path: str | os.PathLike, attempt: Callable[[epath.Path], T]) -> T:
-    """attempt(directory of the checkpoint); in a workdir, of the newest step for which it finds no damage."""
+    """Returns attempt(directory) of the checkpoint; of a workdir, of the newest step that raises no DamagedError."""
     path = epath.Path(path)
-    found = candidates(path)
-    for directory in found:
+    directories = candidates(path)
+    for directory in directories:
         try:
             return attempt(directory)
         except DamagedError as error:
-            if found == [path]:
+            if directories == [path]:
                 raise
-            print(f"passing over step {directory.name}: {error}", file=sys.stderr)
-    raise InputError(f"{path}: none of its {len(found)} steps is intact")
+            print(f"skipping step {directory.name}: {error}", file=sys.stderr)
+    raise InputError(f"{path}: none of its {len(directories)} steps is intact")
 
 
 def candidates(path: str | os.PathLike) -> list[epath.Path]:
-    """[path] for a checkpoint; the complete steps of a workdir, newest first. Raises InputError when it is neither."""
+    """[path] for a checkpoint; the complete steps of a workdir, newest first. Raises InputError if it is neither."""
     path = epath.Path(path)
     if not path.exists():
         raise InputError(f"checkpoint {path}: no such directory")
     if files.is_complete(path):
         return [path]
     for folder in (path / "checkpoints", path):
-        if found := steps(folder):
-            return [folder / str(step) for step in reversed(found)]
+        if saved := steps(folder):
+            return [folder / str(step) for step in reversed(saved)]
     raise InputError(f"checkpoint {path}: neither a complete checkpoint (no {files.DIGESTS}) nor a workdir with steps")
 
 
 def directory_of(path: str | os.PathLike, step: int | None = None) -> epath.Path:
-    """The checkpoint that `path` is, or a step of the workdir that it is, by default the newest; its weights are not
-    read. Raises InputError naming the steps there are.
+    """The directory of a checkpoint, or of a step of a workdir (default: the newest). Reads no weights.
+
+    Raises InputError naming the existing steps.
     """
-    found = candidates(path)
+    directories = candidates(path)
     if step is None:
-        return found[0]
-    for directory in found:
+        return directories[0]
+    for directory in directories:
         if directory.name == str(step):
             return directory
-    raise InputError(f"--step={step}: {path} has {', '.join(each.name for each in found)}")
+    raise InputError(f"--step={step}: {path} has {', '.join(each.name for each in directories)}")
 
 
 # ---- loading
 
 
 def read_config(path: str | os.PathLike) -> tuple[ModelConfig, dict]:
-    """(config, lineage). Raises InputError naming what is missing or damaged."""
+    """Returns (config, lineage). Raises InputError naming what is missing or damaged."""
     return _newest_intact(path, _read_config)
 
 
 def load_tokenizer(path: str | os.PathLike):
-    """The interop.tokenizer.Tokenizer of a checkpoint, or None. Raises InputError naming a damaged file."""
+    """The tokenizer.Tokenizer of a checkpoint, or None. Raises InputError naming a damaged file."""
     return _newest_intact(path, _load_tokenizer)
 
 
 def load_params(path: str | os.PathLike, dtype=None, shardings=None, verify: bool = True) -> dict:
-    """The weights, as the tree of parameters.abstract(config); those of a LoRA step are merged in float32 or, where its
-    weights stay narrower than that, have the adapters beside them (model/lora.attach), which the forward pass adds.
+    """Loads the weights as the tree of parameters.abstract(config).
 
-    dtype: floating weights are cast to it (expert_bias is not); None keeps what is stored. shardings: tree of
-    jax.sharding.Sharding with the structure of parameters.abstract: each process then reads the parts of its devices;
-    None puts whole arrays on the default device. Host memory beside the result is about one stacked weight.
+    dtype: cast floating weights to it (not expert_bias); None keeps the stored dtypes. shardings: a tree of
+    jax.sharding.Sharding with the structure of parameters.abstract, of which each process reads its devices' parts;
+    None: whole arrays on the default device. verify: check the digests. Beside the result, the host holds about one
+    stacked weight.
+
+    Adapters of a LoRA step are merged in float32; if the weights stay narrower, the adapters are attached beside them
+    (model/lora.attach) and the forward pass adds them.
     Raises InputError naming the tensor when one is missing, cannot be read or has another digest than was written.
 
     Example:
@@ -292,7 +298,7 @@ def load_params(path: str | os.PathLike, dtype=None, shardings=None, verify: boo
 
 
 def load_checkpoint(path: str | os.PathLike, dtype=None, verify: bool = True) -> Model:
-    """Config, weights (as load_params gives them), tokenizer or None, and lineage.
+    """Loads config, weights (dtype and verify as in load_params), tokenizer (or None) and lineage of a checkpoint.
 
     Raises InputError naming the file or tensor that is missing or damaged.
 
@@ -318,20 +324,20 @@ def _read_config(directory: epath.Path) -> tuple[ModelConfig, dict]:
     return ModelConfig.from_dict(values["model"]), values["lineage"]
 
 
-def read_held(directory: epath.Path) -> ModelConfig | Lora:
-    """What the tensors in params/ are: a model's, or its adapters."""
+def read_stored_config(directory: epath.Path) -> ModelConfig | Lora:
+    """The config of the tensors in params/: a ModelConfig, or the Lora of adapters."""
     values = read_header(directory)
     model = ModelConfig.from_dict(values["model"])
     return Lora.from_dict(model, values["lora"]) if "lora" in values else model
 
 
 def read_header(directory: epath.Path) -> dict:
-    """config.json: "model", "lineage", of a LoRA run "lora", and "code", the version that wrote it."""
+    """config.json: "model", "lineage", "code" (the version that wrote it) and, in a LoRA run, "lora"."""
     return json.loads(files.read_file(directory, files.read_digests(directory), "config.json"))
 
 
 def read_tokenizer_files(directory: epath.Path) -> dict[str, bytes]:
-    """{file name: content} of tokenizer/, verified; {} without one."""
+    """{file name: content} of tokenizer/, verified; {} without a tokenizer."""
     digests = files.read_digests(directory)
     names = [name for name in digests.files if name.startswith("tokenizer/")]
     return {name.removeprefix("tokenizer/"): files.read_file(directory, digests, name) for name in names}
@@ -347,10 +353,12 @@ def _load_tokenizer(directory: epath.Path):
 
 
 def open_weights(directory: epath.Path) -> files.TensorReader | MergedReader:
-    """Reader of the model's tensors. Raises InputError when the base of a LoRA step is gone or another one."""
-    held = read_held(directory)
+    """Reader of the model's tensors. Raises InputError if the base of a LoRA step is missing or has changed."""
+    config = read_stored_config(directory)
     reader = files.TensorReader(directory, "params", files.read_digests(directory).tensors["params"])
-    return MergedReader(held, open_weights(base_of(held, directory)), reader) if isinstance(held, Lora) else reader
+    return (
+        MergedReader(config, open_weights(base_of(config, directory)), reader) if isinstance(config, Lora) else reader
+    )
 
 
 def _load_params(directory: epath.Path, dtype, shardings, verify: bool) -> dict:
@@ -367,10 +375,10 @@ def _load_params(directory: epath.Path, dtype, shardings, verify: bool) -> dict:
 
 
 def _keeps_update(reader: MergedReader, dtype) -> bool:
-    """Whether weights of `dtype` (None: as they are stored) can hold a LoRA step's small update."""
+    """Whether weights of `dtype` (None: the stored dtypes) can represent a LoRA step's small update."""
     stored = stored_entries(reader)
-    kept = {stored[name].dtype for name in stored if reader.entries[name].dtype != stored[name].dtype}
-    return jnp.dtype(dtype) == np.float32 if dtype is not None else not kept
+    narrowed = {stored[name].dtype for name in stored if reader.entries[name].dtype != stored[name].dtype}
+    return jnp.dtype(dtype) == np.float32 if dtype is not None else not narrowed
 
 
 def _load_stacks(reader, stacked: dict, dtype, shardings, verify: bool) -> dict:
@@ -379,8 +387,8 @@ def _load_stacks(reader, stacked: dict, dtype, shardings, verify: bool) -> dict:
     if shardings is None:
         loaded = [arrays.read_whole(reader, each, to, verify) for each, to in zip(names, targets, strict=True)]
         return jax.tree.unflatten(treedef, loaded)
-    where = jax.tree.leaves(shardings)
-    loaded = read_sharded(reader, list(zip(names, where, strict=True)), verify)
+    layouts = jax.tree.leaves(shardings)
+    loaded = read_sharded(reader, list(zip(names, layouts, strict=True)), verify)
     for i, to in enumerate(targets):
         loaded[i] = arrays.cast_sharded(loaded[i], to)
     return jax.tree.unflatten(treedef, loaded)
@@ -395,6 +403,6 @@ def _target_dtype(reader: files.TensorReader | MergedReader, names: arrays.Names
 
 
 def size(path: str | os.PathLike) -> tuple[int, int]:
-    """(number of tensors, bytes) of a checkpoint, as its digests.json says."""
+    """Returns (number of tensors, bytes) of a checkpoint, from its digests.json."""
     entries = [e for folder in files.read_digests(epath.Path(path)).tensors.values() for e in folder.values()]
     return len(entries), sum(math.prod(e.shape) * e.dtype.itemsize for e in entries)

@@ -1,4 +1,4 @@
-"""A tokenizer that needs no file: one token a byte. For small models of our own."""
+"""A tokenizer that needs no file, with one token per byte, for small models."""
 
 import json
 

@@ -1,8 +1,8 @@
-"""Conversations: the checkpoint's chat template, and the tokens that are supervised.
+"""Conversations: rendered by the checkpoint's chat template, with the tokens that are supervised.
 
-A row is a conversation, token ids with what of them is supervised, a prompt and its completion, or an instruction and
-its output; it is read as the first of these whose keys it has. data/README.md shows every shape, with its text. A null
-is an absent key. What a row says is in the text or the row is refused; keys that say nothing about it are ignored.
+A row is a conversation, token ids with supervised spans, a prompt and its completion, or an instruction and its output:
+the first of these whose keys it has. data/README.md shows every shape, with its text. A null counts as an absent key.
+A row is refused if the text leaves out something that the row says; keys without a meaning here are ignored.
 """
 
 import functools
@@ -25,13 +25,13 @@ COLUMNS = tuple(
 
 
 class TemplateError(InputError):
-    """The chat template cannot say which tokens are the assistant's, and mending the row would not help."""
+    """The chat template does not show which tokens are the assistant's; changing the row would not help."""
 
 
 class Conversation(NamedTuple):
-    """ids [n] int32 and the half-open token spans that are supervised: disjoint, not empty, in order, at least one.
+    """ids [n] int32 and the supervised half-open token spans: at least one, not empty, disjoint and in order.
 
-    given: the ids are the row's own, which may have been cut at some length.
+    given: the ids are the row's own and may have been cut at some length.
     """
 
     ids: np.ndarray
@@ -40,19 +40,19 @@ class Conversation(NamedTuple):
 
     @property
     def prompt_length(self) -> int:
-        """Number of tokens before the first that is supervised."""
+        """Number of tokens before the first supervised one."""
         return self.spans[0][0]
 
 
 class Rendered(NamedTuple):
-    """The text of a conversation and the half-open spans of characters that are supervised, in order."""
+    """The text of a conversation and its supervised half-open character spans, in order."""
 
     text: str
     spans: list[tuple[int, int]]
 
 
 class Prompt(NamedTuple):
-    """What a model continues; rendered: in the chat template, which writes the beginning too."""
+    """The text that a model continues. rendered: by the chat template, which writes the beginning of sequence too."""
 
     text: str
     rendered: bool
@@ -63,18 +63,18 @@ class Prompt(NamedTuple):
 
 
 def prepare(row: dict, tokenizer: Tokenizer, turns: str = "all") -> list[Rendered | Conversation]:
-    """Says what of a parsed row is supervised, for `tokenise`; an empty list if nothing is.
+    """Returns the documents of a parsed row, with supervised spans, for `tokenise`; [] if nothing is supervised.
 
-    With `turns` "all" every assistant turn that says something is supervised, with "last" only the last turn is. Both
-    give one document, which ends with the last supervised turn. "each" gives one document for every such turn: all
-    that was said before, unsupervised, and the turn. Under "all" a turn that ends inside a block shares it with the
-    user's next turn, which its noisy tokens then see although it comes later; "each" and "last" are free of that.
+    turns: "all" supervises every non-empty assistant turn, "last" only the last turn; both give one document, which
+    ends with the last supervised turn. "each" gives one document per such turn: all earlier turns, unsupervised, and
+    then that turn. Under "all", a turn that ends inside a block shares the block with the user's next turn, so its
+    noisy tokens see a later turn; "each" and "last" avoid that.
 
-    A turn goes from where the generation prompt ends to the end-of-turn marker, which belongs to it; of `input_ids` it
-    is a run of supervised tokens. A completion without template is as in `plain`.
+    A turn starts where the generation prompt ends and includes the end-of-turn marker. For `input_ids` it is a run of
+    supervised tokens. A completion without a template is as in `plain`.
 
-    Raises InputError, without the place, if the row is malformed, the template rejects it or leaves out something that
-    it says, and TemplateError if there is no template or it does not keep the text of earlier turns.
+    Raises InputError, without the file and line, if the row is malformed, or if the template rejects it or leaves out
+    something that it says. Raises TemplateError if there is no template, or if it changes the text of earlier turns.
     """
     if turns not in TURNS:
         raise InputError(f"turns {turns!r} is none of {', '.join(TURNS)}")
@@ -95,12 +95,12 @@ def prepare(row: dict, tokenizer: Tokenizer, turns: str = "all") -> list[Rendere
         return render(shapes.with_system(row, messages), 0, context_of(row), tokenizer, turns)
     if "prompt" not in row and answer not in ("response", "completion"):
         known = "messages, nor prompt and completion, nor input_ids, nor instruction and output"
-        raise InputError(f"neither {known}; {shapes.found(row)}")
+        raise InputError(f"neither {known}; {shapes.keys_of(row)}")
     return _prompt_and_completion(row, answer or "completion", tokenizer, turns)
 
 
 def _prompt_and_completion(row: dict, name: str, tokenizer: Tokenizer, turns: str) -> list[Rendered | Conversation]:
-    """The documents of a row with a prompt and, as `name`, its completion."""
+    """The documents of a row with a prompt and a completion in the field `name`."""
     shapes.check_prompt(row)
     prompt, completion = row.get("prompt"), row.get(name, "")
     if isinstance(prompt, list) or isinstance(completion, list | dict) or shapes.has_context(row):
@@ -113,16 +113,16 @@ def _prompt_and_completion(row: dict, name: str, tokenizer: Tokenizer, turns: st
 
 
 def prompt(row: dict, tokenizer: Tokenizer, chat: bool = False) -> Prompt:
-    """What a model is asked by a row with `messages` or `prompt`: all of it, and what begins the assistant's turn.
+    """The prompt of a row with `messages` or `prompt`, including what begins the assistant's turn.
 
-    A prompt that is a text is taken as it is, unless with `chat` or beside a system turn, tools or history it is the
-    user's turn. Raises InputError, without the place, if the row has neither or both, it leaves nothing to answer, or
-    the template rejects it or leaves something out.
+    A text prompt is used as it is; with `chat`, or beside a system turn, tools or history, it is the user's turn.
+    Raises InputError, without the file and line, if the row has neither or both, if there is nothing to answer, or if
+    the template rejects the row or leaves something out.
     """
     shapes.check_prompt(row)
     messages = shapes.conversation(row)
     if (messages is None) == ("prompt" not in row):
-        raise InputError(f'expected "prompt" (text) or "messages" (list); {shapes.found(row)}')
+        raise InputError(f'expected "prompt" (text) or "messages" (list); {shapes.keys_of(row)}')
     if messages is None:
         if isinstance(row["prompt"], str) and not (chat or shapes.has_context(row)):
             _check_text(row["prompt"])
@@ -142,9 +142,9 @@ def prompt(row: dict, tokenizer: Tokenizer, chat: bool = False) -> Prompt:
 
 
 def tokenise(prepared: Sequence[Rendered | Conversation], tokenizer: Tokenizer) -> list[Conversation | None]:
-    """Maps spans of characters to spans of tokens: a token is supervised when it starts inside a span.
+    """Maps character spans to token spans: a token is supervised if it starts inside a span.
 
-    None stands for a conversation of which no token is supervised.
+    The result is None for a conversation without a supervised token.
     """
     texts = [item.text for item in prepared if isinstance(item, Rendered)]
     encodings = iter(_exact_offsets(tokenizer).encode_batch(texts, add_special_tokens=False))
@@ -160,14 +160,14 @@ def _token_spans(encoding: tokenizers.Encoding, spans: Sequence[tuple[int, int]]
 
 @functools.lru_cache(maxsize=4)
 def _exact_offsets(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
-    """The tokenizer without its post-processor, which may take the spaces of a token out of its offsets."""
+    """The tokenizer without its post-processor, which may trim the spaces of a token from its offsets."""
     copy = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
     copy.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)  # does nothing
     return copy
 
 
 def render(messages: list[dict], first: int, context: Context, tokenizer: Tokenizer, turns="all") -> list[Rendered]:
-    """The documents of checked messages; those before messages[first] are prompt. Raises as `prepare`."""
+    """The documents of checked messages; those before messages[first] are the prompt. Raises as `prepare`."""
     if messages and messages[0]["role"] == "assistant":
         raise InputError("messages[0] is the assistant's, with nothing to answer")
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= first]
@@ -186,7 +186,7 @@ def _is_supervised(message: dict) -> bool:
 
 
 def _render_document(messages: list[dict], answers: list[int], context: Context, tokenizer: Tokenizer) -> Rendered:
-    """The conversation up to the last of the turns messages[answers], which are supervised."""
+    """The conversation up to the last turn of `answers`, indices of the supervised messages."""
 
     def text(stop: int, prompt: bool) -> str:
         return template.apply(messages[:stop], context, tokenizer, prompt)
@@ -214,9 +214,9 @@ def _render_document(messages: list[dict], answers: list[int], context: Context,
 def render_answer(
     prompt: list[dict], answer: list[dict], name: str, row: dict, tokenizer: Tokenizer, turns: str = "all"
 ) -> list[Rendered]:
-    """The documents of an answer, the field `name` of the row, to a prompt; both are checked messages.
+    """The documents of a prompt and its answer, the field `name` of the row; both are checked messages.
 
-    Raises InputError, without the place, if the prompt leaves nothing to answer or the answer is not the assistant's.
+    Raises InputError, without the file and line, if there is nothing to answer or the answer is not the assistant's.
     """
     if not prompt or prompt[-1]["role"] == "assistant":
         raise InputError("prompt is empty or ends with the assistant's turn, so that there is nothing to answer")
@@ -226,17 +226,17 @@ def render_answer(
 
 
 def _turn_length(turn: str, content: str) -> int:
-    """Characters of a rendered turn without the white space that separates it from the next."""
+    """Length in characters of a rendered turn without the white space before the next one."""
     return len(turn if content and turn.endswith(content) else turn.rstrip())
 
 
 def plain(prompt: str, completion: str, tokenizer: Tokenizer) -> list[Conversation]:
-    """The document of a prompt and its completion without a template; none if the completion is blank.
+    """The document of a prompt and its completion without a template; [] if the completion is blank.
 
-    They are tokenised as one text, so that a completion is spelled as it is inside a text, and begin as the tokenizer
-    begins documents. Supervised is what begins with the token that holds the completion's first character, all of it:
-    a token over the border, which a prompt alone does not end with, is learned, as nothing before it says it. (A prompt
-    that ends in a space makes such tokens of most tokenizers.) The end is an end of sequence.
+    Both are tokenised as one text, so that the completion is spelled as inside a text. The document begins as the
+    tokenizer begins documents and ends with an end of sequence. Supervision starts at the token that holds the
+    completion's first character: a token across the border is learned, since the prompt alone does not end with it.
+    (With most tokenizers, a prompt that ends in a space makes such a token.)
     """
     for value in (prompt, completion):
         _check_text(value)

@@ -1,6 +1,6 @@
-"""JSON lines: one line parsed, a file read with the place of each line, a file written whole or not at all.
+"""JSON lines: parses a line, reads a file with the position of each line, writes a file completely or not at all.
 
-And .json files that hold no lines, but an array of values, or one value over several lines.
+Also .json files that hold an array of values, or one value over several lines.
 """
 
 import json
@@ -18,7 +18,7 @@ _DECODER = json.JSONDecoder()
 
 
 def parse_line(line: bytes):
-    """The JSON value on a line. Raises InputError, without the place, when it is none."""
+    """The JSON value on a line. Raises InputError, without file and line, if there is none."""
     try:
         return json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -28,7 +28,7 @@ def parse_line(line: bytes):
 
 
 def read_values(path: str | os.PathLike) -> Iterator[tuple[str, object]]:
-    """Yields ("path:line", value) for the lines that are not blank. Raises InputError naming the file, or the place."""
+    """Yields ("path:line", value) for every line that is not blank. Raises InputError naming the file or the line."""
     if not os.path.isfile(path):
         raise InputError(f"{path}: no such file")
     with open(path, "rb") as stream:
@@ -43,7 +43,7 @@ def read_values(path: str | os.PathLike) -> Iterator[tuple[str, object]]:
 
 
 def has_lines(stream: BinaryIO) -> bool:
-    """Whether the first line of a file that is not blank is a value by itself, and none that holds the others."""
+    """Whether the first non-blank line of a file is a complete value, and not an array of the others."""
     line = next((line for line in stream if line.strip()), b"")
     if line.lstrip(b"\xef\xbb\xbf \t\r").startswith(b"["):
         return False
@@ -55,9 +55,9 @@ def has_lines(stream: BinaryIO) -> bool:
 
 
 def read_elements(text: str, offset: int = 0, stop: float = math.inf) -> Iterator[tuple[int, str]]:
-    """Yields (offset, its text) for the elements of an array, or the one value, that begin in [offset, stop).
+    """Yields (offset, text) of the elements of an array, or of a single value, that begin in [offset, stop).
 
-    Raises InputError, beginning with the number of the line, when the text is malformed.
+    Raises InputError, beginning with the line number, if the text is malformed.
     """
     begin = _BLANK.match(text).end()
     array = text[begin : begin + 1] == "["
@@ -92,19 +92,19 @@ def _malformed(text: str, at: int, why) -> InputError:
 
 
 def beside(taken: Collection[str], values: dict) -> dict:
-    """The values under names that are not taken: "generated_NAME" where NAME is."""
-    found = {}
+    """The values under new names: "generated_NAME" if NAME is taken."""
+    renamed = {}
     for name, value in values.items():
         while name in taken:
             name = f"generated_{name}"
-        found[name] = value
-    return found
+        renamed[name] = value
+    return renamed
 
 
 def prepare(path: str | os.PathLike | None) -> None:
-    """Makes the folder that a file (None: of no file) is going to be written in, before what it will hold is computed.
+    """Creates the folder of an output file (None: no file) before its contents are computed.
 
-    Raises InputError naming the path where that cannot be.
+    Raises InputError naming the path if it cannot be written.
     """
     if path is None:
         return
@@ -118,7 +118,7 @@ def prepare(path: str | os.PathLike | None) -> None:
 
 
 def write_values(path: str | os.PathLike, values: Iterable) -> None:
-    """Writes one value a line."""
+    """Writes one value per line."""
     partial = Path(f"{path}.partial")
     partial.write_text("".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values), encoding="utf-8")
     partial.replace(path)

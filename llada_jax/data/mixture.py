@@ -1,8 +1,8 @@
-"""Mixtures of packed datasets with weights, as exactly reproducible as one dataset.
+"""Weighted mixtures of packed datasets, as reproducible as one dataset.
 
-Which component the n-th row is of, and how many of that component came before, are functions of n alone; each component
-then goes through its own rows, permuted anew in each of its own epochs. So a step's rows depend on (seed, step,
-data_offset) and on nothing that was read before.
+The component of the n-th row, and how many rows of that component came before, are functions of n alone. Each component
+goes through its own rows, permuted again in each of its epochs. So the rows of a step depend on (seed, step,
+data_offset) only, not on what was read before.
 """
 
 import bisect
@@ -22,11 +22,11 @@ _MAX_PERIOD = 10_000
 
 
 def parse_mixture(text: str) -> list[tuple[str, Fraction]]:
-    """(folder, share) of each component of "A:0.7,B:0.3"; the shares add up to 1 exactly.
+    """Returns [(folder, share)] of the components of "A:0.7,B:0.3"; the shares add up to exactly 1.
 
     Weights are positive decimals or fractions, divided by their sum. Raises InputError naming the entry.
     """
-    found = []
+    components = []
     for entry in text.split(","):
         path, colon, weight = entry.strip().rpartition(":")
         try:
@@ -35,23 +35,23 @@ def parse_mixture(text: str) -> list[tuple[str, Fraction]]:
             colon = ""
         if not colon or not path or weight <= 0:
             raise InputError(f"mixture: {entry!r}, expected FOLDER:WEIGHT with a weight above 0")
-        if path in (known for known, _ in found):
+        if path in (known for known, _ in components):
             raise InputError(f"mixture: {path} is named twice")
-        found.append((path, weight))
-    total = sum(weight for _, weight in found)
-    return [(path, weight / total) for path, weight in found]
+        components.append((path, weight))
+    total = sum(weight for _, weight in components)
+    return [(path, weight / total) for path, weight in components]
 
 
 def interleave(shares: Sequence[Fraction]) -> tuple[np.ndarray, np.ndarray]:
-    """Spreads components evenly: after any number n of rows, of component c there were share_c * n, less than one off.
+    """Spreads components evenly: after any n rows, component c has contributed share_c * n rows, to within one row.
 
-    shares: positive, their sum 1. Returns (component, earlier), int64 [period] each: the row's component, and how many
-    rows of it came before in the period; period is the common denominator of the shares, and a period has exactly
-    share_c * period rows of each. Raises InputError when it exceeds 10,000.
+    shares: positive, with sum 1. Returns (component, earlier), int64 [period] each: the component of a row, and how
+    many rows of that component came before in the period. The period is the common denominator of the shares and has
+    exactly share_c * period rows of component c. Raises InputError if it exceeds 10,000.
 
-    Row m of c (from 0) falls due between m / share_c and (m + 1) / share_c; at every n the earliest due that may come
-    does. With shares that add up to 1 none is ever late (the windows and the rule of Pfair scheduling, Baruah et al.
-    1996, on one processor).
+    Row m of component c (from 0) is due between m / share_c and (m + 1) / share_c. At every n, the released row with
+    the earliest deadline is chosen. With shares that sum to 1 no row is late (Pfair scheduling, Baruah et al. 1996, on
+    one processor).
     """
     period = math.lcm(*(share.denominator for share in shares))
     if period > _MAX_PERIOD:
@@ -71,11 +71,11 @@ def interleave(shares: Sequence[Fraction]) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Mixture(Order):
-    """Rows of several datasets in the proportions of their shares (parse_mixture), over any prefix within one row.
+    """Rows of several datasets in the proportions of their shares (parse_mixture), to within one row at any point.
 
-    The id of a row is its id in its component plus the stored rows of the components before, so that ids, and with them
-    noise, are never shared; the epoch is the component's own. Raises InputError when components differ in length, when
-    all of them together have more rows than ids, or as `interleave`.
+    The id of a row is its id in its component plus the number of rows stored in earlier components, so that no two rows
+    share an id or its noise. The epoch is that of the component. Raises InputError if the components differ in length,
+    if together they have more rows than ids, or as `interleave`.
 
     Attributes: `length`, `digest`.
     """
@@ -112,5 +112,5 @@ class Mixture(Order):
 
 
 def component_seed(seed: int, component: int) -> int:
-    """The seed of a component's permutations, so that components of the same size are not permuted alike."""
+    """The seed of a component's permutations; components of the same size get different ones."""
     return int(np.random.SeedSequence((seed, component)).generate_state(1)[0])

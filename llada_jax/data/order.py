@@ -11,7 +11,7 @@ import grain
 import numpy as np
 
 from llada_jax.data.rows import Row, decode_row, read_dataset
-from llada_jax.data.shards import CorruptRecord, Shards
+from llada_jax.data.shards import CorruptRecord, RecordShards
 from llada_jax.errors import InputError
 
 MAX_ROWS = 1 << 32  # the noise of a row is keyed by 32 bits
@@ -58,9 +58,9 @@ def make_batch(tokens, segment_ids=None, supervised=None) -> Batch:
 
 
 class Order(abc.ABC):
-    """Rows in an order without end: what Rows and Mixture have in common.
+    """An endless order of rows: the interface of Rows and Mixture.
 
-    Attributes: `length`, tokens in a row; `digest`, hex, of everything that is stored.
+    Attributes: `length`, tokens per row; `digest`, hex, of everything that is stored.
     """
 
     length: int
@@ -72,11 +72,11 @@ class Order(abc.ABC):
 
     @abc.abstractmethod
     def index(self, n: int) -> tuple[int, int]:
-        """(id of the row, epoch) of the n-th row, n = 0, 1, …"""
+        """Returns (id of the row, epoch) of the n-th row, n = 0, 1, …"""
 
     @abc.abstractmethod
     def read(self, row_id: int) -> Row:
-        """The row of an id. Raises InputError naming shard and index if it cannot be read."""
+        """Returns the row with an id. Raises InputError naming shard and index if it cannot be read."""
 
     def at(self, n: int) -> tuple[Row, int, int]:
         """Returns (row, id of the row, epoch) of the n-th row. Raises as `read`."""
@@ -86,12 +86,12 @@ class Order(abc.ABC):
     def batch(
         self, step: int, rows_per_step: int, offset: int = 0, which: slice | Sequence[int] = slice(None)
     ) -> Batch:
-        """Returns rows offset + step * rows_per_step + i, for those i in range(rows_per_step) that `which` picks.
+        """Returns the rows offset + step * rows_per_step + i for the i in range(rows_per_step) that `which` selects.
 
         Raises as `read`.
         """
-        wanted = offset + step * rows_per_step + np.arange(rows_per_step)[which]
-        indices = [self.index(int(n)) for n in wanted]
+        numbers = offset + step * rows_per_step + np.arange(rows_per_step)[which]
+        indices = [self.index(int(n)) for n in numbers]
         rows = [self.read(row_id) for row_id, _ in indices]
         shape = (len(rows), self.length)
         return Batch(
@@ -104,20 +104,20 @@ class Order(abc.ABC):
 
 
 class Rows(Order):
-    """Random access to the stored rows [start, stop) of a packed dataset, shuffled anew in every epoch.
+    """Random access to the stored rows [start, stop) of a packed dataset, shuffled again in every epoch.
 
     Opening reads dataset.json and lists the folder; no shard is opened. The id of a row is its stored index. The order
-    depends on `seed` (non-negative), the range and nothing else; without `shuffle` it is the stored order. Raises
-    InputError if the dataset is missing or incomplete, the range is empty or exceeds it, or its rows are not of
-    `expected_length` tokens (None takes any).
+    depends only on `seed` (non-negative) and the range; without `shuffle` it is the stored order. Raises InputError if
+    the dataset is missing or incomplete, if the range is empty or exceeds it, or if its rows do not have
+    `expected_length` tokens (None accepts any).
 
-    A corrupt row is read as one of padding: it has no token to learn from, and all others stay where they are. What is
-    read for a row so depends on that row alone, whatever the hosts, the steps before it and the other rows. Each is
-    reported on stderr when it is first met; once more than `corrupt_share` of the stored rows have been, `read` raises
-    InputError, with the default of 0 at the first one.
+    A corrupt row is read as padding: it has no token to learn from, and all other rows keep their places. So what is
+    read for a row depends on that row alone, not on hosts, earlier steps or other rows. Each corrupt row is reported on
+    stderr once. When more than `corrupt_share` of the stored rows are corrupt, `read` raises InputError; with the
+    default of 0, at the first one.
 
-    Attributes: `length`, tokens in a row; `digest`; `dataset`, the contents of dataset.json; `stored`, the number of
-    its rows; `corrupt`, the ids of the corrupt ones that were met.
+    Attributes: `length`, tokens per row; `digest`; `dataset`, the contents of dataset.json; `stored`, the number of
+    rows; `corrupt`, the ids of the corrupt rows found so far.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class Rows(Order):
         if seed < 0:
             raise InputError(f"seed {seed} must not be negative")
         self._seed, self._start, self._count, self._shuffle = seed, start, stop - start, shuffle
-        self._shards = Shards(path, self.dataset["shards"])
+        self._shards = RecordShards(path, self.dataset["shards"])
         self._corrupt_share = corrupt_share
         self.corrupt: set[int] = set()
 
@@ -176,13 +176,13 @@ class Rows(Order):
         return Row(nothing, nothing, nothing > 0, ())
 
     def _report(self, fault: str) -> None:
-        found = len(self.corrupt)
-        if found > self._corrupt_share * self.stored:
+        count = len(self.corrupt)
+        if count > self._corrupt_share * self.stored:
             if self._corrupt_share:
                 share = f"config.data.corrupt_share={self._corrupt_share}"
-                fault += f", the {found}th of {self.stored} rows: more than {share}"
+                fault += f", the {count}th of {self.stored} rows: more than {share}"
             raise InputError(fault)
-        print(f"{fault}; skipped, {found} of {self.stored} rows", file=sys.stderr, flush=True)
+        print(f"{fault}; skipped, {count} of {self.stored} rows", file=sys.stderr, flush=True)
 
 
 def prefetch(
@@ -194,10 +194,10 @@ def prefetch(
     which: slice | Sequence[int] = slice(None),
     depth: int = 2,
 ) -> Iterator[tuple[int, Batch]]:
-    """Yields (step, rows.batch(step, …)) for first_step <= step < last_step, the next `depth` batches read ahead.
+    """Yields (step, rows.batch(step, …)) for first_step <= step < last_step and reads `depth` batches ahead.
 
-    A background thread reads; what it raises is raised here, in its place in the order. Closing the generator stops
-    the thread.
+    A background thread reads; its errors are raised here, at their place in the order. Closing the generator stops the
+    thread.
     """
     pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
     pending: deque = deque()

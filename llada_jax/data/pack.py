@@ -1,8 +1,8 @@
 """Packs documents into rows of a fixed number of tokens, stored as ArrayRecord shards.
 
-A packed dataset is a folder of `rows-00000.array_record` … shards and a `dataset.json`, which is written last: a
-folder without it is incomplete. `progress.json` says how far an interrupted run came, and the next run goes on
-from there and ends in the same bytes.
+A packed dataset is a folder of shards `rows-00000.array_record` … and a `dataset.json`, which is written last: a folder
+without it is incomplete. `progress.json` records how far an interrupted run came; the next run resumes there and ends
+with the same bytes.
 """
 
 import contextlib
@@ -31,9 +31,9 @@ _BATCH_CHARACTERS = 1 << 20
 
 
 class PackedRow(NamedTuple):
-    """A finished row and where to resume after it: `taken` tokens of the document at `source` are in rows already.
+    """A finished row and the position after it: `taken` tokens of the document at `source` are already in rows.
 
-    `counts` is what this row adds to the totals in dataset.json.
+    counts: what this row adds to the totals in dataset.json.
     """
 
     record: bytes
@@ -58,15 +58,17 @@ def pack(
 ) -> dict:
     """Tokenises the documents of `source` (sources.list_files) and packs them greedily into rows of `length` tokens.
 
-    Every document begins as the tokenizer begins documents (Tokenizer.add_bos; a beginning of sequence is not
-    supervised) and is followed by its end-of-sequence token, if it has one; a document of no tokens is left out. A
-    document that crosses the end of a row is split, and its continuation is a document of its own in the next row,
-    without a beginning. No token is dropped: the last row is padded. `block_align` makes every document start at a
-    multiple of it inside its row, with padding in between. With `processes` > 1 that many read and tokenise, and this
-    one packs: the same bytes, whatever their number, interrupted or not. Progress lines go to `log`.
+    A document begins as the tokenizer begins documents (Tokenizer.add_bos; a beginning of sequence is not supervised)
+    and ends with the tokenizer's end of sequence, if there is one. Documents without tokens are left out. A document
+    that crosses the end of a row is split; the rest is a document of the next row, without a beginning of sequence. No
+    token is dropped: the last row is padded.
 
-    Returns the contents of dataset.json. A run over a complete dataset with the same settings changes nothing; an
-    interrupted one is continued. Raises InputError on bad input and when `out` was begun with other settings.
+    field: the key or column of the text. patterns, split: as in sources.list_files. block_align: every document starts
+    at a multiple of it within its row, with padding before it. processes: that many read and tokenise, and this one
+    packs; the bytes written are the same for any number, interrupted or not. log: where progress lines go.
+
+    Returns the contents of dataset.json. A complete dataset with the same settings is left unchanged; an interrupted
+    one is continued. Raises InputError on bad input, or if `out` was started with other settings.
     """
     check_shape(length, block_align, rows_per_shard)
     files = sources.list_files(source, patterns=patterns, split=split)
@@ -112,12 +114,12 @@ def write_dataset(
     empty: str,
     log: TextIO | None,
 ) -> dict:
-    """Writes rows as shards of settings["rows_per_shard"] under `out`, then dataset.json, and returns its contents.
+    """Writes shards of settings["rows_per_shard"] rows under `out`, then dataset.json; returns its contents.
 
-    `rows_after(source, taken)` gives the rows that follow a row with this `source` and `taken`; (0, 0), 0 is the
-    beginning. After a whole shard they must be those that an uninterrupted run gives. `counts` are the totals of no
-    rows: numbers, "tokens" and "documents" among them, or dicts of numbers. Raises InputError(empty) if there are no
-    rows, and as `pack` does.
+    rows_after(source, taken): the rows that follow a row with this `source` and `taken`; (0, 0), 0 is the beginning.
+    After a complete shard they must equal those of an uninterrupted run. counts: the totals before any row: numbers,
+    "tokens" and "documents" among them, or dicts of numbers. Raises InputError(empty) if there are no rows, and as
+    `pack`.
     """
     dataset_path, progress_path = os.path.join(out, "dataset.json"), os.path.join(out, "progress.json")
     if (dataset := read_json(dataset_path)) is not None:
@@ -142,7 +144,7 @@ def write_dataset(
 
 
 def _resume(path: str, settings: dict, counts: dict) -> dict:
-    """The state in progress.json, or that of a run which has packed nothing yet."""
+    """The state in progress.json, or the state before anything is packed."""
     state = {"source": [0, 0], "taken": 0, "shards": [], **counts, "digest": ""}
     progress = read_json(path)
     if progress is None:
@@ -193,7 +195,7 @@ def _add(totals: dict, counts: dict) -> dict:
 def _read(
     files: Sequence[sources.SourceFile], field: str, tokenizer: Tokenizer, start: Position, stop: Position
 ) -> Iterator[tuple[Position, np.ndarray]]:
-    """Yields (source, ids [n] int32) for the documents from `start` to `stop`, beginning and end included."""
+    """Yields (source, ids [n] int32) of the documents from `start` to `stop`, with beginning and end of sequence."""
     documents = text.iter_documents(files, field, start, stop)
     end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     for batch in batches(documents, lambda document: len(document[2])):
@@ -202,7 +204,7 @@ def _read(
 
 
 def batches(items: Iterable, characters: Callable[..., int]) -> Iterator[list]:
-    """Yields the items in lists worth one call of the tokenizer, which encodes a list on all cores."""
+    """Yields the items in lists large enough for one call of the tokenizer, which encodes a list on all cores."""
     batch, total = [], 0
     for item in items:
         batch.append(item)
@@ -217,8 +219,9 @@ def batches(items: Iterable, characters: Callable[..., int]) -> Iterator[list]:
 def _pack_rows(
     documents: Iterable[tuple[Position, np.ndarray]], length: int, align: int, pad_id: int, skip: int, given: int
 ) -> Iterator[PackedRow]:
-    """Yields full rows, then the padded rest; the first `skip` tokens of the first document are left out. The first
-    `given` tokens of a document are not supervised.
+    """Yields full rows, then the padded rest.
+
+    skip: tokens of the first document to leave out. given: tokens at the start of a document that are not supervised.
     """
     pieces: list[tuple[int, np.ndarray, tuple[int, int], bool]] = []  # (start, ids, source, begins a document)
     start, source, taken = 0, (0, 0), 0
@@ -249,21 +252,21 @@ def _pack_rows(
 
 
 def _check_settings(path: str, stored: dict, settings: dict) -> None:
-    """Raises InputError naming the first setting that is another one there."""
+    """Raises InputError naming the first setting that differs from the stored one."""
     stored = {"add_bos": False} | stored  # datasets older than the setting have none
     same_tokenizer = _same_tokenizer(stored, settings)
-    for name, wanted in settings.items():
-        found = stored.get(name)
-        if found == wanted or (name not in stored and name in _NOT_ALWAYS_KEPT):
+    for name, current in settings.items():
+        recorded = stored.get(name)
+        if recorded == current or (name not in stored and name in _NOT_ALWAYS_KEPT):
             continue
         if name in ("tokenizer_digest", "tokenizer_identity") and same_tokenizer:
             continue
-        if name == "source_files" and isinstance(found, list):
-            differing = sorted({tuple(file) for file in found} ^ {tuple(file) for file in wanted})
+        if name == "source_files" and isinstance(recorded, list):
+            differing = sorted({tuple(file) for file in recorded} ^ {tuple(file) for file in current})
             raise InputError(f"{path}: source_files differ, first at {differing[0][0]}; take another output folder")
         if name == "source_digest":
             raise InputError(f"{path}: the contents of the source files have changed; take another output folder")
-        raise InputError(f"{path}: {name} is {found!r} there but {wanted!r} now; take another output folder")
+        raise InputError(f"{path}: {name} is {recorded!r} there but {current!r} now; take another output folder")
 
 
 def _same_tokenizer(stored: dict, settings: dict) -> bool:
@@ -273,7 +276,7 @@ def _same_tokenizer(stored: dict, settings: dict) -> bool:
 
 @contextlib.contextmanager
 def _folder(path: str) -> Iterator[None]:
-    """Makes the folder; if the block fails and left nothing in it, whatever was made is removed again."""
+    """Creates the folder; if the block fails and it is empty, all folders created here are removed again."""
     made = []
     missing = os.path.abspath(path)
     while not os.path.exists(missing):
@@ -300,7 +303,7 @@ def _write_json(path: str, value: dict) -> None:
 
 
 def _publish(unfinished: str, path: str) -> None:
-    """Gives a finished file its name, its bytes safely on disk before."""
+    """Renames a finished file after its bytes are on the disk."""
     with open(unfinished, "rb") as stream:
         os.fsync(stream.fileno())
     os.replace(unfinished, path)

@@ -1,23 +1,24 @@
-"""Packs conversations for SFT: one document each, or one for each of the assistant's turns."""
+"""Packs conversations for SFT: one document per conversation, or one per assistant turn."""
 
 import functools
 
 from llada_jax.data import chat
-from llada_jax.data.pack_examples import Kind, pack_examples
+from llada_jax.data.pack_examples import ExampleKind, pack_examples
 from llada_jax.errors import InputError
 from llada_jax.tokenizer import Tokenizer
 
 
 def pack_chat(source: str, tokenizer: Tokenizer, out: str, length: int, *, turns: str = "all", **options) -> dict:
-    """Packs the conversations under `source`, rows as in data/chat.py; `turns` is that of chat.prepare.
+    """Packs the conversations under `source` into rows of `length` tokens; data/chat.py describes the input rows.
 
-    `options`, what is returned (`conversations` is the number read; with turns "each" every document counts as one)
-    and what is raised are those of pack_examples. A conversation that says nothing is unusable: "no response".
+    turns: "all", "last" or "each", as in chat.prepare. options, the result and the errors: as in pack_examples. The
+    result's `conversations` is the number read; with turns "each", every document counts. A conversation without an
+    answer is unusable: "no response".
     """
     if turns not in chat.TURNS:
         raise InputError(f"turns {turns!r} is none of {', '.join(chat.TURNS)}")
     prepare = functools.partial(_prepare, tokenizer, turns)
-    kind = Kind("chat", "conversations", chat.COLUMNS, ("no response",), {"turns": turns}, prepare)
+    kind = ExampleKind("chat", "conversations", chat.COLUMNS, ("no response",), {"turns": turns}, prepare)
     return pack_examples(source, tokenizer, out, length, kind, **options)
 
 

@@ -23,13 +23,13 @@ from llada_jax.tokenizer import Tokenizer
 _OPEN_ROWS = 16
 
 
-class Kind(NamedTuple):
-    """What the rows of a source are.
+class ExampleKind(NamedTuple):
+    """How the rows of a source become examples.
 
-    `prepare` maps a parsed row to its examples, each a list of documents for chat.tokenise, or to the reason why it
-    cannot be used, one of `reasons`; it raises InputError if the row is malformed, and can be pickled. `unit` is what
-    an example is called in dataset.json, where `settings` are recorded; `columns` are those that a table is read for. A
-    packed row holds at most `max_examples` (None: any number).
+    prepare: maps a parsed row to its examples, each a list of documents for chat.tokenise, or to the reason why it
+    cannot be used, one of `reasons`. It raises InputError if the row is malformed, and must be picklable. unit: the
+    name of an example in dataset.json, where `settings` are recorded. columns: those read from a table. max_examples:
+    the most per packed row (None: any number).
     """
 
     name: str
@@ -46,7 +46,7 @@ def pack_examples(
     tokenizer: Tokenizer,
     out: str,
     length: int,
-    kind: Kind,
+    kind: ExampleKind,
     *,
     split: str = "",
     tail: str | int = "all",
@@ -58,21 +58,21 @@ def pack_examples(
 ) -> dict:
     """Tokenises the examples under `source` (sources.list_files) and packs them into rows of `length` tokens.
 
-    An example is never split. Each of its documents ends in an end of sequence (Tokenizer.eos_ids), supervised: where
-    its last turn does not, the tokenizer's is added, into a block of its own if need be (but not to `input_ids` that
-    fill a whole row, as those cut at its length do). It begins at a multiple of
-    `block_align` and is filled up to one with more of them; `tail` says what these are: "all" supervised; the first
-    `tail` of them supervised, the rest part of the document and masked with it, but not scored
-    (diffusion/objectives.py); or "none", padding.
+    An example is never split. Each of its documents ends with a supervised end of sequence (Tokenizer.eos_ids): if the
+    last turn has none, the tokenizer's is added, in a new block if necessary. (It is not added to `input_ids` that fill
+    a whole row, which were probably cut at that length.)
 
-    Examples go, in order, to the first of at most 16 open rows that has room; a new row closes the fullest of them.
-    Every shard is packed on its own, so that a run continues at a shard without a memory of open rows.
-    `processes` as in `pack`.
+    block_align: a document begins at a multiple of it and is filled up to one with ends of sequence. tail: whether
+    these are supervised. "all": all of them; a number: the first `tail` of them, while the rest belong to the document
+    and are masked with it, but not scored (diffusion/objectives.py); "none": they are padding. processes: as in `pack`.
 
-    Returns the contents of dataset.json: as `pack`, and `kind`, kind.unit (the number of examples read), `used`,
+    Examples go in order to the first of at most 16 open rows with enough room; a new row closes the fullest one. Every
+    shard is packed independently, so that a resumed run needs no memory of open rows.
+
+    Returns the contents of dataset.json: as `pack`, plus `kind`, kind.unit (the number of examples read), `used`,
     `unusable` {reason: number} and `supervised_tokens`. Unusable are examples with a reason of `kind`, those "too long"
-    for a row, and "malformed" rows with `skip_malformed`; otherwise these raise InputError with file and line. Raises
-    as `pack` besides.
+    for a row and, with `skip_malformed`, "malformed" rows. Without it, a malformed row raises InputError naming file
+    and line. Other errors are those of `pack`.
     """
     check_shape(length, block_align, rows_per_shard)
     if tail not in ("all", "none") and (type(tail) is not int or tail < 0):
@@ -103,26 +103,26 @@ def pack_examples(
     def rows_after(position: tuple[int, int], taken: int) -> Iterator[PackedRow]:
         read = functools.partial(_read, files, tokenizer, kind, skip_malformed)
         examples = itertools.islice(read_parts(read, files, position, processes), taken, None)
-        fitted = ((where, _fit(item, length, block_align, tail, tokenizer.eos_ids)) for where, item in examples)
+        fitted = ((origin, _fit(item, length, block_align, tail, tokenizer.eos_ids)) for origin, item in examples)
         end = _Place((len(files), 0), 0)
         return _pack_rows(fitted, length, rows_per_shard, tokenizer.eos_id, end, kind, source)
 
     return write_dataset(out, settings, files, counts, rows_after, f"{source}: empty dataset, no {kind.unit}", log)
 
 
-def _nothing_read(kind: Kind) -> dict:
+def _nothing_read(kind: ExampleKind) -> dict:
     return {kind.unit: 0, "unusable": dict.fromkeys((*kind.reasons, "too long", "malformed"), 0)}
 
 
 class _Place(NamedTuple):
-    """Example number `index` of the row at `source`, a (file index, offset)."""
+    """The example with number `index` of the row at `source`, (file index, offset)."""
 
     source: tuple[int, int]
     index: int
 
 
 class _Piece(NamedTuple):
-    """A document as a row takes it: ids [size], of which `length` belong to it, and its supervised spans."""
+    """A document with its tail: ids [size], of which the first `length` belong to it, and its supervised spans."""
 
     ids: np.ndarray
     length: int
@@ -131,7 +131,7 @@ class _Piece(NamedTuple):
 
 @dataclasses.dataclass(eq=False)
 class _OpenRow:
-    """A row that is being filled: `used` tokens of it are taken by (source, piece) pairs."""
+    """A row being filled: `used` tokens are taken by its (source, piece) pairs."""
 
     pieces: list[tuple[tuple[int, int], _Piece]] = dataclasses.field(default_factory=list)
     used: int = 0
@@ -148,9 +148,14 @@ def _size(example: Sequence[_Piece]) -> int:
 
 
 def _read(
-    files: Sequence[SourceFile], tokenizer: Tokenizer, kind: Kind, skip_malformed: bool, start: Position, stop: Position
+    files: Sequence[SourceFile],
+    tokenizer: Tokenizer,
+    kind: ExampleKind,
+    skip_malformed: bool,
+    start: Position,
+    stop: Position,
 ) -> Iterator[tuple[_Place, list[chat.Conversation] | str]]:
-    """Yields (place, the example's documents, or the reason why it cannot be used) for the rows in [start, stop)."""
+    """Yields (place, the example's documents or the reason why it is unusable) for the rows in [start, stop)."""
 
     def prepare():
         for file, offset, row in read_rows(files, kind.columns, start, stop):
@@ -170,15 +175,15 @@ def _read(
     for batch in batches(prepare(), characters):
         prepared = [item for _, example in batch if not isinstance(example, str) for item in example]
         tokenised = iter(chat.tokenise(prepared, tokenizer))
-        for where, example in batch:
+        for origin, example in batch:
             if not isinstance(example, str):
                 example = list(itertools.islice(tokenised, len(example)))
                 example = "no response" if None in example else example
-            yield where, example
+            yield origin, example
 
 
 def _fit(example: list[chat.Conversation] | str, length: int, align: int, tail: str | int, eos_ids: Sequence[int]):
-    """The example's documents with their tails (a list of _Piece), or why it cannot be used."""
+    """The example's documents with their tails (a list of _Piece), or the reason why it is unusable."""
     if isinstance(example, str):
         return example
     pieces = [_fill(_ended(conversation, length, eos_ids), align, tail, eos_ids[0]) for conversation in example]
@@ -186,7 +191,7 @@ def _fit(example: list[chat.Conversation] | str, length: int, align: int, tail: 
 
 
 def _ended(conversation: chat.Conversation, length: int, eos_ids: Sequence[int]) -> chat.Conversation:
-    """The conversation with an end of sequence at its end: what stops decoding has to be learned."""
+    """The conversation with an end of sequence at its end: the model must learn to stop."""
     ids, (*spans, (first, last)), given = conversation
     if ids[-1] in eos_ids or (given and len(ids) == length):
         return conversation
@@ -208,27 +213,27 @@ def _pack_rows(
     rows_per_shard: int,
     pad_id: int,
     end: _Place,
-    kind: Kind,
+    kind: ExampleKind,
     name: str,
 ) -> Iterator[PackedRow]:
-    """Yields the rows; the last row of a shard says where the next shard begins, with everything before counted.
+    """Yields the rows. The last row of a shard has the place where the next shard begins, and counts all before it.
 
-    `end` is the place that follows all others. Raises InputError naming `name` if no example can be used.
+    end: the place after all examples. Raises InputError naming `name` if no example is usable.
     """
     open_rows: list[_OpenRow] = []
     opened = 0
     read = _nothing_read(kind)
 
-    def close(row: _OpenRow, where: _Place) -> PackedRow:
+    def close(row: _OpenRow, origin: _Place) -> PackedRow:
         nonlocal read
         open_rows.remove(row)
         counts, read = read, _nothing_read(kind)
-        return _finish(row, length, pad_id, counts, where)
+        return _finish(row, length, pad_id, counts, origin)
 
     def has_room(row: _OpenRow, example: list[_Piece]) -> bool:
         return row.used + _size(example) <= length and row.examples != kind.max_examples
 
-    for where, example in examples:
+    for origin, example in examples:
         if isinstance(example, str):
             read["unusable"][example] += 1
         else:
@@ -236,14 +241,14 @@ def _pack_rows(
             if row is None:
                 if opened == rows_per_shard:
                     while open_rows:
-                        yield close(open_rows[0], where)
+                        yield close(open_rows[0], origin)
                     opened = 0
                 elif len(open_rows) == _OPEN_ROWS:
-                    yield close(max(open_rows, key=lambda row: row.used), where)
+                    yield close(max(open_rows, key=lambda row: row.used), origin)
                 row = _OpenRow()
                 open_rows.append(row)
                 opened += 1
-            row.add(where.source, example)
+            row.add(origin.source, example)
         read[kind.unit] += 1
     if not open_rows and read[kind.unit]:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in read["unusable"].items() if count)
@@ -252,8 +257,8 @@ def _pack_rows(
         yield close(open_rows[0], end)
 
 
-def _finish(row: _OpenRow, length: int, pad_id: int, counts: dict, where: _Place) -> PackedRow:
-    """The row as a record, its counts added to those of the examples read."""
+def _finish(row: _OpenRow, length: int, pad_id: int, counts: dict, origin: _Place) -> PackedRow:
+    """The row as a record, with its counts and those of the examples read."""
     ids = np.full(length, pad_id, np.int32)
     starts, spans, start = [], [], 0
     for _, piece in row.pieces:
@@ -265,4 +270,4 @@ def _finish(row: _OpenRow, length: int, pad_id: int, counts: dict, where: _Place
     record = encode_row(ids, starts, lengths, [source for source, _ in row.pieces], spans)
     counts = counts | {"tokens": sum(lengths), "documents": len(lengths), "used": row.examples}
     supervised = sum(last - first for first, last in spans)
-    return PackedRow(record, counts | {"supervised_tokens": supervised}, where.source, where.index)
+    return PackedRow(record, counts | {"supervised_tokens": supervised}, origin.source, origin.index)

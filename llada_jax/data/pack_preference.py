@@ -6,7 +6,7 @@ So segments 1 and 2 of a row are its first pair, 3 and 4 the second, as diffusio
 import functools
 
 from llada_jax.data import chat, pairs
-from llada_jax.data.pack_examples import Kind, pack_examples
+from llada_jax.data.pack_examples import ExampleKind, pack_examples
 from llada_jax.errors import InputError
 from llada_jax.tokenizer import Tokenizer
 
@@ -14,15 +14,15 @@ from llada_jax.tokenizer import Tokenizer
 def pack_preference(
     source: str, tokenizer: Tokenizer, out: str, length: int, *, max_pairs: int = 16, **options
 ) -> dict:
-    """Packs the pairs under `source`, rows as in data/pairs.py, at most `max_pairs` in a row of `length` tokens.
+    """Packs the preference pairs under `source`; data/pairs.py describes the input rows.
 
-    `options`, what is returned (`pairs` is the number read) and what is raised are those of pack_examples. Unusable are
-    pairs of "identical answers" and those of which an answer says nothing: "no response".
+    max_pairs: the most pairs per row of `length` tokens. options, the result and the errors: as in pack_examples; the
+    result's `pairs` is the number read. Unusable pairs have "identical answers", or an empty one: "no response".
     """
     if max_pairs < 1:
         raise InputError(f"max_pairs {max_pairs} must be at least 1")
     prepare, reasons = functools.partial(_prepare, tokenizer), ("no response", "identical answers")
-    kind = Kind("preference", "pairs", pairs.COLUMNS, reasons, {"max_pairs": max_pairs}, prepare, max_pairs)
+    kind = ExampleKind("preference", "pairs", pairs.COLUMNS, reasons, {"max_pairs": max_pairs}, prepare, max_pairs)
     return pack_examples(source, tokenizer, out, length, kind, **options)
 
 

@@ -1,12 +1,12 @@
 """Preference pairs: two answers to one prompt, the chosen and the rejected one.
 
 A row has `chosen` and `rejected`, texts or messages, and a prompt: `prompt`, an instruction (`question`, `input`, ...),
-or messages before the answers. Without one, the prompt is what two whole conversations have in common at the start.
+or messages before the answers. Without one, the prompt is the common beginning of two whole conversations.
 data/README.md shows every shape, with its text.
 
-Messages are rendered by the chat template. A prompt that is a text is a message of the user, an answer that is a text
-one of the assistant; answers that are messages may repeat the prompt's. Texts are taken as they are, without template,
-when all fields are texts and there is no template, or when both texts are transcripts.
+Messages are rendered by the chat template. A text prompt is a user message, a text answer an assistant message; answers
+that are messages may repeat the prompt's. Texts are used as they are, without a template, if all fields are texts and
+there is no template, or if both texts are transcripts.
 """
 
 import os
@@ -32,17 +32,17 @@ _SPEAKER = re.compile(
 
 
 def prepare(row: dict, tokenizer: Tokenizer) -> list[Rendered | Conversation] | str:
-    """The chosen and the rejected document of a parsed row for chat.tokenise, or the reason why it cannot be used.
+    """The chosen and the rejected document of a parsed row for chat.tokenise, or the reason why it is unusable.
 
-    Each is the prompt, then the answer, supervised: every turn of the assistant if it has several. Reasons are "no
-    response" and "identical answers". Raises as chat.prepare does, and InputError if there is no prompt.
+    Each document is the prompt and then the answer, of which every assistant turn is supervised. Reasons are "no
+    response" and "identical answers". Raises as chat.prepare, and InputError if there is no prompt.
     """
     if not shapes.check_row(row):
         return "no response"
     answers = [row.get(name) for name in NAMES]
     for name, answer in zip(NAMES, answers, strict=True):
         if answer is None:
-            raise InputError(f"{name} is missing; {shapes.found(row)}")
+            raise InputError(f"{name} is missing; {shapes.keys_of(row)}")
     shapes.check_prompt(row)
     prompt = _prompt(row)
     texts = all(isinstance(answer, str) for answer in answers)
@@ -66,7 +66,7 @@ def prepare(row: dict, tokenizer: Tokenizer) -> list[Rendered | Conversation] | 
 
 
 def _prompt(row: dict) -> str | list[dict] | None:
-    """What is asked, a text or checked messages; None if the row does not say."""
+    """The prompt, a text or checked messages; None if the row has none."""
     if "prompt" in row:
         prompt = row["prompt"]
     elif (prompt := shapes.asked(row)) is None and "input" in row:
@@ -80,26 +80,26 @@ def _prompt(row: dict) -> str | list[dict] | None:
 
 
 def _split_texts(chosen: str, rejected: str) -> tuple[str, list[str]]:
-    """(prompt, answers) of two transcripts that are the same until the assistant answers.
+    """Returns (prompt, answers) of two transcripts that are equal until the assistant answers.
 
-    What two answers have in common at the start is no prompt: so it must hold a question, and after it only an answer
-    may have begun. The texts are cut where it begins.
+    A common beginning alone is not a prompt: it must contain a question, after which only an answer has begun. The
+    texts are cut where that answer begins.
     """
     same = len(os.path.commonprefix([chosen, rejected]))
-    found = [match for match in _SPEAKER.finditer(chosen) if match.end() <= same]
-    asked = [any(match.groupdict().values()) for match in found]
+    speakers = [match for match in _SPEAKER.finditer(chosen) if match.end() <= same]
+    asked = [any(match.groupdict().values()) for match in speakers]
     if chosen == rejected:
         return "", [chosen, rejected]
-    if not found or asked[-1] or not any(asked):
+    if not speakers or asked[-1] or not any(asked):
         raise InputError(
             "prompt is missing, and chosen and rejected are no transcripts of the same question (Human: ... Assistant:)"
         )
-    end = found[-1].end()
+    end = speakers[-1].end()
     return chosen[:end], [chosen[end:], rejected[end:]]
 
 
 def _split_messages(row: dict, prompt, answers: list) -> tuple[list[dict], list[list[dict]]]:
-    """(prompt, answers) as checked messages, the prompt in neither answer."""
+    """Returns (prompt, answers) as checked messages; the answers do not repeat the prompt."""
     answers = [as_messages(answer, "assistant", name) for name, answer in zip(NAMES, answers, strict=True)]
     if prompt is None:
         same = [a == b for a, b in zip(*answers, strict=False)]

@@ -1,7 +1,7 @@
 """Reads a source in parts, in its order, by one process or several.
 
-A part is what begins at or after its first position and before its second. What parts give is put together in order,
-so that the number of processes changes nothing but the time.
+A part (start, stop) holds what begins at or after `start` and before `stop`. Results are concatenated in order, so the
+number of processes changes only the time.
 """
 
 import collections
@@ -28,21 +28,21 @@ def split(files: Sequence[SourceFile], start: Position) -> Iterator[tuple[Positi
     A part has about 8 MiB of input: many small files, or some lines or row groups of a large one. A text file, a
     compressed or .json file, a line and a row group are never divided.
     """
-    begin, held = start, 0
+    begin, total = start, 0
     for index in range(start[0], len(files)):
         for offset, size in _pieces(files[index], start[1] if index == start[0] else 0):
-            if held >= _PART_BYTES:
+            if total >= _PART_BYTES:
                 yield begin, (index, offset)
-                begin, held = (index, offset), 0
-            held += size
+                begin, total = (index, offset), 0
+            total += size
     yield begin, (len(files), 0)
 
 
 def read_parts(read: Read, files: Sequence[SourceFile], start: Position, processes: int = 1) -> Iterator:
-    """Yields what read(part's start, part's stop) gives, for all parts of the files from `start` on, in order.
+    """Yields the items of read(start, stop) for all parts of the files from `start` on, in order.
 
-    With more than one process `read` and what it gives must be picklable; an InputError that it raises is raised here.
-    A process that dies otherwise is an InputError too. Closing the generator ends the processes.
+    With more than one process, `read` and its items must be picklable. An InputError of a process is raised here, and
+    so is one if a process dies. Closing the generator ends the processes.
     """
     if processes < 1:
         raise InputError(f"processes {processes} must be at least 1")
@@ -66,7 +66,7 @@ def read_parts(read: Read, files: Sequence[SourceFile], start: Position, process
 
 
 class _Worker:
-    """A process that calls `read`. It ends by itself when this process does, however that ends."""
+    """A process that calls `read`. It ends when this process ends, in any way."""
 
     def __init__(self, read: Read):
         # Not forked from this process, which may hold threads and locks; its imports are made once for all workers.
@@ -121,7 +121,7 @@ def _serve(read: Read, channel: Connection) -> None:
 
 
 def _pieces(file: SourceFile, offset: int) -> Iterator[tuple[int, int]]:
-    """Yields the offsets of `file`, from `offset` on, at which a part may begin, each with the bytes up to the next."""
+    """Yields (offset, bytes until the next one) of the positions from `offset` on where a part may begin."""
     if file.format in ("text", "json") or file.compression:
         yield offset, file.bytes
     elif file.format == "jsonl":

@@ -1,4 +1,4 @@
-"""Progress of a pass over source files: one line that is rewritten on a terminal, plain lines elsewhere."""
+"""Progress of a pass over source files: one updated line on a terminal, plain lines elsewhere."""
 
 import contextlib
 import time
@@ -15,10 +15,10 @@ _PLAIN_SECONDS = 10.0
 def progress_lines(
     files: Sequence[sources.SourceFile], position: tuple[int, int], tokens: int, log: TextIO | None
 ) -> Iterator[Callable[[tuple[int, int], int, int], None]]:
-    """Yields report(position, documents, tokens), to be called as often as convenient.
+    """Yields report(position, documents, tokens), which may be called as often as convenient.
 
-    `position` is the (file index, offset) reached; the counts are totals. The values given here are those at the
-    start of the run, so that speed and time left speak of this run alone. Nothing is written if `log` is None.
+    position: the (file index, offset) reached; the counts are totals. The arguments of this function are the values at
+    the start, so that speed and remaining time describe this run alone. If `log` is None, nothing is written.
     """
     if log is None:
         yield lambda position, documents, tokens: None

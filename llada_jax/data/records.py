@@ -1,4 +1,4 @@
-"""Readers of rows with several fields: JSON values and table rows as one stream that can be taken up anywhere."""
+"""Readers of rows with several fields: JSON values and table rows as one stream that can start anywhere."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -12,9 +12,9 @@ from llada_jax.errors import InputError
 def read_rows(
     files: Sequence[SourceFile], columns: Sequence[str], start: Position = (0, 0), stop: Position | None = None
 ) -> Iterator[tuple[int, int, bytes | dict]]:
-    """Yields (file index, offset, row for `parse_row`) for the rows from `start` to `stop`, exclusive, in order.
+    """Yields (file index, offset, row for `parse_row`) for the rows in [start, stop), in order.
 
-    The offset is that of sources.Position; of a table only `columns` are read. Raises InputError naming the file if it
+    Offsets are those of sources.Position. From a table only `columns` are read. Raises InputError naming a file that
     cannot be read.
     """
     for index, offset, end in ranges(files, start, stop):
@@ -34,10 +34,10 @@ def file_rows(
 
 
 def parse_row(row: bytes | dict) -> dict:
-    """A row as a dict without nulls: an absent key and a null are the same.
+    """A row as a dict without nulls: a null counts as an absent key.
 
-    A table gives every struct all the keys that any of its rows has, so there nulls are left out at every depth.
-    Raises InputError, without the place, if a line is not a JSON object.
+    In a table every struct has the keys of all rows, so nulls are removed at every depth. Raises InputError, without
+    file and line, if a line is not a JSON object.
     """
     if isinstance(row, bytes):
         return {name: value for name, value in parse_object(row).items() if value is not None}
@@ -45,7 +45,7 @@ def parse_row(row: bytes | dict) -> dict:
 
 
 def parse_object(line: bytes) -> dict:
-    """The JSON object on a line. Raises InputError, without the place, when it is something else."""
+    """The JSON object on a line. Raises InputError, without file and line, if it is something else."""
     record = jsonl.parse_line(line)
     if not isinstance(record, dict):
         raise InputError("not a JSON object")
@@ -53,7 +53,7 @@ def parse_object(line: bytes) -> dict:
 
 
 def read_lines(file: SourceFile, offset: int, stop: float = math.inf) -> Iterator[tuple[int, bytes]]:
-    """Yields (byte offset, line) for the lines that begin in [offset, stop), in bytes, and are not blank.
+    """Yields (byte offset, line) of the non-blank lines that begin in [offset, stop), in bytes.
 
     Raises InputError naming the file.
     """

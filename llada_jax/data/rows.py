@@ -1,4 +1,4 @@
-"""The stored form of a packed dataset: rows as msgpack records, and its dataset.json."""
+"""The storage format of a packed dataset: rows as msgpack records, and dataset.json."""
 
 import json
 import os
@@ -37,9 +37,9 @@ def encode_row(
 ) -> bytes:
     """Serialises one row for `decode_row`.
 
-    ids [length] int32; document d occupies ids[starts[d] : starts[d] + lengths[d]] and came from sources[d]. Only
-    positions inside the half-open `spans` are supervised; no spans means every token is, so a row with nothing to
-    supervise takes one empty span (0, 0).
+    ids [length] int32; document d occupies ids[starts[d] : starts[d] + lengths[d]] and came from sources[d]. Positions
+    inside the half-open `spans` are supervised. Without spans every token is; a row without supervised tokens has one
+    empty span (0, 0).
     """
     arrays = {"ids": ids, "starts": starts, "lengths": lengths}
     pairs = {"sources": sources, "spans": spans}
@@ -86,8 +86,8 @@ def read_dataset(path: str) -> dict:
 
 
 def packed_with(dataset: dict, tokenizer: Tokenizer) -> bool:
-    """Whether the rows of a dataset.json are what `tokenizer` gives: its files are the same or, where the dataset says
-    it, what of them changes ids and texts.
+    """Whether a dataset was packed with `tokenizer`: its files are equal or, if the dataset records it, the part of
+    them that changes ids and texts is.
     """
     identity = tokenizer.identity(chat=dataset.get("kind", "text") != "text")
     return dataset["tokenizer_digest"] == tokenizer.digest or dataset.get("tokenizer_identity") == identity

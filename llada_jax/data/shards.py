@@ -1,4 +1,4 @@
-"""Random access to the records of a packed dataset of any size: shards are opened when first read."""
+"""Random access to the records of a packed dataset of any size; a shard is opened at its first read."""
 
 import bisect
 import collections
@@ -18,16 +18,15 @@ _BUFFER_BYTES = 1 << 15
 
 
 class CorruptRecord(ValueError):
-    """The record is there, but is not what was written."""
+    """The record exists, but is not what was written."""
 
 
-class Shards:
-    """The records of `shards`, (file name, number of records) each, in `folder`, numbered through.
+class RecordShards:
+    """The records of `shards` [(file name, number of records)] in `folder`, numbered consecutively.
 
-    Nothing is opened here: the folder is listed, once. Opening a shard reads its index (of 65,536 records: 10 ms and
-    0.5 MB), so those last read stay open; all objects of this class together hold at most half the files that the
-    process may have open (`ulimit -n`). May be read by several threads, in parallel. Raises
-    InputError naming the first shard that is missing.
+    The constructor lists the folder once and opens nothing. Opening a shard reads its index (for 65,536 records: 10 ms
+    and 0.5 MB), so the most recently read shards stay open: over all objects of this class, at most half of the files
+    that the process may open (`ulimit -n`). Thread-safe. Raises InputError naming the first missing shard.
     """
 
     _all: weakref.WeakSet = weakref.WeakSet()  # open files are the process's, whatever the object
@@ -47,7 +46,7 @@ class Shards:
         self._all.add(self)
 
     def place(self, index: int) -> str:
-        """Names a record in an error: file and number in it."""
+        """Names a record for an error message: file and number within it."""
         path, record, _ = self._locate(index)
         return f"{path}: record {record}"
 

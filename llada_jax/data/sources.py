@@ -1,4 +1,4 @@
-"""Which files a source is: a file, a folder, or what `save_to_disk` of Hugging Face's `datasets` wrote."""
+"""The files of a source: a file, a folder, or a dataset saved by `save_to_disk` of Hugging Face's `datasets`."""
 
 import contextlib
 import fnmatch
@@ -23,7 +23,7 @@ _FORMATS = {".txt": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jso
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 TEXT_SUFFIXES = (".txt", ".jsonl", ".ndjson", ".parquet", ".json")
 ROW_SUFFIXES = (".jsonl", ".ndjson", ".parquet", ".json")
-# Files beside data that are none.
+# Files beside the data that are not data.
 _DESCRIPTIONS = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "_SUCCESS")
 _DESCRIPTION_PATTERNS = ("readme*", "license*", "notice*", "*.md", "*.rst", "*.crc", "*.py")
 # Files that hold data in formats that are not read here: without them a folder would silently be a part of its data.
@@ -48,7 +48,7 @@ class SourceFile:
 
     @contextlib.contextmanager
     def open(self) -> Iterator[BinaryIO]:
-        """What the file holds, decompressed. Raises InputError naming it if it cannot be read."""
+        """Opens the file's decompressed contents. Raises InputError naming the file if it cannot be read."""
         try:
             with open(self.path, "rb") as stream:
                 if not self.compression:
@@ -70,12 +70,13 @@ def list_files(
 ) -> list[SourceFile]:
     """Lists the readable files of `source`: one file, a folder, or a saved dataset.
 
-    A folder is searched recursively for names that end in one of `suffixes`, or match one of `patterns` (e.g. "*.py")
-    and are then plain text; names that begin with a dot are skipped, and the files are sorted by relative path. Files
-    of lines and text may be compressed, with .gz or .zst behind their name. What else is there is named on stderr; an
-    error if it holds data and no `patterns` say what is wanted. With them .json is read only if it matches. A saved
-    dataset (`datasets.save_to_disk`) is the Arrow files that its state.json names, in that order; of a DatasetDict,
-    those of `split`, which may be left out if there is only one. Raises InputError if nothing readable is found.
+    A folder is searched recursively for names that end in one of `suffixes`, or match one of `patterns` (e.g. "*.py"),
+    which makes them plain text. Names that begin with a dot are skipped, and files are sorted by relative path. Text
+    and line files may be compressed, with .gz or .zst after their name. Other files are named on stderr; it is an error
+    if they hold data and there are no `patterns`. With patterns, .json files are read only if they match.
+
+    A saved dataset (`datasets.save_to_disk`) consists of the Arrow files that its state.json names, in that order; of a
+    DatasetDict, those of `split`, which may be omitted if there is only one. Raises InputError if nothing is readable.
     """
     if os.path.isfile(source):
         root, names = os.path.dirname(source), [os.path.basename(source)]
@@ -89,20 +90,20 @@ def list_files(
     if split:
         raise InputError(f"{source}: split {split!r} asked for, but there is no dataset_dict.json")
     suffixes = [suffix for suffix in suffixes if not (patterns and suffix == ".json")]
-    found = {name: _format(name, suffixes, patterns) for name in names}
-    _say_what_is_not_read(source, [name for name, reading in found.items() if reading is None], bool(patterns))
-    files = [_file(root, name, *reading) for name, reading in found.items() if reading is not None]
+    formats = {name: _format(name, suffixes, patterns) for name in names}
+    _say_what_is_not_read(source, [name for name, reading in formats.items() if reading is None], bool(patterns))
+    files = [_file(root, name, *reading) for name, reading in formats.items() if reading is not None]
     if not files:
         readable = ", ".join([f"*{suffix}" for suffix in suffixes if suffix != ".ndjson"] + list(patterns))
         raise InputError(f"{source}: empty dataset, no file matches {readable}, nor is it a saved dataset")
     for name in names:
-        if name + ".gz" in found or name + ".zst" in found:
+        if name + ".gz" in formats or name + ".zst" in formats:
             raise InputError(f"{source}: {name} is there compressed too, so it would be read twice")
     return files
 
 
 def _say_what_is_not_read(source: str, names: Sequence[str], chosen: bool) -> None:
-    """Names files on stderr. Raises InputError naming one that holds data, unless the others were `chosen`."""
+    """Names unread files on stderr. Raises InputError naming one that holds data, unless patterns chose the files."""
     if not os.path.isdir(source):
         return
     names = [name for name in names if not _describes(os.path.basename(name))]
@@ -123,8 +124,8 @@ def _describes(base: str) -> bool:
 
 
 def content_digest(files: Sequence[SourceFile]) -> str:
-    """sha256 (hex) over the names and the bytes of the files. All are read, at about 1 GB/s a core: nothing beside
-    tokenising them. Raises InputError naming a file that cannot be read.
+    """sha256 (hex) over the names and bytes of the files. Reads all of them at about 1 GB/s per core, which is fast
+    compared with tokenising. Raises InputError naming a file that cannot be read.
     """
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(_file_digest, files))
@@ -142,9 +143,9 @@ def _file_digest(file: SourceFile) -> str:
 
 
 def ranges(files: Sequence[SourceFile], start: Position, stop: Position | None) -> Iterator[tuple[int, int, float]]:
-    """Yields (file index, first offset, end) for the files that hold something in [start, stop).
+    """Yields (file index, first offset, end) of the files with something in [start, stop).
 
-    The end is infinity in a file that is wanted to its end, and so everywhere without `stop`.
+    The end is infinity for files that are read to their end; without `stop`, for all.
     """
     last, end = stop or (len(files), 0)
     for index in range(start[0], min(len(files), last + (end > 0))):
@@ -152,7 +153,7 @@ def ranges(files: Sequence[SourceFile], start: Position, stop: Position | None) 
 
 
 def bytes_before(files: Sequence[SourceFile], position: Position) -> int:
-    """Input bytes that precede the document at (file index, offset); within a table in proportion to rows."""
+    """Input bytes before the document at (file index, offset); within a table, in proportion to rows."""
     index, offset = position
     whole = sum(file.bytes for file in files[:index])
     if index < len(files) and files[index].format in tables.FORMATS:
@@ -161,7 +162,7 @@ def bytes_before(files: Sequence[SourceFile], position: Position) -> int:
 
 
 def place(file: SourceFile, offset: int) -> str:
-    """Names a document or row in an error: path:line, or path:row N of a table."""
+    """Names a document or row for an error message: path:line, or path:row N of a table."""
     if file.format in tables.FORMATS:
         return f"{file.path}:row {offset}"
     lines = 1  # counted only now, so that a restart need not read the file's beginning
@@ -175,7 +176,7 @@ def place(file: SourceFile, offset: int) -> str:
 
 
 def read_text(file: SourceFile) -> str:
-    """All that a file holds. Raises InputError naming it, and the line that is not UTF-8."""
+    """The text of a file. Raises InputError naming the file, and the line that is not UTF-8."""
     with file.open() as stream:
         data = stream.read()
     try:
@@ -200,7 +201,7 @@ def _file(root: str, name: str, file_format: str, compression: str = "") -> Sour
 def _saved_dataset(folder: str, split: str) -> list[str] | None:
     """The Arrow files of a saved Dataset or DatasetDict, relative to the folder; None if it is something else.
 
-    A folder of a dataset may hold other Arrow files, caches of it, so only state.json says which ones are its rows.
+    The folder may also hold cached Arrow files; only state.json tells which ones are rows.
     """
     dictionary, part = os.path.join(folder, "dataset_dict.json"), ""
     if os.path.isfile(dictionary):
@@ -245,7 +246,7 @@ def _walk(folder: str) -> Iterator[str]:
 
 
 def _format(name: str, suffixes: Sequence[str], patterns: Sequence[str]) -> tuple[str, str] | None:
-    """(format, compression) of a file that is to be read, else None."""
+    """(format, compression) of a file to read, else None."""
     base = os.path.basename(name)
     if any(fnmatch.fnmatchcase(base, pattern) for pattern in patterns):
         return "text", ""
@@ -254,5 +255,5 @@ def _format(name: str, suffixes: Sequence[str], patterns: Sequence[str]) -> tupl
     stem, suffix = os.path.splitext(base)
     compression = _COMPRESSIONS.get(suffix, "")
     suffix = os.path.splitext(stem)[1] if compression else suffix
-    wanted = suffix in suffixes and not (compression and _FORMATS[suffix] in tables.FORMATS)
-    return (_FORMATS[suffix], compression) if wanted else None
+    readable = suffix in suffixes and not (compression and _FORMATS[suffix] in tables.FORMATS)
+    return (_FORMATS[suffix], compression) if readable else None

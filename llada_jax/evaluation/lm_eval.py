@@ -1,10 +1,10 @@
-"""The model class of lm-eval (EleutherAI's harness), so that its tasks run on our checkpoints; pip: [lm-eval].
+"""The model class for lm-eval (EleutherAI's harness), whose tasks then run on our checkpoints; pip: [lm-eval].
 
     python -m llada_jax.evaluation.lm_eval run --model llada_jax --tasks TASK \\
         --model_args checkpoint=DIR,block_length=32,samples=16
 
-is lm-eval's own command with the model registered. Likelihoods are estimates of the NELBO of the continuation given the
-context, by `samples` stratified draws, or exact with likelihood_block=1 or likelihood_block=ar.
+is lm-eval's own command with the model registered. Likelihoods are estimates of the continuation's NELBO given the
+context, from `samples` stratified draws; with likelihood_block=1 or likelihood_block=ar they are exact.
 """
 
 import contextlib
@@ -53,20 +53,20 @@ _log = logging.getLogger("lm_eval.models.llada_jax")
 
 @register_model("llada_jax")
 class LLaDAJax(TemplateLM):
-    """A checkpoint, converted or of a run, with a tokenizer.
+    """A checkpoint with a tokenizer, imported or of a run.
 
-    likelihood_block: block size of the NELBO, "full" (MDLM over the sequence) or "ar" (the causal pass of these
-    weights). max_length: tokens of a context and its continuation or answer, by default the positions that the model
-    was made for; contexts are cut on the left to fit, which is logged. gen_length: most tokens of an answer whose task
-    does not say. block_length to eos_early_stop: as in GenerateConfig. batch_size: rows at once, or "auto": as many as
-    max_batch_size, halved while the device runs out of memory. add_bos (or add_bos_token): auto, true or false, by
-    default as the checkpoint was trained. prefix_token_id: of empty contexts, by default the beginning of sequence,
-    without one its end. think_end_token (text or id): the answer is what follows it. enable_thinking,
-    chat_template_args (JSON): for the chat template.
+    likelihood_block: block size of the NELBO, "full" (MDLM over the sequence) or "ar" (a causal pass).
+    max_length: most tokens of a context plus its continuation or answer; by default the model's maximum. Contexts are
+    cut on the left to fit, which is logged. gen_length: most tokens of an answer, if the task does not say.
+    block_length to eos_early_stop: as in GenerateConfig. batch_size: rows at once; "auto": max_batch_size, halved while
+    the device runs out of memory. add_bos (or add_bos_token): auto, true or false; by default as in training.
+    prefix_token_id: of empty contexts; by default the beginning of sequence, else the end of sequence.
+    think_end_token: text or id that ends the reasoning; the answer is what follows. enable_thinking, chat_template_args
+    (JSON): variables of the chat template.
 
-    A continuation counts as greedy when every token of it is the most probable one with its whole block masked: at
-    block size 1 what greedy AR decoding writes, at larger ones what decoding in one pass a block does. Raises
-    InputError, on unknown arguments too.
+    A continuation counts as greedy if every token is the most probable one when its whole block is masked. At block
+    size 1 that is greedy AR decoding; at larger ones it is decoding with one pass per block. Raises InputError, also on
+    unknown arguments.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class LLaDAJax(TemplateLM):
         return self._tokenizer.digest
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
-        """Ids of a text from its beginning; add_special_tokens: False without its beginning of sequence."""
+        """Ids of a text from its beginning; without a beginning of sequence if add_special_tokens is False."""
         return (
             self._tokenizer.encode(string) if add_special_tokens is False else self._tokenizer.encode_document(string)
         )
@@ -148,9 +148,9 @@ class LLaDAJax(TemplateLM):
         return self._tokenizer.chat_template if chat_template else None
 
     def apply_chat_template(self, chat_history: list[dict], add_generation_prompt: bool = True) -> str:
-        """The conversation as text; without generation prompt its last message is left open, to be continued.
+        """The conversation as text; without a generation prompt, its last message is left open to be continued.
 
-        Raises InputError if the template leaves out something that is said before the answer.
+        Raises InputError if the template leaves out something before the answer.
         """
         before = list(chat_history if add_generation_prompt else chat_history[:-1])
         asked = chat.prompt({"messages": before, "chat_template_kwargs": self._variables}, self._tokenizer).text
@@ -173,7 +173,7 @@ class LLaDAJax(TemplateLM):
         self, requests: Sequence[tuple], disable_tqdm: bool = False, **_
     ) -> list[tuple[float, bool]]:
         """(log p(continuation | context), whether it is greedy) of each (…, context ids, continuation ids)."""
-        found: list = [None] * len(requests)
+        scores: list = [None] * len(requests)
         rows = [self._cut(context, continuation) for _, context, continuation in requests]
         cut = sum(len(context) + count > len(ids) for (_, context, _), (ids, count) in zip(requests, rows, strict=True))
         if cut:
@@ -183,11 +183,11 @@ class LLaDAJax(TemplateLM):
             batch = _batch([rows[i] for i in chosen], chosen, shape)
             answers = self._attempt(lambda at_once, batch=batch: self._score(batch, min(at_once, len(batch.ids))))
             for i, answer in zip(chosen, answers, strict=True):
-                found[i] = answer
-        return found
+                scores[i] = answer
+        return scores
 
     def _cut(self, context: Sequence[int], continuation: Sequence[int]) -> tuple[list[int], int]:
-        """(ids, number of them that are the continuation), the context cut on the left."""
+        """Returns (ids, number of continuation ids), with the context cut on the left."""
         if len(continuation) >= self._max_length:
             raise InputError(f"max_length={self._max_length}: a continuation has {len(continuation)} tokens")
         ids = [*context, *continuation][-self._max_length :]
@@ -238,7 +238,7 @@ class LLaDAJax(TemplateLM):
         return tokens
 
     def _attempt(self, run: Callable[[int], list]) -> list:
-        """run(rows at once); with batch_size=auto again with half of them while the device runs out of memory."""
+        """Returns run(rows at once). With batch_size=auto, the rows are halved while the device runs out of memory."""
         while True:
             try:
                 return run(self._rows)
@@ -266,7 +266,7 @@ def _whole(name: str, value, least: int = 1) -> int:
 
 
 def _rows(batch_size: int | str, max_batch_size: int | None) -> tuple[int, bool]:
-    """(rows at once, whether fewer will do) of lm-eval's --batch_size, a number, "auto" or "auto:N"."""
+    """(rows at once, whether they may be reduced) from lm-eval's --batch_size: a number, "auto" or "auto:N"."""
     name, colon, times = str(batch_size).partition(":")
     if name == "auto" and (not colon or times.isdigit()):
         most = 8 if jax.default_backend() == "cpu" else 64  # a CPU does not say when its memory is used up
@@ -295,7 +295,7 @@ def _padded(length: int) -> int:
 
 
 def _batch(rows: Sequence[tuple[list[int], int]], numbers: Sequence[int], length: int) -> Batch:
-    """Rows of (ids, number of continuation tokens), padded; their noise is that of their numbers."""
+    """A Batch of (ids, number of continuation tokens), padded to `length`; `numbers` are the row ids of the noise."""
     ids, segment_ids = np.zeros((2, len(rows), length), np.int32)
     supervised = np.zeros(ids.shape, bool)
     for row, (tokens, count) in enumerate(rows):

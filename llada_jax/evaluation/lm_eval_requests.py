@@ -1,4 +1,4 @@
-"""What lm-eval's tasks ask for, in our terms: how to decode, what of a context fits, where an answer ends."""
+"""Translates requests of lm-eval's tasks: decoding settings, contexts that fit, and where an answer ends."""
 
 import dataclasses
 import itertools
@@ -10,23 +10,23 @@ from llada_jax.errors import InputError
 from llada_jax.sampling.generate import GenerateConfig
 from llada_jax.tokenizer import Tokenizer
 
-_LEAST_SHARE = 8  # of max_length, the inverse: what must be left for the context that is cut
-# Settings of others that change nothing at these values; at any other one they would, and are refused.
+_LEAST_SHARE = 8  # a context that is cut must keep at least 1 / 8 of max_length
+# Foreign settings that have no effect at these values; any other value is refused.
 _NEUTRAL = {
     "num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1, "length_penalty": 1, "typical_p": 1, "min_p": 0,
     "frequency_penalty": 0, "presence_penalty": 0, "no_repeat_ngram_size": 0, "early_stopping": False,
     "use_cache": True,
 }  # fmt: skip
-# Settings of ours that requests which are decoded together need not share.
+# Our settings that may differ between requests that are decoded together.
 _OURS = ("steps", "threshold", "eos_early_stop", "editing_threshold", "max_post_steps", "entropy_bound")
 _CONTINUED = "CONTINUE_FINAL_MESSAGE_TAG "
 
 
 def decoding_of(settings: dict, defaults: GenerateConfig) -> tuple[GenerateConfig, list[str]]:
-    """(how to decode, the texts to stop at) of a request's generation settings, read by lm-eval's own normaliser.
+    """Returns (GenerateConfig, stop texts) of a request's generation settings, read by lm-eval's own normaliser.
 
-    defaults: for what they leave open. Sampling is as in transformers: temperature 1 unless said, top_k 0 or -1 is
-    none. Raises InputError naming the setting that is unknown or out of range.
+    defaults: for settings that are not given. Sampling is as in transformers: temperature defaults to 1, and top_k 0 or
+    -1 means none. Raises InputError naming a setting that is unknown or out of range.
     """
     try:
         settings = dict(normalize_gen_kwargs(dict(settings), defaults.gen_length))
@@ -58,9 +58,9 @@ def _listed(value) -> list:
 
 
 def fit(context: Sequence[int], gen_length: int, max_length: int) -> list[int]:
-    """The last ids of the context that leave room for the answer, as lm-eval's hf model cuts it.
+    """The last ids of the context that leave room for the answer, cut as by lm-eval's hf model.
 
-    Raises InputError where so little room is left that the question itself would go.
+    Raises InputError if so little room is left that the question itself would be cut.
     """
     room = max_length - gen_length
     if room < 1 or (len(context) > room and room * _LEAST_SHARE < max_length):
@@ -72,9 +72,9 @@ def fit(context: Sequence[int], gen_length: int, max_length: int) -> list[int]:
 
 
 def continued(tokenizer: Tokenizer, messages: Sequence[dict], **variables) -> str:
-    """The conversation in its template up to where the last message's text ends, for the model to go on with it.
+    """The rendered conversation up to the end of the last message's text, which the model continues.
 
-    As transformers' continue_final_message. Raises InputError where the template does not print that message.
+    As transformers' continue_final_message. Raises InputError if the template does not print that message.
     """
     *before, last = messages
     said = last.get("content")
@@ -84,8 +84,8 @@ def continued(tokenizer: Tokenizer, messages: Sequence[dict], **variables) -> st
     end = text.rfind(_CONTINUED.strip())
     if end < 0 or said.strip() not in text:
         raise InputError("the chat template leaves out the message to be continued")
-    kept = text[end:].startswith(_CONTINUED)  # else the template cut the blanks off
-    return text[:end] if kept else text[:end].rstrip()
+    keeps_blanks = text[end:].startswith(_CONTINUED)  # else the template cut the blanks off
+    return text[:end] if keeps_blanks else text[:end].rstrip()
 
 
 def answer_text(
@@ -95,8 +95,9 @@ def answer_text(
     stops: Iterable[str],
     thought_end: str | None = None,
 ) -> str:
-    """What the tokens add to the prompt, up to the first of the stops, special tokens left out. A stop may hold special
-    tokens. thought_end: only what follows its last occurrence is the answer.
+    """The text that the tokens add to the prompt, up to the first stop text and without special tokens.
+
+    A stop text may contain special tokens. thought_end: only the text after its last occurrence is the answer.
     """
     tokens = [int(token) for token in tokens]
     special = {token: tokenizer.id_to_token(token) for token in set(tokens) if _is_special(tokenizer, prompt, token)}

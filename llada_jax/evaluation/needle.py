@@ -1,4 +1,4 @@
-"""Needles in a haystack: synthetic questions about facts that lie far back in a long text, as in RULER."""
+"""Needle in a haystack: synthetic questions about facts far back in a long text, as in RULER."""
 
 import random
 
@@ -17,12 +17,12 @@ _NAMES = (
 
 
 def needle_questions(tokenizer: Tokenizer, context: int, count: int, needles: int = 1, seed: int = 0) -> list[Question]:
-    """`count` questions of about `context` tokens (at most), a function of the seed.
+    """`count` questions of at most `context` tokens each, a function of the seed.
 
-    Each is filler text with `needles` facts, "The magic number of NAME is NUMBER.", and asks for one of them, which
-    lies at a depth that goes evenly from the beginning (question 0) to the end (the last one); the question's group
-    says it. Right is an answer that says the number, with separators or without, and none of the other facts'. Raises
-    InputError when the context has no room or there are more needles than names.
+    A question is filler text with `needles` facts, "The magic number of NAME is NUMBER.", and asks for one of them. The
+    depth of that fact goes evenly from the beginning (question 0) to the end (the last question) and is the question's
+    group. An answer is right if it contains the number, with or without separators, and no other fact's number. Raises
+    InputError if the context is too short or there are more needles than names.
     """
     if not 1 <= needles <= len(_NAMES):
         raise InputError(f"needles={needles}, expected 1 to {len(_NAMES)}")

@@ -1,6 +1,6 @@
-"""Held-out preference: does the policy, more than the reference, favour the chosen answer (Eq. 7 and 8)?
+"""Held-out preference: does the policy favour the chosen answer more than the reference does (Eq. 7 and 8)?
 
-Scores are estimated as in likelihood.py, with masks that chosen and rejected, policy and reference share.
+Scores are estimated as in likelihood.py; chosen and rejected, policy and reference share the masks.
 """
 
 import dataclasses
@@ -21,9 +21,10 @@ from llada_jax.model.forward import Execution
 
 @dataclasses.dataclass(frozen=True)
 class PreferenceEstimate:
-    """Numbers over `pairs` pairs, with standard errors; None is what a single pair does not tell. With d the difference
-    that the sigmoid of Eq. 8 sees, before beta, in nats: accuracy is the share of d > 0, margin is beta times the mean
-    of d, variance is that of d.
+    """Statistics over `pairs` pairs, with standard errors; None if a single pair does not determine them.
+
+    Let d be the argument of the sigmoid in Eq. 8 before beta, in nats. accuracy: the share of d > 0; margin: beta times
+    the mean of d; variance: that of d.
     """
 
     accuracy: float
@@ -46,12 +47,13 @@ def pair_scores(
     params, config: ModelConfig, batch, block_size: int, max_pairs: int, *, draws=8, seed=0, rows_at_once=4,
     shared_noise=True, block_origin="document", execution=Execution(),
 ) -> np.ndarray:  # fmt: skip
-    """B of each document of the rows of `batch` (data.order.Batch, numpy), averaged over `draws` draws of the noise:
-    float32 [rows, max_pairs, 2], chosen and rejected.
+    """The score B of each document in `batch` (data.order.Batch of numpy arrays), averaged over `draws` noise draws.
+
+    Returns float32 [rows, max_pairs, 2]: chosen and rejected.
     """
     objective = objectives.Objective(noise=ESTIMATOR, block_origin=block_origin)
     settings = Preference(shared_noise=shared_noise, max_pairs=max_pairs)
-    found = []
+    scores = []
     for start in range(0, len(batch.ids), rows_at_once):
         part = jax.tree.map(functools.partial(slice_rows, start=start, rows=rows_at_once), batch)
         total = np.zeros((rows_at_once, max_pairs, 2), np.float32)
@@ -60,8 +62,8 @@ def pair_scores(
             total += jax.device_get(
                 _scores(params, config, objective, settings, execution, drawn, np.int32(block_size), np.uint32(seed))
             )
-        found.append(total / np.float32(draws))
-    return np.concatenate(found)[: len(batch.ids)]
+        scores.append(total / np.float32(draws))
+    return np.concatenate(scores)[: len(batch.ids)]
 
 
 @functools.partial(jax.jit, static_argnames=("config", "objective", "settings", "execution"))
@@ -71,7 +73,7 @@ def _scores(params, config, objective, settings, execution, batch, block_size, s
 
 
 def pairs_in(segment_ids: np.ndarray) -> int:
-    """The largest number of pairs in a row; segment_ids [rows, length]."""
+    """The largest number of pairs per row; segment_ids [rows, length]."""
     return int(segment_ids.max(initial=0)) // 2
 
 
@@ -81,8 +83,9 @@ def chosen_only(batch):
 
 
 def compare(policy: np.ndarray, reference: np.ndarray, segment_ids: np.ndarray, beta: float) -> PreferenceEstimate:
-    """policy, reference: of pair_scores, [rows, max_pairs, 2]; segment_ids [rows, length] of the same rows, which hold
-    at least one pair.
+    """Compares policy and reference, both [rows, max_pairs, 2] from pair_scores of the same rows.
+
+    segment_ids [rows, length]: of these rows, which have at least one pair. beta: of Eq. 8.
     """
     present = np.asarray(preference.pairs_present(jnp.asarray(segment_ids), policy.shape[1]))
     gain = (policy - reference).astype(np.float64)

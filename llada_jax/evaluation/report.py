@@ -1,4 +1,4 @@
-"""How results are written: means with their standard errors as text, and values that JSON has no number for."""
+"""Formats results: means with standard errors as text, and JSON values for infinite and undefined numbers."""
 
 import math
 
@@ -6,19 +6,19 @@ import numpy as np
 
 
 def with_error(value: float | None, stderr: float | None, form: str = ".4f", error_form: str | None = None) -> str:
-    """ "1.2500 ± 0.0100"; n/a is what one row, or question, or pair does not tell."""
+    """ "1.2500 ± 0.0100"; n/a for None, which a single row, question or pair does not determine."""
     error = "n/a" if stderr is None else format(stderr, error_form or form)
     return f"{'n/a' if value is None else format(value, form)} ± {error}"
 
 
 def mean_error(values: np.ndarray) -> tuple[float, float | None]:
-    """The mean of values [n], n at least 1, and its standard error, None of a single one."""
+    """Returns (mean of values [n], n >= 1; its standard error, None if n is 1)."""
     error = float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
     return float(np.mean(values)), error
 
 
 def json_value(value):
-    """The value with what JSON has no number for said otherwise: "inf" or "-inf", and null for not a number."""
+    """The value with "inf", "-inf" and None in place of numbers that JSON cannot represent."""
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else str(value)
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Results of tools/evaluate.py, side by side: one row a file, one column a measure."""
+"""Results of tools/evaluate.py side by side: one row per file, one column per measure."""
 
 import json
 from collections.abc import Sequence
@@ -7,14 +7,14 @@ from pathlib import Path
 from llada_jax.errors import InputError
 from llada_jax.evaluation.report import with_error
 
-# Columns of answers: (heading, field, decimals); one with a field "NAME_stderr" gets it beside.
+# Columns of answers: (heading, field, decimals); a field "NAME_stderr" is shown beside NAME.
 _ANSWERS = (
     ("score", "score", 4),
     ("tokens per forward", "tokens_per_forward", 2),
     ("positions evaluated", "positions_evaluated", 0),
     ("seconds", "seconds", 1),
 )
-# What was asked: where files differ in one of these, their rows say it. Of "settings" and "decoding" each entry.
+# Settings that are shown per row if the files differ in them; of "settings" and "decoding", each entry.
 _SETTINGS = (
     "task", "checkpoint", "reference", "data", "settings", "seed", "yarn", "extract", "context", "needles", "questions",
     "rows", "samples", "times", "masking", "repeats", "block_origin", "decoding",
@@ -22,19 +22,17 @@ _SETTINGS = (
 
 
 def markdown(paths: Sequence[str]) -> str:
-    """A Markdown table of result files: likelihoods in nats per token, answers with their score; ± standard error.
+    """A Markdown table of result files: likelihoods in nats per token, and scores of answers, ± standard error.
 
-    A row is named by its file, with as much of the path as tells it from the others, and by the settings in which the
-    files that have them differ. Raises InputError naming a file that is no result.
+    A row is named by its file, with as much of the path as distinguishes it, and by the settings in which the files
+    differ. Raises InputError naming a file that is not a result.
     """
     results = [_read(path) for path in paths]
     rows = [_measures(path, result) for path, result in zip(paths, results, strict=True)]
-    headings = list(dict.fromkeys(heading for found in rows for heading in found))
+    headings = list(dict.fromkeys(heading for row in rows for heading in row))
     lines = [["result", *headings], ["---"] * (len(headings) + 1)]
     names = _names(paths, results)
-    lines += [
-        [name, *(found.get(heading, "") for heading in headings)] for name, found in zip(names, rows, strict=True)
-    ]
+    lines += [[name, *(row.get(heading, "") for heading in headings)] for name, row in zip(names, rows, strict=True)]
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |" for cells in lines)
 
 
@@ -52,19 +50,19 @@ def _read(path: str) -> dict:
 
 def _measures(path: str, result: dict) -> dict[str, str]:
     try:
-        found = {
+        measures = {
             name: with_error(entry["nats"], entry["stderr"])
             for name, entry in result.items()
             if isinstance(entry, dict) and "nats" in entry
         }
         for heading, field, decimals in _ANSWERS if "score" in result else ():
             value, error = format(result[field], f".{decimals}f"), f"{field}_stderr"
-            found[heading] = with_error(result[field], result[error], f".{decimals}f") if error in result else value
+            measures[heading] = with_error(result[field], result[error], f".{decimals}f") if error in result else value
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not a result of tools/evaluate.py ({error})") from error
-    if not found:
+    if not measures:
         raise InputError(f"{path}: not a result of --task=nelbo or of answered questions")
-    return found
+    return measures
 
 
 def _names(paths: Sequence[str], results: Sequence[dict]) -> list[str]:
@@ -73,7 +71,7 @@ def _names(paths: Sequence[str], results: Sequence[dict]) -> list[str]:
     for settings in asked:
         for name, value in settings.items():
             values.setdefault(name, []).append(value)
-    differ = [name for name, found in values.items() if any(value != found[0] for value in found)]
+    differ = [name for name, seen in values.items() if any(value != seen[0] for value in seen)]
     shortest = _shortest([str(Path(path).with_suffix("")) for path in paths])
     places = {
         name: dict(zip(known, _shortest(known), strict=True))
@@ -92,20 +90,20 @@ def _names(paths: Sequence[str], results: Sequence[dict]) -> list[str]:
 
 
 def _asked(result: dict) -> dict:
-    found = {}
+    settings = {}
     for name in _SETTINGS:
         if name in result:
             value = result[name]
-            found |= value if isinstance(value, dict) else {name: value}
-    return found
+            settings |= value if isinstance(value, dict) else {name: value}
+    return settings
 
 
 def _shortest(paths: Sequence[str]) -> list[str]:
-    """The last names of each path, as many as tell it from the others."""
+    """The last parts of each path, as many as distinguish it from the others."""
     parts = [Path(path).parts for path in paths]
-    found = []
+    names = []
     for path in parts:
         others = [other for other in parts if other != path]
         count = next((n for n in range(1, len(path)) if all(other[-n:] != path[-n:] for other in others)), len(path))
-        found.append("/".join(path[-count:]).replace("//", "/"))
-    return found
+        names.append("/".join(path[-count:]).replace("//", "/"))
+    return names

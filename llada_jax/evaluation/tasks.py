@@ -1,4 +1,4 @@
-"""Scores generated answers: questions in; accuracy and tokens per forward pass out, with standard errors."""
+"""Scores generated answers: from questions to accuracy and tokens per forward pass, with standard errors."""
 
 import dataclasses
 import itertools
@@ -20,9 +20,9 @@ from llada_jax.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """messages: a conversation, or text: a bare prompt. score(answer) is in [0, 1]. group: of questions whose scores
-    are also given apart, if any. more: what a row says besides its messages, such as the tools, as in data/chat.py.
-    place: its file and line, named in errors.
+    """messages: a conversation, or text: a bare prompt. score(answer): in [0, 1]. group: a set of questions whose mean
+    score is also reported. more: other keys of the row, such as tools, as in data/chat.py. place: file and line, for
+    error messages.
     """
 
     messages: list[dict] | None
@@ -33,13 +33,13 @@ class Question:
     place: str = ""
 
     def prompt(self, tokenizer: Tokenizer) -> str:
-        """The text of what is asked."""
+        """The text of the prompt."""
         return self.asked(tokenizer).text
 
     def asked(self, tokenizer: Tokenizer) -> chat.Prompt:
         """What the model continues: the conversation in the tokenizer's chat template, or the bare prompt.
 
-        Raises InputError if there is nothing to answer or the template leaves out something that is said.
+        Raises InputError if there is nothing to answer or the template leaves out part of it.
         """
         asked = {"prompt": self.text} if self.messages is None else {"messages": self.messages}
         try:
@@ -54,11 +54,10 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """score: mean over questions; tokens_per_forward: answer tokens, the end of sequence included, over denoising
-    passes, summed over questions before dividing. Standard errors over questions (of the ratio: the delta method), None
-    of a single one. scorer_errors: questions whose scorer failed, which count as wrong.
-    ended: share of answers that came to their end. positions_evaluated: token positions in all passes, prefill and
-    commit too. groups: the score of each group of questions.
+    """score: mean over questions. tokens_per_forward: sum of answer tokens, with the end of sequence, over the sum of
+    denoising passes. *_stderr: standard errors over questions (of the ratio: delta method), None for a single question.
+    scorer_errors: questions whose scorer failed, which count as wrong. ended: share of answers that reached their end.
+    positions_evaluated: token positions in all passes, with prefill and commit. groups: score per group of questions.
     """
 
     questions: int
@@ -78,8 +77,8 @@ class Result:
 def reasoning_gym_questions(name: str, size: int, seed: int = 0, settings: dict | None = None) -> list[Question]:
     """`size` questions of a reasoning-gym task, a function of the seed, with the task's own scorer.
 
-    An answer scores 1 if the scorer gives it full marks, else 0. Raises InputError on an unknown task or setting, or
-    when reasoning-gym is not installed.
+    An answer scores 1 if the scorer gives it full marks, else 0. Raises InputError on an unknown task or setting, or if
+    reasoning-gym is not installed.
     """
     try:
         import reasoning_gym
@@ -100,11 +99,11 @@ def reasoning_gym_questions(name: str, size: int, seed: int = 0, settings: dict 
 
 
 def file_questions(path: str, limit: int | None = None, extract: str | None = None) -> list[Question]:
-    """Questions of a JSONL file: "prompt" (text) or "messages" (and "tools"), and "answer" (text or number), which must
-    be met as grading.same has it, or "pattern", a regular expression that must be found.
+    """Questions of a JSONL file: "prompt" (text) or "messages" (and "tools"), and "answer" or "pattern".
 
-    extract: a regular expression; what its last match says (grading.extracted) is what is scored, and an answer without
-    one is wrong. Raises InputError with file and line.
+    "answer" (text or number): an answer is right if grading.same accepts it. "pattern": a regular expression that an
+    answer must contain. extract: a regular expression; only its last match (grading.extracted) is scored, and an answer
+    without a match is wrong. Raises InputError naming file and line.
     """
     find = grading.compiled(extract, "extract") if extract else None
     questions = []
@@ -133,22 +132,23 @@ def _right_answer(row: dict, find: re.Pattern | None, place: str) -> Callable[[s
         return lambda answer: float(grading.same(grading.extracted(answer, find), expected))
     pattern = grading.compiled(row["pattern"], f"{place}: pattern")
 
-    def found(answer: str) -> float:
+    def matches(answer: str) -> float:
         said = grading.extracted(answer, find)
         return float(said is not None and pattern.search(said) is not None)
 
-    return found
+    return matches
 
 
 def answer_questions(
     model, questions: Sequence[Question], config: GenerateConfig, batch: int = 64, seed: int = 0, log=None
 ) -> tuple[Result, list[dict]]:
-    """Decodes an answer to every question, `batch` at a time. model: training.checkpoint.load_checkpoint's, with a
-    tokenizer.
+    """Decodes an answer to every question, `batch` at a time.
 
-    Returns the result and a record a question: prompt, answer, score, tokens, forward_passes. A scorer that raises, or
-    gives no number in [0, 1], scores 0, with "error" in the record. seed: of the draws at temperature > 0, in which no
-    two seeds share any. log: a function that is given a line of progress as every `batch` answers have come.
+    model: from checkpoint.weights.load_checkpoint, with a tokenizer. seed: of the draws at temperature > 0; two seeds
+    share none. log: a function that receives a line of progress after every `batch` answers.
+
+    Returns the result and one record per question: prompt, answer, score, tokens, forward_passes and others. If a
+    scorer raises, or returns no number in [0, 1], the score is 0 and the record has an "error".
     """
     if model.tokenizer is None:
         raise InputError("the checkpoint has no tokenizer")
@@ -187,7 +187,7 @@ def answer_questions(
 
 
 def _scored(question: Question, answer: str) -> dict:
-    """{"score"}, and "error" where the scorer failed: that is the answer's fault or the scorer's, not the run's end."""
+    """{"score"}, and "error" if the scorer failed, which must not end the run."""
     try:
         score = float(question.score(answer))
         if not 0 <= score <= 1:
@@ -227,4 +227,4 @@ def _scores_by_group(records: Sequence[dict]) -> dict[str, float]:
     for record in records:
         if record["group"]:
             scores.setdefault(record["group"], []).append(record["score"])
-    return {group: float(np.mean(found)) for group, found in scores.items()}
+    return {group: float(np.mean(values)) for group, values in scores.items()}

@@ -1,4 +1,4 @@
-"""Texts and (prompt, answer) pairs as rows to be scored, one document or window of it each."""
+"""Texts and (prompt, answer) pairs as rows to score, one document or window per row."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -22,7 +22,7 @@ _LENGTH_STEP = 32
 
 @flax.struct.dataclass
 class Texts(Batch):
-    """A batch of texts. goes_on [rows] bool: windows of a text other than its first."""
+    """A batch of texts. goes_on [rows] bool: the row continues the text of an earlier window."""
 
     goes_on: np.ndarray
 
@@ -33,15 +33,15 @@ class _Document(NamedTuple):
 
 
 def read_texts(source: str, tokenizer: Tokenizer, length: int, limit: int | None = None) -> Texts:
-    """The first `limit` rows that the texts of `source` (a file or folder, .txt, .jsonl or .parquet) make.
+    """Reads the first `limit` rows from the texts of `source`, a file or folder of .txt, .jsonl or .parquet.
 
-    A row with "text" is scored whole, its end of sequence included, in windows of at most `length` tokens that do not
-    see each other. Any other is a conversation or a prompt and its completion as in data/chat.py, "answer" being a name
-    for the completion too: what is supervised there is scored, given what comes before; a beginning of
-    sequence is not scored. Raises InputError with file and line, also when a pair has more than `length` tokens.
+    A row with "text" is scored whole, with its end of sequence, in windows of at most `length` tokens that do not see
+    each other. Any other row is a conversation, or a prompt and its completion, as in data/chat.py ("answer" is another
+    name for the completion). Of those, the supervised tokens are scored, given what comes before them. A beginning of
+    sequence is not scored. Raises InputError naming file and line, also if a pair has more than `length` tokens.
     """
-    found = list(itertools.islice(_documents(list_files(source), tokenizer, length), limit))
-    documents = [document.conversation for document in found]
+    entries = list(itertools.islice(_documents(list_files(source), tokenizer, length), limit))
+    documents = [document.conversation for document in entries]
     if not documents:
         raise InputError(f"{source}: nothing to score")
     longest = max(len(document.ids) for document in documents)
@@ -53,7 +53,7 @@ def read_texts(source: str, tokenizer: Tokenizer, length: int, limit: int | None
         for first, last in document.spans:
             supervised[row, first:last] = True
     rows = np.arange(len(documents), dtype=np.uint32)
-    goes_on = np.array([document.goes_on for document in found])
+    goes_on = np.array([document.goes_on for document in entries])
     return Texts(ids, segment_ids, supervised, rows, np.zeros_like(rows), goes_on)
 
 
@@ -101,7 +101,7 @@ def _row_documents(row: dict, tokenizer: Tokenizer, length: int) -> Iterator[_Do
 
 def _windows(text: str, tokenizer: Tokenizer, length: int) -> Iterator[_Document]:
     begun = tokenizer.encode_document(text)
-    given = len(tokenizer.document_prefix)  # a beginning of sequence is not asked for
+    given = len(tokenizer.document_prefix)  # a beginning of sequence is not scored
     ids = np.asarray(begun + ([] if tokenizer.eos_id is None else [tokenizer.eos_id]), np.int32)
     for start in range(0, len(ids), length):
         window = ids[start : start + length]

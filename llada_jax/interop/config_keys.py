@@ -1,8 +1,8 @@
-"""Every key of a config.json: read, harmless, or refused unless it has the value that our forward pass computes with.
+"""Sorts the keys of a config.json: read, harmless, or refused unless the value is what our forward pass computes.
 
-A key that is in none of these tables is refused when its name speaks of the forward pass (_FORWARD) and its value is
-not one that switches something off; any other is ignored, which import says in a line. So a new release of transformers
-or a trainer's notes do not stop an import, and a scale of logits does.
+A key in none of these tables is refused if its name suggests the forward pass (_FORWARD), unless its value switches
+the feature off. Any other unknown key is ignored, and import prints it. So a new release of transformers or a trainer's
+notes do not stop an import, but an unknown scale of the logits does.
 """
 
 import re
@@ -77,8 +77,8 @@ _LING = ("bailing_moe", "llada2_moe")
 
 
 def check(hf: dict, architecture: str) -> list[str]:
-    """The keys that are not understood and not refused. Raises InputError naming one that the forward pass cannot
-    honour.
+    """Returns the unknown keys that are ignored. Raises InputError naming a key that the forward pass does not
+    implement.
     """
     known = set(f"{_READ} {_HARMLESS}".split())
     expected = dict(_EXPECTED)
@@ -104,8 +104,8 @@ def check(hf: dict, architecture: str) -> list[str]:
         elif key not in known and not _is_off(value) and not _TRAINING.search(key):
             if _FORWARD.search(key.lower()):
                 raise InputError(
-                    f"config.json: {key}={value!r} is not supported: its name speaks of the forward pass, "
-                    "which knows no such thing; remove it if it changes nothing"
+                    f"config.json: {key}={value!r} is not supported: the name suggests that it changes the forward "
+                    "pass, which does not implement it; remove the key if it has no effect"
                 )
             unknown.append(key)
     return unknown
@@ -116,7 +116,7 @@ def _is_off(value) -> bool:
 
 
 def _check_layers(hf: dict, architecture: str) -> None:
-    """Full attention in every layer. Qwen's and Ling's configurations name a window that they do not switch on."""
+    """Checks that every layer has full attention; configs of Qwen and Ling name a window without switching it on."""
     kinds = hf.get("layer_types") or []
     for kind in kinds if isinstance(kinds, list) else [kinds]:
         if kind != "full_attention":

@@ -1,4 +1,4 @@
-"""Values of a config.json, each of the type that it must have. All raise InputError naming the field."""
+"""Typed values of a config.json. Every function raises InputError naming the field."""
 
 import math
 

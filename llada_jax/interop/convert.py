@@ -1,4 +1,4 @@
-"""Import: a Hugging Face folder or a GGUF file -> a checkpoint of ours, with a mask token where one is to be had."""
+"""Import: a Hugging Face folder or a GGUF file becomes a checkpoint, with a mask token where one is known or added."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ from llada_jax import tokenizer
 from llada_jax.checkpoint import weights
 from llada_jax.checkpoint.stream import Leaf, identity_of, slabs
 from llada_jax.errors import InputError
-from llada_jax.folder import file_in, open_source
+from llada_jax.folder import file_in, local_path
 from llada_jax.interop import config_keys, gguf, hf_config, huggingface, tied_head
 from llada_jax.model import parameters
 from llada_jax.model.config import ModelConfig
@@ -24,11 +24,11 @@ _LLADA2_VOCAB, _LLADA2_MASK = 157_184, 156_895
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
-    """What is to be imported, read from headers and metadata only (and from a tied model's stored head)."""
+class ImportedModel:
+    """A model to import, described from headers and metadata; only a tied model's stored head is read in full."""
 
     config: ModelConfig
-    hf: dict  # config.json as it was found
+    hf: dict  # config.json, unchanged
     tensors: dict[str, huggingface.StoredTensor]
     tokenizer_files: dict[str, bytes]
     paths: list[epath.Path]
@@ -41,7 +41,7 @@ class MaskChoice:
 
     config: ModelConfig
     tokenizer_files: dict[str, bytes]
-    appended: bool  # the embedding and head get one row more
+    appended: bool  # the embedding and the head grow by one row
     notices: list[str]
 
 
@@ -53,11 +53,12 @@ def import_checkpoint(
     mask_token_id: int | None = None,
     add_mask_token: bool = False,
 ) -> None:
-    """Writes `source` (a Hugging Face folder or a .gguf file) as a checkpoint at `out` and prints a summary.
+    """Converts `source` to a checkpoint at `out` and prints a summary.
 
-    dtype: "float32" or "bfloat16", by default that of each stored tensor; a float32 expert bias is never cast.
-    alignment: "same" or "shifted", by default what the architecture was trained with.
-    mask_token_id, add_mask_token: for a model without a mask token; see `choose_mask`.
+    source: a Hugging Face folder, hf://OWNER/NAME, or a .gguf file.
+    dtype: "float32" or "bfloat16"; by default each tensor keeps its stored dtype. A float32 expert bias is never cast.
+    alignment: "same" or "shifted", the token that a position predicts; by default that of the architecture.
+    mask_token_id, add_mask_token: the mask of a model that has none; see `choose_mask`.
 
     Raises InputError, naming the file, tensor or flag, before anything is written.
 
@@ -69,21 +70,21 @@ def import_checkpoint(
     begun = time.monotonic()
     target = None if dtype is None else huggingface.parse_dtype(dtype)
     _check_flags(alignment, mask_token_id, add_mask_token)
-    found = read_source(source)
-    plans = huggingface.plan_leaves(found.tensors, found.config)
-    config = found.config if alignment is None else found.config.replace(alignment=alignment)
-    mask = choose_mask(config, found.tokenizer_files, mask_token_id, add_mask_token)
-    notices = [*found.notices, *mask.notices]
+    model = read_model(source)
+    plans = huggingface.plan_leaves(model.tensors, model.config)
+    config = model.config if alignment is None else model.config.replace(alignment=alignment)
+    mask = choose_mask(config, model.tokenizer_files, mask_token_id, add_mask_token)
+    notices = [*model.notices, *mask.notices]
     for notice in notices:
         print(f"notice: {notice}")
     leaves = huggingface.leaves(plans, target)
     dtypes = sorted({leaf.dtype.name for leaf in leaves})
     lineage = {
         "source": source if "://" in source else os.path.abspath(source),
-        "source_files": {path.name: path.stat().length for path in found.paths},
+        "source_files": {path.name: path.stat().length for path in model.paths},
         "converter_version": CONVERTER_VERSION,
         "dtype": dtypes,
-        "hf_config": found.hf,
+        "hf_config": model.hf,
         "notices": notices,
     }
     weights.write_leaves(
@@ -92,7 +93,7 @@ def import_checkpoint(
         [with_mean_row(leaf) for leaf in leaves] if mask.appended else leaves,
         mask.tokenizer_files,
         lineage,
-        identity=identity_of(CONVERTER_VERSION, [(str(path), path.stat().mtime) for path in found.paths]),
+        identity=identity_of(CONVERTER_VERSION, [(str(path), path.stat().mtime) for path in model.paths]),
     )
     c = mask.config
     print(
@@ -111,9 +112,9 @@ def _check_flags(alignment, mask_token_id, add_mask_token) -> None:
 # --- the source ----------------------------------------------------------------------------------------------------
 
 
-def read_source(source: str) -> Source:
-    """Opens and checks a source. Raises InputError naming the file or field at fault."""
-    path = open_source(source)
+def read_model(source: str) -> ImportedModel:
+    """Opens and checks a source. Raises InputError naming the wrong file or field."""
+    path = local_path(source)
     if path.is_file() and path.suffix == ".gguf":
         return _read_gguf(path)
     if path.is_file():
@@ -128,26 +129,28 @@ def read_source(source: str) -> Source:
     return _read_folder(path)
 
 
-def _read_folder(folder: epath.Path) -> Source:
+def _read_folder(folder: epath.Path) -> ImportedModel:
     hf = _read_json(folder, "config.json")
     generation = _read_json(folder, "generation_config.json")
     ends = hf_config.ends_of_sequence(hf, generation)
     config = hf_config.from_hf(hf | {"eos_token_id": ends} if ends else hf)
-    tensors = huggingface.open_weights(folder)
+    tensors = huggingface.open_tensors(folder)
     predictors = hf.get("num_nextn_predict_layers") or 0
     tensors, notices = huggingface.drop_unused(tensors, config, predictors)
     tensors, config, said = tied_head.settle(tensors, config)
     notices += said
     if unknown := config_keys.check(hf, config.architecture):
         values = ", ".join(f"{key}={_short(hf[key])}" for key in unknown)
-        notices.append(f"config.json: not understood, and ignored: {values}")
+        notices.append(f"config.json: unknown keys, ignored: {values}")
     if "delete_token_id" in hf:
-        notices.append("delete_token_id, split_token_id: the editing of LLaDA2.2 is not here, other decoding is")
+        notices.append(
+            "delete_token_id, split_token_id: LLaDA2.2's token editing is not implemented; other decoding works"
+        )
     files = tokenizer.read_files(folder)
     if not files:
         notices.append(f"no tokenizer.json in {folder}: the checkpoint will have no tokenizer")
     paths = [folder / "config.json", *huggingface.find_weights(folder)[0]]
-    return Source(config, hf, tensors, files, paths, notices)
+    return ImportedModel(config, hf, tensors, files, paths, notices)
 
 
 def _short(value) -> str:
@@ -155,11 +158,11 @@ def _short(value) -> str:
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
-def _read_gguf(path: epath.Path) -> Source:
+def _read_gguf(path: epath.Path) -> ImportedModel:
     file = gguf.open_gguf(path)
     config = gguf.model_config(file)
     files = gguf.tokenizer_files(file)
-    return Source(config, hf_config.to_hf(config), gguf.open_weights(file, config), files, file.parts, [])
+    return ImportedModel(config, hf_config.to_hf(config), gguf.hf_tensors(file, config), files, file.parts, [])
 
 
 def _read_json(folder: epath.Path, name: str) -> dict:
@@ -174,12 +177,12 @@ def _read_json(folder: epath.Path, name: str) -> dict:
 
 
 def choose_mask(config: ModelConfig, files: dict[str, bytes], mask_token_id: int | None, add: bool) -> MaskChoice:
-    """The mask token of an imported model, recorded in the tokenizer's files too; adds their ends of sequence
-    and, where there is none, their pad.
+    """Chooses the mask token of an imported model and records it in the tokenizer's files.
 
-    In this order: the tokenizer's own; `mask_token_id` or config.json's; LLaDA2's known id when there is no tokenizer;
-    with `add`, the first id that the tokenizer leaves unused inside a padded embedding, or else one new row; none.
-    Raises InputError if two of them disagree, or an id is out of range or names another token.
+    The first of these that exists: the tokenizer's own mask token; `mask_token_id` or that of config.json; LLaDA2's
+    known id, if there is no tokenizer; with `add`, the first id of the padded embedding that the tokenizer does not
+    use, else one new row; no mask token. The config also takes the tokenizer's ends of sequence and, if it has none,
+    its pad token. Raises InputError if two of these disagree, or if an id is out of range or names another token.
     """
     names = tokenizer.from_files(files) if files else None
     config, notices = _with_special_ids(config, names)
@@ -222,7 +225,7 @@ def _with_special_ids(config: ModelConfig, names: tokenizer.Tokenizer | None) ->
 
 
 def _declared_mask(config: ModelConfig, names, notices: list[str]) -> tuple[int | None, str | None]:
-    """(id, who says so) of the mask token that the source itself has."""
+    """(id, where it is declared) of the source's own mask token; (None, None) without one."""
     own = None if names is None else names.mask_id
     if own is not None:
         if config.mask_token_id not in (None, own):
@@ -255,7 +258,7 @@ def _check_mask_name(names: tokenizer.Tokenizer | None, mask_id: int, source: st
 
 
 def with_mean_row(leaf: Leaf) -> Leaf:
-    """The embedding with one row more, the head with one column: the mean of those that exist; another leaf as it is.
+    """Appends a row to the embedding, or a column to the head: the mean of the existing ones. Others are unchanged.
 
     AR training drives the rows of unused ids towards zero; the mean keeps the scale that the norms expect.
     """

@@ -1,6 +1,6 @@
-"""Large local files, read and written past the page cache (O_DIRECT) where the file system allows it.
+"""Reads and writes large local files past the page cache (O_DIRECT), if the file system allows it.
 
-What passes through once is not worth the copy, nor the pages of other programs that it would drive out.
+Data that is used once is not worth the extra copy, nor the cached pages that it would evict.
 """
 
 import mmap
@@ -15,14 +15,14 @@ _FLAG = getattr(os, "O_DIRECT", 0)  # no such thing on macOS
 
 
 def read_into(path: str, offset: int, out: memoryview) -> int:
-    """Fills `out` (bytes) from `offset` on; returns how many bytes there were. Thread-safe. Raises OSError."""
+    """Fills `out` (bytes) from `offset`; returns the number of bytes read. Thread-safe. Raises OSError."""
     file = _open(path, os.O_RDONLY)
     try:
         buffer, done = _scratch(), 0
         while done < len(out):
             skip = (offset + done) % _ALIGN
-            wanted = min(-(-(skip + len(out) - done) // _ALIGN) * _ALIGN, _BUFFER_BYTES)
-            count = os.preadv(file, [buffer[:wanted]], offset + done - skip) - skip
+            size = min(-(-(skip + len(out) - done) // _ALIGN) * _ALIGN, _BUFFER_BYTES)
+            count = os.preadv(file, [buffer[:size]], offset + done - skip) - skip
             if count <= 0:
                 break
             count = min(count, len(out) - done)
@@ -35,10 +35,7 @@ def read_into(path: str, offset: int, out: memoryview) -> int:
 
 
 class Writer:
-    """A new file that is written from its beginning to its end; on leaving its `with` all is on the disk.
-
-    Raises OSError, as files do.
-    """
+    """A new file, written sequentially; when its `with` block ends, all data is on the disk. Raises OSError."""
 
     def __init__(self, path: str):
         self._file = _open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

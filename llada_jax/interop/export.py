@@ -1,6 +1,6 @@
-"""Export: a checkpoint of ours -> a Hugging Face folder of safetensors, streamed slab by slab.
+"""Export: a checkpoint becomes a Hugging Face folder of safetensors, streamed slab by slab.
 
-Every name, shape and slice comes from the declarations (model/parameters.py), as on import.
+As on import, every name, shape and slice comes from the declarations in model/parameters.py.
 """
 
 import functools
@@ -31,7 +31,7 @@ _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 class Target(NamedTuple):
-    """One tensor of the folder and where its bytes lie in its shard."""
+    """One tensor of the folder: name, shape and dtype."""
 
     name: str
     shape: tuple[int, ...]
@@ -43,8 +43,8 @@ class Target(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Leaves whose rows, one leaf below the other, are the rows of `targets`, one target below the other: one leaf of
-    one tensor, a leaf of all its experts, or the leaves of a fused tensor.
+    """Leaves and targets with the same rows when each list is concatenated: one leaf and one tensor, one leaf and the
+    tensors of its experts, or several leaves and one fused tensor.
     """
 
     leaves: list[tuple[str, Parameter]]
@@ -58,13 +58,15 @@ class Group(NamedTuple):
 def export_checkpoint(
     path: str, out: str, shard_bytes: int = SHARD_BYTES, dtype: str | None = None, step: int | None = None
 ) -> None:
-    """Writes config.json, tokenizer files and safetensors (an index too when there is more than one shard) at `out`.
+    """Writes a Hugging Face folder at `out`: config.json, tokenizer files, safetensors, and an index of several shards.
 
-    path: a checkpoint, or a workdir, of which `step` (by default the newest) is taken; training may go on. dtype:
-    "float32" or "bfloat16", by default that of each tensor as stored; a float32 expert bias is never cast. A LoRA
-    step's weights are merged in float32 and rounded once; what that loses of the update is printed. A shard has at most
-    shard_bytes, unless one leaf (the experts of a layer) has more. `out` appears when complete; a run that was killed
-    goes on behind its last whole shard. Raises InputError when `out` exists, a tensor is damaged, or its dtype has no
+    path: a checkpoint, or a workdir, of which `step` (default: the newest) is exported; training may continue.
+    dtype: "float32" or "bfloat16"; by default each tensor keeps its stored dtype. A float32 expert bias is never cast.
+    shard_bytes: the size limit per shard; a shard exceeds it only if a single leaf (the experts of a layer) does.
+
+    Weights of a LoRA step are merged in float32 and rounded once; the loss of that rounding is printed. `out` appears
+    when it is complete; a killed run resumes after its last complete shard. Raises InputError if `out` exists, or if a
+    tensor is damaged or its dtype has no
     place in safetensors.
 
     Example:
@@ -83,7 +85,7 @@ def export_checkpoint(
     hf = hf_config.exported(config, source_config(lineage), shards[0][0].targets[0].dtype, generation)
     if modules := hf_config.remote_modules(hf):
         files_named = " and ".join(f"{name}.py" for name in modules)
-        print(f"notice: transformers wants a copy of {files_named} in {out}; SGLang and dInfer do not")
+        print(f"notice: transformers wants a copy of {files_named} in {out}; SGLang and dInfer do not need it")
     small = {"config.json": (json.dumps(hf, indent=2) + "\n").encode(), **others}
     rounding = Rounding()
     identity = identity_of(files.read_digests(directory).sha256, shard_bytes, dtype, hf)
@@ -98,10 +100,10 @@ def export_checkpoint(
                     _write_shard(folder / name, shard, reader, advance, rounding)
                     notes.add(name, "")
         if len(shards) > 1:
-            where = {
+            weight_map = {
                 t.name: shard_name(n, len(shards)) for n, shard in enumerate(shards) for g in shard for t in g.targets
             }
-            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
         for name, content in reversed(small.items()):  # config.json last: without it there is no model here
             (folder / name).parent.mkdir(exist_ok=True)
@@ -114,15 +116,16 @@ def shard_name(number: int, count: int) -> str:
 
 
 def source_config(lineage: dict) -> dict:
-    """config.json of the Hugging Face folder that the weights descend from; {} when there is none."""
-    while "source" in lineage and isinstance(lineage["source"], dict):  # a training run names what it started from
+    """config.json of the Hugging Face folder that the weights come from; {} if there is none."""
+    while "source" in lineage and isinstance(lineage["source"], dict):  # a training run records its starting point
         lineage = lineage["source"]
     return lineage.get("hf_config", {})
 
 
 def check_exportable(config: ModelConfig, lineage: dict) -> None:
-    """Raises InputError naming what the config.json of an export could not say of a model that descends from `lineage`:
-    better before it is trained than after.
+    """Raises InputError naming a model field that an exported config.json could not express; called before training.
+
+    lineage: of the checkpoint that the model starts from.
     """
     hf_config.exported(config, source_config(lineage), np.dtype(np.float32))
 

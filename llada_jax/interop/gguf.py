@@ -1,6 +1,6 @@
-"""GGUF files (llama.cpp) -> ModelConfig, tensors under their Hugging Face names, and the tokenizer's files.
+"""Reads GGUF files (llama.cpp): ModelConfig, tensors under their Hugging Face names, and the tokenizer's files.
 
-A key of the architecture is read, harmless, or refused: what changes llama.cpp's forward pass is never dropped.
+A metadata key of the architecture is read, harmless, or refused: none that changes llama.cpp's forward pass is dropped.
 """
 
 import dataclasses
@@ -58,7 +58,7 @@ _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 @dataclasses.dataclass(frozen=True)
 class GgufFile:
-    """A model's file, or all the parts of one that was split; `fields` are its metadata, {key: value}."""
+    """A GGUF model: one file, or all parts of a split one. `fields`: its metadata, {key: value}."""
 
     path: Path
     fields: dict
@@ -67,20 +67,20 @@ class GgufFile:
 
 
 def open_gguf(path: Path) -> GgufFile:
-    """`path`: any part of a model that was split (NAME-00001-of-00003.gguf), all of which are then opened.
+    """Opens a GGUF model; of a split one (NAME-00001-of-00003.gguf), `path` is any part and all parts are opened.
 
-    Raises InputError if a part is missing, truncated or malformed, or it is not a model of the llama architecture.
+    Raises InputError if a part is missing, truncated or malformed, or if the architecture is not llama.
     """
     fields, tensors = _open_part(path)
     count, parts = fields.get("split.count", 1), [path]
     if isinstance(count, int) and count > 1:
         parts = _parts(path, count)
-        found = [_open_part(part) for part in parts]
-        for number, (each, _) in enumerate(found):
+        opened = [_open_part(part) for part in parts]
+        for number, (each, _) in enumerate(opened):
             if each.get("split.no", number) != number:
                 raise InputError(f"{parts[number]}: split.no={each['split.no']}, expected {number}")
-        fields = found[0][0]
-        tensors = [tensor for _, each in found for tensor in each]
+        fields = opened[0][0]
+        tensors = [tensor for _, each in opened for tensor in each]
         expected = fields.get("split.tensors.count", len(tensors))
         if len(tensors) != expected:
             raise InputError(f"{path}: its {count} parts have {len(tensors)} tensors, expected {expected}")
@@ -116,7 +116,7 @@ def _parts(path: Path, count: int) -> list[Path]:
 
 
 def model_config(file: GgufFile) -> ModelConfig:
-    """Raises InputError naming the metadata key that is missing or that the forward pass cannot honour."""
+    """ModelConfig from the metadata. Raises InputError naming a key that is missing or not supported."""
     names = {tensor.name for tensor in file.tensors}
     heads = _size(file, "llama.attention.head_count")
     head_dim = _size(file, "llama.attention.key_length", _size(file, "llama.embedding_length") // heads)
@@ -164,7 +164,7 @@ def _refuse_unsupported(file: GgufFile, head_dim: int) -> None:
 
 
 def _rope_scaling(file: GgufFile) -> RopeScaling | None:
-    """As llama.cpp reads it: the old key where there is no new one, and linear where there is no type."""
+    """The scaling as llama.cpp reads it: the old key if there is no new one; linear if there is no type."""
     kind = file.fields.get("llama.rope.scaling.type", "linear")
     if kind not in ("none", "linear"):
         raise InputError(f"{file.path}: llama.rope.scaling.type={kind!r} is not supported; supported: none, linear")
@@ -188,17 +188,17 @@ def _size(file: GgufFile, key: str, default: int | None = None) -> int:
 
 
 def _number(file: GgufFile, key: str, default: float | None = None) -> float:
-    """Stored as float32: the shortest decimal that rounds to it is what the author wrote."""
+    """A float32 value as the shortest decimal that rounds to it, which is what the author wrote."""
     value = _get(file, key, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise InputError(f"{file.path}: {key}={value!r} is not supported, expected a number")
     return float(str(np.float32(value)))
 
 
-def open_weights(file: GgufFile, config: ModelConfig) -> dict[str, StoredTensor]:
+def hf_tensors(file: GgufFile, config: ModelConfig) -> dict[str, StoredTensor]:
     """Tensors under their Hugging Face names and shapes, dequantised to float32 when they are read.
 
-    Raises InputError naming a tensor that a llama model does not have, or of a type that cannot be dequantised.
+    Raises InputError naming a tensor that no llama model has, or whose type cannot be dequantised.
     """
     tensors = {}
     heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}
@@ -233,14 +233,14 @@ def _read(tensor: gguf.ReaderTensor, shape: tuple[int, ...], heads: int | None, 
 
 
 def _undo_rotary_order(rows: np.ndarray, heads: int) -> np.ndarray:
-    """llama.cpp interleaves the two halves of each head, which we rotate as halves: 0 d/2 1 d/2+1 ... -> 0 1 2 ..."""
+    """Undoes llama.cpp's interleaving of the two halves of each head: 0 d/2 1 d/2+1 ... -> 0 1 2 ..."""
     return rows.reshape(heads, -1, 2, rows.shape[-1]).swapaxes(1, 2).reshape(rows.shape)
 
 
 def tokenizer_files(file: GgufFile) -> dict[str, bytes]:
-    """{file name: content} in Hugging Face's format, {} if the file holds no tokenizer.
+    """The tokenizer in Hugging Face's format, {file name: content}; {} if the file has none.
 
-    Raises InputError on another kind than byte-level BPE, or an unknown pre-tokenizer.
+    Raises InputError if it is not byte-level BPE or its pre-tokenizer is unknown.
     """
     get = file.fields.get
     kind, pre = get("tokenizer.ggml.model"), get("tokenizer.ggml.pre", "default")

@@ -1,13 +1,10 @@
-"""Hugging Face config.json <-> ModelConfig. What our forward pass cannot honour is refused, never dropped."""
+"""Hugging Face config.json <-> ModelConfig. A setting that our forward pass does not implement is refused."""
 
 import numpy as np
 
 from llada_jax.errors import InputError
 from llada_jax.interop import config_keys, rope_config
-from llada_jax.interop.config_values import boolean as _boolean
-from llada_jax.interop.config_values import integer as _integer
-from llada_jax.interop.config_values import number as _number
-from llada_jax.interop.config_values import unsupported as _unsupported
+from llada_jax.interop.config_values import boolean, integer, number, unsupported
 from llada_jax.model.config import ModelConfig
 
 # Class name in `architectures` -> our architecture. Ling 1 shares Ling 2's model_type, so the class name decides.
@@ -53,7 +50,7 @@ _LLADA2_AUTO_MAP = {
 
 
 def architecture_of(hf: dict) -> str:
-    """Our name of the architecture. Raises InputError listing the supported ones."""
+    """Our name for the architecture. Raises InputError listing the supported ones."""
     names, model_type = hf.get("architectures", []), hf.get("model_type")
     names = [] if names is None else names
     if not isinstance(names, list) or not all(isinstance(name, str) for name in [*names, model_type or ""]):
@@ -62,14 +59,15 @@ def architecture_of(hf: dict) -> str:
         return _CLASSES[names[0]]
     if not names and model_type in _MODEL_TYPES:
         return _MODEL_TYPES[model_type]
-    found = f"architectures={names!r}" if names else f"model_type={model_type!r}"
-    raise InputError(f"config.json: {found} is not supported; supported: {', '.join(_CLASSES)}")
+    given = f"architectures={names!r}" if names else f"model_type={model_type!r}"
+    raise InputError(f"config.json: {given} is not supported; supported: {', '.join(_CLASSES)}")
 
 
 def from_hf(hf: dict) -> ModelConfig:
-    """ModelConfig of a config.json. AR architectures get alignment "shifted", LLaDA2 "same", unless it says otherwise.
+    """ModelConfig from a config.json. The alignment is "shifted" for AR architectures and "same" for LLaDA2, unless
+    the file sets diffusion_alignment.
 
-    Raises InputError naming the field: a missing or malformed one, or a value that the forward pass cannot honour.
+    Raises InputError naming a field that is missing, malformed, or that the forward pass does not implement.
     """
     architecture = architecture_of(hf)
     ling = architecture in ("bailing_moe", "llada2_moe")
@@ -81,33 +79,33 @@ def from_hf(hf: dict) -> ModelConfig:
     hf = defaults | given
     length = {"max_position_embeddings": defaults["max_position_embeddings"]}
     rope = rope_config.read(length | given, defaults.get("rope_theta", 10_000.0))
-    heads = _integer(hf, "num_attention_heads")
-    hidden = _integer(hf, "hidden_size")
-    head_dim = _integer(hf, "head_dim", hidden // max(heads, 1))
+    heads = integer(hf, "num_attention_heads")
+    hidden = integer(hf, "hidden_size")
+    head_dim = integer(hf, "head_dim", hidden // max(heads, 1))
     pad = _token(hf, "pad_token_id")
     ends = _tokens(hf, "eos_token_id")
     # The Ling family's config.json often holds no eos: it is the pad token.
     ends = [pad] if ling and not ends and pad is not None else ends
     return ModelConfig(
         architecture=architecture,
-        vocab_size=_integer(hf, "vocab_size"),
+        vocab_size=integer(hf, "vocab_size"),
         hidden_size=hidden,
-        num_layers=_integer(hf, "num_hidden_layers"),
+        num_layers=integer(hf, "num_hidden_layers"),
         num_heads=heads,
         # The LLaDA2 class has no usable default.
-        num_kv_heads=_integer(hf, "num_key_value_heads", None if architecture == "llada2_moe" else heads),
+        num_kv_heads=integer(hf, "num_key_value_heads", None if architecture == "llada2_moe" else heads),
         head_dim=head_dim,
-        intermediate_size=_integer(hf, "intermediate_size"),
-        rms_norm_eps=_number(hf, "rms_norm_eps", 1e-6),
+        intermediate_size=integer(hf, "intermediate_size"),
+        rms_norm_eps=number(hf, "rms_norm_eps", 1e-6),
         rope_theta=rope.theta,
         rotary_dim=_rotary_dim(hf, architecture, head_dim, rope.partial),
         rope_scaling=rope.scaling,
-        max_position_embeddings=_integer(hf, "max_position_embeddings"),
+        max_position_embeddings=integer(hf, "max_position_embeddings"),
         qkv_bias=architecture == "qwen2",
         # LLaDA2 always normalises, whatever `use_qk_norm` says (its class default is false).
         qk_norm=ling or architecture in ("qwen3", "qwen3_moe"),
-        tie_word_embeddings=_boolean(hf, "tie_word_embeddings", False),
-        initializer_range=_number(hf, "initializer_range", 0.02),
+        tie_word_embeddings=boolean(hf, "tie_word_embeddings", False),
+        initializer_range=number(hf, "initializer_range", 0.02),
         alignment=hf.get(_ALIGNMENT, _own_alignment(architecture)),
         mask_token_id=_token(hf, "mask_token_id"),
         eos_token_id=ends[0] if ends else None,
@@ -125,7 +123,7 @@ def _experts(hf: dict, given: dict, architecture: str) -> dict:
     """`given`: hf without the class's defaults."""
     if architecture in ("llama", "qwen2", "qwen3"):
         return {}
-    per_token = _integer(hf, "num_experts_per_tok")
+    per_token = integer(hf, "num_experts_per_tok")
     # transformers 5 may write the count under its other name.
     name = "num_local_experts" if "num_local_experts" in given else "num_experts"
     if name in given and given.get("num_experts", given[name]) != given[name]:
@@ -133,42 +131,42 @@ def _experts(hf: dict, given: dict, architecture: str) -> dict:
             f"config.json: num_experts={given['num_experts']!r} contradicts num_local_experts={given[name]!r}"
         )
     fields = {
-        "num_experts": _integer(hf, name),
+        "num_experts": integer(hf, name),
         "num_experts_per_token": per_token,
-        "moe_intermediate_size": _integer(hf, "moe_intermediate_size"),
-        "normalize_expert_weights": _boolean(hf, "norm_topk_prob"),
+        "moe_intermediate_size": integer(hf, "moe_intermediate_size"),
+        "normalize_expert_weights": boolean(hf, "norm_topk_prob"),
     }
     if architecture == "qwen3_moe":
         return fields
     return fields | {
-        "num_shared_experts": _integer(hf, "num_shared_experts"),
-        "num_dense_layers": _integer(hf, "first_k_dense_replace"),
+        "num_shared_experts": integer(hf, "num_shared_experts"),
+        "num_dense_layers": integer(hf, "first_k_dense_replace"),
         "router": "sigmoid",
-        "expert_bias": _boolean(hf, "moe_router_enable_expert_bias"),
-        "num_groups": _integer(hf, "n_group"),
-        "num_selected_groups": _integer(hf, "topk_group"),
+        "expert_bias": boolean(hf, "moe_router_enable_expert_bias"),
+        "num_groups": integer(hf, "n_group"),
+        "num_selected_groups": integer(hf, "topk_group"),
         **_block_routing(hf),
         "normalize_expert_weights": per_token > 1,  # the reference does not read norm_topk_prob
-        "routed_scaling_factor": _number(hf, "routed_scaling_factor"),
+        "routed_scaling_factor": number(hf, "routed_scaling_factor"),
     }
 
 
 def _block_routing(hf: dict) -> dict:
-    """Of LLaDA2.2: so many experts for each block of tokens."""
-    experts = _integer(hf, "expert_capacity", 0)
-    return {"routing_block": _integer(hf, "block_size", 32), "routing_block_experts": experts} if experts else {}
+    """LLaDA2.2: at most `expert_capacity` experts per block of tokens."""
+    experts = integer(hf, "expert_capacity", 0)
+    return {"routing_block": integer(hf, "block_size", 32), "routing_block_experts": experts} if experts else {}
 
 
 def _rotary_dim(hf: dict, architecture: str, head_dim: int, partial: float | None) -> int:
     """Ling-1T gives only rotary_dim, others only partial_rotary_factor, LLaDA2 both."""
-    given = _integer(hf, "rotary_dim", 0)
+    given = integer(hf, "rotary_dim", 0)
     whole = head_dim // 2 if architecture == "llada2_moe" else head_dim
     rotary_dim = given or whole if partial is None else int(head_dim * partial)
     if given and given != rotary_dim:
         raise InputError(f"config.json: rotary_dim={given} contradicts partial_rotary_factor={partial}")
     if rotary_dim != head_dim and architecture not in ("bailing_moe", "llada2_moe"):
         name, value = ("rotary_dim", given) if partial is None else ("partial_rotary_factor", partial)
-        raise _unsupported(name, value)
+        raise unsupported(name, value)
     return rotary_dim
 
 
@@ -178,16 +176,16 @@ def _token(hf: dict, name: str) -> int | None:
 
 
 def _tokens(hf: dict, name: str) -> list[int]:
-    """The ids of a field that holds one, a list of them, or none; some checkpoints write -1 for none."""
+    """The ids in a field: one id, a list, or none; some checkpoints write -1 for none."""
     value = hf.get(name)
     values = value if isinstance(value, list) else [value]
-    found = [_integer({name: each}, name) for each in values if each is not None and each != -1]
-    return list(dict.fromkeys(found))
+    ids = [integer({name: each}, name) for each in values if each is not None and each != -1]
+    return list(dict.fromkeys(ids))
 
 
 def ends_of_sequence(hf: dict, generation: dict) -> list[int]:
-    """All ids that config.json and generation_config.json name, in the order in which `generate` of transformers
-    prefers them. Raises InputError naming the field.
+    """All end-of-sequence ids of config.json and generation_config.json, in the order of preference of transformers'
+    `generate`. Raises InputError naming the field.
     """
     try:
         preferred = _tokens(generation, "eos_token_id")
@@ -197,12 +195,12 @@ def ends_of_sequence(hf: dict, generation: dict) -> list[int]:
 
 
 def exported(config: ModelConfig, source: dict, dtype: np.dtype, generation: dict | None = None) -> dict:
-    """config.json of an export: that of the folder the weights come from ({}: none), with what has changed since.
+    """config.json of an export: `source`, that of the folder the weights come from ({}: none), updated to `config`.
 
-    generation: generation_config.json beside it. What differs from the source's: the dtype; ids of special tokens that
-    neither named; num_nextn_predict_layers, as such layers are dropped on import; the alignment, where it is not that
-    of the architecture. A Ling model whose positions predict their own token is a LLaDA2 model, and so it is called.
-    Raises InputError naming the field that config.json cannot express for this architecture.
+    generation: the generation_config.json beside it. Changed are the dtype, ids of special tokens that neither file
+    names, num_nextn_predict_layers (such layers are dropped on import), and an alignment that is not the
+    architecture's. A Ling model with alignment "same" is exported as LLaDA2.
+    Raises InputError naming a field that config.json cannot express for this architecture.
     """
     if config.architecture == "bailing_moe" and config.alignment == "same":
         config = config.replace(architecture="llada2_moe")

@@ -1,7 +1,7 @@
-"""Tensors of a Hugging Face checkpoint -> leaves of ours, read slab by slab.
+"""Tensors of a Hugging Face checkpoint become leaves of our parameters, read slab by slab.
 
 Names, shapes and transforms come from `parameters.leaves(config)`. `plan_leaves` checks every name and shape from the
-files' headers; after that reading the leaves can only fail on a disk error.
+files' headers; after that, only a disk error can stop the reading.
 """
 
 import collections
@@ -33,7 +33,7 @@ _NAMES_SHOWN = 3
 
 
 def parse_dtype(name: str) -> np.dtype:
-    """Raises InputError when it is none of those that weights can be converted to."""
+    """The dtype that --dtype names. Raises InputError if weights cannot be converted to it."""
     known = {dtype.name: dtype for dtype in (DTYPES["F32"], DTYPES["BF16"])}
     if name not in known:
         raise InputError(f"--dtype={name}, expected one of {', '.join(known)}")
@@ -71,7 +71,7 @@ def find_weights(folder: epath.Path) -> tuple[list[epath.Path], dict[str, epath.
     raise InputError(f"{folder}: no model.safetensors, model.safetensors.index.json, or pytorch_model.bin")
 
 
-def open_weights(folder: epath.Path) -> dict[str, StoredTensor]:
+def open_tensors(folder: epath.Path) -> dict[str, StoredTensor]:
     """Every tensor of a checkpoint folder, from the headers only.
 
     Raises InputError naming the file that is missing, truncated or inconsistent with the index.
@@ -79,17 +79,17 @@ def open_weights(folder: epath.Path) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     paths, shards = find_weights(folder)
     for path in paths:
-        found = open_torch(path) if path.suffix == ".bin" else open_safetensors(path)
-        if twice := sorted(set(found) & set(tensors)):
+        in_file = open_torch(path) if path.suffix == ".bin" else open_safetensors(path)
+        if twice := sorted(set(in_file) & set(tensors)):
             raise InputError(f"{path}: tensor {twice[0]} is also in {tensors[twice[0]].file}")
-        if absent := sorted(name for name, shard in shards.items() if shard == path and name not in found):
+        if absent := sorted(name for name, shard in shards.items() if shard == path and name not in in_file):
             raise InputError(f"{path}: tensor {absent[0]} is missing, which the index says is here")
-        tensors |= found
+        tensors |= in_file
     return _without_wrappers(tensors)
 
 
 def _without_wrappers(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Without the prefix that wrapping a module (DDP, torch.compile) puts before each of its names."""
+    """The tensors without the name prefix that module wrappers (DDP, torch.compile) add."""
     for prefix in ("module.", "_orig_mod."):
         if tensors and all(name.startswith(prefix) for name in tensors):
             return _without_wrappers({name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
@@ -114,12 +114,12 @@ def _read_index(index: epath.Path) -> dict[str, epath.Path]:
 
 
 def _once(pairs: list[tuple[str, object]]) -> dict:
-    """A JSON object of which no key is given twice."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    """A JSON object as a dict. Raises ValueError if a key appears twice."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
         names = [name for name, _ in pairs]
         raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is given twice")
-    return found
+    return values
 
 
 def open_safetensors(path: epath.Path) -> dict[str, StoredTensor]:
@@ -201,7 +201,7 @@ def _read_into(path: epath.Path, offset: int, data: memoryview) -> int:
 
 
 def stored_shape(parameter: Parameter) -> tuple[int, ...]:
-    """Shape in a Hugging Face checkpoint of one tensor (of one expert); with hf_rows, of our rows of it."""
+    """The Hugging Face shape of one tensor, per expert; with hf_rows, the shape of our rows of it."""
     shape = parameter.shape[1:] if parameter.per_expert else parameter.shape
     if parameter.matrix:
         inputs = 1 if parameter.per_expert else parameter.num_inputs
@@ -210,7 +210,7 @@ def stored_shape(parameter: Parameter) -> tuple[int, ...]:
 
 
 def source_name(parameter: Parameter, layer: int | None, expert: int | None = None) -> str:
-    """The tensor's name; the experts' common tensor (dFactory's merged form) without `expert`."""
+    """The tensor's Hugging Face name. expert None: the merged tensor of all experts (dFactory's form)."""
     name = parameter.hf_name
     if parameter.per_expert and expert is None:
         name = name.replace(".{expert}", "").removesuffix(".weight")
@@ -218,9 +218,9 @@ def source_name(parameter: Parameter, layer: int | None, expert: int | None = No
 
 
 def drop_unused(tensors: dict[str, StoredTensor], config: ModelConfig, mtp_layers: int = 0) -> tuple[dict, list[str]]:
-    """(tensors without rotary buffers and multi-token-prediction layers, notices).
+    """Returns (tensors without rotary buffers and multi-token-prediction layers, notices).
 
-    Such a layer follows the model's own and is counted by num_nextn_predict_layers or recognised by its eh_proj.
+    Those layers follow the model's own; num_nextn_predict_layers counts them, or an eh_proj tensor marks them.
     """
     layer_of = {name: int(match[1]) for name in tensors if (match := re.match(r"model\.layers\.(\d+)\.", name))}
     predictors = {layer for name, layer in layer_of.items() if name.endswith(".eh_proj.weight")}
@@ -266,28 +266,29 @@ def plan_leaves(tensors: dict[str, StoredTensor], config: ModelConfig) -> list[L
 
 
 def _without_fused_experts(tensors: dict[str, StoredTensor], config: ModelConfig) -> dict[str, StoredTensor]:
-    """Each expert's rows under its own name, of transformers 5's gate_up_proj [experts, 2 width, embed]: the gate's
-    rows, then those of `up`. Other models have [experts, embed, 2 width]; where that is the same shape, the shape of
-    down_proj, which is checked as any other, tells them apart.
+    """Splits gate_up_proj of transformers 5, [experts, 2 width, embed], into the gate and up rows of each expert.
+
+    Other models store [experts, embed, 2 width]; if that is the same shape, the check of down_proj's shape tells the
+    two apart.
     """
     each, width = config.num_experts, config.moe_intermediate_size
-    found = dict(tensors)
+    split = dict(tensors)
     for name in [name for name in tensors if name.endswith(".mlp.experts.gate_up_proj")]:
         _check_source(tensors, name, (each, 2 * width, config.hidden_size))
-        fused = found.pop(name)
+        fused = split.pop(name)
         if fused.reshape is None:
             raise InputError(f"{fused.file}: {name} cannot be read in parts")
         rows = fused.reshape((2 * each * width, config.hidden_size))
         for part in range(2 * each):
             one = name.replace("gate_up_proj", f"{part // 2}.{('gate', 'up')[part % 2]}_proj.weight")
-            if one in found:
-                raise InputError(f"{fused.file}: {name} holds {one}, which is also in {found[one].file}")
-            found[one] = rows.rows(part * width, (part + 1) * width)
-    return found
+            if one in split:
+                raise InputError(f"{fused.file}: {name} holds {one}, which is also in {split[one].file}")
+            split[one] = rows.rows(part * width, (part + 1) * width)
+    return split
 
 
 def _check_counts(tensors: dict[str, StoredTensor], config: ModelConfig) -> None:
-    """Keeps an absurd number in config.json from becoming as many expectations."""
+    """Refuses absurd counts in config.json before they are expanded into names."""
     if config.num_layers > len(tensors):
         raise InputError(f"config.json: num_hidden_layers={config.num_layers}, but there are {len(tensors)} tensors")
     if config.num_experts > max(len(tensors), *(tensor.shape[0] for tensor in tensors.values() if tensor.shape)):
@@ -295,7 +296,7 @@ def _check_counts(tensors: dict[str, StoredTensor], config: ModelConfig) -> None
 
 
 def _rows_claimed(config: ModelConfig) -> dict[str, int]:
-    """Rows of every fused tensor: those of all the leaves that are cut from it."""
+    """{fused tensor: rows}, summed over the leaves that are cut from it."""
     rows: dict[str, int] = collections.Counter()
     for parameter, layer in parameters.leaves(config).values():
         if parameter.hf_rows:
@@ -306,9 +307,9 @@ def _rows_claimed(config: ModelConfig) -> dict[str, int]:
 def _check_source(tensors: dict[str, StoredTensor], name: str, shape: tuple[int, ...]) -> None:
     if name not in tensors:
         raise InputError(f"missing tensor {name}, expected with shape {list(shape)}")
-    found = tensors[name]
-    if found.shape != shape:
-        raise InputError(f"{found.file}: {name} has shape {list(found.shape)}, expected {list(shape)}")
+    tensor = tensors[name]
+    if tensor.shape != shape:
+        raise InputError(f"{tensor.file}: {name} has shape {list(tensor.shape)}, expected {list(shape)}")
 
 
 def _some(names: Iterable[str]) -> str:
@@ -350,7 +351,7 @@ _THREAD = threading.local()
 
 
 def _scratch(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Memory that this thread uses again for its next slab: fresh pages cost as much as filling them."""
+    """A buffer that this thread reuses for each slab: mapping fresh pages costs as much as filling them."""
     count = math.prod(shape) * dtype.itemsize
     if getattr(_THREAD, "bytes", np.empty(0)).size < count:
         _THREAD.bytes = np.empty(count, np.uint8)
@@ -358,7 +359,7 @@ def _scratch(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def transposed(value: np.ndarray) -> np.ndarray:
-    """A copy with the last two axes exchanged; the CPU device copies strided arrays 4 times as fast as numpy."""
+    """A copy with the last two axes swapped, made on the CPU device: 4 times as fast as numpy's strided copy."""
     bits = value.view(f"uint{8 * value.itemsize}").swapaxes(-1, -2)
     device = digest.cpu_device()
     copy = bits.copy("C") if device is None else np.asarray(jax.device_put(bits, device, may_alias=False))

@@ -1,7 +1,7 @@
-"""The rotary embedding in a config.json, old and new: rope_theta and rope_scaling, or rope_parameters (transformers 5).
+"""The rotary embedding in a config.json: rope_theta and rope_scaling, or rope_parameters (transformers 5).
 
-What is computed here is what transformers computes; every other type, key or value is refused by name, and so are two
-fields that contradict each other, of which readers take different ones.
+The result is what transformers computes. Any other type, key or value is refused by name, and so are two fields that
+contradict each other, since readers differ in which one they take.
 """
 
 import math
@@ -30,13 +30,13 @@ class Rope(NamedTuple):
 
 
 def read(hf: dict, default_theta: float) -> Rope:
-    """Raises InputError naming the field or key that contradicts another or that the forward pass cannot honour."""
+    """Raises InputError naming a field or key that contradicts another or that the forward pass does not implement."""
     given = [field for field in _FIELDS if hf.get(field)]
-    found = [_parsed(hf, field, default_theta) for field in given or ["rope_scaling"]]
-    if len(set(found)) > 1:
+    ropes = [_parsed(hf, field, default_theta) for field in given or ["rope_scaling"]]
+    if len(set(ropes)) > 1:
         values = " and ".join(f"{field}={hf[field]!r}" for field in given)
         raise InputError(f"config.json: {values} contradict each other; keep one of them, with its rope_theta")
-    return found[0]
+    return ropes[0]
 
 
 def _parsed(hf: dict, field: str, default_theta: float) -> Rope:
@@ -53,7 +53,7 @@ def _parsed(hf: dict, field: str, default_theta: float) -> Rope:
 
 
 def _beside(hf: dict, field: str, values: dict, name: str, default: float) -> float:
-    """A number that is in `field` or beside it."""
+    """A number that stands in `field` or beside it."""
     outer = hf.get(name)
     if name not in values:
         return number({name: default if outer is None else outer}, name)
@@ -92,13 +92,13 @@ def _original_length(hf: dict, field: str, values: dict) -> int:
 
 
 def _check_yarn(field: str, given: dict, values: dict, factor: float) -> None:
-    """Raises InputError if one of YaRN's optional keys has not the value that the forward pass computes with."""
+    """Raises InputError if an optional key of YaRN has another value than the forward pass uses."""
 
     def scale(weight: float) -> float:
         return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0
 
-    found = {"beta_fast": 32, "beta_slow": 1, "attention_factor": scale(1)}
-    for name, default in found.items():
+    expected = {"beta_fast": 32, "beta_slow": 1, "attention_factor": scale(1)}
+    for name, default in expected.items():
         value = number(values, name, default)
         if name.startswith("beta") and value == 0:  # transformers: `get(name) or default`
             continue
@@ -125,8 +125,9 @@ def to_hf(scaling: RopeScaling | None) -> dict | None:
 
 
 def restated(config: ModelConfig, source: dict) -> dict:
-    """The fields of `source`, a config.json, that say what the model's rotary embedding is now, where it says it in
-    rope_parameters; they are in no other field then, as two may contradict each other.
+    """The rope_parameters of an export, for a `source` config.json that uses that field.
+
+    Only this field is written, since a second one could contradict it.
     """
     partial = source["rope_parameters"].get("partial_rotary_factor")
     values = {"rope_theta": config.rope_theta} | (to_hf(config.rope_scaling) or {"rope_type": "default"})

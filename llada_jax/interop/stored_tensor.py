@@ -1,4 +1,4 @@
-"""A tensor in a file of somebody else's, read when it is asked for."""
+"""A tensor in a file of another format, read on demand."""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,9 +12,9 @@ DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.d
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file: read(a, b) gives indices a to b of its first axis, in `out` or in an array of its own.
+    """A tensor in a file: read(a, b[, out]) returns indices a to b of the first axis, in `out` or a new array.
 
-    reshape(shape): the same elements in another shape, where the file allows it.
+    reshape(shape): the same elements in another shape; None if the file does not allow it.
     """
 
     shape: tuple[int, ...]

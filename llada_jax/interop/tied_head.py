@@ -12,11 +12,11 @@ HEAD = "lm_head.weight"
 
 
 def settle(tensors: dict[str, StoredTensor], config: ModelConfig) -> tuple[dict, ModelConfig, list[str]]:
-    """(tensors, config, notices) of a model that says it is tied, as transformers 5 reads them.
+    """Returns (tensors, config, notices) for a model whose config ties head and embedding, as transformers 5 reads it.
 
-    A head that equals the embedding is that embedding: it is not kept a second time, and `stores_tied_head` has export
-    write it again. One that differs is the model's head, and the model is not tied. A head alone is both.
-    Reads both slab by slab up to the first difference. Raises InputError when their shapes differ.
+    A head equal to the embedding is dropped; `stores_tied_head` makes export write it again. A head that differs is
+    the model's head, and the model is not tied. A head without an embedding is used as both.
+    Reads both slab by slab up to the first difference. Raises InputError if their shapes differ.
     """
     if not config.tie_word_embeddings or HEAD not in tensors:
         return tensors, config, []
@@ -36,7 +36,7 @@ def settle(tensors: dict[str, StoredTensor], config: ModelConfig) -> tuple[dict,
 
 
 def equal(a: StoredTensor, b: StoredTensor) -> bool:
-    """Whether two tensors of one shape hold the same values, or the same bits (NaN)."""
+    """Whether two tensors of the same shape have equal values, or equal bits (NaN)."""
 
     def same(first: int, last: int) -> bool:
         x, y = a.read(first, last), b.read(first, last)

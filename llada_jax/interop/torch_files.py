@@ -1,4 +1,4 @@
-"""Tensors of a pytorch_model.bin; reading one needs torch. Nothing that a pickle could run is run (weights_only)."""
+"""Tensors of a pytorch_model.bin. Needs torch; code in the pickle is never run (weights_only)."""
 
 import zipfile
 
@@ -13,10 +13,10 @@ _NESTED = ("model", "state_dict", "model_state_dict", "module")
 
 
 def open_torch(path: epath.Path) -> dict[str, StoredTensor]:
-    """Every tensor of the file: of {name: tensor}, or of that under "model", "state_dict" and the like.
+    """Every tensor of the file: of its table {name: tensor}, or of the one under "model", "state_dict" and the like.
 
-    A file in the format of before torch 1.6 is read whole, a newer one as its tensors are. Raises InputError when there
-    is no torch, or the file is damaged, holds no such table, or a tensor that weights cannot be.
+    A file from before torch 1.6 is read whole; from a newer one, tensors are read on demand. Raises InputError if torch
+    is missing, or if the file is damaged, has no such table, or has a tensor of an unsupported kind.
     """
     try:
         import torch
@@ -39,7 +39,7 @@ def open_torch(path: epath.Path) -> dict[str, StoredTensor]:
 
 
 def _table(path: epath.Path, loaded, kind: type) -> dict:
-    """{name: tensor} in what the file holds."""
+    """The table {name: tensor} in a loaded file."""
 
     def holds_tensors(value) -> bool:
         return isinstance(value, dict) and any(isinstance(each, kind) for each in value.values())
@@ -50,8 +50,8 @@ def _table(path: epath.Path, loaded, kind: type) -> dict:
     nested = [key for key in keys if key in _NESTED and holds_tensors(loaded[key])]
     if len(nested) == 1:
         return loaded[nested[0]]
-    found = f"keys {', '.join(map(str, keys[:5]))}" if keys else type(loaded).__name__
-    raise InputError(f"{path}: no table of tensors, nor one under {' or '.join(_NESTED)}: found {found}")
+    content = f"keys {', '.join(map(str, keys[:5]))}" if keys else type(loaded).__name__
+    raise InputError(f"{path}: no table of tensors, nor one under {' or '.join(_NESTED)}: found {content}")
 
 
 def _first_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Pictures of runs: their metrics over the steps, with the phases and block sizes of the curriculum marked."""
+"""Plots of runs: metrics over steps, with the phases and block sizes of the curriculum marked."""
 
 import itertools
 import math
@@ -14,7 +14,7 @@ PANELS = ("loss", "nelbo", "tokens_per_second")
 LABELS = {
     "loss": "training loss, nats per token",
     "nelbo": "held-out NELBO, nats per token",
-    "tokens_per_second": "clean tokens a second",
+    "tokens_per_second": "clean tokens per second",
     "mfu": "model FLOPs utilisation",
     "goodput": "share of wall time in useful steps",
     "mask_embedding_norm": "norm of the mask token's embedding",
@@ -27,7 +27,7 @@ _NOT_DRAWN = {"step", "block_size", "phase"}
 
 
 def read_runs(workdirs: Sequence[str | os.PathLike]) -> dict[str, list[dict]]:
-    """{name: rows of metrics.jsonl}, a run's name being its folder's. Raises InputError naming one without metrics."""
+    """{folder name: rows of metrics.jsonl} per run. Raises InputError naming a workdir without metrics."""
     paths = [os.path.normpath(workdir) if "://" not in str(workdir) else str(workdir) for workdir in workdirs]
     if len(set(paths)) < len(paths):
         raise InputError(f"{', '.join(paths)}: a run is named twice")
@@ -38,17 +38,17 @@ def read_runs(workdirs: Sequence[str | os.PathLike]) -> dict[str, list[dict]]:
 
 
 def known_metrics(runs: dict[str, list[dict]]) -> list[str]:
-    """Fields of the rows that can be drawn."""
+    """Names of the numeric fields, which can be plotted."""
     rows = itertools.chain.from_iterable(runs.values())
-    found = {name for row in rows for name, value in row.items() if isinstance(value, int | float)}
-    return sorted(found - _NOT_DRAWN)
+    numeric = {name for row in rows for name, value in row.items() if isinstance(value, int | float)}
+    return sorted(numeric - _NOT_DRAWN)
 
 
-def draw(runs: dict[str, list[dict]], path: str, metric: str | None = None, x_label: str = "step") -> None:
-    """Draws one metric, or a panel for each of PANELS that the runs have, to a .svg or .png file.
+def draw_runs(runs: dict[str, list[dict]], path: str, metric: str | None = None, x_label: str = "step") -> None:
+    """Plots one metric, or a panel per metric of PANELS that the runs have, to a .svg or .png file.
 
-    A colour is a run, a line style a block size of held-out rows. The bands in the background are the phases of the
-    first run. x_label: what the "step" of the rows is. Raises InputError on an unknown metric, naming those known.
+    Each run has a colour, each block size of held-out rows a line style. Bands in the background show the phases of the
+    first run. x_label: the label of the "step" axis. Raises InputError on an unknown metric, naming the known ones.
     """
     known = known_metrics(runs)
     if metric is not None and metric not in known:
@@ -86,29 +86,29 @@ def _draw_panel(panel, runs: dict[str, list[dict]], name: str) -> None:
 
 
 def _series(rows: Sequence[dict], name: str) -> dict[int | None, tuple[list, list, list | None]]:
-    """{block size of held-out rows, or None for rows of training: (steps, values, standard errors or None)}."""
-    found: dict[int | None, tuple[list, list, list | None]] = {}
+    """{block size of held-out rows, or None for training rows: (steps, values, standard errors or None)}."""
+    series: dict[int | None, tuple[list, list, list | None]] = {}
     for row in rows:
         if isinstance(row.get(name), int | float):
             size = None if "phase" in row else row.get("block_size")
-            steps, values, errors = found.setdefault(size, ([], [], [] if f"{name}_stderr" in row else None))
+            steps, values, errors = series.setdefault(size, ([], [], [] if f"{name}_stderr" in row else None))
             steps.append(row["step"])
             values.append(row[name])
             if errors is not None:
                 error = row.get(f"{name}_stderr")
-                errors.append(math.nan if error is None else error)  # of one row it has none
-    return found
+                errors.append(math.nan if error is None else error)  # a single row has no standard error
+    return series
 
 
 def phases_of(rows: Sequence[dict]) -> list[tuple[str, int, int, int]]:
-    """(phase, block size, step before it, last step) as the rows of training show them, one after another."""
+    """[(phase, block size, step before it, last step)] of the training rows, in order."""
     steps = [(row["phase"], row["block_size"], row["step"]) for row in rows if "phase" in row]
-    found, begin = [], 0
+    phases, begin = [], 0
     for (phase, size), group in itertools.groupby(steps, key=lambda step: step[:2]):
         *_, (_, _, end) = group
-        found.append((phase, size, begin, end))
+        phases.append((phase, size, begin, end))
         begin = end
-    return found
+    return phases
 
 
 def _draw_phases(panel, rows: Sequence[dict], labels: bool) -> None:

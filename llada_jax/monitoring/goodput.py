@@ -1,18 +1,18 @@
-"""Goodput: the share of a run's wall time that went into useful steps, and where the rest went, over all restarts.
+"""Goodput: the share of a run's wall time spent in useful steps, and what took the rest, over all restarts.
 
     start      reading the config, opening data, drawing or loading the first weights
-    restore    reading the checkpoint that a restarted run goes on from
+    restore    reading the checkpoint from which a restarted run resumes
     compile    the first step of each kind of pass
-    data       waiting for rows while the devices had nothing left to do
+    data       waiting for rows while the devices are idle
     evaluate   held-out scores
-    save       copying a checkpoint off the devices, and waiting for the one before
-    profile    beginning and writing traces
-    redone     steps that an earlier start had done, but not saved
-    down       between the last record of one start and the beginning of the next
-    step       all other: the useful steps
+    save       copying a checkpoint off the devices, and waiting for the previous save
+    profile    starting and writing traces
+    redone     steps that an earlier start did, but did not save
+    down       between the last record of one start and the next start
+    step       everything else: the useful steps
 
-The record is WORKDIR/goodput.json, written with each row of metrics. Devices work ahead of the host: whatever is not a
-step begins when the steps before it are done, so that their time stays theirs.
+The record is WORKDIR/goodput.json, written with each row of metrics. Devices run behind the host, so any other activity
+is timed from when the steps before it are done.
 """
 
 import contextlib
@@ -29,10 +29,10 @@ FILE = "goodput.json"
 
 
 class Goodput:
-    """Attributes: `seconds`, {"step" or one of LOST: so far}, of all starts together.
+    """Attributes: `seconds`, {"step" or one of LOST: seconds so far}, summed over all starts.
 
-    clock: seconds that never go back; wall: seconds that all machines share. Only the process that `writes` keeps the
-    record. A damaged record is begun anew.
+    clock: monotonic seconds; wall: seconds since the epoch. Only a process with `writes` writes the record. A damaged
+    record is replaced.
     """
 
     def __init__(
@@ -43,24 +43,24 @@ class Goodput:
         writes: bool = True,
     ):
         self._path, self._clock, self._wall, self._writes = workdir / FILE, clock, wall, writes
-        found = _read(self._path)
-        self.seconds = {name: found.get("wall_seconds", {}).get(name, 0.0) for name in ("step", *LOST)}
-        self._furthest = found.get("furthest_step", 0)  # that any start has done
-        if found:
-            self.seconds["down"] += max(0.0, wall() - found["written"])  # clocks may be set back
+        record = _read(self._path)
+        self.seconds = {name: record.get("wall_seconds", {}).get(name, 0.0) for name in ("step", *LOST)}
+        self._furthest = record.get("furthest_step", 0)  # of any start
+        if record:
+            self.seconds["down"] += max(0.0, wall() - record["written"])  # clocks may be set back
         self._begun = clock()
-        self._apart = 0.0  # seconds since _begun that are not steps'
+        self._apart = 0.0  # seconds since _begun that are not spent in steps
         self._step = 0
         self._pending = None  # metrics of the last step: they are there when it is done
 
     @property
     def share(self) -> float:
-        """Of the wall time since the first start that went into useful steps."""
+        """The share of the wall time since the first start that was spent in useful steps."""
         return self.seconds["step"] / max(sum(self.seconds.values()), 1e-9)
 
     @contextlib.contextmanager
     def spent(self, name: str) -> Iterator[None]:
-        """What happens inside counts as `name`; it begins when the steps before it are done."""
+        """Counts the time of the body as `name`, from when the steps before it are done."""
         jax.block_until_ready(self._pending)
         begun = self._clock()
         try:
@@ -69,12 +69,12 @@ class Goodput:
             self._add(name, self._clock() - begun)
 
     def begin_steps(self, step: int) -> None:
-        """`step` steps are done, and the next one is about to run: what was not told apart so far is the start's."""
+        """Call when `step` steps are done and the next one is about to run; uncounted time so far becomes "start"."""
         self._add("start", self._clock() - self._begun - self._apart)
         self._begun, self._apart, self._step = self._clock(), 0.0, step
 
     def timed_steps(self, train_step: Callable) -> Callable:
-        """train_step(..., halves) -> (state, metrics), with its first call for each `halves` as "compile"."""
+        """Wraps train_step(..., halves) -> (state, metrics); the first call per `halves` counts as "compile"."""
         compiled = set()
 
         def step(*arguments):
@@ -90,7 +90,7 @@ class Goodput:
         return step
 
     def timed_batches(self, batches: Iterator) -> Iterator:
-        """`batches`; a wait for the next one is "data" if the devices were done before it came."""
+        """Yields `batches`; waiting for one counts as "data" if the devices were idle when it came."""
         while True:
             begun = self._clock()
             batch = next(batches, None)
@@ -101,9 +101,9 @@ class Goodput:
             yield batch
 
     def mark(self, step: int) -> float:
-        """`step` steps are done: books the time since the last mark, and writes the record.
+        """Call when `step` steps are done: counts the time since the last mark and writes the record.
 
-        Returns the mean seconds of a step since then, 0 if there was none.
+        Returns the mean seconds per step since then, 0 without a step.
         """
         jax.block_until_ready(self._pending)
         now = self._clock()
@@ -118,7 +118,7 @@ class Goodput:
         return seconds / steps if steps else 0.0
 
     def fields(self) -> dict:
-        """Of a row of metrics: the share, and the seconds of each kind so far."""
+        """Fields of a metrics row: the share, and the seconds of each kind so far."""
         return {
             "goodput": round(self.share, 4),
             "wall_seconds": {name: round(s, 3) for name, s in self.seconds.items()},
@@ -144,8 +144,8 @@ class Goodput:
 
 def _read(path: Path) -> dict:
     try:
-        found = json.loads(path.read_text())
-        float(found["written"]), int(found["furthest_step"]), dict(found["wall_seconds"])
-        return found
+        record = json.loads(path.read_text())
+        float(record["written"]), int(record["furthest_step"]), dict(record["wall_seconds"])
+        return record
     except (OSError, ValueError, KeyError, TypeError):
         return {}

@@ -1,4 +1,4 @@
-"""Metrics to the console, to metrics.jsonl and to TensorBoard event files."""
+"""Writes metrics to the console, to metrics.jsonl and to TensorBoard event files."""
 
 import json
 import math
@@ -15,14 +15,14 @@ from llada_jax.errors import InputError
 from llada_jax.monitoring.tensorboard import Events
 from llada_jax.runtime.retry import Retry
 
-# Fields of a row that depend on the machine and the moment; all others are those of the uninterrupted run, bit for bit.
+# Fields that depend on the machine and the moment; a resumed run repeats all others bit for bit.
 TIMED = frozenset({"tokens_per_second", "mfu", "goodput", "wall_seconds", "hbm_bytes", "hbm_peak_bytes"})
 
 
 class MetricsWriter:
     """Appends rows to WORKDIR/metrics.jsonl and event files; on resume, rows of later steps are dropped first.
 
-    Of several processes only process 0 writes.
+    With several processes, only process 0 writes.
     """
 
     def __init__(self, workdir: Path, resume_step: int, retry: Retry = Retry()):
@@ -36,9 +36,9 @@ class MetricsWriter:
         self._events = Events(workdir, purge_step=resume_step + 1)
 
     def write(self, row: dict, prefix: str) -> None:
-        """row: "step", scalars, and groups {name: scalar}; prefix: the TensorBoard group of the scalars.
+        """row: "step", scalars, and groups {name: scalar}. prefix: the TensorBoard group of the scalars.
 
-        A loss is also in a group of its phase and block size. Raises InputError when the store fails too long.
+        A loss is also written to a group per phase and block size. Raises InputError if the store fails too long.
         """
         if not self._writes:
             return
@@ -65,7 +65,7 @@ class MetricsWriter:
         self._retry.attempt(push, self._path)
 
     def sync(self) -> None:
-        """Returns when the rows are on the disk: a checkpoint must not outlive the rows of its steps."""
+        """Flushes the rows to the disk: a checkpoint must not outlive the rows of its steps."""
         if not self._writes:
             return
         self._retry.attempt(self._events.flush, self._path.parent)
@@ -82,7 +82,7 @@ class MetricsWriter:
 
 
 def read_rows(workdir: str | os.PathLike) -> list[dict]:
-    """The rows of WORKDIR/metrics.jsonl. Raises InputError when there are none."""
+    """The rows of WORKDIR/metrics.jsonl. Raises InputError if there are none."""
     path = epath.Path(workdir) / "metrics.jsonl"
     if not path.exists():
         raise InputError(f"{path}: no such file; expected the metrics of a run")
@@ -95,9 +95,9 @@ def read_rows(workdir: str | os.PathLike) -> list[dict]:
 def _truncate(path: Path, step: int) -> None:
     if path.exists():
         lines = path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if (row := _row(line)) is not None and row["step"] <= step]
+        earlier = [line for line in lines if (row := _row(line)) is not None and row["step"] <= step]
         temporary = path.with_name(f"{path.name}.partial")
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        temporary.write_text("".join(line + "\n" for line in earlier), encoding="utf-8")
         temporary.replace(path)  # at once: a run may be killed here too
 
 
@@ -109,14 +109,14 @@ def _row(line: str) -> dict | None:
 
 
 class Progress:
-    """Throughput and time left of a run; `line` is what the console shows."""
+    """Throughput and remaining time of a run, as a console line."""
 
     def __init__(self, first_step: int, last_step: int, clean_tokens_per_step: int):
         self._last_step, self._tokens = last_step, clean_tokens_per_step
         self._marks = [(first_step, time.perf_counter())]
 
     def line(self, step: int, phase: Phase, metrics: dict) -> tuple[str, float]:
-        """The console line and clean tokens a second since the last line."""
+        """Returns (the console line, clean tokens per second since the last line)."""
         before, then = self._marks[-1]
         now = time.perf_counter()
         self._marks = self._marks[-5:] + [(step, now)]

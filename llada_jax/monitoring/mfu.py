@@ -1,4 +1,4 @@
-"""What the devices of a run achieve and hold: MFU and memory, where the chip is one whose peak is known."""
+"""MFU and memory of a run's devices; MFU only for chips whose peak is known."""
 
 from collections.abc import Sequence
 
@@ -15,10 +15,10 @@ from llada_jax.model.useful_flops import mean_pairs, useful_flops
 
 
 class Speed:
-    """MFU of steps: useful FLOPs (model/useful_flops.py) a second over the bfloat16 peak of all devices.
+    """MFU of steps: useful FLOPs (model/useful_flops.py) per second over the bfloat16 peak of all devices.
 
-    The documents of the held-out rows stand for those of the batches. None is claimed for devices whose peak is not
-    known (CPU, GPU), nor for DPO and LoRA, whose passes are others.
+    The documents of the held-out rows stand for those of the batches. There is no MFU for devices without a known peak
+    (CPU, GPU), nor for DPO and LoRA, whose passes differ.
     """
 
     def __init__(
@@ -38,21 +38,21 @@ class Speed:
             self._flops[phase] = useful_flops(model, twice * rows, config.data.length, phase.halves, pairs)
 
     def fields(self, phase: Phase, seconds_per_step: float) -> dict[str, float]:
-        """Of a row of metrics: "mfu", "hbm_bytes" and "hbm_peak_bytes" (of the fullest device of this process), those
-        that are known.
+        """Fields of a metrics row, if known: "mfu", and "hbm_bytes" and "hbm_peak_bytes" of this process's fullest
+        device.
         """
-        found = {}
+        fields = {}
         if self._peak and seconds_per_step:
-            found["mfu"] = self._flops[phase] / (seconds_per_step * self._peak)
-        held = [stats for device in self._local if (stats := device.memory_stats())]
+            fields["mfu"] = self._flops[phase] / (seconds_per_step * self._peak)
+        memory = [stats for device in self._local if (stats := device.memory_stats())]
         for name, key in (("hbm_bytes", "bytes_in_use"), ("hbm_peak_bytes", "peak_bytes_in_use")):
-            if held and all(key in stats for stats in held):
-                found[name] = max(stats[key] for stats in held)
-        return found
+            if memory and all(key in stats for stats in memory):
+                fields[name] = max(stats[key] for stats in memory)
+        return fields
 
 
 def peak_flops(devices: Sequence[jax.Device]) -> float | None:
-    """bfloat16 FLOP/s of all devices together; None unless all are known TPU chips."""
+    """Peak bfloat16 FLOP/s of all devices together; None unless all are known TPU chips."""
     chips = {chip.device_kind: chip for chip in CHIPS.values()}
     if any(device.device_kind not in chips for device in devices):
         return None

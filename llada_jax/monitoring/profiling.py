@@ -22,9 +22,9 @@ def parse_steps(text: str) -> range:
 
 
 class Profile:
-    """Traces the steps of a run that are in `steps`: from when the step before them is done until the last one is.
+    """Traces the steps in `steps`, from when the step before them is done until the last one is done.
 
-    A run that ends or is stopped in between keeps what was traced. spent: Goodput.spent, for beginning and writing.
+    A run that ends or is stopped in between keeps its partial trace. spent: Goodput.spent, for starting and writing.
     """
 
     def __init__(self, directory: str | os.PathLike, steps: range, spent: Callable = lambda name: nullcontext()):

@@ -1,6 +1,6 @@
 """TensorBoard event files, written in the caller's thread.
 
-tensorboardX's own SummaryWriter writes in a thread, which a full disk ends; whoever adds a point then waits for ever.
+tensorboardX's SummaryWriter writes in its own thread. A full disk ends that thread, and adding a point then hangs.
 """
 
 import os
@@ -15,7 +15,7 @@ from tensorboardX.record_writer import masked_crc32c
 
 
 class Events:
-    """One event file in `folder`. Points from `purge_step` on that earlier files hold are not shown."""
+    """One event file in `folder`. TensorBoard hides points of earlier files from `purge_step` on."""
 
     def __init__(self, folder: Path, purge_step: int):
         name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}.{purge_step}"
@@ -27,7 +27,7 @@ class Events:
         self._add(step=step, summary=summary.scalar(name, value))
 
     def flush(self) -> None:
-        """Writes what was added; after an OSError it can be called again, and goes on."""
+        """Writes pending points; after an OSError it can be called again and continues."""
         while self._left:
             self._left = self._left[self._file.write(self._left) :]
 

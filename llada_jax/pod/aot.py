@@ -1,7 +1,7 @@
-"""Compiles a program for one device of a slice that is not there, and reads what the compiler says of it.
+"""Compiles a program ahead of time for one device of a TPU slice, without the slice, and reads the compiler's output.
 
-The compiler is told to dump its schedules by an environment variable that libtpu reads once, when it is loaded; so each
-program is compiled in a process of its own: python -m llada_jax.pod.aot MODULE:FUNCTION ARGUMENTS_JSON TOPOLOGY FOLDER
+An environment variable, which libtpu reads once when it is loaded, makes the compiler dump its schedules. So each
+program is compiled in its own process: python -m llada_jax.pod.aot MODULE:FUNCTION ARGUMENTS_JSON TOPOLOGY FOLDER
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ _KERNEL = re.compile(r"%([\w.\-]+) = [^\n]*custom_call_target=\"tpu_custom_call\
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A compiled program: its scheduled HLO, bytes of temporaries in HBM, and each Pallas kernel, as scheduled."""
+    """A compiled program: its scheduled HLO, bytes of temporaries in HBM, and the schedule of each Pallas kernel."""
 
     hlo: str
     temp_bytes: int
@@ -33,10 +33,10 @@ class Program:
 def compile_program(
     target: str, arguments: dict, topology: str, schedules: bool = True, timeout: float = 900
 ) -> Program:
-    """Compiles `target(**arguments)`, "module:function" that returns (a function, its abstract arguments).
+    """Compiles the program of `target(**arguments)`, "module:function", which returns (function, abstract arguments).
 
-    Without `schedules` nothing is dumped, which is several times faster, and `kernels` is empty. Raises InputError
-    where libtpu is missing or the compiler refuses the program, with its error.
+    Without `schedules` nothing is dumped, which is several times faster, and `kernels` is empty. Raises InputError if
+    libtpu is missing, or with the compiler's error if it refuses the program.
     """
     chip = parse_topology(topology).chip
     with tempfile.TemporaryDirectory() as folder:

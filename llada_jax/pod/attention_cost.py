@@ -1,4 +1,4 @@
-"""The cost of the attention kernels of a training step: their schedules, times the tiles of a named packing."""
+"""The cost of the attention kernels in a training step: their schedules times the tile counts of a packing."""
 
 import dataclasses
 
@@ -16,8 +16,8 @@ from llada_jax.attention.visibility import block_causal, block_diffusion, make_l
 from llada_jax.chips import Chip, Topology
 from llada_jax.pod import attention_program, packings
 from llada_jax.pod.aot import Program, compile_program
-from llada_jax.pod.operations import Cost
-from llada_jax.pod.packings import Walk
+from llada_jax.pod.operations import OperationCost
+from llada_jax.pod.packings import KernelCounts
 from llada_jax.pod.schedule_reader import Kernel, region_costs
 from llada_jax.pod.step_cost import KernelCost
 from llada_jax.pod.stream_cost import compiled_costs
@@ -29,8 +29,8 @@ _MATMULS = {"forward": 2, "backward": 5}  # of a tile; the backward pass compute
 
 
 @dataclasses.dataclass(frozen=True)
-class Class:
-    """A kernel's region, "step" (the rest of a grid step) or "xla" (all that XLA schedules, once a row).
+class RegionCost:
+    """The cost of a kernel's region, "step" (the rest of a grid step) or "xla" (all that XLA schedules, once per row).
 
     tiles: how often the busiest core executes it. Its cycles are tiles x max(bundles, mxu_cycles).
     """
@@ -42,8 +42,8 @@ class Class:
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Of the attention of one row on one device: heads and kv_heads are those of the device, halves as in
-    schedule.Phase; ranks of a context axis share out the row's queries.
+    """The attention of one row on one device. heads, kv_heads: per device. halves: as in schedule.Phase. ranks: of the
+    context axis, which divides the row's queries.
     """
 
     length: int
@@ -64,7 +64,7 @@ class Shape:
         return self.length + self.num_noisy
 
     def tiles(self) -> Tiles:
-        """Of the device at hand, as key_parts."""
+        """The tiles on the current device; key_parts too depends on it."""
         return tiles_for(device_kind(), self.head_dim, self.heads // self.kv_heads, self.positions // self.ranks)
 
     def key_parts(self) -> int:
@@ -72,12 +72,12 @@ class Shape:
         return key_parts(self.num_noisy, self.positions, self.tiles(), group, self.head_dim)
 
     def rank_queries(self) -> np.ndarray:
-        """int [ranks, queries of a rank]"""
+        """The queries of each rank, int [ranks, queries per rank]."""
         own = context.positions(self.length, self.ranks)
         return np.concatenate([own, self.length + own], axis=1) if self.num_noisy else own
 
     def plan(self, segment_ids: jax.Array, block_size: int, queries: jax.Array, tiles: Tiles, parts: int):
-        """Of one row, segment_ids int32 [length], and of some of its queries."""
+        """The plan of one row, segment_ids int32 [length], for some of its queries."""
         seen = jax.tree.map(lambda bound: bound[:, queries], self.visibility(segment_ids[None], block_size))
         return make_plan(seen, self.positions, tiles, parts)
 
@@ -87,8 +87,8 @@ class Shape:
         return block_diffusion(layout) if self.halves == "both" else block_causal(layout)
 
 
-def program(shape: dict):
-    """(forward and backward of one row, abstract arguments); called in the compiler's own process."""
+def training_program(shape: dict):
+    """(forward and backward pass of one row, abstract arguments); called in the compiler's process."""
     shape = Shape(**shape)
     sizes = (shape.positions // shape.ranks, shape.heads), (shape.positions, shape.kv_heads)
     q, k = (jax.ShapeDtypeStruct((1, *size, shape.head_dim), jnp.bfloat16) for size in sizes)
@@ -114,14 +114,14 @@ def program(shape: dict):
 def kernel_costs(
     shape: Shape, block_size: int, mean: int, num_rows: float, topology: Topology
 ) -> dict[str, KernelCost]:
-    """{beginning of a kernel's name: its cost for num_rows rows}."""
+    """{prefix of a kernel's name: its cost for num_rows rows}."""
     compiled = compile_program(
-        "llada_jax.pod.attention_cost:program", {"shape": dataclasses.asdict(shape)}, topology.name
+        "llada_jax.pod.attention_cost:training_program", {"shape": dataclasses.asdict(shape)}, topology.name
     )
     with jax.set_mesh(one_device(topology)):
         tiles, parts = shape.tiles(), shape.key_parts()
     costs = {}
-    for name, cost in _walk_costs(shape, block_size, mean, compiled, tiles, parts, topology.chip).items():
+    for name, cost in _pass_costs(shape, block_size, mean, compiled, tiles, parts, topology.chip).items():
         costs[NAME + name] = lambda result, operands, cost=cost * num_rows: ("attention", cost)
     counts = operand_steps(
         shape.positions // shape.ranks, shape.heads, shape.positions, shape.kv_heads, shape.head_dim, tiles
@@ -129,9 +129,9 @@ def kernel_costs(
     return costs | compiled_costs(compiled, counts, "attention", topology.chip)
 
 
-def _walk_costs(shape: Shape, block_size: int, mean: int, compiled: Program, tiles: Tiles, parts: int, chip: Chip):
-    """{"forward", "backward": Cost of one call for one row}: the mean over the bench's rows of mean document length
-    `mean`, of the busiest rank. Where keys go in parts, the backward pass is a call for each.
+def _pass_costs(shape: Shape, block_size: int, mean: int, compiled: Program, tiles: Tiles, parts: int, chip: Chip):
+    """{"forward", "backward": cost of one call for one row}, for the busiest rank, averaged over the bench's rows with
+    mean document length `mean`. If the keys are split into parts, the backward pass has one call per part.
     """
     make = jax.jit(lambda row, queries: shape.plan(row, block_size, queries, tiles, parts))
     # [row][rank]
@@ -142,41 +142,41 @@ def _walk_costs(shape: Shape, block_size: int, mean: int, compiled: Program, til
     for name in PASSES:
         (schedule,) = (schedule for kernel, schedule in compiled.kernels.items() if NAME + name in kernel)
         # [row, rank, call]
-        walks = [[_walks(plan, name, shape) for plan in of_ranks] for of_ranks in plans]
+        counts = [[_counts(plan, name, shape) for plan in of_ranks] for of_ranks in plans]
         regions = attention_program.REGIONS[name]
-        seconds = _each(walks, lambda walk: _seconds(schedule, walk, regions, chip)).mean(axis=2)  # noqa: B023
-        computed = _each(walks, lambda walk: walk.regions["full"] + walk.regions["partial"]).mean()
+        seconds = _per_call(counts, lambda each: _seconds(schedule, each, regions, chip)).mean(axis=2)  # noqa: B023
+        computed = _per_call(counts, lambda each: each.regions["full"] + each.regions["partial"]).mean()
         pairs = tiles.queries * shape.heads // shape.kv_heads * getattr(tiles, name) * tiles.chunk
         flops = 2 * _MATMULS[name] * computed * pairs * shape.head_dim
-        costs[name] = Cost(float(seconds.max(axis=1).mean()), float(flops))
+        costs[name] = OperationCost(float(seconds.max(axis=1).mean()), float(flops))
     return costs
 
 
-def _walks(plan: Plan, name: str, shape: Shape) -> list[Walk]:
-    """Of each call of a kernel."""
+def _counts(plan: Plan, name: str, shape: Shape) -> list[KernelCounts]:
+    """The counts of each call of a kernel."""
     calls = plan.parts if name == "backward" and plan.parts else (plan,)
-    return [attention_program.walk(call, name, shape.heads, shape.kv_heads, shape.head_dim) for call in calls]
+    return [attention_program.kernel_counts(call, name, shape.heads, shape.kv_heads, shape.head_dim) for call in calls]
 
 
-def _each(walks: list[list[list[Walk]]], value) -> np.ndarray:
-    return np.array([[[value(walk) for walk in calls] for calls in of_ranks] for of_ranks in walks])
+def _per_call(counts: list[list[list[KernelCounts]]], value) -> np.ndarray:
+    return np.array([[[value(each) for each in calls] for calls in of_ranks] for of_ranks in counts])
 
 
-def _seconds(schedule: Kernel, walk: Walk, names, chip: Chip) -> float:
-    """Of one row: the busiest core's cycles, or the copies at HBM bandwidth where they take longer."""
-    cycles = total_cycles(kernel_classes(schedule, [walk], names, chip)[1])
-    return max(cycles / chip.clock, walk.dma_bytes / (chip.hbm_bandwidth / chip.devices))
+def _seconds(schedule: Kernel, counts: KernelCounts, names, chip: Chip) -> float:
+    """Seconds per row: the busiest core's cycles, or the copies at HBM bandwidth if they take longer."""
+    cycles = total_cycles(kernel_regions(schedule, [counts], names, chip)[1])
+    return max(cycles / chip.clock, counts.dma_bytes / (chip.hbm_bandwidth / chip.devices))
 
 
-def kernel_classes(schedule: Kernel, walks: list[Walk], names, chip: Chip):
-    """(times that all cores execute each region, {region: Class} of the busiest core)."""
+def kernel_regions(schedule: Kernel, counts: list[KernelCounts], names, chip: Chip):
+    """Returns (executions of each region, over all cores; {region: RegionCost} of the busiest core)."""
     # The split axis is of heads or of key/value heads, which two cores divide evenly.
     cores = chip.cores_per_device if schedule.split else 1
-    executed = {name: sum(walk.regions[name] for walk in walks) for name in (*names, "step")}
-    executed["launch"] = sum(max(walk.launches, cores) for walk in walks)
-    found = region_costs(schedule, names).items()
-    return executed, {name: Class(cost.bundles, cost.mxu_cycles, executed[name] // cores) for name, cost in found}
+    executed = {name: sum(each.regions[name] for each in counts) for name in (*names, "step")}
+    executed["launch"] = sum(max(each.launches, cores) for each in counts)
+    costs = region_costs(schedule, names).items()
+    return executed, {name: RegionCost(cost.bundles, cost.mxu_cycles, executed[name] // cores) for name, cost in costs}
 
 
-def total_cycles(classes: dict[str, Class]) -> float:
-    return sum(part.tiles * max(part.bundles, part.mxu_cycles) for part in classes.values())
+def total_cycles(regions: dict[str, RegionCost]) -> float:
+    return sum(region.tiles * max(region.bundles, region.mxu_cycles) for region in regions.values())

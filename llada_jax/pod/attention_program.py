@@ -1,4 +1,4 @@
-"""Our kernel (attention/kernel.py) as the bench sees it."""
+"""Programs of our attention kernel (attention/kernel.py) for the bench and the estimator."""
 
 import functools
 
@@ -10,9 +10,9 @@ from llada_jax.attention.kernel import kernel_attention
 from llada_jax.attention.plan import Plan, make_plan, step_classes
 from llada_jax.attention.tiles import Tiles, device_kind, tiles_for
 from llada_jax.attention.visibility import block_diffusion, block_window, make_layout
-from llada_jax.pod.packings import ROWS, Walk
+from llada_jax.pod.packings import ROWS, KernelCounts
 
-# The branches of the kernels' loops in program order.
+# The branches of the kernels' loops, in program order.
 REGIONS = dict.fromkeys(("forward", "backward"), ("full", "partial", "finish"))
 REGIONS["decode"] = ("full", "partial")  # the end of so small a tile cannot be told from the rest of a step
 
@@ -28,7 +28,9 @@ def decoding_plan(cached: jax.Array, length: int, block_size: int, tiles: Tiles)
     return make_plan(block_window(cached, block_size), block_size + length, tiles)
 
 
-def program(length: int, heads: int, kv_heads: int, head_dim: int, block_size: int, tiles: Tiles | None, decode: bool):
+def kernel_program(
+    length: int, heads: int, kv_heads: int, head_dim: int, block_size: int, tiles: Tiles | None, decode: bool
+):
     """(attend(query, key, value, plan), abstract query, key, value, abstract plan) of a row, or a decoding batch.
 
     The heads of a position lie side by side, [rows, length, heads * head_dim], as projections make and take them.
@@ -50,8 +52,8 @@ def program(length: int, heads: int, kv_heads: int, head_dim: int, block_size: i
     return attend, arrays, jax.eval_shape(planned, mask)
 
 
-def walk(row: Plan, direction: str, heads: int, kv_heads: int, head_dim: int) -> Walk:
-    """Counts a pass ("forward" or "backward") over the concrete plan of a row, or of a batch launched at once."""
+def kernel_counts(row: Plan, direction: str, heads: int, kv_heads: int, head_dim: int) -> KernelCounts:
+    """What a pass ("forward" or "backward") executes for the plan of a row, or of a batch in one launch."""
     chunks = getattr(row.tiles, direction)
     classes = np.asarray(step_classes(row, chunks))
     steps, tiles = int((classes > 0).sum()), len(classes)
@@ -68,4 +70,4 @@ def walk(row: Plan, direction: str, heads: int, kv_heads: int, head_dim: int) ->
     moved += tiles * ((2 if direction == "forward" else 3) * block + 8 * rows + 16 * row.tiles.queries)
     if direction == "backward":
         moved += 2 * row.chunks_per_row * row.tiles.chunk * head_dim * 4
-    return Walk(regions, kv_heads, moved * kv_heads, tile_pairs=rows * chunks * row.tiles.chunk)
+    return KernelCounts(regions, kv_heads, moved * kv_heads, tile_pairs=rows * chunks * row.tiles.chunk)

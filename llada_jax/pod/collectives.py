@@ -1,12 +1,12 @@
-"""What a collective costs: the bytes that a ring moves, over the links of the torus axes that its groups span.
+"""The cost of a collective: the bytes that a ring moves over the links of the torus axes that its groups span.
 
     all-gather (of B bytes) and reduce-scatter (into shards of B)    B (n - 1) / n   per device
     all-reduce                                                     2 B (n - 1) / n
     all-to-all                                                       B extent / 8, the bisection of the longest axis
     collective-permute                                               B over one link
 
-n devices of a group; a torus axis that wraps around gives two one-way links, one that does not gives one (the ends of a
-line must pass everything). Groups that span slices use the data-centre network. No latency: a lower bound.
+n: devices per group. A torus axis that wraps around has two one-way links; one that does not has one, as the ends of a
+line must pass everything. Groups that span slices use the data-centre network. Latency is ignored: a lower bound.
 """
 
 import dataclasses
@@ -27,10 +27,10 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 
 @dataclasses.dataclass(frozen=True)
 class Devices:
-    """Of the mesh, in the order in which the program numbers them.
+    """The devices of a mesh, in the order in which the program numbers them.
 
-    axes {name: size}: of the mesh, major first; topology: of one slice; coordinates int [devices, sides];
-    slices int [devices].
+    axes: {name: size} of the mesh, major first. topology: of one slice. coordinates: int [devices, sides]. slices: int
+    [devices], the slice of each device.
     """
 
     axes: dict[str, int]
@@ -41,7 +41,7 @@ class Devices:
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """kind; axes: those of the mesh that its groups span, joined by +; bytes that each device sends; seconds."""
+    """A collective. axes: the mesh axes that its groups span, joined by +. bytes: sent per device. seconds: per run."""
 
     kind: str
     axes: str
@@ -56,7 +56,7 @@ def kind_of(op: Operation) -> str | None:
 
 
 def collective_cost(module: Module, computation: str, op: Operation, devices: Devices) -> Collective:
-    """Of one run. Raises ValueError on groups that it cannot read."""
+    """The cost of one run. Raises ValueError on replica groups in an unknown format."""
     kind = kind_of(op)
     group = _group(op, kind, len(devices.slices))
     full = sum(array.bytes for name in op.operands for array in module.operand(computation, name).result)
@@ -102,9 +102,9 @@ def _group(op: Operation, kind: str, devices: int) -> np.ndarray:
     if kind == "collective-permute":
         pairs = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", op.attributes)
         return np.array([int(pairs.group(1)), int(pairs.group(2))])
-    if (found := _GROUPS.search(op.attributes)) is None:
+    if (match := _GROUPS.search(op.attributes)) is None:
         raise ValueError(f"replica groups of {op.name}: {op.attributes[:120]}")
-    text = found.group(1)
+    text = match.group(1)
     if listed := re.match(r"\{\{([\d,]+)\}", text):
         return np.array([int(number) for number in listed.group(1).split(",")])
     if text == "{}":
@@ -124,11 +124,11 @@ def _iota(text: str) -> np.ndarray:
 
 def _named_group(text: str) -> np.ndarray:
     """mesh['a'=4,'b'=16], device_ids=([16,4]T(1,0)) {'b'}: the devices along the named axes."""
-    mesh, numbers, wanted = re.match(r"mesh\[(.*?)\](?:, device_ids=\((.*?\)?)\))? \{(.*?)\}$", text).groups()
+    mesh, numbers, named = re.match(r"mesh\[(.*?)\](?:, device_ids=\((.*?\)?)\))? \{(.*?)\}$", text).groups()
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
-    wanted = re.findall(r"'([^']+)'", wanted)
+    named = re.findall(r"'([^']+)'", named)
     flat = _iota(numbers or f"[{math.prod(sizes.values())}]")
-    picked = tuple(slice(None) if name in wanted else 0 for name in sizes)
+    picked = tuple(slice(None) if name in named else 0 for name in sizes)
     return flat.reshape(tuple(sizes.values()))[picked].reshape(-1)
 
 

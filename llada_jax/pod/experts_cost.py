@@ -1,9 +1,9 @@
-"""What the grouped matmuls of a layer's experts cost on a TPU, by the compiler's schedules: megablox beside tokamax.
+"""The cost of the grouped matmuls of a layer's experts on a TPU, by the compiler's schedules: megablox and tokamax.
 
-One device's share of a step: TOKENS positions, each to num_experts_per_token experts, bfloat16, all experts here. Both
-kernels get the tiles of model/grouped_tiles.py; they are counted on one fixed draw of how many rows each expert gets,
-every expert being as likely, and cycles are those of the device's busiest TensorCore. Sorting, gathering and the lists
-of tiles are not in the numbers.
+The work is one device's share of a step: TOKENS positions, num_experts_per_token experts each, bfloat16, all experts on
+this device. Both kernels use the tiles of model/grouped_tiles.py. Tiles are counted for one fixed draw of the rows per
+expert, with equally likely experts. Cycles are those of the device's busiest TensorCore; sorting, gathering and the
+lists of tiles are not included.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from llada_jax.pod.stream_cost import stream_costs
 IMPLEMENTATIONS = ("megablox", "tokamax")
 PASSES = ("forward", "dx", "dw")
 TOKENS = 4 * 8192  # four rows of 2 x 4096 positions
-# The kernels' regions that do vector work, in program order; tokamax's tile is the whole of a step, without a branch.
+# The kernels' regions with vector work, in program order; tokamax's tile is a whole step, without a branch.
 _DW = ("zero", "tile", "write")
 REGIONS = {
     "megablox": {"forward": ("tile",), "dx": ("tile",), "dw": _DW},
@@ -33,9 +33,9 @@ REGIONS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Cost:
-    """tile: (rows, contracted, columns). steps: of the grid. peak_share: of the matrix units of all cores, counting the
-    rows only. dma_cycles: the kernel's copies at HBM bandwidth, which run beside its arithmetic.
+class MatmulCost:
+    """The cost of a grouped matmul. tile: (rows, contracted, columns). steps: of the grid. peak_share: of the matrix
+    units of all cores, for useful rows only. dma_cycles: copies at HBM bandwidth, in parallel with the arithmetic.
     """
 
     tile: tuple[int, int, int]
@@ -46,7 +46,7 @@ class Cost:
 
 
 def matmuls(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """{name: (in, out)} of the grouped matmuls of a layer; gate and up are one."""
+    """{name: (inputs, outputs)} of a layer's grouped matmuls; gate and up are one matmul."""
     return {
         "gate_up": (config.hidden_size, 2 * config.moe_intermediate_size),
         "down": (config.moe_intermediate_size, config.hidden_size),
@@ -54,12 +54,12 @@ def matmuls(config: ModelConfig) -> dict[str, tuple[int, int]]:
 
 
 def group_sizes(rows: int, groups: int) -> np.ndarray:
-    """Rows of each expert, int [groups]: a draw in which every expert is as likely."""
+    """Rows per expert, int [groups]: a fixed draw with equally likely experts."""
     return np.random.default_rng(0).multinomial(rows, np.full(groups, 1 / groups))
 
 
-def program(implementation: str, direction: str, rows: int, groups: int, contracted: int, columns: int):
-    """The function that is compiled for y = x w, dx or dw, and its abstract arguments."""
+def matmul_program(implementation: str, direction: str, rows: int, groups: int, contracted: int, columns: int):
+    """Returns (function to compile for y = x w, dx or dw; its abstract arguments)."""
     x, w, y, sizes = (
         jax.ShapeDtypeStruct(shape, dtype)
         for shape, dtype in (
@@ -99,7 +99,7 @@ def _tokamax():
 
 
 def activation_program(rows: int, mlp: int):
-    """Both kernels of the activation between the matmuls, and their abstract arguments."""
+    """Returns (a function that runs both activation kernels; its abstract arguments)."""
     gate_up, d_hidden = (jax.ShapeDtypeStruct((rows, width), jnp.bfloat16) for width in (2 * mlp, mlp))
     weights = jax.ShapeDtypeStruct((rows,), jnp.float32)
 
@@ -111,7 +111,7 @@ def activation_program(rows: int, mlp: int):
 
 
 def activation_costs(mlp: int, topology: Topology) -> dict[str, KernelCost]:
-    """Of the activation's kernels, at this width of an expert, by their names. Compiles them."""
+    """{kernel name: cost} of the activation kernels for experts of width `mlp`. Compiles them."""
     rows = 8 * TOKENS  # more than fits fast memory
     steps = -(-rows // activation.tile(rows, 2 * mlp, jnp.dtype("bfloat16")))
     arguments = {"rows": rows, "mlp": mlp}
@@ -120,20 +120,22 @@ def activation_costs(mlp: int, topology: Topology) -> dict[str, KernelCost]:
 
 def kernel_cost(
     implementation: str, direction: str, sizes: np.ndarray, contracted: int, columns: int, topology: str, rows: int = 0
-) -> Cost:
-    """Of a pass of y [rows, columns] = x [rows, contracted] times its group's matrix, on one device. Compiles it.
+) -> MatmulCost:
+    """The cost of a pass of y [rows, columns] = x [rows, contracted] times the group's matrix, on one device.
 
-    sizes: rows of each group; rows: of the buffer, where it is larger than their sum.
+    Compiles it. sizes: rows per group. rows: those of the buffer, if it is larger than their sum.
     """
     arguments = dict(rows=rows or int(sizes.sum()), groups=len(sizes), contracted=contracted, columns=columns)
     arguments |= {"implementation": implementation, "direction": direction}
-    (kernel,) = compile_program("llada_jax.pod.experts_cost:program", arguments, topology).kernels.values()
+    (kernel,) = compile_program("llada_jax.pod.experts_cost:matmul_program", arguments, topology).kernels.values()
     regions = region_costs(kernel, REGIONS[implementation][direction])
     shape = (columns, contracted) if direction == "dx" else (contracted, columns)
     return _cost(regions, kernel.split, direction, sizes, shape, parse_topology(topology).chip)
 
 
-def _cost(regions: dict, split: bool, direction: str, sizes: np.ndarray, shape: tuple[int, int], chip: Chip) -> Cost:
+def _cost(
+    regions: dict, split: bool, direction: str, sizes: np.ndarray, shape: tuple[int, int], chip: Chip
+) -> MatmulCost:
     contracted, columns = shape
     choose = grouped_tiles.group_gradients if direction == "dw" else grouped_tiles.rows_times_groups
     tile = choose(int(sizes.sum()), contracted, columns, kind=chip.device_kind)
@@ -147,7 +149,7 @@ def _cost(regions: dict, split: bool, direction: str, sizes: np.ndarray, shape: 
     share = -(-tiles_of_columns // cores) / tiles_of_columns
     cycles = sum(cost.cycles * times[region] * (1 if region == "launch" else share) for region, cost in regions.items())
     macs = int(sizes.sum()) * contracted * columns
-    return Cost(
+    return MatmulCost(
         tile=tile,
         steps=times["step"],
         cycles=cycles,
@@ -157,14 +159,14 @@ def _cost(regions: dict, split: bool, direction: str, sizes: np.ndarray, shape: 
 
 
 def tile_visits(sizes: np.ndarray, tile: int) -> int:
-    """Tiles of `tile` rows that hold rows of a group, summed over groups: a tile on a border counts for both."""
+    """The number of tiles of `tile` rows that each group touches, summed; a tile on a border counts for both groups."""
     ends = np.cumsum(sizes)
     starts = ends - sizes
     return int(np.where(sizes > 0, -(-ends // tile) - starts // tile, 0).sum())
 
 
 def _moved(direction: str, sizes: np.ndarray, tile, shape) -> int:
-    """Bytes that a kernel copies: a block is fetched when its index changes from one step to the next."""
+    """Bytes that a kernel copies; a block is fetched if its index changes from one step to the next."""
     rows, groups = int(sizes.sum()), int((sizes > 0).sum())
     (contracted, columns), (_, part, width) = shape, tile
     parts, widths = -(-contracted // part), -(-columns // width)

@@ -1,8 +1,8 @@
-"""Reads the text of a compiled program: its computations, their operations in scheduled order, and how often each runs.
+"""Parses the text of a compiled program: computations, their operations in scheduled order, and loop trip counts.
 
     %while.7 = (s32[], bf16[4,8192]{1,0:T(8,128)(2,1)S(1)}) while(%tuple.3), condition=%cond, body=%body, metadata={...}
 
-S(n) says in which memory an array lies: none is HBM, S(1) a core's fast memory.
+S(n) is the memory space of an array: without it HBM, S(1) a core's fast memory.
 """
 
 import dataclasses
@@ -60,7 +60,7 @@ class Operation:
 
     @property
     def called(self) -> tuple[str, ...]:
-        """Names of the computations that it runs, in order; a conditional's branches."""
+        """Names of the computations that it calls, in order; for a conditional, its branches."""
         return tuple(name for group in _CALLED.findall(self.attributes) for name in _REFERENCE.findall(group))
 
     def called_as(self, role: str) -> str:
@@ -69,14 +69,14 @@ class Operation:
     @property
     def op_name(self) -> str:
         """Where the program made it: jit(train_step)/jvp()/while/body/..."""
-        found = re.search(r'op_name="([^"]*)"', self.attributes)
-        return found.group(1) if found else ""
+        match = re.search(r'op_name="([^"]*)"', self.attributes)
+        return match.group(1) if match else ""
 
     @property
     def target(self) -> str:
-        """custom_call_target, or nothing."""
-        found = re.search(r'custom_call_target="([^"]*)"', self.attributes)
-        return found.group(1) if found else ""
+        """custom_call_target, or "" without one."""
+        match = re.search(r'custom_call_target="([^"]*)"', self.attributes)
+        return match.group(1) if match else ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,14 +97,14 @@ class Module:
         return next(op for op in self.computations[computation] if op.root)
 
     def inside(self, op: Operation):
-        """(computation, operation) of all operations that an operation's computations hold, theirs included."""
+        """Yields (computation, operation) of all operations in the computations that `op` calls, recursively."""
         for name in op.called:
             for inner in self.computations.get(name, ()):
                 yield name, inner
                 yield from self.inside(inner)
 
     def trip_count(self, computation: str, loop: Operation) -> int | None:
-        """How often a loop from 0 by 1 runs: the constant that its condition compares with; None when it has none."""
+        """The trip count of a loop that counts up by 1 to a constant; None for any other loop."""
         condition = loop.called_as("condition")
         test = self.root(condition)
         if test.kind != "compare" or "direction=LT" not in test.attributes:
@@ -117,7 +117,7 @@ class Module:
         return _integer(stop) - _integer(start)
 
     def _initial(self, computation: str, loop: Operation, element: Operation) -> Operation | None:
-        """What a loop starts with in a place of its tuple, through copies."""
+        """The initial value of an element of the loop's tuple, seen through copies."""
         if element.kind != "get-tuple-element":
             return None
         index = int(re.search(r"index=(\d+)", element.attributes).group(1))
@@ -138,7 +138,7 @@ def arrays(text: str) -> tuple[Array, ...]:
 
 
 def parse(text: str) -> Module:
-    """Reads `compiled.as_text()`. Raises ValueError when it has no entry."""
+    """Parses `compiled.as_text()`. Raises ValueError if it has no entry computation."""
     computations, entry, current = {}, None, None
     for line in text.splitlines():
         if header := _HEADER.match(line):

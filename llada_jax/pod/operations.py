@@ -1,14 +1,14 @@
-"""What one operation that XLA schedules costs on a device: seconds, and on what the number rests.
+"""The cost of one operation scheduled by XLA on a device, in seconds, and how the number was obtained.
 
-An operation costs the dearest of what XLA estimates for it (`estimated_cycles`, where it gives a sane one), its FLOPs
-at the matrix units' peak, and, where XLA gives no estimate, its bytes at HBM bandwidth. The bytes model, for gathers,
-scatters, sorts, copies and the like:
+The cost is the maximum of XLA's own estimate (`estimated_cycles`, if it is sane), the operation's FLOPs at the matrix
+units' peak and, without an estimate of XLA, its bytes at HBM bandwidth. The bytes model, for gathers, scatters, sorts,
+copies and the like:
 
-    each operand is read and each result is written once; what lies in a core's fast memory is free
-    a gather, or a slice, reads as much as it writes, whatever the size of the table
-    dynamic-update-slice and scatter write in place: the update is read and written, a scatter reads what it adds to
-    a sort of n makes p(p + 1) / 2 passes over its operands, p = log2 n: compare and exchange at 1024 lanes a cycle
-    and two instructions an operand
+    each operand is read and each result is written once; a core's fast memory is free
+    a gather, or a slice, reads as much as it writes, independent of the size of the table
+    dynamic-update-slice and scatter write in place: the update is read and written; a scatter also reads its target
+    a sort of n makes p(p + 1) / 2 passes over its operands, p = log2 n: compare-exchange at 1024 lanes per cycle and
+    two instructions per operand
 
 Pallas kernels and collectives are costed elsewhere. Compiler-estimated, not measured.
 """
@@ -33,24 +33,24 @@ _LANES = 1024  # of one instruction of the vector unit
 
 
 @dataclasses.dataclass(frozen=True)
-class Cost:
-    """seconds; flops of matrix multiplications; from_bytes: how many of the seconds rest on the bytes model."""
+class OperationCost:
+    """seconds; flops: of matrix multiplications; from_bytes: the part of `seconds` from the bytes model."""
 
     seconds: float = 0.0
     flops: float = 0.0
     from_bytes: float = 0.0
 
-    def __add__(self, other: "Cost") -> "Cost":
-        return Cost(self.seconds + other.seconds, self.flops + other.flops, self.from_bytes + other.from_bytes)
+    def __add__(self, other: "OperationCost") -> "OperationCost":
+        return OperationCost(self.seconds + other.seconds, self.flops + other.flops, self.from_bytes + other.from_bytes)
 
-    def __mul__(self, times: float) -> "Cost":
-        return Cost(self.seconds * times, self.flops * times, self.from_bytes * times)
+    def __mul__(self, times: float) -> "OperationCost":
+        return OperationCost(self.seconds * times, self.flops * times, self.from_bytes * times)
 
 
-def operation_cost(module: Module, computation: str, op: Operation, chip: Chip) -> Cost:
-    """Of one run of an operation that calls no loop, branch, kernel or collective."""
+def operation_cost(module: Module, computation: str, op: Operation, chip: Chip) -> OperationCost:
+    """The cost of one run of an operation that calls no loop, branch, kernel or collective."""
     if op.kind in FREE or op.kind.endswith(("-start", "-done", "-update")) or op.target in NO_WORK:
-        return Cost()
+        return OperationCost()
     operations = ((computation, op), *module.inside(op))
     matmuls = [(name, inner) for name, inner in operations if is_matmul(inner)]
     flops = sum(matmul_flops(module, name, inner) for name, inner in matmuls)
@@ -59,15 +59,15 @@ def operation_cost(module: Module, computation: str, op: Operation, chip: Chip) 
     by_flops = flops * passes / peak
     estimate = re.search(r'"estimated_cycles":"?(\d+)', op.attributes)
     if estimate and int(estimate.group(1)) < _SANE:
-        return Cost(max(int(estimate.group(1)) / chip.clock, by_flops), flops)
+        return OperationCost(max(int(estimate.group(1)) / chip.clock, by_flops), flops)
     by_bytes = max(
         moved_bytes(module, computation, op) / (chip.hbm_bandwidth / chip.devices), _sort_seconds(module, op, chip)
     )
-    return Cost(max(by_flops, by_bytes), flops, by_bytes if by_bytes > by_flops else 0.0)
+    return OperationCost(max(by_flops, by_bytes), flops, by_bytes if by_bytes > by_flops else 0.0)
 
 
 def _passes(matmul: Operation) -> int:
-    """Of bfloat16, in which the matrix units multiply float32."""
+    """The number of bfloat16 passes in which the matrix units multiply, 1 or more for float32."""
     precision = re.search(r"operand_precision=\{(\w+)", matmul.attributes)
     return {"highest": 6, "high": 3}.get(precision.group(1) if precision else "", 1)
 
@@ -77,7 +77,7 @@ def is_matmul(op: Operation) -> bool:
 
 
 def matmul_flops(module: Module, computation: str, op: Operation) -> float:
-    """2 M N K, from the sizes M K, K N and M N of the operands and the result; for products without batch axes."""
+    """2 M N K, from the sizes M K, K N and M N of operands and result; for products without batch axes."""
     left, right = (module.operand(computation, name).result[0].elements for name in op.operands[:2])
     return 2 * math.sqrt(left * right * op.result[0].elements)
 

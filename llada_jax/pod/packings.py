@@ -1,7 +1,7 @@
-"""The fixed rows that attention is costed on: document lengths, checked in beside this file.
+"""The fixed rows for which attention is costed; their document lengths are stored beside this file.
 
-They were drawn once from a lognormal distribution with sigma 1, as documents are packed: one after the other, the last
-cut where the row ends, none aligned to blocks.
+The lengths were drawn once from a lognormal distribution with sigma 1 and packed as documents are: one after the other,
+the last one cut at the end of the row, none aligned to blocks.
 
     lengths = numpy.random.default_rng([length, mean]).lognormal(numpy.log(mean) - 0.5, 1, ...)   # rounded, at least 1
 """
@@ -13,17 +13,19 @@ from pathlib import Path
 import numpy as np
 
 LENGTHS = (2048, 4096, 8192)
-LONG_LENGTHS = (32_768, 65_536)  # of rehearsals alone: the bench takes the keys of a row at once
-MEANS = (0, 512, 1024)  # tokens; 0 is one document a row
+LONG_LENGTHS = (32_768, 65_536)  # for rehearsals only: the bench takes all keys of a row at once
+MEANS = (0, 512, 1024)  # tokens; 0: one document per row
 ROWS = 16
-# Decoding: the shares of the cache that the rows of a batch have filled.
+# Decoding: the filled share of the cache, per row of a batch.
 FILLED = tuple((2 * row + 1) / (2 * ROWS) for row in range(ROWS))
 
 
 @dataclasses.dataclass(frozen=True)
-class Walk:
-    """What a kernel executes for one row, all heads: times per region ("step" among them), entries of its main loop,
-    bytes copied from and to HBM, and the query-key pairs of a tile.
+class KernelCounts:
+    """What a kernel executes for one row, over all heads.
+
+    regions: executions per region, "step" included. launches: entries of the main loop. dma_bytes: copied from and to
+    HBM. tile_pairs: query-key pairs per tile.
     """
 
     regions: dict[str, int]
@@ -33,19 +35,19 @@ class Walk:
 
 
 def document_lengths(length: int, mean: int) -> list[list[int]]:
-    """Of each row; they add up to `length`."""
+    """The document lengths of each row; they add up to `length`."""
     if mean == 0:
         return [[length]] * ROWS
     return json.loads(Path(__file__).with_name("document_lengths.json").read_text())[str(length)][str(mean)]
 
 
 def cached(length: int) -> np.ndarray:
-    """int32 [rows], the positions of a cache of `length` that each row of a decoding batch has filled."""
+    """int32 [rows]: the filled positions of each row's cache of `length`, in a decoding batch."""
     return np.array([round(share * length) for share in FILLED], np.int32)
 
 
 def segment_ids(length: int, mean: int) -> np.ndarray:
-    """int32 [rows, length], documents count from 1."""
+    """int32 [rows, length]; documents are numbered from 1."""
     return np.array(
         [np.repeat(np.arange(1, len(row) + 1), row) for row in document_lengths(length, mean)], dtype=np.int32
     )

@@ -1,157 +1,36 @@
-"""Compiles the trainer's own step for a slice that is not there, and says what it would cost.
+"""Estimates what the trainer's own step costs on a TPU slice, without the slice; pod/lower.py compiles it.
 
-The step is the one that training/loop.py runs: noise, tile plan, forward, backward, clip and optimizer, with the
-config's mesh over all devices of the slices. Compiler-estimated, not measured.
+Compiler-estimated, not measured.
 """
 
 import dataclasses
 import math
-import re
-import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from llada_jax import sharding
 from llada_jax.attention import context
 from llada_jax.chips import Topology
-from llada_jax.data.order import Batch
-from llada_jax.diffusion import schedule
 from llada_jax.errors import InputError
-from llada_jax.model import head, parameters, useful_flops
-from llada_jax.model.config import ModelConfig
-from llada_jax.model.forward import Execution
-from llada_jax.model.lora import Lora
+from llada_jax.model import head, useful_flops
 from llada_jax.pod import attention_cost, experts_cost, hlo, routing_cost, schedule_reader
 from llada_jax.pod.collectives import Devices
-from llada_jax.pod.operations import Cost
-from llada_jax.pod.packings import LENGTHS, LONG_LENGTHS, MEANS, segment_ids
+from llada_jax.pod.lower import LoweredStep, Slices, compile_step, lower_step
+from llada_jax.pod.operations import OperationCost
+from llada_jax.pod.packings import MEANS, segment_ids
 from llada_jax.pod.step_cost import PARTS, Line, step_lines
-from llada_jax.pod.topology import slice_devices, slice_index
-from llada_jax.runtime.xla_options import xla_options
-from llada_jax.training import compiled_step, run_model, train_state
-from llada_jax.training.config import check, check_rows, execution, extended, phases, skips_steps
-from llada_jax.training.loop import train_loss
-from llada_jax.training.optimizer import make_optimizer
-from llada_jax.training.step import make_train_step
-
-
-@dataclasses.dataclass(frozen=True)
-class Slices:
-    """The devices of a launch: `count` slices of one topology, joined by the data-centre network."""
-
-    topology: Topology
-    count: int = 1
-
-    @property
-    def chips(self) -> int:
-        return self.topology.chips * self.count
-
-
-class DoesNotFit(Exception):
-    """The compiler's words on a step that needs more memory than a chip has; .hbm_bytes: what it needs of a chip, or
-    None where they do not say.
-    """
-
-    def __init__(self, message: str, devices: int):
-        super().__init__(message)
-        found = re.search(r"(?:Used |temporaries \()([\d.]+)([MG])", message)
-        unit = {"G": 2**30, "M": 2**20}
-        self.hbm_bytes = int(float(found.group(1)) * unit[found.group(2)] * devices) if found else None
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """A lowered step: `lowered.compile()` is the program. state: abstract, sharded."""
-
-    lowered: jax.stages.Lowered
-    mesh: jax.sharding.Mesh
-    state: train_state.TrainState
-    model: ModelConfig
-    trained: ModelConfig | Lora
-    halves: str
-
-
-def lower_step(config: ConfigDict, slices: Slices, halves: str) -> Step:
-    """Traces the trainer's step over the mesh of config.mesh. Raises InputError where the config is refused."""
-    check(config)
-    on_tpu = execution(config, platform="tpu")
-    if on_tpu.attention == "blockwise":  # its loops run as long as the rows' documents say
-        raise InputError("config.execution.attention='blockwise': no estimate, expected 'kernel', 'dense' or 'auto'")
-    check_experts(on_tpu, run_model.named(config))
-    if config.data.length not in (known := LENGTHS + LONG_LENGTHS):
-        raise InputError(f"config.data.length={config.data.length}: packings exist of {', '.join(map(str, known))}")
-    devices = list(slice_devices(slices.topology, slices.count).reshape(-1))
-    mesh = sharding.make_mesh(**config.mesh, devices=devices)
-    model = model_of(config)
-    trained = Lora(model, config.lora.rank, config.lora.alpha, config.lora.targets) if config.lora.rank else model
-    check_rows(config, mesh)
-    with jax.set_mesh(mesh):
-        optimizer = make_optimizer(config.optimizer, trained, schedule.total_steps(phases(config)))
-        state = with_shardings(
-            train_state.abstract(trained, optimizer), lambda x: train_state.shardings(x, trained, mesh)
-        )
-        frozen = None
-        if config.lora.rank or (config.preference.enabled and config.preference.reference == "frozen"):
-            dtype = jnp.bfloat16 if config.lora.rank else jnp.float32
-            axes = parameters.logical_axes(model)
-            frozen = with_shardings(parameters.abstract(model, dtype), lambda x: sharding.shardings(x, axes, mesh))
-        loss = train_loss(config, model, on_tpu)
-        guard = skips_steps(config)
-        step = make_train_step(
-            trained, loss, optimizer, config.batch.micro_batches, config.optimizer.expert_bias_rate,
-            xla_options("tpu"), guard,
-        )  # fmt: skip
-        replicated = NamedSharding(mesh, PartitionSpec())
-        dtypes = (jnp.int32, jnp.float32, *[jnp.float32] * guard)
-        scalars = [jax.ShapeDtypeStruct((), dtype, sharding=replicated) for dtype in dtypes]
-        lowered = step.lower(state, frozen, _batch(config, mesh), *scalars, halves)
-    return Step(lowered, mesh, state, model, trained, halves)
-
-
-def check_experts(execution: Execution, model: ModelConfig) -> None:
-    """Raises InputError on the experts of plain XLA, whose loops run as long as the routing says."""
-    if model.is_moe and execution.experts != "megablox":
-        raise InputError(f"config.execution.experts={execution.experts!r}: no estimate, expected 'megablox' or 'auto'")
-
-
-def model_of(config: ConfigDict) -> ModelConfig:
-    model = run_model.named(config)
-    if model.mask_token_id is None:  # import adds one; which it is costs nothing
-        model = model.replace(mask_token_id=model.vocab_size - 1)
-    return extended(config, model.replace(alignment=config.alignment or model.alignment))
-
-
-def with_shardings(abstract, shardings_of):
-    """A tree of jax.ShapeDtypeStruct, laid out as shardings_of(tree) says."""
-    return jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), abstract, shardings_of(abstract)
-    )
-
-
-def _batch(config: ConfigDict, mesh) -> Batch | tuple:
-    rows, length = config.batch.rows, config.data.length
-    where = NamedSharding(mesh, PartitionSpec(sharding.spec(("batch",), (rows,), mesh)[0]))
-
-    def array(dtype, *shape):
-        return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=where)
-
-    tokens, ids = array(jnp.int32, length), array(jnp.uint32)
-    batch = Batch(tokens, tokens, array(jnp.bool_, length), ids, ids)
-    if config.preference.enabled and config.preference.reference == "precomputed":
-        return batch, array(jnp.float32, config.preference.max_pairs, 2)
-    return batch
+from llada_jax.pod.topology import slice_index
+from llada_jax.training import compiled_step, run_model
+from llada_jax.training.config import check, execution
 
 
 @dataclasses.dataclass(frozen=True)
 class Packing:
-    """What the rows hold and how tokens choose experts: what run-time tile counts depend on.
+    """The contents of the rows and the balance of the experts, on which run-time tile counts depend.
 
-    mean_document: tokens, 0 for one document a row (pod/packings.py). busiest: load of the busiest shard's experts over
-    the mean; 1 is balanced.
+    mean_document: tokens per document; 0: one document per row (pod/packings.py). busiest: load of the busiest shard's
+    experts over the mean load; 1 is balanced.
     """
 
     mean_document: int = 1024
@@ -161,7 +40,7 @@ class Packing:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes of one chip. activations: what the loops keep for the backward pass; temporaries: all other."""
+    """Bytes per chip. activations: what the loops keep for the backward pass; temporaries: all others."""
 
     parameters: int
     optimizer: int
@@ -175,7 +54,7 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Rehearsal:
-    """What a step costs: seconds of each part on one device, and the rest of the whole launch."""
+    """The estimate of a step. lines and seconds: of one device. rows, flops, useful_flops: of all chips."""
 
     lines: list[Line]
     memory: Memory
@@ -191,7 +70,7 @@ class Rehearsal:
 
     @property
     def flops(self) -> float:
-        """Executed, of all chips."""
+        """FLOPs that all chips execute."""
         return sum(line.flops for line in self.lines) * self.slices.chips * self.slices.topology.chip.devices
 
     @property
@@ -209,13 +88,13 @@ class Rehearsal:
 
     @property
     def weight_traffic_mfu(self) -> float:
-        """Serial MFU if the useful FLOPs, at peak, and all collectives, one after the other, took all the time."""
+        """The MFU if the step consisted of the useful FLOPs at peak and then all collectives, unhidden."""
         least = self.useful_flops / self.peak
         return least / (least + self.communication)
 
     @property
     def hidden(self) -> float:
-        """Seconds of collectives behind arithmetic."""
+        """Seconds of collectives that are hidden behind arithmetic."""
         return sum(line.hidden for line in self.lines if line.part == "collectives")
 
     @property
@@ -225,7 +104,7 @@ class Rehearsal:
 
     @property
     def collective_bytes(self) -> dict[str, float]:
-        """That a device sends, by mesh axis."""
+        """{mesh axis: bytes that a device sends}."""
         axes = sorted({line.axes for line in self.lines if line.axes})
         return {axis: sum(line.bytes for line in self.lines if line.axes == axis) for axis in axes}
 
@@ -265,9 +144,10 @@ class Rehearsal:
 def rehearse(
     config: ConfigDict, slices: Slices, packing: Packing = Packing(), halves: str = "both", save: str | None = None
 ) -> Rehearsal:
-    """Raises InputError on bad input and DoesNotFit when the compiler runs out of a chip's memory.
+    """Compiles the config's training step for `slices` and estimates its memory, time and MFU.
 
-    save: a file for the compiled step (training/compiled_step.py).
+    packing: what the rows contain. halves: the pass, as in schedule.Phase. save: a file for the compiled step
+    (training/compiled_step.py). Raises InputError on bad input, and DoesNotFit if a chip's memory is too small.
     """
     if packing.mean_document not in MEANS:
         raise InputError(f"--mean_document={packing.mean_document}, expected one of {', '.join(map(str, MEANS))}")
@@ -299,19 +179,7 @@ def _blocks_lie_in_stripes(config: ConfigDict, mesh, packing: Packing) -> bool:
     return context.stripe_size(config.data.length, ranks) % packing.block_size == 0
 
 
-def compile_step(lowered: jax.stages.Lowered, mesh, slices: Slices):
-    """(compiled, seconds that it took). Raises DoesNotFit."""
-    begin = time.perf_counter()
-    try:
-        with jax.set_mesh(mesh):
-            return lowered.compile(), time.perf_counter() - begin
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" in str(error) and "hbm" in str(error).lower():
-            raise DoesNotFit(str(error), slices.topology.chip.devices) from error
-        raise
-
-
-def _attention_shape(config: ConfigDict, step: Step) -> attention_cost.Shape:
+def _attention_shape(config: ConfigDict, step: LoweredStep) -> attention_cost.Shape:
     tensor = step.mesh.shape["tensor"]
     heads = step.model.num_heads // tensor
     kv_heads = max(step.model.num_kv_heads // tensor, 1)
@@ -323,7 +191,7 @@ def _attention_shape(config: ConfigDict, step: Step) -> attention_cost.Shape:
 
 
 def _rows(config: ConfigDict, mesh) -> float:
-    """Of a micro-batch, on one device: as many rows as it has tokens of."""
+    """Rows of a micro-batch per device; a split row counts by its share of tokens."""
     return rows_of_device(config.batch.rows / config.batch.micro_batches, mesh)
 
 
@@ -331,8 +199,8 @@ def rows_of_device(rows: float, mesh) -> float:
     return rows / (mesh.size // mesh.shape["tensor"])
 
 
-def _kernels(config: ConfigDict, step: Step, slices: Slices, packing: Packing):
-    """{beginning of a Pallas kernel's name: its cost}."""
+def _kernels(config: ConfigDict, step: LoweredStep, slices: Slices, packing: Packing):
+    """{prefix of a Pallas kernel's name: its cost}."""
     rows = _rows(config, step.mesh)
     shape = _attention_shape(config, step)
     kernels = {}
@@ -355,10 +223,10 @@ def _kernels(config: ConfigDict, step: Step, slices: Slices, packing: Packing):
     return kernels
 
 
-def _expert_costs(config: ConfigDict, step: Step, topology: Topology, tokens: float, packing: Packing):
-    """{(kernel, contracted, columns): Cost} of the grouped matmuls and of their gradients, tokens of one device.
+def _expert_costs(config: ConfigDict, step: LoweredStep, topology: Topology, tokens: float, packing: Packing):
+    """{(kernel, contracted, columns): cost} of the grouped matmuls and their gradients; tokens: per device.
 
-    Raises InputError on experts so narrow that the compiler runs a tile together with the rest of its step.
+    Raises InputError on experts so narrow that the compiler merges a tile with the rest of its step.
     """
     model, mesh = step.model, step.mesh.shape
     width = model.moe_intermediate_size // mesh["tensor"]
@@ -373,13 +241,13 @@ def _expert_costs(config: ConfigDict, step: Step, topology: Topology, tokens: fl
         flops = 2.0 * float(sizes.sum()) * contracted * columns
         for direction in experts_cost.PASSES:
             try:
-                found = experts_cost.kernel_cost("megablox", direction, sizes, contracted, columns, topology.name, rows)
+                cost = experts_cost.kernel_cost("megablox", direction, sizes, contracted, columns, topology.name, rows)
             except schedule_reader.UnknownRegions as error:
                 shape = f"experts of {model.hidden_size} x {width} on {topology.name}"
                 raise InputError(f"config.model={config.model}: no estimate of {shape}: {error}") from error
             sides = (columns, contracted) if direction == "dx" else (contracted, columns)
-            seconds = max(found.cycles, found.dma_cycles) / topology.chip.clock
-            costs["tgmm" if direction == "dw" else "gmm", *sides] = Cost(seconds, flops)
+            seconds = max(cost.cycles, cost.dma_cycles) / topology.chip.clock
+            costs["tgmm" if direction == "dw" else "gmm", *sides] = OperationCost(seconds, flops)
     return costs
 
 
@@ -390,7 +258,7 @@ def physical_devices(mesh, slices: Slices) -> Devices:
 
 
 def memory_of(compiled, module: hlo.Module, params, devices: int) -> Memory:
-    """Of a chip of so many devices; params: the weights among the arguments."""
+    """Memory per chip of `devices` devices. params: the weights among the program's arguments."""
 
     def on_device(tree):
         leaves = jax.tree.leaves(tree)
@@ -400,13 +268,13 @@ def memory_of(compiled, module: hlo.Module, params, devices: int) -> Memory:
     arguments = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     temporary = analysis.temp_size_in_bytes
     weights = on_device(params)
-    kept = sum(
+    activations = sum(
         array.bytes
         for op in module.computations[module.entry]
         if op.target == "AllocateBuffer"
         for array in op.result
         if array.in_hbm
     )
-    kept = min(kept, temporary)
-    sizes = weights, arguments - weights, kept, temporary - kept
+    activations = min(activations, temporary)
+    sizes = weights, arguments - weights, activations, temporary - activations
     return Memory(*(int(size) * devices for size in sizes))

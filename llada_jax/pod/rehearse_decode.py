@@ -1,7 +1,7 @@
-"""Compiles a pass of decoding for a slice that is not there: sampling/decode.py's own, on all devices of the mesh.
+"""Compiles a decoding pass for a TPU slice, without the slice: that of sampling/decode.py, on all devices of the mesh.
 
-The pass denoises a block of every row against caches that are filled to a given length, and commits the block before in
-the same window (the dearer of the two passes that decoding may take). Compiler-estimated, not measured.
+The pass denoises one block per row against caches filled to a given length, and commits the previous block in the same
+window (the more expensive of the two passes of decoding). Compiler-estimated, not measured.
 """
 
 import dataclasses
@@ -20,17 +20,8 @@ from llada_jax.errors import InputError
 from llada_jax.model import parameters
 from llada_jax.model.config import ModelConfig
 from llada_jax.pod import hlo, operations, routing_cost
-from llada_jax.pod.rehearse import (
-    Memory,
-    Slices,
-    check_experts,
-    compile_step,
-    memory_of,
-    model_of,
-    physical_devices,
-    rows_of_device,
-    with_shardings,
-)  # fmt: skip
+from llada_jax.pod.lower import Slices, check_experts, compile_step, model_of, with_shardings
+from llada_jax.pod.rehearse import Memory, memory_of, physical_devices, rows_of_device
 from llada_jax.pod.step_cost import PARTS, Line, step_lines
 from llada_jax.pod.topology import slice_devices
 from llada_jax.sampling import decode, predict
@@ -42,7 +33,7 @@ from llada_jax.training.config import check, execution
 
 @dataclasses.dataclass(frozen=True)
 class DecodeRehearsal:
-    """What a pass costs one device. memory.optimizer: the caches and all else that a batch carries."""
+    """The estimate of a pass on one device. memory.optimizer: the caches and the rest of a batch's state."""
 
     lines: list[Line]
     memory: Memory
@@ -80,9 +71,10 @@ class DecodeRehearsal:
 
 
 def rehearse_decode(config: ConfigDict, slices: Slices, rows: int, canvas: int, filled: int) -> DecodeRehearsal:
-    """rows: of the batch, over all chips; canvas: most positions of a request; filled: of them, in the caches.
+    """Compiles a decoding pass of the config's model for `slices` and estimates its memory and time.
 
-    Weights and caches are bfloat16. Raises InputError on bad input and DoesNotFit as pod/rehearse.rehearse.
+    rows: of the batch, over all chips. canvas: the most positions per request; filled: how many of them are in the
+    caches. Weights and caches are bfloat16. Raises InputError on bad input, and DoesNotFit as pod/rehearse.rehearse.
     """
     check(config)
     config = run_model.fitted(config)
@@ -120,18 +112,18 @@ def _arguments(model: ModelConfig, decoding: DecodeSettings, rows: int, canvas: 
     params = with_shardings(parameters.abstract(model, jnp.bfloat16), lambda x: sharding.shardings(x, axes, mesh))
     state = jax.eval_shape(functools.partial(empty_state, model, decoding, rows, canvas, "bfloat16"))
 
-    def where(path, leaf):
+    def layout(path, leaf):
         if path[0].name == "cache":
             return NamedSharding(mesh, sharding.spec(CACHE_AXES, leaf.shape, mesh))
         rowwise = leaf.ndim and leaf.shape[0] == rows
         return NamedSharding(mesh, sharding.spec(("batch",), (rows,), mesh) if rowwise else PartitionSpec())
 
-    return params, with_shardings(state, lambda tree: jax.tree_util.tree_map_with_path(where, tree))
+    return params, with_shardings(state, lambda tree: jax.tree_util.tree_map_with_path(layout, tree))
 
 
 def _expert_kernels(config: ConfigDict, model: ModelConfig, mesh, topology: Topology, tokens: int):
-    """Costs of the router's kernels and of the experts'. The matmul's: their weights read once, those that uniform
-    routing reaches, or its arithmetic; the activation's: its bytes.
+    """Costs of the kernels of the router and the experts. A matmul costs one read of the weights that uniform routing
+    reaches, or its arithmetic if that takes longer; the activation costs its bytes.
     """
     chip = topology.chip
     bandwidth = chip.hbm_bandwidth / chip.devices
@@ -151,18 +143,20 @@ def _expert_kernels(config: ConfigDict, model: ModelConfig, mesh, topology: Topo
         flops = 2 * rows * product.shape[-1] * result[0].shape[-1]
         by_bytes = 2 * values / bandwidth
         by_flops = flops / (chip.peak_bf16 / chip.devices)
-        return "experts", operations.Cost(max(by_bytes, by_flops), flops, by_bytes if by_bytes > by_flops else 0.0)
+        return "experts", operations.OperationCost(
+            max(by_bytes, by_flops), flops, by_bytes if by_bytes > by_flops else 0.0
+        )
 
     def activation(result, operands):
         seconds = sum(x.bytes for x in (*result, *operands)) / bandwidth
-        return "experts", operations.Cost(seconds, from_bytes=seconds)
+        return "experts", operations.OperationCost(seconds, from_bytes=seconds)
 
     routing = routing_cost.kernel_costs(model, tokens, ranks, topology)
     return {"gmm": gmm, "expert_activation": activation} | routing
 
 
 def _trips(rows: int, block: int, length: int, filled: int) -> dict[str, int]:
-    """Of the loops whose length the data decide, by their scopes: half of the positions are masked, and all rows have a
+    """Trip counts, by scope, of loops that depend on the data: half of the positions are masked, and every row has a
     block to commit.
     """
     chunk, positions = cached.chunk_of(length), rows * block

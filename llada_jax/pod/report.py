@@ -1,4 +1,4 @@
-"""A rehearsal in words."""
+"""Formats a rehearsal as text."""
 
 import math
 
@@ -9,7 +9,7 @@ from llada_jax.pod.step_cost import PARTS
 _GIB = 2**30
 
 
-def describe(result: Rehearsal) -> str:
+def describe_step(result: Rehearsal) -> str:
     """The table that tools/rehearse.py prints."""
     chip, memory, seconds = result.slices.topology.chip, result.memory, result.seconds
     total = sum(seconds.values())
@@ -20,18 +20,18 @@ def describe(result: Rehearsal) -> str:
         f"memory of a chip, GiB: parameters {memory.parameters / _GIB:.2f}, optimizer {memory.optimizer / _GIB:.2f}, "
         f"activations {memory.activations / _GIB:.2f}, temporaries {memory.temporaries / _GIB:.2f}: "
         f"{memory.total / _GIB:.2f} of {chip.hbm_bytes / _GIB:.0f}",
-        f"rows a chip: {rows:g}; at least {_most_rows(result)} fit (as if all that is not state grew with the rows)",
+        f"rows per chip: {rows:g}; at least {_most_rows(result)} fit (if everything but the state grows with the rows)",
         f"FLOPs of the step: {result.flops:.3e}, useful {result.useful_flops:.3e}",
         "bytes that a device sends, GB: "
         + (", ".join(f"{axis} {n / 1e9:.1f}" for axis, n in result.collective_bytes.items()) or "none"),
         "seconds of a step: "
         + ", ".join(f"{part} {seconds[part]:.4f}" for part in PARTS)
         + f" (and {result.hidden:.4f} hidden behind arithmetic)",
-        f"  {total:.4f} in all, {result.bytes_model_share:.0%} of it by the bytes model",
-        f"{result.rows * result.length / total:,.0f} clean tokens a second, "
-        f"{result.rows * result.length / total / result.slices.chips:,.0f} a chip",
+        f"  {total:.4f} in all, {result.bytes_model_share:.0%} of it from the bytes model",
+        f"{result.rows * result.length / total:,.0f} clean tokens per second, "
+        f"{result.rows * result.length / total / result.slices.chips:,.0f} per chip",
         f"MFU: serial {result.serial_mfu:.1%}, overlapped {result.overlapped_mfu:.1%}"
-        + (f"; collectives, if none were hidden, bound it at {bound:.1%}" if bound < 1 else ""),
+        + (f"; at most {bound:.1%} if no collective were hidden" if bound < 1 else ""),
     ]
     return "\n".join(lines)
 
@@ -47,15 +47,15 @@ def describe_decoding(result: DecodeRehearsal) -> str:
         f"temporaries {(memory.activations + memory.temporaries) / _GIB:.2f}: "
         f"{memory.total / _GIB:.2f} of {chip.hbm_bytes / _GIB:.0f}",
         f"a pass over {result.rows} rows, two blocks of {result.block_size} each, {result.filled} cached positions "
-        f"a row: {total * 1e3:.2f} ms",
+        f"per row: {total * 1e3:.2f} ms",
         "ms by part: " + ", ".join(f"{part} {seconds[part] * 1e3:.2f}" for part in PARTS),
-        f"{result.roofline.bound(chip)}-bound, {floor * 1e3:.2f} ms if every chip did its share at its peaks; "
-        f"{result.rows / total:,.0f} tokens a second for each token that a pass accepts in a row",
+        f"{result.roofline.bound(chip)}-bound, {floor * 1e3:.2f} ms if every chip ran at its peaks; "
+        f"{result.rows / total:,.0f} tokens per second for each token that a pass accepts per row",
     ])  # fmt: skip
 
 
 def does_not_fit(hbm_bytes: int | None, slices: Slices) -> str:
-    """By how much, and what to change. hbm_bytes: that a chip would need, None where it is not known."""
+    """The message of DoesNotFit: by how much, and what to change. hbm_bytes: needed per chip; None: unknown."""
     capacity = slices.topology.chip.hbm_bytes
     excess = ""
     if hbm_bytes is not None:

@@ -1,4 +1,4 @@
-"""What the router's Pallas kernels cost: the selection of experts, its gradient, the sorting of rows by counting."""
+"""The cost of the router's Pallas kernels: selection of experts, its gradient, and the counting sort of rows."""
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +10,11 @@ from llada_jax.model.rows_kernel import PARTS, TILE, rows_by_expert
 from llada_jax.pod.step_cost import KernelCost
 from llada_jax.pod.stream_cost import stream_costs
 
-_FEWEST = 4 * PARTS * TILE  # tokens: fewer are a loop of one step, or none
+_FEWEST = 4 * PARTS * TILE  # tokens; with fewer, the loop has one step or none
 
 
 def kernel_costs(config: ModelConfig, tokens: int, ranks: int, topology: Topology) -> dict[str, KernelCost]:
-    """{beginning of a kernel's name: its cost} of a device that routes so many tokens (rounded to whole tiles).
+    """{prefix of a kernel's name: its cost} for a device that routes `tokens` tokens (rounded to whole tiles).
 
     ranks: of the expert axis, where tokens are gathered over it, else 1.
     """
@@ -28,7 +28,7 @@ def kernel_costs(config: ModelConfig, tokens: int, ranks: int, topology: Topolog
 
 
 def selection(config: dict, tokens: int, ranks: int):
-    """For aot.compile_program: both kernels of `tokens`, TILE a step."""
+    """For aot.compile_program: both selection kernels for `tokens` tokens, TILE per step."""
     config = ModelConfig.from_dict(config)
     logits = jax.ShapeDtypeStruct((config.num_experts, tokens), jnp.float32)
     bias = jax.ShapeDtypeStruct((config.num_experts,), jnp.float32) if config.expert_bias else None
@@ -36,14 +36,14 @@ def selection(config: dict, tokens: int, ranks: int):
 
     def run(logits, bias, d_scores):
         experts, scores = router_kernel.choose(logits, bias, config)
-        kept = logits if config.router == "softmax" else None
-        return router_kernel.gradient(experts, scores, d_scores, kept, config)
+        saved_logits = logits if config.router == "softmax" else None
+        return router_kernel.gradient(experts, scores, d_scores, saved_logits, config)
 
     return run, (logits, bias, d_scores)
 
 
 def sorting(config: dict, tokens: int, ranks: int):
-    """Likewise, of the tokens of all ranks and the experts of one."""
+    """For aot.compile_program: the sort of all ranks' tokens by the experts of one rank."""
     config = ModelConfig.from_dict(config)
     experts = jax.ShapeDtypeStruct((config.num_experts_per_token, tokens), jnp.int32)
     return lambda experts: rows_by_expert(experts, config.num_experts // ranks), (experts,)

@@ -1,15 +1,14 @@
-"""The cost of a Pallas kernel, read from the schedule that the TPU compiler made of it.
+"""The cost of a Pallas kernel, read from the TPU compiler's schedule.
 
-The compiler writes, per kernel, its VLIW bundles (one is issued per cycle) and which unit each bundle uses. Branches
-give the regions: the loop over the grid, and in it one region for each `pl.when` of the kernel, in program order.
+For each kernel the compiler writes its VLIW bundles (one is issued per cycle) and the units that each bundle uses.
+Branches delimit the regions: the loop over the grid and, in it, one region per `pl.when`, in program order.
 
     0x2a4   : > { ... = sbr.rel (%p4) target = $region80 }     skips ...
      ...                                                       ... this region
     0x74e PF: > { ... } /* Start/End empty region 80 */        ... to here
 
-A kernel's time is that of its busiest TensorCore: the sum over regions of max(bundles, matrix-unit occupancy) x how
-often that core executes the region. Stalls and copies are not in it, so it is a lower bound: compiler-estimated, not
-measured.
+A kernel's time is that of its busiest TensorCore: the sum over regions of max(bundles, matrix-unit occupancy) times the
+executions on that core. Stalls and copies are not included, so it is a lower bound. Compiler-estimated, not measured.
 """
 
 import dataclasses
@@ -29,8 +28,8 @@ _MATMUL = re.compile(r"\bvmatmul\.(?:mubr\.)?(?:msk\.)?((?:lmr\.)?\w+)")
 
 
 @dataclasses.dataclass(frozen=True)
-class Cost:
-    """Bundles, cycles for which the matrix units are occupied, and uses of each unit's slots ("VALU", "VLOAD", ...)."""
+class ScheduleCost:
+    """Bundles, cycles that occupy the matrix units, and uses of each unit's slots ("VALU", "VLOAD", ...)."""
 
     bundles: int = 0
     mxu_cycles: float = 0.0
@@ -40,23 +39,23 @@ class Cost:
     def cycles(self) -> float:
         return max(self.bundles, self.mxu_cycles)
 
-    def __add__(self, other: "Cost") -> "Cost":
+    def __add__(self, other: "ScheduleCost") -> "ScheduleCost":
         slots = {unit: self.slots.get(unit, 0) + other.slots.get(unit, 0) for unit in self.slots | other.slots}
-        return Cost(self.bundles + other.bundles, self.mxu_cycles + other.mxu_cycles, slots)
+        return ScheduleCost(self.bundles + other.bundles, self.mxu_cycles + other.mxu_cycles, slots)
 
 
 @dataclasses.dataclass(frozen=True)
 class Region:
-    """Bundles [start, end) that a branch skips (or repeats, a loop). `own` leaves out the regions inside it."""
+    """Bundles [start, end) that a branch skips, or a loop repeats. own: the cost without the regions inside."""
 
     start: int
     end: int
     loop: bool
-    own: Cost
+    own: ScheduleCost
     inside: tuple["Region", ...]
 
     @property
-    def total(self) -> Cost:
+    def total(self) -> ScheduleCost:
         return sum((region.total for region in self.inside), self.own)
 
     def walk(self) -> Iterator["Region"]:
@@ -77,13 +76,13 @@ class Kernel:
 
 
 class UnknownRegions(ValueError):
-    """A kernel has other regions than its caller names."""
+    """A kernel's regions are not those that its caller names."""
 
 
 def read_schedule(bundles_text: str, utilization_text: str, chip: Chip) -> Kernel:
-    """Reads a kernel's *-final_bundles.txt and *-final_hlo-static-per-bundle-utilization.txt.
+    """Parses a kernel's *-final_bundles.txt and *-final_hlo-static-per-bundle-utilization.txt.
 
-    Raises ValueError when the two do not fit together.
+    Raises ValueError if the two do not match.
     """
     bundles = _split_bundles(bundles_text)
     costs = _bundle_costs(bundles, utilization_text, chip)
@@ -100,23 +99,23 @@ def read_schedule(bundles_text: str, utilization_text: str, chip: Chip) -> Kerne
     return Kernel(program, split="BarrierMegacore" in bundles_text)
 
 
-def region_costs(kernel: Kernel, names: Sequence[str]) -> dict[str, Cost]:
-    """The cost of one execution of each region of a kernel's main loop, by name, and of the rest of a step of it.
+def region_costs(kernel: Kernel, names: Sequence[str]) -> dict[str, ScheduleCost]:
+    """{region: cost of one execution} of a kernel's main loop, plus "step" and "launch".
 
-    `names` names the regions of main_loop that do vector work, in program order: one per `pl.when`, or the body of a
-    kernel without any. A `pl.when` that the compiler predicated instead of branching, or that only starts copies, is
-    part of the step. The result adds "step", all else in the loop (a small loop in it counts once), and "launch", all
-    outside it; together they add up to the kernel.
-    Raises UnknownRegions when the kernel has other regions than named, and ValueError when one of them holds a loop.
+    names: the regions of main_loop with vector work, in program order: one per `pl.when`, or the body of a kernel
+    without one. A `pl.when` that the compiler predicated instead of branching, or that only starts copies, belongs to
+    the step. "step" is everything else in the loop (a small loop in it counts once), "launch" everything outside it;
+    together they add up to the kernel.
+    Raises UnknownRegions if the kernel has other regions, and ValueError if one of them contains a loop.
     """
     main = main_loop(kernel)
     # A pipeline guards the kernel's body; the loop's other branches are then copies (of operands in VMEM: by vectors).
     guards = [region for region in main.inside if len(_vector_regions(region)) > 1]
     regions = [leaf for region in guards or main.inside for leaf in _vector_regions(region)]
     if len(regions) != len(names):
-        found = ", ".join(f"[{r.start:#x}, {r.end:#x}) of {r.total.bundles} bundles" for r in regions)
+        regions_text = ", ".join(f"[{r.start:#x}, {r.end:#x}) of {r.total.bundles} bundles" for r in regions)
         raise UnknownRegions(
-            f"the kernel's main loop has {len(regions)} vector regions ({found}), expected {list(names)}"
+            f"the kernel's main loop has {len(regions)} vector regions ({regions_text}), expected {list(names)}"
         )
     for name, region in zip(names, regions, strict=True):
         if any(inner.loop for inner in region.walk()):
@@ -129,7 +128,7 @@ def region_costs(kernel: Kernel, names: Sequence[str]) -> dict[str, Cost]:
 
 
 def main_loop(kernel: Kernel) -> Region:
-    """The loop over the grid, or a loop in it that holds most of it. Raises ValueError when there is none."""
+    """The loop over the grid, or an inner loop with most of its bundles. Raises ValueError if there is none."""
     main = _dearest_loop(kernel)
     if not main.loop:
         raise ValueError("the kernel has no main loop")
@@ -137,16 +136,16 @@ def main_loop(kernel: Kernel) -> Region:
 
 
 def grid_cycles(kernel: Kernel, steps: int, cores: int) -> float:
-    """Of each of so many cores, for its share of a grid of `steps` that all do the same.
+    """Cycles per core, if `cores` cores share a grid of `steps` equal steps.
 
-    A grid of one step a core is compiled without a loop: the program is that step.
+    A grid with one step per core is compiled without a loop: the program is that step.
     """
     main = _dearest_loop(kernel)
     return main.total.cycles * (steps / cores if main.loop else 1)
 
 
 def _dearest_loop(kernel: Kernel) -> Region:
-    """The innermost loop that holds most of the kernel, or the kernel where none does."""
+    """The innermost loop with most of the kernel's bundles, or the kernel itself without one."""
     main = kernel.program
     while loops := [r for r in main.walk() if r.loop and r != main and r.total.bundles > main.total.bundles / 2]:
         main = loops[0]
@@ -166,7 +165,7 @@ def _split_bundles(text: str) -> list[str]:
     return bundles
 
 
-def _bundle_costs(bundles: list[str], utilization_text: str, chip: Chip) -> list[Cost]:
+def _bundle_costs(bundles: list[str], utilization_text: str, chip: Chip) -> list[ScheduleCost]:
     head, _, body = utilization_text.partition("== UTILIZATION:\n")
     units = head.splitlines()[1].replace(" ", "").split(",")
     rows = [list(map(int, line.split())) for line in body.splitlines() if line.strip()]
@@ -178,12 +177,14 @@ def _bundle_costs(bundles: list[str], utilization_text: str, chip: Chip) -> list
         if unknown := set(dtypes) - _ROWS.keys():
             raise ValueError(f"matrix-unit instructions of unknown type: {', '.join(unknown)}")
         occupied = sum(_ROWS[dtype] / chip.rows_per_cycle for dtype in dtypes)
-        costs.append(Cost(1, occupied / chip.matrix_units, {u: n for u, n in zip(units, row, strict=True) if n}))
+        costs.append(
+            ScheduleCost(1, occupied / chip.matrix_units, {u: n for u, n in zip(units, row, strict=True) if n})
+        )
     return costs
 
 
-def _nest(spans: list[tuple[int, int, bool]], costs: list[Cost]) -> Region:
-    """The tree of spans sorted by start, the first of which holds all the others."""
+def _nest(spans: list[tuple[int, int, bool]], costs: list[ScheduleCost]) -> Region:
+    """The tree of spans, which are sorted by start; the first one contains all others."""
     start, end, loop = spans[0]
     inside, rest = [], spans[1:]
     while rest:
@@ -194,18 +195,18 @@ def _nest(spans: list[tuple[int, int, bool]], costs: list[Cost]) -> Region:
         inside.append(_nest(rest[:count], costs))
         rest = rest[count:]
     covered = {i for region in inside for i in range(region.start, region.end)}
-    own = sum((costs[i] for i in range(start, end) if i not in covered), Cost())
+    own = sum((costs[i] for i in range(start, end) if i not in covered), ScheduleCost())
     return Region(start, end, loop, own, tuple(inside))
 
 
 def _vector_regions(region: Region) -> list[Region]:
-    """The innermost regions with vector stores; a region around others is a guard."""
+    """The innermost regions with vector stores; a region that contains others is a guard."""
     inner = [leaf for inside in region.inside for leaf in _vector_regions(inside)]
     return inner or ([region] if region.total.slots.get("VSTORE", 0) >= _FEWEST_STORES else [])
 
 
-def _minus(total: Cost, parts) -> Cost:
+def _minus(total: ScheduleCost, parts) -> ScheduleCost:
     for part in parts:
         slots = {unit: count - part.slots.get(unit, 0) for unit, count in total.slots.items()}
-        total = Cost(total.bundles - part.bundles, total.mxu_cycles - part.mxu_cycles, slots)
+        total = ScheduleCost(total.bundles - part.bundles, total.mxu_cycles - part.mxu_cycles, slots)
     return total

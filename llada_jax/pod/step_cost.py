@@ -1,11 +1,11 @@
-"""What a compiled step costs on one device: its scheduled operations, one after the other, loops as often as they run.
+"""The cost of a compiled step on one device: its scheduled operations in sequence, times the trip counts of loops.
 
-Every operation belongs to a part: "attention" and "experts" (their Pallas kernels), "head" (what runs in the head's
-scope), "dense" (matrix multiplications elsewhere), "collectives", and "glue" (all the rest). A collective that is fused
-with arithmetic, or runs between its start and its done, is hidden by that arithmetic; the rest of it counts. So it is
-with copies to and from a core's fast memory, which do not get in the way of collectives, and with whatever a SparseCore
-runs: a collective that it runs costs what one of the TensorCores' does. A conditional costs its dearest branch. A loop
-whose trips neither the text nor the caller says is refused.
+Every operation belongs to a part: "attention" and "experts" (their Pallas kernels), "head" (in the head's scope),
+"dense" (other matrix multiplications), "collectives", and "glue" (the rest). Arithmetic hides a collective that is
+fused with it or runs between its start and done; only the rest of the collective counts. The same holds for copies to
+and from a core's fast memory, which do not delay collectives, and for everything that a SparseCore runs: its
+collectives cost as much as those of the TensorCores. A conditional costs its most expensive branch. A loop is refused
+if neither the text nor the caller gives its trip count.
 Compiler-estimated, not measured.
 """
 
@@ -17,17 +17,17 @@ from collections.abc import Callable, Collection, Mapping
 from llada_jax.chips import Chip
 from llada_jax.pod.collectives import Collective, Devices, collective_cost, kind_of
 from llada_jax.pod.hlo import Array, Module, Operation
-from llada_jax.pod.operations import Cost, is_matmul, operation_cost
+from llada_jax.pod.operations import OperationCost, is_matmul, operation_cost
 
 PARTS = ("attention", "experts", "head", "dense", "glue", "collectives")
 
 
 @dataclasses.dataclass
 class Line:
-    """An operation of the program. seconds, flops, from_bytes: of all its runs; for a collective what is not hidden.
+    """An operation of the program. seconds, flops, from_bytes: over all runs; for a collective, the unhidden part.
 
-    scope: where the program made it. hidden: seconds of a collective or a copy behind arithmetic. bytes: that each
-    device sends, over the mesh axes `axes`.
+    scope: its path of scopes in the program. hidden: seconds of a collective or copy behind arithmetic. bytes: sent by
+    each device over the mesh axes `axes`.
     """
 
     name: str
@@ -43,12 +43,12 @@ class Line:
 
 
 def scopes(op: Operation) -> list[str]:
-    """Names of the scopes in which the program made it."""
+    """The names in the operation's path of scopes."""
     return re.split(r"[/()]", op.op_name)
 
 
-# (result, operands) of a Pallas kernel -> the part it belongs to, and the cost of one run.
-KernelCost = Callable[[tuple[Array, ...], tuple[Array, ...]], tuple[str, Cost]]
+# (result, operands) of a Pallas kernel -> (the part it belongs to, the cost of one run).
+KernelCost = Callable[[tuple[Array, ...], tuple[Array, ...]], tuple[str, OperationCost]]
 
 
 def step_lines(
@@ -59,12 +59,12 @@ def step_lines(
     trips: Mapping[str, float] | None = None,
     untaken: Collection[str] = (),
 ) -> list[Line]:
-    """Every operation that costs something.
+    """Every operation with a cost.
 
-    kernels: by the beginning of their names. devices: of the mesh; None for a program without collectives. trips: of
-    loops whose length depends on the data, by the scope in which they stand. untaken: scopes of conditionals' branches
-    that are not taken.
-    Raises ValueError on a kernel without a cost, or a loop of unknown length.
+    kernels: costs of Pallas kernels, by the prefix of their names. devices: of the mesh; None for a program without
+    collectives. trips: trip counts of loops that depend on the data, by their scope. untaken: scopes of conditional
+    branches that are not taken.
+    Raises ValueError on a kernel without a cost, or a loop without a trip count.
     """
     walker = _Walker(module, chip, kernels, devices, trips or {}, frozenset(untaken))
     walker.walk(module.entry, 1.0)
@@ -74,7 +74,7 @@ def step_lines(
 
 @dataclasses.dataclass
 class _Flight:
-    """A collective or a copy under way: its line, and the seconds of arithmetic that it runs behind."""
+    """A collective or copy in progress: its line, and the seconds of arithmetic that hide it."""
 
     line: Line
     behind: float = 0.0
@@ -126,7 +126,7 @@ class _Walker:
         self.lines += max(branches, key=lambda lines: sum(line.seconds for line in lines))
 
     def _elsewhere(self, op: Operation, runs: float) -> list[_Flight]:
-        """What runs beside the operations that follow."""
+        """Adds operations that run in parallel with the following ones."""
         flights = [_Flight(line) for name in op.called for line in self._lines(name, runs)]
         self.lines += (flight.line for flight in flights)
         self._flights |= {(op.name, len(self._flights), i): flight for i, flight in enumerate(flights)}
@@ -159,8 +159,8 @@ class _Walker:
             return  # of nothing but the collective
         self._arithmetic(op, self._part(op), operation_cost(self.module, computation, op, self.chip), runs, flights)
 
-    def _arithmetic(self, op: Operation, part: str, cost: Cost, runs: float, fused=()) -> None:
-        """Adds a line, whose seconds hide what is under way: collectives share them, and so do copies."""
+    def _arithmetic(self, op: Operation, part: str, cost: OperationCost, runs: float, fused=()) -> None:
+        """Adds a line whose seconds hide what is in progress; collectives share them, and so do copies."""
         if not cost.seconds:
             return
         self._add(op, part, cost, runs)
@@ -171,7 +171,7 @@ class _Walker:
                 flight.behind += cost.seconds * runs / len(flights)
 
     def _copy(self, op: Operation, runs: float) -> _Flight:
-        """Between HBM and fast memory, or within HBM: the smaller of the tuple's arrays is what moves."""
+        """A copy between HBM and fast memory, or within HBM; the smallest array of the tuple is what moves."""
         moved = min(array.bytes for array in op.result if array.elements > 1)
         in_hbm = all(array.in_hbm for array in op.result if array.elements > 1)
         seconds = moved * (2 if in_hbm else 1) / (self.chip.hbm_bandwidth / self.chip.devices) * runs
@@ -181,16 +181,18 @@ class _Walker:
         return flight
 
     def _collectives(self, computation: str, op: Operation, runs: float) -> list[_Flight]:
-        """Those that the operation is, or that are fused into it; each is counted where it first appears."""
-        found = [(computation, op)] if kind_of(op) else [pair for pair in self.module.inside(op) if kind_of(pair[1])]
+        """The collectives that the operation is, or that are fused into it; each is counted once."""
+        collectives = (
+            [(computation, op)] if kind_of(op) else [pair for pair in self.module.inside(op) if kind_of(pair[1])]
+        )
         flights = []
-        for where, inner in found:
+        for inside, inner in collectives:
             channel = re.search(r"channel_id=(\d+)", inner.attributes)
             chain_id = re.search(r'(?:chain_id|async_collective_name)="([^"]*)"', inner.attributes)
             fused = inner is not op and chain_id
-            key = (channel and channel.group(1), chain_id.group(1)) if fused else (where, inner.name)
+            key = (channel and channel.group(1), chain_id.group(1)) if fused else (inside, inner.name)
             if key not in self._flights:
-                cost = collective_cost(self.module, where, inner, self.devices)
+                cost = collective_cost(self.module, inside, inner, self.devices)
                 self._flights[key] = _Flight(self._add_collective(inner, cost, runs))
             flights.append(self._flights[key])
         return flights
@@ -201,7 +203,7 @@ class _Walker:
         inside = (op, *(inner for _, inner in self.module.inside(op)))
         return "dense" if any(is_matmul(inner) for inner in inside) else "glue"
 
-    def _add(self, op: Operation, part: str, cost: Cost, runs: float) -> None:
+    def _add(self, op: Operation, part: str, cost: OperationCost, runs: float) -> None:
         cost = cost * runs
         self.lines.append(Line(op.name, part, op.op_name, runs, cost.seconds, cost.flops, cost.from_bytes))
 

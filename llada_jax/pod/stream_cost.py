@@ -1,7 +1,7 @@
-"""The cost of Pallas kernels that stream: each step of the grid reads and writes blocks of its own, and does the same.
+"""The cost of streaming Pallas kernels: every step of the grid does the same work on its own blocks.
 
-Such a kernel takes, for every byte that it moves, the longer of the copy at HBM bandwidth and its share of a step's
-schedule. Compiler-estimated, not measured.
+Per byte moved, such a kernel takes the longer of the copy at HBM bandwidth and its share of a step's schedule.
+Compiler-estimated, not measured.
 """
 
 from collections.abc import Iterable, Mapping
@@ -10,15 +10,15 @@ from llada_jax.chips import Chip, Topology
 from llada_jax.pod import hlo
 from llada_jax.pod.aot import Program, compile_program
 from llada_jax.pod.hlo import Array
-from llada_jax.pod.operations import Cost
+from llada_jax.pod.operations import OperationCost
 from llada_jax.pod.schedule_reader import grid_cycles
 from llada_jax.pod.step_cost import KernelCost
 
 
 def stream_costs(target: str, arguments: dict, steps: int, part: str, topology: Topology) -> dict[str, KernelCost]:
-    """{name: cost of a call, of any number of steps} of the kernels that `target(**arguments)` runs.
+    """{name: cost of a call, with any number of steps} of the kernels that `target(**arguments)` runs.
 
-    target: as in aot.compile_program, a program in which each kernel takes so many steps; part: of step_cost.PARTS.
+    target: as in aot.compile_program. steps: of each kernel in that program. part: of step_cost.PARTS.
     """
     compiled = compile_program(target, arguments, topology.name)
     names = {name.split(".")[0] for name in compiled.kernels}
@@ -26,7 +26,7 @@ def stream_costs(target: str, arguments: dict, steps: int, part: str, topology: 
 
 
 def compiled_costs(compiled: Program, steps: Mapping[str, int], part: str, chip: Chip) -> dict[str, KernelCost]:
-    """As stream_costs; steps of each kernel of the compiled program, by its name."""
+    """As stream_costs, for a compiled program. steps: {kernel name: steps}."""
     module, costs = hlo.parse(compiled.hlo), {}
     for op in module.computations[module.entry]:
         for name, count in steps.items():
@@ -41,7 +41,7 @@ def compiled_costs(compiled: Program, steps: Mapping[str, int], part: str, chip:
 
 
 def _kernel_cost(part: str, seconds: float) -> KernelCost:
-    return lambda result, operands: (part, Cost(seconds * (_bytes(result) + _bytes(operands))))
+    return lambda result, operands: (part, OperationCost(seconds * (_bytes(result) + _bytes(operands))))
 
 
 def _bytes(arrays: Iterable[Array]) -> int:

@@ -1,4 +1,4 @@
-"""The devices of a slice that is not there: libtpu compiles for them on a machine that has only a CPU."""
+"""Abstract devices of a TPU slice, for which libtpu compiles on a machine without a TPU."""
 
 import os
 
@@ -11,11 +11,11 @@ from llada_jax.errors import InputError
 
 
 def slice_devices(topology: Topology, slices: int = 1) -> np.ndarray:
-    """The abstract devices of a slice, one axis per side of the slice (and one more where a chip is two devices); of
-    several slices, one axis more in front.
+    """The abstract devices of a slice: an array with one axis per side of the slice, a last axis if a chip has two
+    devices, and a first axis if there are several slices.
 
-    Compile for them under `jax.set_mesh` of a mesh made from them: Pallas asks the mesh for the chip. Raises InputError
-    where libtpu is not installed.
+    Compile under `jax.set_mesh` of a mesh of these devices: Pallas asks the mesh for the chip. Raises InputError if
+    libtpu is not installed.
     """
     # Ask no metadata server which chip this machine has, and let several processes compile at once.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -41,10 +41,10 @@ def slice_devices(topology: Topology, slices: int = 1) -> np.ndarray:
 
 
 def slice_index(device) -> int:
-    """Of an abstract device; those of a single slice have none."""
+    """The slice of an abstract device; 0 for a single slice, whose devices have no index."""
     return getattr(device, "slice_index", 0)
 
 
 def one_device(topology: Topology) -> jax.sharding.Mesh:
-    """A mesh of the first device of a slice, to cost the program of a single device."""
+    """A mesh of the first device of a slice, for programs of a single device."""
     return jax.sharding.Mesh(slice_devices(topology).reshape(-1)[:1], ("device",))

@@ -1,6 +1,6 @@
-"""Several hosts: how the processes of a run find each other, take turns, and see that they are one run.
+"""Several hosts: how the processes of a run connect, work in turn, and check that they belong to the same run.
 
-Every process runs the same program on its own devices. They meet at JAX's coordination service, which process 0 runs.
+Every process runs the same program on its own devices. Process 0 runs JAX's coordination service, which connects them.
 """
 
 import contextlib
@@ -23,23 +23,23 @@ from llada_jax.errors import InputError
 
 T = TypeVar("T")
 
-LOST_PEER = 75  # exit code, EX_TEMPFAIL: started again, all of them may go on
+LOST_PEER = 75  # exit code, EX_TEMPFAIL: when all processes are started again, the run can resume
 
-WEEK_MS = 7 * 24 * 3600 * 1000  # to wait for each other: the coordination service cuts it short when a process dies
+WEEK_MS = 7 * 24 * 3600 * 1000  # longest wait for each other; the coordination service ends it when a process dies
 _VISIBLE_SECONDS = 30.0  # until a new file shows on the other hosts of a network file system
-_LATER = 10  # seconds by which JAX, which would abort with a stack trace, waits longer than we do
+_LATER = 10  # seconds that JAX waits longer than we do, since it would abort with a stack trace
 _turns = itertools.count()
 
 
 def connect(
     coordinator: str | None, processes: int | None, process: int | None, peer_timeout: int, start_timeout: int
 ) -> None:
-    """Joins the processes of a run; to be called before JAX has seen a device.
+    """Connects the processes of a run. Must be called before JAX has initialized a device.
 
-    coordinator: "HOST:PORT", at which process 0 listens; process: which of the `processes` this is. All three None:
-    what the environment of a TPU VM (Cloud TPU, GKE, several slices) says, and elsewhere nothing: one process.
+    coordinator: "HOST:PORT" on which process 0 listens; process: this process's index, of `processes`. If all three
+    are None, a TPU VM's environment (Cloud TPU, GKE, several slices) provides them; elsewhere the run has one process.
     peer_timeout: seconds of silence after which a process counts as dead; start_timeout: seconds to wait for all.
-    Raises InputError on bad values; exits with LOST_PEER when the others do not come.
+    Raises InputError on bad values; exits with LOST_PEER if the others do not arrive in time.
     """
     flagged = _check_flags(coordinator, processes, process, peer_timeout, start_timeout)
     if not flagged and not _on_tpu_vm():
@@ -62,7 +62,7 @@ def connect(
         alarm.cancel()
     if jax.process_count() > 1 and not jax.distributed.is_initialized():
         raise InputError(
-            f"this host is one of {jax.process_count()}, which its environment does not tell how to reach: "
+            f"this host is one of {jax.process_count()}, and its environment does not say how to reach the others: "
             "set --coordinator, --processes and --process"
         )
 
@@ -73,7 +73,7 @@ def _give_up(text: str) -> None:
 
 
 def _check_flags(coordinator, processes, process, peer_timeout: int, start_timeout: int) -> bool:
-    """Whether the flags say who is who. Raises InputError naming the flag that is wrong or missing."""
+    """Whether the flags identify the processes. Raises InputError naming a flag that is wrong or missing."""
     for flag, seconds in (("--peer_timeout", peer_timeout), ("--start_timeout", start_timeout)):
         if seconds < 1:
             raise InputError(f"{flag}={seconds}, expected at least one second")
@@ -92,13 +92,13 @@ def _check_flags(coordinator, processes, process, peer_timeout: int, start_timeo
 
 
 def _on_tpu_vm() -> bool:
-    from jax._src import cloud_tpu_init  # what jax.distributed.initialize goes by; it has no public name
+    from jax._src import cloud_tpu_init  # what jax.distributed.initialize checks; it has no public name
 
     return cloud_tpu_init.running_in_cloud_tpu_vm and (jax.config.jax_platforms or "tpu").split(",")[0] == "tpu"
 
 
 def coordination_client():
-    """Of the coordination service; None in a run of one process."""
+    """The client of the coordination service; None in a run of one process."""
     from jax._src import distributed  # its key-value store and barriers have no public name
 
     return distributed.global_state.client if jax.distributed.is_initialized() and jax.process_count() > 1 else None
@@ -108,7 +108,7 @@ def coordination_client():
 
 
 def in_turn(work: Callable[[], T]) -> T:
-    """work() on every process, on process 0 before the others: they find what it wrote. Returns when all are done."""
+    """Runs work() on process 0, then on the others, which see what process 0 wrote. Returns when all are done."""
     if jax.process_index() == 0:
         done = work()
         barrier()
@@ -120,14 +120,14 @@ def in_turn(work: Callable[[], T]) -> T:
 
 
 def barrier() -> None:
-    """Returns when all processes are here; they may be days apart."""
+    """Waits for all processes, for days if necessary."""
     if (client := coordination_client()) is not None:
         client.wait_at_barrier(f"llada_jax/turn-{next(_turns)}", WEEK_MS)
 
 
 @contextlib.contextmanager
 def console():
-    """Only process 0 writes to standard output; the errors of all go to standard error."""
+    """Inside, only process 0 writes to standard output; every process writes its errors to standard error."""
     if jax.process_index() == 0:
         yield
         return
@@ -136,7 +136,7 @@ def console():
 
 
 def check_same(what: str, value: str) -> None:
-    """Raises InputError on all processes when one of them has another value."""
+    """Raises InputError on all processes if their values differ."""
     if jax.process_count() == 1:
         return
     mine = np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint8)
@@ -147,7 +147,7 @@ def check_same(what: str, value: str) -> None:
 
 
 def check_shared(directory: epath.Path) -> None:
-    """Raises InputError on all processes when one does not see what process 0 writes to `directory`."""
+    """Raises InputError on all processes if one of them does not see files that process 0 writes to `directory`."""
     if jax.process_count() == 1:
         return
     token = multihost_utils.broadcast_one_to_all(np.uint32(secrets.randbits(32)))

@@ -1,7 +1,7 @@
-"""SIGTERM, by which a machine is taken back: a run then saves and ends, and the next one goes on from there.
+"""SIGTERM announces a preemption: the run saves and ends, and the next one resumes.
 
-With several processes the signal comes to one of them; JAX's coordination service then names the step at which all of
-them stop. Its handler of the signal is in place from jax.distributed.initialize on.
+With several processes one of them receives the signal, and JAX's coordination service chooses the step after which all
+stop. Its signal handler is installed by jax.distributed.initialize.
 """
 
 import contextlib
@@ -13,16 +13,16 @@ from jax.experimental import multihost_utils
 
 
 class Stop:
-    """is_set: the run is to save and end now."""
+    """is_set: the run must save and end now."""
 
     def __init__(self):
         self.is_set = False
         self._asked = 0
 
     def after_step(self) -> bool:
-        """Whether to end after this step; every process asks after every step, and all get the same answer."""
+        """Whether to end after this step. Every process must ask after every step; all get the same answer."""
         if jax.process_count() > 1 and not self.is_set:
-            self._asked += 1  # counts over loops, as the service needs it; steps would start again
+            self._asked += 1  # the service needs a count over all loops; step numbers may start again
             if multihost_utils.reached_preemption_sync_point(self._asked):
                 self.set()
         return self.is_set

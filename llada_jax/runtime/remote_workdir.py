@@ -1,9 +1,9 @@
 """A workdir on an object store, where files can be neither appended to nor renamed: --workdir=gs://BUCKET/RUN.
 
-Checkpoints are written there directly. The small files of a run (config.json, metrics.jsonl, event files, goodput.json)
-are written in a temporary local directory: it starts with those of the store, so that a run resumes on another machine,
-and is copied there every half minute, before a step is saved and at the end. A machine that dies takes only rows with
-it that come after the step that is resumed from, and are made again.
+Checkpoints are written to the store directly. The small files of a run (config.json, metrics.jsonl, event files,
+goodput.json) are written to a temporary local directory. It starts as a copy of the store's files, so that a run can
+resume on another machine. It is copied back every half minute, before each saved step, and at the end. If a machine
+dies, only rows after the last saved step are lost, and the resumed run writes them again.
 """
 
 import contextlib
@@ -26,10 +26,10 @@ _SECONDS = 30.0
 _ATTEMPTS = 3
 
 
-class Mirror:
-    """Copies files of `local` that changed to `remote`; does nothing when remote is None.
+class RemoteWorkdir:
+    """Copies changed files of `local` to `remote`; does nothing if remote is None.
 
-    A copy that fails is said once, and tried again with the next one.
+    A failed copy is reported once and retried with the next push.
     """
 
     def __init__(self, local: Path, remote: epath.Path | None = None):
@@ -39,7 +39,7 @@ class Mirror:
         self._failing = False
 
     def pull(self) -> None:
-        """Copies the files of the store here, but for event files: each start of a run writes its own."""
+        """Copies the store's files to `local`, except event files: each start of a run writes its own."""
         if self.remote.is_dir():
             for path in self.remote.iterdir():
                 if not path.name.startswith("events.out") and not path.is_dir():
@@ -48,7 +48,7 @@ class Mirror:
                     self._copied[path.name] = _version(copy)
 
     def push(self) -> bool:
-        """Whether the store has all files now."""
+        """Copies changed files to the store. Returns whether the store has all files now."""
         if self.remote is None:
             return True
         with self._lock:
@@ -56,9 +56,9 @@ class Mirror:
                 for path in sorted(self.local.rglob("*")):
                     if path.is_file() and path.suffix not in (".partial", ".lock"):
                         self._copy(path)
-            except Exception as error:  # whatever the store's client raises: it may be there again next time
+            except Exception as error:  # any error of the store's client; the store may be back next time
                 if not self._failing:
-                    print(f"{self.remote}: cannot copy metrics there, trying on: {error}", file=sys.stderr, flush=True)
+                    print(f"{self.remote}: cannot copy metrics there, will retry: {error}", file=sys.stderr, flush=True)
                 self._failing = True
                 return False
             self._failing = False
@@ -74,15 +74,15 @@ class Mirror:
 
 
 @contextlib.contextmanager
-def open_workdir(workdir: str | os.PathLike, config: ConfigDict) -> Iterator[tuple[Mirror, ConfigDict]]:
-    """Yields a Mirror whose `local` is the folder to write small files in (of a local workdir, the workdir itself), and
-    the config; for a workdir on a store, with config.checkpoint.directory there.
+def open_workdir(workdir: str | os.PathLike, config: ConfigDict) -> Iterator[tuple[RemoteWorkdir, ConfigDict]]:
+    """Yields (a RemoteWorkdir, the config). Small files go to its `local`, which is a local workdir itself.
 
-    Raises InputError when rows would have to be packed into a store, and at the end when the store does not take the
-    last files; they stay in the local directory then. Only process 0 of a run writes to the store.
+    For a workdir on a store, config.checkpoint.directory is set to a folder there. Only process 0 writes to the store.
+    Raises InputError if rows would have to be packed into a store, and at the end if the store does not accept the last
+    files; they stay in the local directory.
     """
     if "://" not in os.fspath(workdir):
-        yield Mirror(Path(workdir)), config
+        yield RemoteWorkdir(Path(workdir)), config
         return
     remote = epath.Path(workdir)
     if config.data.source and not config.data.cache:
@@ -92,39 +92,39 @@ def open_workdir(workdir: str | os.PathLike, config: ConfigDict) -> Iterator[tup
         )
     config = config.copy_and_resolve_references()
     config.checkpoint.directory = config.checkpoint.directory or os.fspath(remote / "checkpoints")
-    mirror = Mirror(Path(tempfile.mkdtemp(prefix="llada_jax_")), remote)
-    mirror.pull()
-    with _pushing(mirror) if jax.process_index() == 0 else contextlib.nullcontext(Mirror(mirror.local)) as mine:
+    folder = RemoteWorkdir(Path(tempfile.mkdtemp(prefix="llada_jax_")), remote)
+    folder.pull()
+    with _pushing(folder) if jax.process_index() == 0 else contextlib.nullcontext(RemoteWorkdir(folder.local)) as mine:
         yield mine, config
-    shutil.rmtree(mirror.local, ignore_errors=True)
+    shutil.rmtree(folder.local, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def _pushing(mirror: Mirror) -> Iterator[Mirror]:
-    """Pushes every half minute, and at the end. Raises InputError when that fails."""
+def _pushing(folder: RemoteWorkdir) -> Iterator[RemoteWorkdir]:
+    """Pushes every half minute and at the end. Raises InputError if the last push fails."""
     ended = threading.Event()
 
     def keep_pushing():
         while not ended.wait(_SECONDS):
-            mirror.push()
+            folder.push()
 
-    thread = threading.Thread(target=keep_pushing, name="mirror", daemon=True)
+    thread = threading.Thread(target=keep_pushing, name="remote_workdir", daemon=True)
     thread.start()
     try:
-        yield mirror
+        yield folder
     finally:
         ended.set()
         thread.join()
         for attempt in range(_ATTEMPTS):
-            if mirror.push():
+            if folder.push():
                 break
             time.sleep(2.0**attempt)
         else:
             raise InputError(
-                f"{mirror.remote}: cannot be written to; the last metrics of the run are in {mirror.local}"
+                f"{folder.remote}: cannot be written to; the last metrics of the run are in {folder.local}"
             )
 
 
 def _version(path: Path) -> tuple[int, int]:
-    found = path.stat()
-    return found.st_size, found.st_mtime_ns
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns

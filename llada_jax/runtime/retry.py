@@ -1,4 +1,4 @@
-"""What to do with a store that fails: a full disk may be emptied, and a network may come back."""
+"""Retries of writes to a store that fails: a full disk may be emptied, and a network may come back."""
 
 import dataclasses
 import itertools
@@ -11,17 +11,17 @@ from llada_jax.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Retry:
-    """`retries` more attempts, the first after `seconds`, each other after twice the pause before it."""
+    """`retries` more attempts, the first after `seconds`; each pause is twice the one before."""
 
     retries: int = 0
     seconds: float = 0.0
 
     def pause(self, failures: int) -> float:
-        """Seconds to wait after so many failures in a row, 1, 2, …"""
+        """Seconds to wait after the n-th failure in a row, n = 1, 2, …"""
         return self.seconds * 2 ** (failures - 1)
 
     def attempt(self, action: Callable[[], None], what: object) -> None:
-        """Calls `action`, again when it raises OSError. Raises InputError naming `what` when it does so too often."""
+        """Calls `action`, and again if it raises OSError. Raises InputError naming `what` after the last attempt."""
         for failures in itertools.count(1):
             try:
                 return action()

@@ -8,15 +8,15 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-EXIT_CODE = 75  # EX_TEMPFAIL: it may go well another time
+EXIT_CODE = 75  # EX_TEMPFAIL: another attempt may succeed
 _TICKS = 20
 
 
 class Watchdog(threading.Thread):
-    """Calls `end` when heartbeat() has not been called for `minutes`.
+    """Calls `end` if heartbeat() is not called for `minutes`.
 
-    It counts its own ticks, not the hours of a clock: neither a clock that jumps nor a process that was suspended
-    looks like a hang. What holds Python's lock for ever is not seen.
+    It counts its own ticks instead of reading a clock, so that neither a clock that jumps nor a suspended process looks
+    like a hang. A thread that holds Python's lock for ever is not detected.
     """
 
     def __init__(self, minutes: float, end: Callable[[], None]):
@@ -24,7 +24,7 @@ class Watchdog(threading.Thread):
         self._tick, self._end, self._ticks, self._closed = 60 * minutes / _TICKS, end, 0, threading.Event()
 
     def heartbeat(self) -> None:
-        """Something that counts as progress has just happened."""
+        """Reports progress."""
         self._ticks = 0
 
     def close(self) -> None:
@@ -40,9 +40,9 @@ class Watchdog(threading.Thread):
 
 @contextlib.contextmanager
 def watched(minutes: float, workdir: Path, process: int = 0) -> Iterator[Callable[[], None]]:
-    """Yields heartbeat(); without a heartbeat for `minutes` (0: for ever), the process ends with EXIT_CODE.
+    """Yields heartbeat(). After `minutes` without a call (0: no limit), the process exits with EXIT_CODE.
 
-    Before it does, the stacks of all its threads go to stderr and to WORKDIR/hang.txt (hang.N.txt of process N).
+    Before that, the stacks of all threads are written to stderr and to WORKDIR/hang.txt (hang.N.txt for process N).
     """
     if not minutes:
         yield lambda: None

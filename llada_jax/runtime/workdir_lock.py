@@ -1,4 +1,4 @@
-"""A run's claim to its workdir: one trainer at a time, on a disk that can be written."""
+"""Locks a workdir: one trainer at a time, on a disk that can be written."""
 
 import contextlib
 import errno
@@ -12,18 +12,18 @@ from pathlib import Path
 from llada_jax.errors import InputError
 
 LOCK = "trainer.lock"
-# Of file systems that have no locks; of disks that no one can write on.
+# Errors of file systems without locks, and of disks that cannot be written.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 @contextlib.contextmanager
 def claimed(workdir: Path) -> Iterator[None]:
-    """Makes `workdir` and holds it while inside; a second trainer is refused with the host and pid of the first.
+    """Creates `workdir` and locks it for the body; a second trainer is refused with the host and pid of the first.
 
-    The lock is the kernel's, on WORKDIR/trainer.lock: it goes with the process, however that ends. On a file system
-    without locks a line says that there is none. A workdir that was made here goes again on an InputError that comes
-    before anything is in it. Raises InputError when it is held, or cannot be written.
+    The kernel's lock on WORKDIR/trainer.lock ends with the process, in any way. On a file system without locks, a line
+    says so. If an InputError leaves the body, a workdir that was created here and is still empty is removed. Raises
+    InputError if the workdir is locked or cannot be written.
     """
     try:
         made = not workdir.exists()
@@ -46,7 +46,7 @@ def claimed(workdir: Path) -> Iterator[None]:
 
 
 def is_claimed(workdir: Path) -> bool:
-    """Whether a trainer holds `workdir` now; False where its file system has no locks."""
+    """Whether a trainer has locked `workdir` now; False on a file system without locks."""
     try:
         with open(workdir / LOCK, encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -58,7 +58,7 @@ def is_claimed(workdir: Path) -> bool:
 
 
 def _locked(path: Path):
-    """The open file of the lock, which is held until it is closed."""
+    """The open lock file; closing it releases the lock."""
     while True:
         file = open(path, "a+", encoding="utf-8")
         try:

@@ -33,7 +33,7 @@ from llada_jax.monitoring.profiling import Profile, parse_steps
 from llada_jax.runtime import distributed
 from llada_jax.runtime.global_arrays import from_own_rows, on_all_devices, own_rows
 from llada_jax.runtime.preemption import Stop, stop_on_sigterm
-from llada_jax.runtime.remote_workdir import Mirror, open_workdir
+from llada_jax.runtime.remote_workdir import RemoteWorkdir, open_workdir
 from llada_jax.runtime.retry import Retry
 from llada_jax.runtime.watchdog import watched
 from llada_jax.runtime.workdir_lock import claimed
@@ -125,7 +125,7 @@ class Run:
     retry: Retry
     stop: Stop
     heartbeat: Callable[[], None]
-    mirror: Mirror
+    mirror: RemoteWorkdir
     goodput: Goodput
     speed: Speed
     profile: Profile
@@ -139,7 +139,7 @@ class Run:
         return self.mirror.local
 
 
-def _run(config: TrainConfig, phases: Sequence[Phase], mesh, mirror: Mirror, inputs: Inputs, stop: Stop) -> None:
+def _run(config: TrainConfig, phases: Sequence[Phase], mesh, mirror: RemoteWorkdir, inputs: Inputs, stop: Stop) -> None:
     """Restores, trains and prints how it ended; nothing but a line when all steps are done already."""
     workdir, last_step = mirror.local, schedule.total_steps(phases)
     goodput = Goodput(workdir, writes=jax.process_index() == 0)

@@ -70,7 +70,7 @@ def open_source(path: str | os.PathLike) -> Source:
     model, lineage = weights.read_config(directory)
     digests = files.read_digests(directory)
     identity = sorted((name, entry.digest) for name, entry in digests.tensors["params"].items())
-    if isinstance(adapters := weights.read_held(directory), Lora):
+    if isinstance(adapters := weights.read_stored_config(directory), Lora):
         identity += [adapters.scale, adapters.base_digest]
     sizes: dict[str, int] = {}
     for entry in stored_entries(weights.open_weights(directory)).values():

@@ -88,7 +88,7 @@ def test_documents_shorten_the_list_only_at_run_time():
 def test_walk_counts_regions_and_copies():
     segments = jnp.ones(1024, jnp.int32)
     lists = splash.tile_lists(1024, 32, segments, True, splash.TILE)
-    forward, backward = (splash.walk(lists, name, 4, 2, 128) for name in ("forward", "backward"))
+    forward, backward = (splash.kernel_counts(lists, name, 4, 2, 128) for name in ("forward", "backward"))
     # Noisy: two diagonal tiles, one full tile below the clean diagonal, two partial on it. Clean: two on the diagonal.
     assert forward.regions == {"full": 2 * 4, "partial": 6 * 4, "init": 4 * 4, "write": 4 * 4, "step": 8 * 4}
     assert backward.regions["step"] == 8 * 4

@@ -32,7 +32,7 @@ def test_a_step_and_its_parts(monkeypatch, capsys, model):
     assert set(parts) == {"noise", "layers", "head", "optimizer", "rest"}
     assert sum(parts.values()) == pytest.approx(row["seconds"]) and 0 < inside
     assert row["tokens_per_second"] == pytest.approx(128 / row["seconds"])
-    assert f"{row['tokens_per_second']:,.0f} clean tokens a second" in capsys.readouterr().out
+    assert f"{row['tokens_per_second']:,.0f} clean tokens per second" in capsys.readouterr().out
 
 
 def test_a_preset_without_a_mask_token_is_timed(monkeypatch):

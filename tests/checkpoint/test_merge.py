@@ -55,7 +55,7 @@ def test_best_steps_by_the_score_recorded_with_them(tmp_path):
         writer.save(step, params, {}, {}, CONFIG, {}, {}, score)
     writer.wait()
     assert [(path.name, score) for path, score in merge.best_steps(tmp_path, 2)] == [("30", 2.75), ("20", 3.0)]
-    with pytest.raises(InputError, match="3 saved steps have a held-out score, 4 wanted; .* checkpoint.keep_best=4"):
+    with pytest.raises(InputError, match="3 saved steps have a held-out score, expected 4; .* checkpoint.keep_best=4"):
         merge.best_steps(tmp_path, 4)
     with pytest.raises(InputError, match="not a workdir"):
         merge.best_steps(tmp_path / "checkpoints", 1)

@@ -31,20 +31,20 @@ def mesh():
 def state(mesh):
     """(params, optimizer, their shardings, their abstract values): sharded, with every kind of odd float."""
     abstract = parameters.abstract(CONFIG)
-    where = sharding.shardings(abstract, parameters.logical_axes(CONFIG), mesh)
+    shardings = sharding.shardings(abstract, parameters.logical_axes(CONFIG), mesh)
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     abstract_optimizer = jax.eval_shape(OPTIMIZER.init, abstract)
-    by_shape = {(leaf.shape): s for leaf, s in zip(jax.tree.leaves(abstract), jax.tree.leaves(where), strict=True)}
-    where_optimizer = jax.tree.map(lambda leaf: by_shape.get(leaf.shape, replicated), abstract_optimizer)
+    by_shape = {(leaf.shape): s for leaf, s in zip(jax.tree.leaves(abstract), jax.tree.leaves(shardings), strict=True)}
+    optimizer_shardings = jax.tree.map(lambda leaf: by_shape.get(leaf.shape, replicated), abstract_optimizer)
     rng = np.random.default_rng(0)
 
     def odd(leaf, s):
         bits = rng.integers(0, 256, (*leaf.shape, leaf.dtype.itemsize), dtype=np.uint8)  # NaN payloads, subnormals
         return jax.device_put(bits.view(leaf.dtype).reshape(leaf.shape), s)
 
-    params = jax.tree.map(odd, abstract, where)
-    optimizer = jax.tree.map(odd, abstract_optimizer, where_optimizer)
-    return params, optimizer, (where, where_optimizer), (abstract, abstract_optimizer)
+    params = jax.tree.map(odd, abstract, shardings)
+    optimizer = jax.tree.map(odd, abstract_optimizer, optimizer_shardings)
+    return params, optimizer, (shardings, optimizer_shardings), (abstract, abstract_optimizer)
 
 
 def bits(tree):
@@ -81,8 +81,8 @@ def test_restore_on_another_mesh_and_without_one(state, tmp_path):
     writer.wait()
     single = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     other = jax.sharding.NamedSharding(sharding.make_mesh(data=8), jax.sharding.PartitionSpec())
-    for where in (single, other):
-        everywhere = jax.tree.map(lambda _, where=where: where, state[3])
+    for layout in (single, other):
+        everywhere = jax.tree.map(lambda _, layout=layout: layout, state[3])
         _, params, optimizer, _ = saver.restore(tmp_path, CONFIG, *state[3], everywhere)
         assert bits(params) == bits(state[0]) and bits(optimizer) == bits(state[1])
 
@@ -111,14 +111,14 @@ def test_keeps_the_last(state, tmp_path):
         save(writer, 10, state)
 
 
-@pytest.mark.parametrize("keep_last,kept", [(1, [2, 4, 7]), (2, [2, 4, 6, 7]), (0, [1, 2, 3, 4, 5, 6, 7])])
-def test_keeps_the_best(state, tmp_path, keep_last, kept):
+@pytest.mark.parametrize("keep_last,steps", [(1, [2, 4, 7]), (2, [2, 4, 6, 7]), (0, [1, 2, 3, 4, 5, 6, 7])])
+def test_keeps_the_best(state, tmp_path, keep_last, steps):
     found = {1: 3.0, 2: 1.0, 3: None, 4: 2.0, 5: float("nan"), 6: 2.5, 7: 2.0}
     for step, score in found.items():
         writer = saver.Saver(tmp_path, keep_last, keep_best=2)  # a new one each time: the ranking is on disk
         writer.save(step, state[0], state[1], {}, CONFIG, {}, {}, score)
         writer.wait()
-    assert saver.steps(tmp_path) == kept
+    assert saver.steps(tmp_path) == steps
     assert list(saver.scores(tmp_path))[:2] == [2, 4]  # of equal ones the older is the better
 
 
@@ -205,15 +205,15 @@ def test_another_model_or_optimizer_is_refused(state, tmp_path):
     writer.wait()
     with pytest.raises(InputError, match="rope_theta"):
         restore(tmp_path, state, CONFIG.replace(rope_theta=7.0))
-    _, _, where, (abstract, abstract_optimizer) = state
+    _, _, shardings, (abstract, abstract_optimizer) = state
     for other in (optax.sgd(0.1, momentum=0.9), optax.adamw(1e-3)):
-        wanted = jax.eval_shape(other.init, abstract)
-        places = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), wanted)
+        abstract_other = jax.eval_shape(other.init, abstract)
+        places = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), abstract_other)
         with pytest.raises(InputError, match="optimizer do not match"):
-            saver.restore(tmp_path, CONFIG, abstract, wanted, (where[0], places))
+            saver.restore(tmp_path, CONFIG, abstract, abstract_other, (shardings[0], places))
     wider = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float16), abstract)
     with pytest.raises(InputError, match="this run has float16"):
-        saver.restore(tmp_path, CONFIG, wider, abstract_optimizer, where)
+        saver.restore(tmp_path, CONFIG, wider, abstract_optimizer, shardings)
     assert saver.steps(tmp_path) == [1]  # not damaged
 
 
@@ -238,10 +238,10 @@ TWO_PROCESSES = """
     config = PRESETS["tiny"].replace(num_layers=2)
     mesh = sharding.make_mesh(data=2, fsdp=2)
     abstract = parameters.abstract(config)
-    where = sharding.shardings(abstract, parameters.logical_axes(config), mesh)
+    shardings = sharding.shardings(abstract, parameters.logical_axes(config), mesh)
     rng = np.random.default_rng(0)
     values = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, np.float32), abstract)
-    params = jax.tree.map(lambda x, s: jax.make_array_from_callback(x.shape, s, lambda i: x[i]), values, where)
+    params = jax.tree.map(lambda x, s: jax.make_array_from_callback(x.shape, s, lambda i: x[i]), values, shardings)
     writer = saver.Saver("{directory}", keep_last=2)
     for step in (1, 2, 3):
         writer.save(step, params, {{"mu": params}}, {{"step": step}}, config, {{}}, {{}})
@@ -254,7 +254,7 @@ TWO_PROCESSES = """
     from jax.experimental import multihost_utils
     multihost_utils.sync_global_devices("damaged")
     step, restored, optimizer, host = saver.restore(
-        "{directory}", config, abstract, {{"mu": abstract}}, (where, {{"mu": where}}))
+        "{directory}", config, abstract, {{"mu": abstract}}, (shardings, {{"mu": shardings}}))
     assert (step, host) == (2, {{"step": 2}})
     for a, b in zip(jax.tree.leaves((restored, optimizer["mu"])), jax.tree.leaves((params, params)), strict=True):
         for x, y in zip(a.addressable_shards, b.addressable_shards, strict=True):

@@ -25,14 +25,14 @@ PROCESS = """
     from llada_jax.checkpoint import weights
     config, _ = weights.read_config("{directory}")
     mesh = sharding.make_mesh(data=1, fsdp={count})
-    where = sharding.shardings(parameters.abstract(config), parameters.logical_axes(config), mesh)
+    shardings = sharding.shardings(parameters.abstract(config), parameters.logical_axes(config), mesh)
 
     def bytes_read():
         found = ts.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
         return sum(value["value"] for metric in found for value in metric["values"])
 
     before = bytes_read()
-    params = weights.load_params("{directory}", shardings=where)
+    params = weights.load_params("{directory}", shardings=shardings)
     leaves = jax.tree.leaves(params)
     needed = sum(shard.data.nbytes for leaf in leaves for shard in leaf.addressable_shards)
     print("read", bytes_read() - before, "needed", needed, "whole", sum(leaf.nbytes for leaf in leaves))

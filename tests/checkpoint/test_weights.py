@@ -93,13 +93,13 @@ def test_dtype_casts_all_but_the_expert_bias(written):
 def test_load_onto_a_mesh(written):
     directory, config, params = written
     mesh = sharding.make_mesh(data=1, fsdp=2, expert=2, tensor=2)
-    where = sharding.shardings(parameters.abstract(config), parameters.logical_axes(config), mesh)
-    loaded = weights.load_params(directory, shardings=where)
+    shardings = sharding.shardings(parameters.abstract(config), parameters.logical_axes(config), mesh)
+    loaded = weights.load_params(directory, shardings=shardings)
     assert bits_equal(loaded, params)
-    assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding == s, loaded, where))
-    cast = weights.load_params(directory, "float32", where)
+    assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding == s, loaded, shardings))
+    cast = weights.load_params(directory, "float32", shardings)
     assert cast["sparse"]["gate"].dtype == jnp.float32
-    assert cast["sparse"]["gate"].sharding == where["sparse"]["gate"]
+    assert cast["sparse"]["gate"].sharding == shardings["sparse"]["gate"]
 
 
 @pytest.mark.parametrize("reader", [ocp.PyTreeCheckpointer, ocp.StandardCheckpointer])
@@ -212,9 +212,9 @@ def test_a_wrong_tensor_is_named(copy):
         weights.load_params(copy)
     config = PRESETS["tiny_moe"]
     mesh = sharding.make_mesh(data=1, fsdp=8)
-    where = sharding.shardings(parameters.abstract(config), parameters.logical_axes(config), mesh)
+    shardings = sharding.shardings(parameters.abstract(config), parameters.logical_axes(config), mesh)
     with pytest.raises(InputError, match=message):
-        weights.load_params(copy, shardings=where)
+        weights.load_params(copy, shardings=shardings)
     assert len(weights.verify(copy)) == 1
 
 
@@ -262,7 +262,7 @@ def test_resolve_passes_over_damaged_and_incomplete_steps(written, tmp_path, cap
     for path in (run, steps):
         assert Path(weights.resolve(path)) == steps / "10"
         assert bits_equal(weights.load_checkpoint(path).params, written[2])
-    assert "passing over step 90" in capsys.readouterr().err
+    assert "skipping step 90" in capsys.readouterr().err
     assert Path(weights.resolve(steps / "5")) == steps / "5"
     assert weights.steps(steps) == [5, 10, 90]
     with pytest.raises(InputError, match="damaged"):

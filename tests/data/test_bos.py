@@ -32,11 +32,11 @@ def test_every_document_begins_with_one_that_is_not_learned(tmp_path, source, ma
     dataset = pack(source, tokenizer, str(tmp_path / "out"), LENGTH, block_align=align)
     assert dataset["add_bos"] is True
     rows = read_back(tmp_path / "out")
-    kept = [int(i) for row in rows for i in row.ids[row.segment_ids > 0]]
+    packed_ids = [int(i) for row in rows for i in row.ids[row.segment_ids > 0]]
     learned = [int(i) for row in rows for i in row.ids[row.supervised]]
     documents = [[*tokenizer.encode_document(body), EOS] for body in BODIES if body]
     assert all(ids[:2].count(BOS) == 1 and ids[0] == BOS for ids in documents)
-    assert kept == [i for ids in documents for i in ids]  # and none where a document goes on in the next row
+    assert packed_ids == [i for ids in documents for i in ids]  # and none where a document goes on in the next row
     assert learned == [i for ids in documents for i in ids[1:]]
     never = pack(source, tokenizer.with_bos(False), str(tmp_path / "never"), LENGTH, block_align=align)
     plain = pack(source, make(bos=False), str(tmp_path / "plain"), LENGTH, block_align=align)

@@ -155,13 +155,13 @@ def test_a_completion_with_messages_is_rendered():
     """Whatever side the messages are on; only what the completion says is supervised."""
     tokenizer = with_template(CHATML)
     history = [message("user", "a"), message("assistant", "b"), message("user", "c")]
-    wanted = converse({"messages": [*history, message("assistant", "d")]}, tokenizer, "last")
+    expected = converse({"messages": [*history, message("assistant", "d")]}, tokenizer, "last")
     for completion in ("d", [message("assistant", "d")]):
         found = converse({"prompt": history, "completion": completion}, tokenizer)
-        assert found.ids.tolist() == wanted.ids.tolist() and found.spans == wanted.spans
+        assert found.ids.tolist() == expected.ids.tolist() and found.spans == expected.spans
     found = converse({"prompt": "c", "completion": [message("assistant", "d")]}, tokenizer)
-    wanted = converse({"messages": [message("user", "c"), message("assistant", "d")]}, tokenizer)
-    assert found.ids.tolist() == wanted.ids.tolist() and found.spans == wanted.spans
+    expected = converse({"messages": [message("user", "c"), message("assistant", "d")]}, tokenizer)
+    assert found.ids.tolist() == expected.ids.tolist() and found.spans == expected.spans
 
 
 def test_each_turn_is_a_document_of_its_own_after_all_before_it():

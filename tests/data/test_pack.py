@@ -66,11 +66,11 @@ def test_every_token_is_stored_once_and_in_order(tmp_path, source, tokenizer, al
         assert row.ids.shape == row.segment_ids.shape == (LENGTH,) and row.ids.dtype == np.int32
         assert np.array_equal(row.supervised, row.segment_ids > 0)
         assert row.segment_ids.max() == len(row.sources)
-        for segment, where in enumerate(row.sources, 1):
+        for segment, origin in enumerate(row.sources, 1):
             positions = np.flatnonzero(row.segment_ids == segment)
             assert positions[0] % align == 0
             assert np.array_equal(positions, np.arange(positions[0], positions[-1] + 1))
-            pieces.setdefault(where, []).extend(row.ids[positions].tolist())
+            pieces.setdefault(origin, []).extend(row.ids[positions].tolist())
     assert list(pieces.values()) == expected
     if align == 1:
         assert all(row.supervised.all() for row in packed[:-1])

@@ -102,10 +102,10 @@ def test_conversations_are_packed_whole_with_their_tails(tmp_path, source, tail)
     rows = read_back(tmp_path / "out")
     for row in rows:
         assert row.ids.shape == (LENGTH,) and row.segment_ids.max() == len(row.sources)
-        for segment, where in enumerate(row.sources, 1):
-            assert where not in found
+        for segment, origin in enumerate(row.sources, 1):
+            assert origin not in found
             positions = np.flatnonzero(row.segment_ids == segment)
-            conversation = used[where]
+            conversation = used[origin]
             count = len(conversation.ids)
             rounded = count + -count % ALIGN
             assert positions[0] % ALIGN == 0
@@ -117,7 +117,7 @@ def test_conversations_are_packed_whole_with_their_tails(tmp_path, source, tail)
             tail_supervised = {"all": rounded, "none": 0}.get(tail, tail)
             spans = [*conversation.spans, (count, min(rounded, count + tail_supervised))]
             assert np.flatnonzero(supervised).tolist() == [i for span in spans for i in range(*span)]
-            found[where] = True
+            found[origin] = True
         assert not row.supervised[row.segment_ids == 0].any() and (row.ids[row.segment_ids == 0] == EOS).all()
     assert found.keys() == used.keys()
     assert dataset["unusable"] == unusable and min(unusable["no response"], unusable["too long"]) >= 2

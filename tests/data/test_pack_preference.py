@@ -54,15 +54,15 @@ def test_a_pair_is_two_neighbouring_documents(tmp_path, source, rows, tail):
         assert row.sources[::2] == row.sources[1::2]
         end, documents = 0, []
         for segment in range(1, row.segment_ids.max() + 1):
-            (where,) = np.nonzero(row.segment_ids == segment)
-            assert where[0] == end and where.tolist() == [*range(where[0], where[-1] + 1)]
-            end = -(-(where[-1] + 1) // ALIGN) * ALIGN
-            text = tokenizer.decode(row.ids[where], skip_special_tokens=True)
+            (positions,) = np.nonzero(row.segment_ids == segment)
+            assert positions[0] == end and positions.tolist() == [*range(positions[0], positions[-1] + 1)]
+            end = -(-(positions[-1] + 1) // ALIGN) * ALIGN
+            text = tokenizer.decode(row.ids[positions], skip_special_tokens=True)
             prompt, answer = text[: text.index("?") + 1], text[text.index("?") + 1 :]
-            first = where[0] + len(prompt)
-            last = min(end, where[0] + len(text) + 1 + {"all": end, "none": 0}.get(tail, tail))
+            first = positions[0] + len(prompt)
+            last = min(end, positions[0] + len(text) + 1 + {"all": end, "none": 0}.get(tail, tail))
             assert np.flatnonzero(row.supervised & (row.segment_ids == segment)).tolist() == [*range(first, last)]
-            assert (row.ids[where[0] + len(text) : end] == EOS).all()
+            assert (row.ids[positions[0] + len(text) : end] == EOS).all()
             documents.append((prompt, answer))
         for (prompt, chosen), (same, rejected) in zip(documents[::2], documents[1::2], strict=True):
             assert prompt == same

@@ -142,10 +142,10 @@ ANSWERS = {"chosen": "4", "rejected": "five"}
 )
 def test_a_prompt_of_any_name_and_the_system_turn(row, system):
     system = f"<|im_start|>system\n{system}<|im_end|>\n" if system else ""
-    wanted = [(system + prompt, answer) for prompt, answer in RENDERED]
-    assert said(row | ANSWERS, TEMPLATED) == wanted
+    expected = [(system + prompt, answer) for prompt, answer in RENDERED]
+    assert said(row | ANSWERS, TEMPLATED) == expected
     turns = {"chosen": {"from": "gpt", "value": "4"}, "rejected": {"role": "assistant", "content": "five"}}
-    assert said(row | turns, TEMPLATED) == wanted
+    assert said(row | turns, TEMPLATED) == expected
 
 
 def test_an_instruction_and_its_input_and_history_are_prompt():

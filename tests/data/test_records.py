@@ -82,9 +82,9 @@ def test_rows_are_the_same_in_every_format(source):
     tokenizer = with_template(LING)
     found = read(source)
     assert [file for (file, _), _ in found] == [0] * 7 + [1] * 4
-    for (_, row), wanted in zip(found, ROWS, strict=True):
+    for (_, row), expected in zip(found, ROWS, strict=True):
         (rendered,) = chat.prepare(row, tokenizer)
-        assert [rendered] == chat.prepare(wanted, tokenizer)
+        assert [rendered] == chat.prepare(expected, tokenizer)
         assert "None" not in rendered.text
 
 
@@ -98,10 +98,10 @@ def test_reading_resumes_at_any_row(source):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_rows_are_packed_alike_from_every_format(tmp_path, source, processes):
     write_rows(tmp_path / "all.jsonl", ROWS)
-    wanted = pack_chat(str(tmp_path / "all.jsonl"), with_template(LING), str(tmp_path / "wanted"), 512)
+    expected = pack_chat(str(tmp_path / "all.jsonl"), with_template(LING), str(tmp_path / "wanted"), 512)
     found = pack_chat(source, with_template(LING), str(tmp_path / "found"), 512, processes=processes)
     names = ("tokens", "supervised_tokens", "documents", "used")
-    assert [found[name] for name in names] == [wanted[name] for name in names]
+    assert [found[name] for name in names] == [expected[name] for name in names]
 
 
 def test_one_object_is_one_row(tmp_path):

@@ -35,9 +35,9 @@ def damaged(packed, tmp_path):
     return tmp_path
 
 
-def flip(path, where, bits=0xFF):
+def flip(path, position, bits=0xFF):
     data = bytearray(path.read_bytes())
-    data[where] ^= bits
+    data[position] ^= bits
     path.write_bytes(data)
 
 
@@ -61,14 +61,14 @@ def test_ten_thousand_shards_open_fast_and_hold_few_files(packed, tmp_path, monk
     begin = time.perf_counter()
     rows = Rows(str(folder), seed=0)
     seconds = time.perf_counter() - begin
-    held = len(os.listdir("/proc/self/fd"))
+    open_before = len(os.listdir("/proc/self/fd"))
     one = Rows(str(packed), seed=0, shuffle=False)
     monkeypatch.setattr(resource, "getrlimit", lambda _: (240, 240))
     for n in range(300):
         row, row_id, _ = rows.at(n)
         if n % 50 == 0:
             assert np.array_equal(row.ids, one.at(row_id % 16)[0].ids)
-    assert len(os.listdir("/proc/self/fd")) - held <= 121
+    assert len(os.listdir("/proc/self/fd")) - open_before <= 121
     assert seconds < 2, "no shard may be opened, nor asked for one by one"
 
 
@@ -91,9 +91,9 @@ def test_a_flipped_byte_is_found_or_changes_nothing(packed, damaged, part):
     size = shard.stat().st_size
     first, last = {"records": (0, RECORDS_END), "index": (RECORDS_END, size - 64), "end": (size - 64, size)}[part]
     expected, found = stored(Rows(str(packed), seed=0, shuffle=False)), 0
-    for where in np.random.default_rng(1).integers(first, last, 25):
+    for position in np.random.default_rng(1).integers(first, last, 25):
         shard.write_bytes((packed / shard.name).read_bytes())
-        flip(shard, where)
+        flip(shard, position)
         rows = Rows(str(damaged), seed=0, shuffle=False, corrupt_share=0.5)
         for n, ids in enumerate(stored(rows)):
             assert np.array_equal(ids, 0 * ids if n in rows.corrupt else expected[n])

@@ -185,6 +185,8 @@ def test_one_row_has_no_standard_error():
 
 
 def test_perplexity_beyond_floats_is_infinite():
-    found = likelihood.describe(likelihood.Estimate(800.0, None, 3), 7)
+    found = likelihood.estimate_fields(likelihood.Estimate(800.0, None, 3), 7)
     assert found["perplexity"] == math.inf and found["stderr"] is None and found["bits_per_byte"] > 0
-    assert likelihood.describe(likelihood.Estimate(2.0, 0.1, 3), None)["perplexity"] == pytest.approx(math.exp(2))
+    assert likelihood.estimate_fields(likelihood.Estimate(2.0, 0.1, 3), None)["perplexity"] == pytest.approx(
+        math.exp(2)
+    )

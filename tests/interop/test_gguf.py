@@ -86,7 +86,7 @@ def test_smollm2_config(smollm):
     config = gguf.model_config(smollm)
     assert (config.vocab_size, config.num_layers, config.num_heads, config.num_kv_heads) == (49_152, 30, 9, 3)
     assert (config.rms_norm_eps, config.rope_theta, config.tie_word_embeddings) == (1e-5, 100_000.0, True)
-    tensors = gguf.open_weights(smollm, config)
+    tensors = gguf.hf_tensors(smollm, config)
     assert len(huggingface.plan_leaves(tensors, config)) == 2 + 30 * 9
     assert tensors["model.layers.0.self_attn.q_proj.weight"].read(0, 576).shape == (576, 576)
 
@@ -94,7 +94,7 @@ def test_smollm2_config(smollm):
 def test_tensors_and_config(tmp_path):
     path = tmp_path / "tiny.gguf"
     values = write_gguf(path)
-    source = convert.read_source(str(path))
+    source = convert.read_model(str(path))
     plans = huggingface.plan_leaves(source.tensors, source.config)
     leaves = {leaf.name: leaf.read(0, leaf.shape[leaf.axis]) for leaf in huggingface.leaves(plans)}
     assert np.array_equal(leaves["embedding"], values["token_embd.weight"])
@@ -125,7 +125,7 @@ def test_bad_files(tmp_path):
     def refused(message, **options):
         write_gguf(path, **options)
         with pytest.raises(InputError, match=message):
-            source = convert.read_source(str(path))
+            source = convert.read_model(str(path))
             huggingface.plan_leaves(source.tensors, source.config)
 
     refused("general.architecture='qwen2' is not supported", architecture="qwen2")
@@ -149,7 +149,7 @@ def test_bad_files(tmp_path):
         write_gguf(path)
         path.write_bytes(path.read_bytes()[:size])
         with pytest.raises(InputError, match="bad.gguf: not a complete GGUF file"):
-            convert.read_source(str(path))
+            convert.read_model(str(path))
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_every_type_that_gguf_dequantises_is_taken(tmp_path):
 
         write_gguf(path, change=add, without="blk.0.ffn_up.weight")
         file = gguf.open_gguf(path)
-        value = gguf.open_weights(file, gguf.model_config(file))["model.layers.0.mlp.up_proj.weight"].read(0, 48)
+        value = gguf.hf_tensors(file, gguf.model_config(file))["model.layers.0.mlp.up_proj.weight"].read(0, 48)
         np.testing.assert_allclose(value, 1, atol=0.01)
 
 
@@ -234,10 +234,10 @@ def split(folder: Path, count: int) -> list[Path]:
 
 def test_all_parts_of_a_split_model_are_read(tmp_path):
     values = write_gguf(tmp_path / "whole.gguf")
-    whole = convert.read_source(str(tmp_path / "whole.gguf"))
+    whole = convert.read_model(str(tmp_path / "whole.gguf"))
     paths = split(tmp_path, 3)
     for named in paths:  # whichever is named
-        source = convert.read_source(str(named))
+        source = convert.read_model(str(named))
         assert (source.config, source.tokenizer_files) == (whole.config, whole.tokenizer_files)
         assert [path.name for path in source.paths] == [path.name for path in paths]
         huggingface.plan_leaves(source.tensors, source.config)

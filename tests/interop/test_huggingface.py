@@ -76,7 +76,7 @@ def read_all(leaves) -> dict[str, np.ndarray]:
 
 def stream(folder: Path, dtype=None):
     """(source, {leaf name: array}) of a checkpoint folder."""
-    source = convert.read_source(str(folder))
+    source = convert.read_model(str(folder))
     plans = huggingface.plan_leaves(source.tensors, source.config)
     return source, read_all(huggingface.leaves(plans, dtype))
 
@@ -175,10 +175,10 @@ def test_merged_experts(tmp_path):
 def test_dtype_keeps_a_float32_expert_bias(tmp_path):
     bfloat16 = np.dtype(ml_dtypes.bfloat16)
     _, leaves = stream(GOLDENS / "llada2_tiny", bfloat16)
-    kept = {name for name, leaf in leaves.items() if leaf.dtype == np.float32}
-    assert kept == {"layers.001.expert_bias", "layers.002.expert_bias"}
+    stays_float32 = {name for name, leaf in leaves.items() if leaf.dtype == np.float32}
+    assert stays_float32 == {"layers.001.expert_bias", "layers.002.expert_bias"}
     _, exact = stream(GOLDENS / "llada2_tiny")
-    for name in set(leaves) - kept:
+    for name in set(leaves) - stays_float32:
         assert np.array_equal(leaves[name], exact[name].astype(bfloat16)), name
 
 

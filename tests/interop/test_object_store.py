@@ -27,7 +27,7 @@ def test_there_and_back(bucket):
     import_checkpoint("gs://b/hf", "gs://b/ours")
     assert weights.load_checkpoint("gs://b/ours").lineage["source"] == "gs://b/hf"
     assert weights.verify("gs://b/ours") == []
-    assert any("381,600 elements" in line for line in describe.describe(weights.directory_of("gs://b/ours")))
+    assert any("381,600 elements" in line for line in describe.describe_checkpoint(weights.directory_of("gs://b/ours")))
     merge.merge_checkpoints(["gs://b/ours", "gs://b/ours"], "gs://b/mean")
     export_checkpoint("gs://b/mean", "gs://b/back", shard_bytes=300_000)
     assert differences(bucket / "hf", bucket / "back") == []

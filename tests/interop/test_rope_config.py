@@ -127,8 +127,8 @@ def test_a_model_that_yarn_extended_has_a_config_json_in_the_style_of_its_source
         assert untouched.get(field) == source.get(field)
     yarn = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": config.max_position_embeddings}
     if source.get("rope_parameters"):
-        kept = {key: value for key, value in source["rope_parameters"].items() if key == "partial_rotary_factor"}
-        assert hf["rope_parameters"] == yarn | {"rope_theta": config.rope_theta} | kept
+        partial = {key: value for key, value in source["rope_parameters"].items() if key == "partial_rotary_factor"}
+        assert hf["rope_parameters"] == yarn | {"rope_theta": config.rope_theta} | partial
         assert not {"rope_scaling", "rope_theta"} & set(hf)  # another reader would take them for the model's
     else:
         assert hf["rope_scaling"] == yarn and "rope_parameters" not in hf

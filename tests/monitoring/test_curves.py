@@ -39,7 +39,7 @@ def test_plot_draws_the_runs(tmp_path):
     for label in (
         "training loss, nats per token",
         "held-out NELBO",
-        "clean tokens a second",
+        "clean tokens per second",
         "a, block 32",
         "b, block 1",
     ):

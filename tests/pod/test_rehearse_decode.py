@@ -11,7 +11,7 @@ from llada_jax.attention import cached
 from llada_jax.chips import parse_topology
 from llada_jax.errors import InputError
 from llada_jax.pod import report
-from llada_jax.pod.rehearse import Slices
+from llada_jax.pod.lower import Slices
 from llada_jax.pod.rehearse_decode import rehearse_decode
 from llada_jax.training.config import default_config
 

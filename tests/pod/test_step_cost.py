@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from llada_jax.chips import CHIPS, parse_topology
 from llada_jax.pod import hlo
 from llada_jax.pod.collectives import Devices
-from llada_jax.pod.operations import Cost
+from llada_jax.pod.operations import OperationCost
 from llada_jax.pod.step_cost import step_lines
 from llada_jax.pod.topology import slice_devices
 from llada_jax.runtime.xla_options import xla_options
@@ -263,6 +263,6 @@ def test_a_kernel_without_a_cost_is_refused():
     devices = Devices({"fsdp": 4}, topology, np.array(list(np.ndindex(2, 2, 1))), np.zeros(4, int))
     with pytest.raises(ValueError, match="between: a Pallas kernel of unknown cost"):
         step_lines(hlo.parse(text), topology.chip, {}, devices)
-    known = {"betw": lambda result, operands: ("experts", Cost(3.0, 5.0))}
+    known = {"betw": lambda result, operands: ("experts", OperationCost(3.0, 5.0))}
     (line,) = [x for x in step_lines(hlo.parse(text), topology.chip, known, devices) if x.part == "experts"]
     assert (line.seconds, line.flops) == (3.0, 5.0)

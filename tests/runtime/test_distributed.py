@@ -181,7 +181,7 @@ def test_bad_flags_are_named(values, message):
 def test_one_process_without_flags_is_one_process():
     distributed.connect(None, None, None, peer_timeout=10, start_timeout=10)
     assert distributed.in_turn(lambda: 3) == 3
-    with pytest.raises(InputError, match="as it was"), failure.ending_together(10):
+    with pytest.raises(InputError, match="as it was"), failure.failing_together(10):
         raise InputError("as it was")
 
 

@@ -72,7 +72,7 @@ def test_files_are_copied_when_they_change_and_a_failing_store_is_tried_again(tm
     local = tmp_path / "local"
     local.mkdir()
     bucket = make_bucket(tmp_path, monkeypatch)
-    folder = remote_workdir.Mirror(local, remote_workdir.epath.Path("gs://b/run"))
+    folder = remote_workdir.RemoteWorkdir(local, remote_workdir.epath.Path("gs://b/run"))
     (local / "metrics.jsonl").write_text("1\n")
     (local / "x.partial").write_text("")
     assert folder.push() and (tmp_path / "b/run/metrics.jsonl").read_text() == "1\n"
@@ -94,7 +94,7 @@ def test_files_are_copied_when_they_change_and_a_failing_store_is_tried_again(tm
 
 def test_a_store_that_stays_away_is_an_error_that_says_where_the_files_are(text, tmp_path, monkeypatch):  # noqa: F811
     make_bucket(tmp_path, monkeypatch)
-    monkeypatch.setattr(remote_workdir.Mirror, "push", lambda self: False)
+    monkeypatch.setattr(remote_workdir.RemoteWorkdir, "push", lambda self: False)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     config = config_of(text, data__cache=str(tmp_path / "cache"))
     with pytest.raises(InputError, match="gs://b/run: cannot be written to; .*llada_jax_"):

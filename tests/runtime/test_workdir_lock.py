@@ -337,7 +337,7 @@ def test_a_hang_ends_with_the_stacks_of_all_threads(tmp_path):
         assert "no progress in 0.005 minutes" in report and "in stuck" in report and "in run" in report
 
 
-def test_every_step_evaluation_and_save_is_a_beat(text, tmp_path, monkeypatch):
+def test_every_step_evaluation_and_save_is_a_heartbeat(text, tmp_path, monkeypatch):
     import contextlib
 
     beats = []

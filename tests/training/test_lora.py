@@ -173,7 +173,7 @@ def test_steps_leave_the_base_alone_and_compute_no_gradient_of_its_size():
 
 def test_a_step_holds_adapters_and_the_name_of_their_base(trained, base):
     step = trained / "checkpoints" / "3"
-    adapters = weights.read_held(step)
+    adapters = weights.read_stored_config(step)
     assert set(tensors(step)["params"]) == set(parameters.leaves(adapters))
     moments = {name.split(".mu.")[1] for name in tensors(step)["optimizer"] if ".mu." in name}
     assert moments == {f"{group}.{name}" for group, node in parameters.abstract(adapters).items() for name in node}
@@ -184,7 +184,10 @@ def test_a_step_holds_adapters_and_the_name_of_their_base(trained, base):
 
 def test_the_run_says_what_trains(trained, text, base, capsys):
     train(config_of(text, base), trained)  # finished already
-    model, adapters = parameters.count(SMALL), parameters.count(weights.read_held(trained / "checkpoints" / "3"))
+    model, adapters = (
+        parameters.count(SMALL),
+        parameters.count(weights.read_stored_config(trained / "checkpoints" / "3")),
+    )
     targets = "query, key, value, output, gate, up, down, shared_gate, shared_up, shared_down"
     said = f"LoRA rank 4 on {targets}: {adapters:,} of {model + adapters:,} parameters train\n"
     assert said in capsys.readouterr().out
@@ -192,7 +195,7 @@ def test_the_run_says_what_trains(trained, text, base, capsys):
 
 def test_a_step_stands_for_its_merged_weights_however_it_is_read(trained, base, tmp_path):
     step = trained / "checkpoints" / "3"
-    adapters = weights.read_held(step)
+    adapters = weights.read_stored_config(step)
     names, treedef = jax.tree.flatten(arrays.stacked_names(adapters), is_leaf=arrays.is_names)
     reader = files.TensorReader(step, "params", files.read_digests(step).tensors["params"])
     values = jax.tree.unflatten(treedef, [arrays.read_whole(reader, each) for each in names])
@@ -246,7 +249,7 @@ def narrow(text, base, tmp_path_factory):
 
 def exactly(step):
     """{name: W + sum of scale A B} of all LoRA steps below `step`, float64."""
-    adapters = weights.read_held(step)
+    adapters = weights.read_stored_config(step)
     reader = files.TensorReader(step, "params", files.read_digests(step).tensors["params"])
     if not isinstance(adapters, lora.Lora):
         return {name: reader.read(name).astype(np.float64) for name in reader.entries}
@@ -353,7 +356,7 @@ def test_resumed_run_is_the_uninterrupted_one(trained, text, base, tmp_path):
     shutil.rmtree(run / "checkpoints" / "3")
     assert train(config_of(text, moved), run) == metrics_of(trained)
     assert tensors(run / "checkpoints" / "3") == tensors(trained / "checkpoints" / "3")
-    assert weights.read_held(run / "checkpoints" / "3").base == str(moved)
+    assert weights.read_stored_config(run / "checkpoints" / "3").base == str(moved)
 
 
 def test_a_mesh_agrees_with_one_device(trained, text, base, tmp_path):
@@ -376,7 +379,9 @@ def test_dpo_starts_at_log_2_on_the_adapters_of_the_stage_before(trained, text, 
     first, second = (row for row in frozen if "loss" in row)
     assert first["loss"] == pytest.approx(np.log(2), abs=1e-6) and first["margin"] == 0
     assert first["gradient_norm"] > 0 and abs(second["margin"]) > 1e-3
-    assert weights.read_held(tmp_path / "frozen" / "checkpoints" / "2").base == str(trained / "checkpoints" / "3")
+    assert weights.read_stored_config(tmp_path / "frozen" / "checkpoints" / "2").base == str(
+        trained / "checkpoints" / "3"
+    )
     after, before, start = (forward(load_params(path), SMALL, TOKENS) for path in (tmp_path / "frozen", trained, base))
     assert 0 < np.abs(after - before).max() < np.abs(after - start).max()  # merged twice
 

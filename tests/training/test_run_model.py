@@ -12,7 +12,7 @@ from llada_jax.data.pack_preference import pack_preference
 from llada_jax.errors import InputError
 from llada_jax.model import parameters
 from llada_jax.model.config import RopeScaling, preset
-from llada_jax.pod import rehearse
+from llada_jax.pod import lower
 from llada_jax.training import loop, run_model, stages
 from llada_jax.training.config import FROM_CHECKPOINT, check, default_config, extended
 
@@ -98,7 +98,7 @@ def test_names_of_no_preset(folders, name):
     config.model = name
     check(config)
     assert run_model.named(config) == QWEN
-    assert rehearse.model_of(config).replace(mask_token_id=511) == QWEN
+    assert lower.model_of(config).replace(mask_token_id=511) == QWEN
     config.init_from = ""
     with pytest.raises(InputError, match=r'config.init_from="": config.model=.* is the model of a checkpoint; set it'):
         check(config)

@@ -1,7 +1,7 @@
-"""Messages as files hold them, brought to the one form that chat templates are written for.
+"""Converts messages of all file formats to the one form that chat templates expect.
 
 {"role": one of ROLES, "content": text, "tool_calls"?: [{"function": {"name", "arguments": {}}}], ...}; data/README.md
-shows what is read. SUPERVISED is false in a message whose row says that it is not to be learnt.
+shows what is read. SUPERVISED is false in a message that its row excludes from training.
 """
 
 import json
@@ -12,7 +12,7 @@ from llada_jax.errors import InputError
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SUPERVISED = "supervised"
 REASONING = ("reasoning_content", "reasoning", "thinking")  # names for the same, each known to some templates
-# Fields that say something besides content and calls, so they have to be in the rendered text.
+# Fields with a content of their own, which must appear in the rendered text.
 SAID = (*REASONING, "thought", "thoughts", "tool_plan", "refusal")
 _SHAREGPT = {
     "system": "system",
@@ -22,7 +22,7 @@ _SHAREGPT = {
 }
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _FLAGS = ("weight", "train", "training", "trainable", "loss")  # whether a turn is learnt
-# Fields that change what a message means, and that nothing here can honour.
+# Fields that change the meaning of a message and are not supported.
 _REFUSED = (
     "mask", "masked", "loss_mask", "loss_weight", "loss_scale", "ignore", "train_detail", "training_detail",
     "prefix", "partial", "audio", "image", "images", "video", "videos",
@@ -30,7 +30,7 @@ _REFUSED = (
 
 
 def as_messages(value, role: str, name: str) -> list[dict]:
-    """A text as a message of this role, a message, or messages, checked. Raises InputError naming the field."""
+    """Checked messages from a text (as this role's), a message, or messages. Raises InputError naming the field."""
     if isinstance(value, str):
         return [{"role": role, "content": value}]
     if not isinstance(value, list) and not (isinstance(value, dict) and ("role" in value or "from" in value)):
@@ -39,7 +39,7 @@ def as_messages(value, role: str, name: str) -> list[dict]:
 
 
 def check_messages(messages, name: str) -> list[dict]:
-    """The messages in the one form. Raises InputError naming the message of the field `name`."""
+    """The messages in the common form. Raises InputError naming the message within the field `name`."""
     if isinstance(messages, str):
         messages = _parsed(messages, list, f"{name} is not a list")
     if not isinstance(messages, list):
@@ -85,7 +85,7 @@ def _from_sharegpt(message: dict, name: str) -> dict:
 
 
 def _with_flag(message: dict, name: str) -> dict:
-    """The message with SUPERVISED in place of the flags of other tools."""
+    """The message with SUPERVISED instead of the flags of other tools."""
     given = {field: message[field] for field in _FLAGS if field in message}
     for field, value in given.items():
         if type(value) not in (bool, int, float) or value not in (0, 1):
@@ -109,7 +109,7 @@ def _joined(parts: list, name: str) -> str:
 
 
 def _with_reasoning(message: dict, name: str) -> dict:
-    """The message with its reasoning under every name that templates know."""
+    """The message with its reasoning under every name that templates use."""
     given = {field: message[field] for field in REASONING if message.get(field)}
     if len(set(given.values())) > 1:
         raise InputError(f"{name}: {' and '.join(given)} differ")
@@ -132,7 +132,7 @@ def _with_calls(message: dict, name: str) -> dict:
 
 
 def _call(call, name: str) -> dict:
-    """A call as {"type", "function": {"name", "arguments": {}}}, with its id if it has one."""
+    """A call as {"type", "function": {"name", "arguments": {}}}, with its id, if any."""
     if isinstance(call, dict) and "function" not in call:  # flat, as models write it
         parts = ("name", "arguments", "parameters")
         call = {field: value for field, value in call.items() if field not in parts} | {
@@ -172,7 +172,7 @@ def _objects(value, name: str) -> list[dict]:
 
 
 def _parsed(text: str, kind, wrong: str):
-    """The JSON value in a text. Raises InputError(wrong) if there is none or one of another kind."""
+    """The JSON value in a text. Raises InputError(wrong) if there is none, or one of another type."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -1,9 +1,9 @@
-"""Is everything that a conversation says in its rendered text?
+"""Checks that a rendered text contains everything that the conversation says.
 
-A template prints the fields that its author thought of and drops the others without a word. So each piece of what is
-said (content, reasoning, the names and arguments of calls) is looked for in the text: white space does not count, and
-a template may escape what it quotes. A short piece may be there by accident, in what the template itself writes: that
-is seen in the text of a skeleton, the same conversation with a mark in place of each piece.
+A template prints the fields that its author thought of and silently drops the others. So each piece of a conversation
+(content, reasoning, names and arguments of calls) is searched in the text; white space is ignored, and a template may
+escape what it quotes. A short piece could also match the template's own text. To detect that, a skeleton is rendered:
+the same conversation with a mark in place of each piece.
 """
 
 import functools
@@ -37,11 +37,10 @@ def check(
     supervised: Collection[int] = (),
     prompt: bool = False,
 ) -> None:
-    """Raises InputError naming the first piece of the checked messages, or the tool, that is not in their `text`.
+    """Raises InputError naming the first piece of the checked messages, or the tool, that is missing in their `text`.
 
-    `text` is template.apply(messages, context, tokenizer, prompt).
-    The reasoning of the assistant's turns that are not among those `supervised` may be left out: that is how models
-    that reason are asked.
+    text: template.apply(messages, context, tokenizer, prompt). Reasoning of assistant turns that are not `supervised`
+    may be missing, since prompts of reasoning models leave it out.
     """
     skeleton, pieces = _skeleton(messages)
     furniture = _furniture(tokenizer, json.dumps(skeleton, default=str), json.dumps(context, default=str), prompt)
@@ -50,11 +49,11 @@ def check(
     whole = "\0".join(plain)
     for piece, bare in zip(pieces, plain, strict=True):
         times = whole.count(bare)  # other pieces may hold this one
-        found = text.count(bare) >= times or sum(map(text.count, _forms(piece.value))) >= times
-        if found and furniture is not None and len(bare) <= len(furniture):
+        present = text.count(bare) >= times or sum(map(text.count, _forms(piece.value))) >= times
+        if present and furniture is not None and len(bare) <= len(furniture):
             if any(form in furniture for form in _forms(piece.value)):
-                found = any(form in furniture for form in _forms(piece.mark))
-        if not found:
+                present = any(form in furniture for form in _forms(piece.mark))
+        if not present:
             raise InputError(f"the chat template leaves out what {piece.place} says: {_shorten(piece.value)}")
     for tool in context.tools or ():
         for said in _said_of_tool(tool):
@@ -63,7 +62,7 @@ def check(
 
 
 def _skeleton(messages: list[dict]) -> tuple[list[dict], list[_Piece]]:
-    """The messages with marks in place of what they say, and the pieces that the marks stand for."""
+    """Returns (the messages with marks in place of their pieces, the pieces)."""
     pieces = []
 
     def mark(value, place: str) -> str:
@@ -98,9 +97,9 @@ def _skeleton(messages: list[dict]) -> tuple[list[dict], list[_Piece]]:
 
 @functools.lru_cache(maxsize=1024)
 def _furniture(tokenizer: Tokenizer, skeleton: str, context: str, prompt: bool) -> str | None:
-    """The squeezed text of a skeleton, None if the template does not take it; it and the context are JSON.
+    """The text of a skeleton without white space; None if the template rejects it. skeleton, context: JSON.
 
-    Most conversations of a dataset have one of a few skeletons.
+    Cached: most conversations of a dataset share a few skeletons.
     """
     try:
         return _squeeze(template.apply(json.loads(skeleton), template.Context(*json.loads(context)), tokenizer, prompt))
@@ -109,7 +108,7 @@ def _furniture(tokenizer: Tokenizer, skeleton: str, context: str, prompt: bool) 
 
 
 def _needed(pieces: list[_Piece], messages: list[dict], supervised: Collection[int]) -> list[_Piece]:
-    """The pieces without the reasoning that may be left out."""
+    """The pieces that must be in the text: all but reasoning that may be left out."""
     free = {f"messages[{i}]" for i, m in enumerate(messages) if m["role"] == "assistant" and i not in supervised}
     needed = []
     for piece in pieces:

@@ -1,4 +1,4 @@
-"""The shapes of rows of text: which columns hold the system turn, the prompt, the answer. data/README.md shows them."""
+"""The shapes of text rows: which columns hold the system turn, the prompt and the answer (see data/README.md)."""
 
 from collections.abc import Sequence
 
@@ -12,21 +12,21 @@ MORE = ("input", "context")  # what an instruction is about
 ANSWER = ("output", "response", "completion", "answer")
 CONTEXT = ("tools", "functions", "chat_template_kwargs", *SYSTEM, "history")
 WEIGHT = ("weight", "sample_weight")
-# What rows of tokens say of each token; without input_ids there is nothing that it could be about.
+# Fields with a value per token, which need input_ids.
 _OF_TOKENS = (
     "attention_mask", "supervised", "completion_mask", "assistant_masks", "assistant_mask", "loss_mask", "weights",
 )  # fmt: skip
-# What changes the meaning of a row, and nothing here can honour.
+# Fields that change the meaning of a row and are not supported.
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 _REFUSED = ("mask", "loss_weights", "loss_scale", "train_on_inputs", "train_on_prompt")
-# Columns that every shape is read for.
+# Columns that are read for every shape.
 COLUMNS = (*CONVERSATION, *CONTEXT, *MORE, *WEIGHT, "label", *_OF_TOKENS, *MEDIA, *_REFUSED)
 
 
 def check_row(row: dict) -> bool:
-    """Whether a row may be learnt from: not if its weight is 0.
+    """Whether a row is for training: not if its weight is 0.
 
-    Raises InputError naming a key that changes what the row means and cannot be honoured.
+    Raises InputError naming a key that changes the meaning of the row and is not supported.
     """
     _refuse((*MEDIA, *_REFUSED), row)
     for name in _OF_TOKENS if "input_ids" not in row else ():
@@ -43,9 +43,9 @@ def check_row(row: dict) -> bool:
 
 
 def check_prompt(row: dict) -> None:
-    """Raises InputError naming a key that says more than the prompt of a row, of which nothing here could be shown.
+    """Raises InputError naming a key that adds to a row's prompt and cannot be shown to the model.
 
-    `input` or `context` beside a prompt are remarks if they are in it.
+    `input` or `context` beside a prompt is accepted if the prompt contains it.
     """
     _refuse(MEDIA, row)
     prompt = row.get("prompt")
@@ -66,20 +66,20 @@ def first_of(names: Sequence[str], row: dict) -> str | None:
     return next((name for name in names if name in row), None)
 
 
-def found(row: dict) -> str:
-    """The keys of a row, for an error."""
+def keys_of(row: dict) -> str:
+    """The keys of a row, for an error message."""
     names = [repr(name) if not name.isidentifier() else name for name in row]
     return f"the row has {', '.join(names[:20]) or 'nothing'}{', ...' if len(names) > 20 else ''}"
 
 
 def conversation(row: dict) -> list[dict] | None:
-    """The checked messages of a row that is a whole conversation, None if it is none."""
+    """The checked messages of a row that is a whole conversation, else None."""
     name = first_of(CONVERSATION, row)
     return None if name is None else with_system(row, check_messages(row[name], name))
 
 
 def asked(row: dict) -> str | None:
-    """The text of an instruction and what it is about; None if the row has none. Raises InputError."""
+    """The text of an instruction and its input; None if the row has none. Raises InputError."""
     name = first_of(ASK, row)
     if name is None:
         return None
@@ -91,7 +91,7 @@ def asked(row: dict) -> str | None:
 
 
 def has_context(row: dict) -> bool:
-    """Whether a row says what only a chat template can show: a system turn, tools, turns before the prompt."""
+    """Whether a row needs a chat template: it has a system turn, tools, or turns before the prompt."""
     return any(row.get(name) for name in CONTEXT)
 
 

@@ -11,7 +11,7 @@ _OURS = ("messages", "tools", "add_generation_prompt", "continue_final_message",
 
 
 class Context(NamedTuple):
-    """What a template is told besides the messages: the tools, and variables of its own."""
+    """The input of a template besides the messages: the tools, and variables of its own."""
 
     tools: list[dict] | None = None
     variables: dict = {}  # noqa: RUF012  never changed
@@ -32,9 +32,9 @@ def context_of(row: dict) -> Context:
 
 
 def apply(messages: list[dict], context: Context, tokenizer: Tokenizer, prompt: bool) -> str:
-    """The text of checked messages, with `prompt` followed by what begins the assistant's next turn.
+    """The text of checked messages; with `prompt`, followed by what begins the assistant's next turn.
 
-    Arguments of calls are given as objects, or as JSON to a template that can only join texts. Raises InputError if
+    Arguments of calls are passed as objects, or as JSON to a template that can only join texts. Raises InputError if
     there is no template or it rejects the messages.
     """
     messages = [{name: value for name, value in message.items() if name != SUPERVISED} for message in messages]

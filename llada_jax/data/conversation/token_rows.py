@@ -1,4 +1,4 @@
-"""Rows of token ids, with what of them is supervised."""
+"""Rows of token ids, with the tokens that are supervised."""
 
 import numpy as np
 
@@ -10,7 +10,7 @@ _LENGTHS = ("prompt_length", "prompt_lengths")
 # Names of a flag for each token: whether it is supervised.
 _FLAGS = ("supervised", "completion_mask", "assistant_masks", "assistant_mask", "loss_mask", "weights")
 MASKS = ("labels", "supervised", *_LENGTHS, *_FLAGS[1:])
-# What changes a row's meaning, and nothing here can honour.
+# Fields that change a row's meaning and are not supported.
 _REFUSED = (
     "segment_ids", "sequence_ids", "seq_lengths", "seq_lens", "sequence_lengths", "cu_seqlens", "inputs_embeds",
 )  # fmt: skip
@@ -20,7 +20,7 @@ Spans = list[tuple[int, int]]
 
 
 def runs(row: dict, tokenizer: Tokenizer) -> tuple[np.ndarray, Spans]:
-    """(ids [n] int32 without padding, the half-open runs of supervised tokens). Raises InputError naming the field."""
+    """(ids [n] int32 without padding, half-open runs of supervised tokens). Raises InputError naming the field."""
     ids = row["input_ids"]
     if not isinstance(ids, list) or not all(type(token) is int and 0 <= token < 2**31 for token in ids):
         raise InputError("input_ids is not a list of token ids")
@@ -30,7 +30,7 @@ def runs(row: dict, tokenizer: Tokenizer) -> tuple[np.ndarray, Spans]:
         if name in row:
             raise InputError(f"{name} cannot be honoured: a row of input_ids is one document")
     supervised = _mask(row, ids)
-    first, last = _kept(row, supervised)
+    first, last = _unpadded(row, supervised)
     for name, plain in (("position_ids", range(last - first)), ("token_type_ids", [0] * (last - first))):
         if name in row and (not isinstance(row[name], list) or row[name][first:last] != list(plain)):
             raise InputError(f"{name} cannot be honoured: it is not {'0, 1, 2, ...' if plain[1:2] != [0] else '0'}")
@@ -45,13 +45,13 @@ def documents(ids: np.ndarray, spans: Spans, turns: str) -> list[tuple[np.ndarra
     return [(ids[: group[-1][1]], group) for group in groups]
 
 
-def _kept(row: dict, supervised: np.ndarray) -> tuple[int, int]:
-    """The half-open range of the tokens that are no padding."""
+def _unpadded(row: dict, supervised: np.ndarray) -> tuple[int, int]:
+    """The half-open range of tokens that are not padding."""
     if "attention_mask" not in row:
         return 0, len(supervised)
     real = _flags("attention_mask", row["attention_mask"], len(supervised))
-    where = np.flatnonzero(real)
-    first, last = (int(where[0]), int(where[-1]) + 1) if len(where) else (0, 0)
+    real_positions = np.flatnonzero(real)
+    first, last = (int(real_positions[0]), int(real_positions[-1]) + 1) if len(real_positions) else (0, 0)
     if not real[first:last].all():
         raise InputError("attention_mask has a 0 between two 1: only padding at the ends can be left out")
     if first and any(name in row for name in _LENGTHS):
@@ -65,8 +65,8 @@ def _mask(row: dict, ids: list[int]) -> np.ndarray:
     """Which of the ids are supervised, [n] bool."""
     given = [name for name in MASKS if name in row]
     if len(given) != 1:
-        found = " and ".join(given) or "nothing"
-        raise InputError(f"input_ids comes with {found}, expected one of {', '.join(MASKS)}")
+        fields = " and ".join(given) or "nothing"
+        raise InputError(f"input_ids comes with {fields}, expected one of {', '.join(MASKS)}")
     (name,), value = given, row[given[0]]
     if name in _LENGTHS:
         if type(value) is not int or value < 0:

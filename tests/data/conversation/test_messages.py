@@ -73,16 +73,16 @@ def test_sharegpt(name):
         message("system", "s"), message("user", "u"), message("assistant", None, tool_calls=[CALL]),
         message("tool", "sunny"), message("assistant", "a"),
     ]  # fmt: skip
-    wanted = chat.prepare({"messages": turns}, tokenizer)
-    assert chat.prepare({name: SHAREGPT}, tokenizer) == chat.prepare({name: turns}, tokenizer) == wanted
-    assert chat.prepare({name: SHAREGPT[1:], "system": "s"}, tokenizer) == wanted
-    assert chat.prepare({name: json.dumps(SHAREGPT)}, tokenizer) == wanted
+    expected = chat.prepare({"messages": turns}, tokenizer)
+    assert chat.prepare({name: SHAREGPT}, tokenizer) == chat.prepare({name: turns}, tokenizer) == expected
+    assert chat.prepare({name: SHAREGPT[1:], "system": "s"}, tokenizer) == expected
+    assert chat.prepare({name: json.dumps(SHAREGPT)}, tokenizer) == expected
     names = {"human": "user", "gpt": "assistant", "observation": "tool"}
     renamed = [turn | {"from": names.get(turn["from"], turn["from"])} for turn in SHAREGPT]
-    assert chat.prepare({name: renamed}, tokenizer) == wanted
+    assert chat.prepare({name: renamed}, tokenizer) == expected
     tools = [{"name": "weather", "description": "d"}]
-    wanted = chat.prepare({"messages": turns, "tools": tools}, tokenizer)
-    assert chat.prepare({name: SHAREGPT, "tools": json.dumps(tools)}, tokenizer) == wanted
+    expected = chat.prepare({"messages": turns, "tools": tools}, tokenizer)
+    assert chat.prepare({name: SHAREGPT, "tools": json.dumps(tools)}, tokenizer) == expected
 
 
 @pytest.mark.parametrize(("on", "off"), [(1, 0), (True, False), (1.0, 0.0)])

@@ -60,8 +60,8 @@ def test_rows_of_a_question_and_an_answer(row, turns):
 
 @pytest.mark.parametrize("history", [[["b", "c"]], [message("user", "b"), message("assistant", "c")]])
 def test_history_is_said_before_the_instruction(history):
-    wanted = conversation(("system", "s"), ("user", "b"), ("assistant", "c"), ("user", "u"), ("assistant", "a"))
-    assert texts({"instruction": "u", "output": "a", "history": history, "system": "s"}) == wanted
+    expected = conversation(("system", "s"), ("user", "b"), ("assistant", "c"), ("user", "u"), ("assistant", "a"))
+    assert texts({"instruction": "u", "output": "a", "history": history, "system": "s"}) == expected
     assert texts({"prompt": "u", "completion": "a", "history": history, "system": "s"})[0][1] == ["a<|im_end|>"]
 
 
@@ -171,7 +171,7 @@ def test_prompts(row, text):
 
 
 def test_every_way_to_ask_gives_one_prompt():
-    wanted = chat.prompt({"messages": [message("system", "s"), U], "tools": TOOLS}, TEMPLATED).text
+    expected = chat.prompt({"messages": [message("system", "s"), U], "tools": TOOLS}, TEMPLATED).text
     for row in (
         {"messages": [U], "system": "s"},
         {"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "u"}]},
@@ -179,7 +179,7 @@ def test_every_way_to_ask_gives_one_prompt():
         {"messages": [message("system", "s"), message("user", [{"type": "text", "text": "u"}])]},
         {"messages": json.dumps([message("system", "s"), U])},
     ):
-        assert chat.prompt(row | {"tools": TOOLS, "id": 3}, TEMPLATED).text == wanted
+        assert chat.prompt(row | {"tools": TOOLS, "id": 3}, TEMPLATED).text == expected
     assert chat.prompt({"prompt": "u"}, TEMPLATED, chat=True).text == chat.prompt({"messages": [U]}, TEMPLATED).text
 
 

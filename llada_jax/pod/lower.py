@@ -1,0 +1,152 @@
+"""Traces and compiles the trainer's step for a TPU slice, without the slice.
+
+The step is that of training/loop.py: noise, tile plan, forward, backward, clipping and optimizer, with the config's
+mesh over all devices of the slices.
+"""
+
+import dataclasses
+import re
+import time
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from llada_jax import sharding
+from llada_jax.chips import Topology
+from llada_jax.data.order import Batch
+from llada_jax.diffusion import schedule
+from llada_jax.errors import InputError
+from llada_jax.model import parameters
+from llada_jax.model.config import ModelConfig
+from llada_jax.model.forward import Execution
+from llada_jax.model.lora import Lora
+from llada_jax.pod.packings import LENGTHS, LONG_LENGTHS
+from llada_jax.pod.topology import slice_devices
+from llada_jax.runtime.xla_options import xla_options
+from llada_jax.training import run_model, train_state
+from llada_jax.training.config import check, check_rows, execution, extended, phases, skips_steps
+from llada_jax.training.loop import train_loss
+from llada_jax.training.optimizer import make_optimizer
+from llada_jax.training.step import make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Slices:
+    """The devices of a launch: `count` slices of one topology, joined by the data-centre network."""
+
+    topology: Topology
+    count: int = 1
+
+    @property
+    def chips(self) -> int:
+        return self.topology.chips * self.count
+
+
+class DoesNotFit(Exception):
+    """The compiler's message about a step that needs more memory than a chip has.
+
+    hbm_bytes: the bytes that it needs per chip; None if the message does not say.
+    """
+
+    def __init__(self, message: str, devices: int):
+        super().__init__(message)
+        match = re.search(r"(?:Used |temporaries \()([\d.]+)([MG])", message)
+        unit = {"G": 2**30, "M": 2**20}
+        self.hbm_bytes = int(float(match.group(1)) * unit[match.group(2)] * devices) if match else None
+
+
+@dataclasses.dataclass(frozen=True)
+class LoweredStep:
+    """A lowered step; `lowered.compile()` is the program. state: abstract, with shardings."""
+
+    lowered: jax.stages.Lowered
+    mesh: jax.sharding.Mesh
+    state: train_state.TrainState
+    model: ModelConfig
+    trained: ModelConfig | Lora
+    halves: str
+
+
+def lower_step(config: ConfigDict, slices: Slices, halves: str) -> LoweredStep:
+    """Traces the trainer's step over the mesh of config.mesh. Raises InputError if the config is refused."""
+    check(config)
+    on_tpu = execution(config, platform="tpu")
+    if on_tpu.attention == "blockwise":  # its trip counts depend on the rows' documents
+        raise InputError("config.execution.attention='blockwise': no estimate, expected 'kernel', 'dense' or 'auto'")
+    check_experts(on_tpu, run_model.named(config))
+    if config.data.length not in (known := LENGTHS + LONG_LENGTHS):
+        raise InputError(f"config.data.length={config.data.length}: packings exist of {', '.join(map(str, known))}")
+    devices = list(slice_devices(slices.topology, slices.count).reshape(-1))
+    mesh = sharding.make_mesh(**config.mesh, devices=devices)
+    model = model_of(config)
+    trained = Lora(model, config.lora.rank, config.lora.alpha, config.lora.targets) if config.lora.rank else model
+    check_rows(config, mesh)
+    with jax.set_mesh(mesh):
+        optimizer = make_optimizer(config.optimizer, trained, schedule.total_steps(phases(config)))
+        state = with_shardings(
+            train_state.abstract(trained, optimizer), lambda x: train_state.shardings(x, trained, mesh)
+        )
+        frozen = None
+        if config.lora.rank or (config.preference.enabled and config.preference.reference == "frozen"):
+            dtype = jnp.bfloat16 if config.lora.rank else jnp.float32
+            axes = parameters.logical_axes(model)
+            frozen = with_shardings(parameters.abstract(model, dtype), lambda x: sharding.shardings(x, axes, mesh))
+        loss = train_loss(config, model, on_tpu)
+        guard = skips_steps(config)
+        step = make_train_step(
+            trained, loss, optimizer, config.batch.micro_batches, config.optimizer.expert_bias_rate,
+            xla_options("tpu"), guard,
+        )  # fmt: skip
+        replicated = NamedSharding(mesh, PartitionSpec())
+        dtypes = (jnp.int32, jnp.float32, *[jnp.float32] * guard)
+        scalars = [jax.ShapeDtypeStruct((), dtype, sharding=replicated) for dtype in dtypes]
+        lowered = step.lower(state, frozen, _batch(config, mesh), *scalars, halves)
+    return LoweredStep(lowered, mesh, state, model, trained, halves)
+
+
+def compile_step(lowered: jax.stages.Lowered, mesh, slices: Slices):
+    """Returns (compiled program, seconds of compilation). Raises DoesNotFit."""
+    begin = time.perf_counter()
+    try:
+        with jax.set_mesh(mesh):
+            return lowered.compile(), time.perf_counter() - begin
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error) and "hbm" in str(error).lower():
+            raise DoesNotFit(str(error), slices.topology.chip.devices) from error
+        raise
+
+
+def check_experts(execution: Execution, model: ModelConfig) -> None:
+    """Raises InputError on experts in plain XLA, whose trip counts depend on the routing."""
+    if model.is_moe and execution.experts != "megablox":
+        raise InputError(f"config.execution.experts={execution.experts!r}: no estimate, expected 'megablox' or 'auto'")
+
+
+def model_of(config: ConfigDict) -> ModelConfig:
+    model = run_model.named(config)
+    if model.mask_token_id is None:  # import adds one; its id does not change the cost
+        model = model.replace(mask_token_id=model.vocab_size - 1)
+    return extended(config, model.replace(alignment=config.alignment or model.alignment))
+
+
+def with_shardings(abstract, shardings_of):
+    """A tree of jax.ShapeDtypeStruct with the shardings of shardings_of(tree)."""
+    return jax.tree.map(
+        lambda x, layout: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout), abstract, shardings_of(abstract)
+    )
+
+
+def _batch(config: ConfigDict, mesh) -> Batch | tuple:
+    rows, length = config.batch.rows, config.data.length
+    layout = NamedSharding(mesh, PartitionSpec(sharding.spec(("batch",), (rows,), mesh)[0]))
+
+    def array(dtype, *shape):
+        return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=layout)
+
+    tokens, ids = array(jnp.int32, length), array(jnp.uint32)
+    batch = Batch(tokens, tokens, array(jnp.bool_, length), ids, ids)
+    if config.preference.enabled and config.preference.reference == "precomputed":
+        return batch, array(jnp.float32, config.preference.max_pairs, 2)
+    return batch
