@@ -143,21 +143,21 @@ def _kill(process: subprocess.Popen) -> None:
 
 
 def selected(only: str, faults: Sequence[Fault]) -> list[int]:
-    """Indices of the faults that --only names, by room or number (from 1). Raises ValueError on another word."""
+    """Indices of the faults that --only names, by room or number (from 1), in its order. Raises ValueError."""
     if not only:
         return list(range(len(faults)))
-    wanted = set()
+    wanted: dict[int, None] = {}
     for word in only.split(","):
         if match := re.fullmatch(r"(\d+)(?:-(\d+))?", word):
             first, last = int(match[1]), int(match[2] or match[1])
-            here = set(range(first - 1, last)) & set(range(len(faults)))
+            here = [i for i in range(first - 1, last) if 0 <= i < len(faults)]
         else:
-            here = {i for i, fault in enumerate(faults) if fault.room == word}
+            here = [i for i, fault in enumerate(faults) if fault.room == word]
         if not here:
             rooms = ", ".join(dict.fromkeys(fault.room for fault in faults))
             raise ValueError(f"--only={only}: {word!r} is neither 1 to {len(faults)} nor one of {rooms}")
-        wanted |= here
-    return sorted(wanted)
+        wanted |= dict.fromkeys(here)
+    return list(wanted)
 
 
 def line_of(number: int, fault: Fault, outcome: Outcome) -> str:
@@ -167,8 +167,9 @@ def line_of(number: int, fault: Fault, outcome: Outcome) -> str:
 
 
 def run_all(
-    runner: Runner, copies: Sequence[Path], wanted: Sequence[int], log: Callable[[str], None]
+    runner: Runner, copies: Sequence[Path], wanted: Sequence[int], keep: Callable[[dict[int, Outcome]], None]
 ) -> dict[int, Outcome]:
+    """The outcomes by index, each printed when it is there; keep(those so far) after each."""
     free: queue.Queue[Path] = queue.Queue()
     for copy in copies:
         free.put(copy)
@@ -188,8 +189,9 @@ def run_all(
                 index = jobs[job]
                 outcomes[index] = job.result()
                 left = (time.monotonic() - begun) / len(outcomes) * (len(wanted) - len(outcomes))
-                log(line_of(index + 1, FAULTS[index], outcomes[index]))
-                log(f"    {len(outcomes)} of {len(wanted)}, about {left / 60:.0f} min left")
+                print(line_of(index + 1, FAULTS[index], outcomes[index]))
+                print(f"    {len(outcomes)} of {len(wanted)}, about {left / 60:.0f} min left", flush=True)
+                keep(outcomes)
         except BaseException:
             runner.stop()
             pool.shutdown(cancel_futures=True)
@@ -228,7 +230,7 @@ def main() -> int:
     parser.add_argument("--timeout", type=float, default=300, metavar="SECONDS", help="of one fault's tests")
     parser.add_argument("--python", default=sys.executable, help="with everything installed that tests/run.sh installs")
     parser.add_argument("--baseline", action="store_true", help="run the named tests without a fault first")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON of the outcomes")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON of the outcomes, written as they come")
     parser.add_argument("--compare", type=Path, metavar="OLD", help="JSON that --out of another run wrote")
     parser.add_argument("--tree", type=Path, default=ROOT, help="the checkout whose copy is changed")
     flags = parser.parse_args()
@@ -257,25 +259,28 @@ def main() -> int:
                 if code:
                     print(f"the tests fail without a fault:\n{text.strip()[-3000:]}", file=sys.stderr)
                     return 2
-            outcomes = run_all(runner, copies, wanted, lambda line: print(line, flush=True))
+            outcomes = run_all(runner, copies, wanted, lambda found: write(flags.out, record(flags.tree, found)))
         except KeyboardInterrupt:
             runner.stop()
             print("interrupted; the checkout is as it was", file=sys.stderr)
             return 130
-    return report(flags, record(flags.tree, outcomes), old)
+    return report(record(flags.tree, outcomes), old)
 
 
-def report(flags, now: dict, old: dict | None) -> int:
-    """Writes and compares the record; returns the exit code."""
+def write(path: Path | None, value: dict) -> None:
+    if path:
+        path.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def report(now: dict, old: dict | None) -> int:
+    """Sums up, and compares with an older record; returns the exit code."""
     survivors = [each for each in now["mutants"] if not each["caught"]]
     print(f"\n{len(now['mutants']) - len(survivors)} of {len(now['mutants'])} faults caught")
     for each in survivors:
         print(f"survived: {each['number']} {each['file']}: {each['old']}")
-    if flags.out:
-        flags.out.write_text(json.dumps(now, indent=1) + "\n")
     lost = compared(old, now) if old else []
     if old:
-        print(f"of those that {flags.compare} caught, {len(lost)} are not caught now", *lost, sep="\n")
+        print(f"of those that the older run caught, {len(lost)} are not caught now", *lost, sep="\n")
     return 1 if survivors or lost else 0
 
 
