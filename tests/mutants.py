@@ -83,7 +83,8 @@ class Runner:
         self._lock, self.stopped = threading.Lock(), False
 
     def environment(self, copy: Path) -> dict[str, str]:
-        return os.environ | {"PYTHONPATH": str(copy), "JAX_PLATFORMS": "cpu"}
+        ours = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+        return ours | {"PYTHONPATH": str(copy), "JAX_PLATFORMS": "cpu"}
 
     def check(self, copy: Path) -> None:
         """Exits when `python` takes the package from elsewhere than the copy."""
