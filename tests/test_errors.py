@@ -27,6 +27,11 @@ def test_all_else_is_refused_by_name_and_value(value):
     assert str(caught.value) == f"x={value!r}, expected at least 0 and below 1"
 
 
+def test_a_truth_value_is_no_number():
+    with pytest.raises(InputError, match="x=True, expected at least 0 and at most 1"):
+        check_range("x", True, at_least=0, at_most=1)
+
+
 def test_infinity_where_it_is_allowed_and_any_finite_number():
     check_range("x", math.inf, above=0, infinite=True)
     with pytest.raises(InputError, match="x=nan, expected more than 0"):

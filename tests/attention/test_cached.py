@@ -26,12 +26,28 @@ def test_equals_dense_attention(monkeypatch, chunk):
         assert np.allclose(found, expected, atol=1e-5)
 
 
+def test_prefixes_that_end_in_a_last_chunk_which_overlaps_the_one_before(monkeypatch):
+    """Of 19 positions in chunks of 4, all rows see the first four chunks whole, and of the last one a part."""
+    monkeypatch.setattr(cached, "LEAST_CHUNK", 4)
+    rng, visibility = np.random.default_rng(0), block_window(jnp.array([18, 17]), 3)
+    shapes = (3, 4), (3, 2), (3, 2), (19, 2), (19, 2)
+    q, k, v, ck, cv = (jnp.asarray(rng.normal(size=(2, n, h, 8)), jnp.float32) for n, h in shapes)
+    expected = dense_attention(q, jnp.concatenate([k, ck], 1), jnp.concatenate([v, cv], 1), visibility)
+    found = jax.jit(cached.cached_attention)(q, k, v, ck[None], cv[None], 0, visibility)
+    assert np.allclose(found, expected, atol=1e-5)
+
+
 def test_reads_nothing_beyond_the_longest_prefix(monkeypatch):
     monkeypatch.setattr(cached, "LEAST_CHUNK", 4)
     ones = jnp.ones((1, 2, 2, 8))
     poisoned = jnp.ones((1, 1, 16, 2, 8)).at[:, :, 8:].set(jnp.nan)
     found = cached.cached_attention(ones, ones, ones, poisoned, poisoned, 0, block_window(jnp.array([6]), 2))
     assert np.allclose(found, 1)
+
+
+def test_a_window_shows_all_of_itself_and_the_prefix_of_its_row():
+    mask = np.asarray(dense_mask(block_window(jnp.array([0, 3]), 2), 2 + 4)).astype(int)  # own keys, then the cache
+    assert mask.tolist() == [[[1, 1, 0, 0, 0, 0]] * 2, [[1, 1, 1, 1, 1, 0]] * 2]
 
 
 def test_two_block_window_shows_the_finished_block_from_the_cache_or_from_the_window():

@@ -43,6 +43,9 @@ def test_class_defaults():
     assert (llada.rms_norm_eps, llada.rotary_dim, llada.alignment, llada.qk_norm) == (1e-5, 4, "same", True)
     assert (llada.routed_scaling_factor, llada.num_groups, llada.num_selected_groups) == (2.5, 8, 4)
     assert (llada.num_shared_experts, llada.num_dense_layers, llada.router) == (0, 0, "sigmoid")
+    ling = hf_config.from_hf(LLADA | {"architectures": ["BailingMoeV2ForCausalLM"], "head_dim": 8})
+    assert (ling.rope_theta, ling.rotary_dim, ling.alignment, ling.rms_norm_eps) == (600_000.0, 8, "shifted", 1e-6)
+    assert (ling.num_shared_experts, ling.num_dense_layers, ling.routed_scaling_factor) == (1, 1, 1.0)
 
 
 def test_model_type_decides_without_a_class_name():

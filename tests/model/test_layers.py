@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import llada_jax
+from llada_jax.attention.visibility import layout
 from llada_jax.errors import InputError
 from llada_jax.model import experts, head, parameters
+from llada_jax.model.alignment import predictable
 from llada_jax.model.config import PRESETS, ModelConfig, RopeScaling, preset
 from llada_jax.model.forward import Execution
 from llada_jax.model.grouped_matmul import _tiles, grouped_matmul, stack_matmul
@@ -242,6 +244,15 @@ def test_linear_scaling_divides_the_positions():
     positions = jnp.asarray([[0, 1, 7, 400]])
     scaled = rope_angles(c.replace(rope_scaling=RopeScaling("linear", 4.0)), positions)
     np.testing.assert_allclose(scaled, rope_angles(c, positions / 4), atol=1e-6)
+
+
+def test_what_a_model_can_be_asked_for():
+    """No padding and, where a token is predicted by its predecessor, no first token of a document."""
+    segments = jnp.array([[1, 1, 1, 2, 2, 3, 0]])
+    expected = {"same": [1, 1, 1, 1, 1, 1, 0], "shifted": [0, 1, 1, 0, 1, 0, 0]}
+    for alignment, tokens in expected.items():
+        found = predictable(layout(segments, 2), segments, alignment)
+        assert np.asarray(found).astype(int).tolist() == [tokens]
 
 
 def test_packed_rows_and_positions():

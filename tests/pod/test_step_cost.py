@@ -165,6 +165,25 @@ def test_replica_groups_in_every_form_name_their_mesh_axes(groups, axes):
     assert line.axes == axes
 
 
+@pytest.mark.parametrize(
+    "kind,share", [("all-gather", 3), ("all-reduce", 2 * 3 / 4), ("reduce-scatter", 3 / 4), ("all-to-all", 3 / 4)]
+)
+def test_each_kind_of_collective_sends_its_share_of_the_operand(kind, share):
+    text = f"""HloModule m, is_scheduled=true
+
+ENTRY %main (x: bf16[4096,4096]) -> bf16[4096,4096] {{
+  %x = bf16[4096,4096]{{1,0}} parameter(0)
+  ROOT %moved = bf16[4096,4096]{{1,0}} {kind}(%x), channel_id=1, replica_groups=[1,4]<=[4]
+}}
+"""
+    topology = parse_topology("v5p:2x2x1")
+    devices = Devices({"fsdp": 4}, topology, np.array(list(np.ndindex(2, 2, 1))), np.zeros(4, int))
+    (line,) = step_lines(hlo.parse(text), topology.chip, {}, devices)
+    assert line.bytes == pytest.approx(share * 2 * 4096**2)
+    if kind != "all-to-all":  # whose time is that of a bisection
+        assert line.seconds == pytest.approx(line.bytes / (2 * topology.chip.ici_bandwidth))
+
+
 HIDDEN = """HloModule m, is_scheduled=true
 
 %matmul (a: bf16[4096,4096]) -> bf16[4096,4096] {

@@ -73,6 +73,13 @@ def test_draws_depend_on_the_seed_alone(params):
     assert np.array_equal(first.tokens, last.tokens) and not np.array_equal(first.tokens, other.tokens)
 
 
+def test_blocks_of_an_answer_share_no_draws(params):
+    ignorant = jax.tree.map(np.zeros_like, params)  # every token is as likely: draws are all that tells blocks apart
+    drawing = GenerateConfig(gen_length=4 * B, block_length=B, temperature=1.0, threshold=0.0, eos_id=-1)
+    (tokens,) = llada_jax.generate(ignorant, CONFIG, [np.arange(B)], drawing).tokens
+    assert len({tuple(block) for block in tokens.reshape(4, B)}) == 4
+
+
 def test_tells_of_new_tokens_as_blocks_are_finished(params):
     told = {}
 

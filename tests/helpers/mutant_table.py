@@ -1,0 +1,353 @@
+"""The faults that tests/mutants.py plants: one changed line each, and the tests that see it.
+
+`old` occurs once in its file. Tests are named from tests/, quick ones first: a file, or file::test where the file is
+slow. Faults that change no result (only speed, or a tie of probability zero) have no place here.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Fault(NamedTuple):
+    """file and tests are paths from the root of the repository; tests may name one test behind ::."""
+
+    room: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+def problems(tree: Path, faults: tuple[Fault, ...] | None = None) -> list[str]:
+    """A line for each fault that cannot be planted in the checkout `tree`, or names a test that it has not."""
+    return [f"fault {number} ({fault.file}): {wrong}" for number, fault in enumerate(faults or FAULTS, 1)
+            if (wrong := _problem(tree, fault))]  # fmt: skip
+
+
+def _problem(tree: Path, fault: Fault) -> str | None:
+    path = tree / fault.file
+    if not path.is_file():
+        return "no such file"
+    if (count := path.read_text(encoding="utf-8").count(fault.old)) != 1:
+        return f"{fault.old!r} occurs {count} times, expected once"
+    if fault.old == fault.new:
+        return f"{fault.old!r} is not changed"
+    for test in fault.tests:
+        name, _, function = test.partition("::")
+        if not (tree / name).is_file():
+            return f"{name} does not exist"
+        if function and not re.search(rf"^def {function}\(", (tree / name).read_text(encoding="utf-8"), re.MULTILINE):
+            return f"{name} has no test {function}"
+    return None if fault.tests else "no test is named"
+
+
+def _room(name: str, *rows: tuple[str, str, str, str]) -> Iterator[Fault]:
+    """Faults of (file in llada_jax/, old, new, tests in tests/ separated by blanks)."""
+    for file, old, new, tests in rows:
+        yield Fault(name, f"llada_jax/{file}", old, new, tuple(f"tests/{test}" for test in tests.split()))
+
+
+_EQ3, _CACHED = "attention/test_attention.py::test_mask_is_equation_3", "attention/test_cached.py"
+_BLOCKWISE = "attention/test_attention.py::test_blockwise_equals_dense"
+_PLAN, _KERNEL = "attention/test_plan.py", "attention/test_kernel.py::test_kernel_equals_dense"
+
+_MASK = _room(
+    "mask",
+    # Padding positions see each other.
+    ("attention/visibility.py", "| (segment_ids[:, 1:] == 0)", "| (segment_ids[:, 1:] < 0)", _EQ3),
+    # Blocks of a document count from the start of the row.
+    ("attention/visibility.py", "(index - origin) // block_size", "index // block_size", _EQ3),
+    # A block goes on beyond its document.
+    ("attention/visibility.py", "jnp.minimum(end, block + ", "jnp.minimum(length, block + ", _EQ3),
+    # A noisy token sees the clean copy of its own block: the answer.
+    ("attention/visibility.py", "clean_end=both(", "clean_end=(lambda _, clean: both(clean, clean))(", _EQ3),
+    # A block sees one position of its cache too many.
+    ("attention/visibility.py", "zeros + starts[:, None]", "zeros + starts[:, None] + 1", _CACHED),
+    ("attention/visibility.py", "jnp.maximum(starts - block_size, 0)", "jnp.maximum(starts, 0)", _CACHED),
+    # The last chunk of a run is not read.
+    ("attention/plan.py", "last = -(-jnp.max(end, axis=-1) // chunk)", "last = jnp.max(end, axis=-1) // chunk", _PLAN),
+    # A chunk that some queries see in part counts as one that all see whole.
+    ("attention/plan.py", "full_end = jnp.min(end, axis=-1) // chunk", "full_end = -(-jnp.min(end, axis=-1) // chunk)",
+     _PLAN),
+    ("attention/blockwise.py", "(key >= start) & (key < end)", "(key >= start) & (key <= end)", _BLOCKWISE),
+    # The gradient of the scores lacks the scale.
+    ("attention/blockwise.py", "(d_weights - delta[..., None]) * scale)", "(d_weights - delta[..., None]))",
+     _BLOCKWISE),
+    # The chunk that overlaps the one before counts its keys twice.
+    ("attention/cached.py", "jnp.where(position >= i * chunk, position, -1)", "jnp.where(position >= 0, position, -1)",
+     _CACHED),
+    ("attention/cached.py", "visibility.clean_end.min() // chunk", "-(-visibility.clean_end.min() // chunk)", _CACHED),
+    ("attention/context.py", "start // stripe != (end - 1) // stripe", "start // stripe == (end - 1) // stripe",
+     "attention/test_context.py::test_attention_of_the_ranks_is_that_of_the_row"),
+)  # fmt: skip
+
+_KERNELS = _room(
+    "kernels",
+    ("attention/kernel_walk.py", "visible = (key >= start) & (key < end)", "visible = (key > start) & (key < end)",
+     _KERNEL),
+    ("attention/kernel_forward.py", "decay = jnp.exp2(old - new)", "decay = jnp.exp(old - new)", _KERNEL),
+    ("attention/kernel_backward.py", "(d_weights - projection)", "(d_weights + projection)", _KERNEL),
+    # The gradient of the keys stays in units of log 2.
+    ("attention/kernel.py", ", math.log(2), interpret)", ", 1.0, interpret)", _KERNEL),
+    ("attention/rotary.py", "first * cos - second * sin", "first * cos + second * sin",
+     "model/test_goldens.py::test_causal_logits"),
+    # Ties go to the later expert.
+    ("model/router_kernel.py", "pairs[0][:, 1] > pairs[0][:, 0]", "pairs[0][:, 1] >= pairs[0][:, 0]",
+     "model/test_router_kernel.py::test_ties_and_extremes_go_as_in_the_plain_router"),
+    ("model/router_kernel.py", "d_scores * scores * (1 - scores)", "d_scores * scores * scores",
+     "model/test_router_kernel.py::test_equals_the_plain_router"),
+    ("model/rows_kernel.py", "(lane < column)", "(lane <= column)",
+     "model/test_router_kernel.py::test_sorting_by_counting_equals_sorting"),
+    # A row of the next group takes part in the gradient of a group's matrix.
+    ("model/grouped_matmul.py", "jnp.arange(tile) < stop[t]", "jnp.arange(tile) <= stop[t]",
+     "model/test_layers.py::test_grouped_matmul_is_a_matmul_by_group"),
+    ("model/activation.py", "sigmoid + silu * (1 - sigmoid)", "sigmoid + silu * sigmoid",
+     "model/test_activation.py::test_activation_is_its_formula"),
+)  # fmt: skip
+
+_GOLDENS, _LAYERS = "model/test_goldens.py::test_causal_logits", "model/test_layers.py"
+
+_MODEL = _room(
+    "model",
+    # The bias that steers the selection weighs the experts too.
+    ("model/router.py", "jnp.where(chosen, scores[None], 0)", "jnp.where(chosen, ranking[None], 0)",
+     f"{_LAYERS}::test_sigmoid_router_selects_with_bias_and_weighs_without"),
+    ("model/router.py", "weights.sum(0, keepdims=True) + 1e-20", "weights.sum(1, keepdims=True) + 1e-20", _GOLDENS),
+    ("model/router.py", "load.mean(axis=1, keepdims=True) - load)", "load - load.mean(axis=1, keepdims=True))",
+     f"{_LAYERS}::test_bias_moves_towards_the_experts_with_little_load"),
+    # YaRN interpolates the fast channels.
+    ("model/layers.py", "scaling.factor * ramp + inverse * (1 - ramp)",
+     "scaling.factor * (1 - ramp) + inverse * ramp", _GOLDENS),
+    ("model/layers.py", "1.0 / config.rope_theta **", "1.0 / 10_000.0 **", _GOLDENS),
+    ("model/head.py", "* (log_p + entropy[:, None]) / temperature", "* (log_p + entropy[:, None])",
+     f"{_LAYERS}::test_token_scores_equal_the_full_softmax"),
+    # A shifted model is asked for the first token of a document, which has no predecessor.
+    ("model/alignment.py", "< jnp.arange(segment_ids.shape[1])[None])", "<= jnp.arange(segment_ids.shape[1])[None])",
+     f"{_LAYERS}::test_what_a_model_can_be_asked_for"),
+    ("model/alignment.py", "else jnp.roll(clean, 1, axis=1)", "else jnp.roll(clean, -1, axis=1)",
+     "diffusion/test_objectives.py::test_shifted_block_size_1_is_the_ar_model"),
+    ("model/useful_flops.py", "return 3.0 * rows", "return 2.0 * rows", "monitoring/test_mfu.py"),
+)  # fmt: skip
+
+_NOISE = "diffusion/test_noise.py"
+
+_OBJECTIVE = _room(
+    "objectives",
+    ("diffusion/noise.py", "scores < rate)", "scores < 1 - rate)", _NOISE),
+    # The noise of a row is the same in every epoch.
+    ("diffusion/noise.py", "jax.random.fold_in(jax.random.fold_in(root, e), d)", "jax.random.fold_in(root, e)", _NOISE),
+    # Times and masks are made of the same numbers.
+    ("diffusion/noise.py", "jax.random.uniform(jax.random.fold_in(key, use), (length,))",
+     "jax.random.uniform(key, (length,))", _NOISE),
+    ("diffusion/noise.py", "place - start < count", "place - start <= count", _NOISE),
+    ("diffusion/noise.py", "1 - masking.rate)", "masking.rate)",
+     "diffusion/test_objectives.py::test_complementary_pair_covers_each_token_once"),
+    ("diffusion/noise.py", "(stratum.index + u) / stratum.count", "u / stratum.count", _NOISE),
+    # The ELBO's weight is t instead of 1 / t.
+    ("diffusion/objectives.py", "weights / jnp.where(masked, masking.rate, 1)",
+     "weights * jnp.where(masked, masking.rate, 1)",
+     "diffusion/test_objectives.py::test_uniform_model_has_nelbo_log_vocab"),
+    ("diffusion/objectives.py", 'if objective.normalizer == "tokens"', 'if objective.normalizer != "tokens"',
+     "diffusion/test_objectives.py::test_uniform_weight_and_masked_normalizer"),
+    # The confidence term counts tokens that are predicted wrongly.
+    ("diffusion/objectives.py", "(scores.correct * scores.entropy).sum()", "scores.entropy.sum()",
+     "diffusion/test_objectives.py::test_confidence_loss_is_the_mean_entropy_of_correct_tokens_and_moves_nothing_else"),
+    ("diffusion/objectives.py", "sums.correct_entropy / jnp.maximum(sums.correct, 1.0)",
+     "sums.correct_entropy / jnp.maximum(sums.supervised, 1.0)",
+     "diffusion/test_objectives.py::test_confidence_loss_is_the_mean_entropy_of_correct_tokens_and_moves_nothing_else"),
+    # A document without an answer is all tail.
+    ("diffusion/objectives.py", "(before < end)", "(before <= end)", "diffusion/test_tails.py"),
+    ("diffusion/objectives.py", "std * unit, 0.0)", "std * unit, std * unit)",
+     "diffusion/test_objectives.py::test_embedding_noise_moves_masked_tokens_only_and_stops_at_zero"),
+    ("diffusion/preference.py", "-nll * weights", "nll * weights", "diffusion/test_preference.py"),
+    ("diffusion/preference.py", "segment_ids % 2 == 0", "segment_ids % 2 == 1", "diffusion/test_preference.py"),
+    ("diffusion/preference.py", "gain[..., 0] - gain[..., 1]", "gain[..., 1] - gain[..., 0]",
+     "diffusion/test_preference.py"),
+    ("diffusion/preference.py", ">= 2 * (jnp.arange(max_pairs)[None] + 1)", "> 2 * (jnp.arange(max_pairs)[None] + 1)",
+     "diffusion/test_preference.py"),
+    ("diffusion/schedule.py", "if step < phase.steps", "if step <= phase.steps", "diffusion/test_schedule.py"),
+    ("diffusion/schedule.py", '"noisy" if block_size == length else "both"', '"both"', "diffusion/test_schedule.py"),
+)  # fmt: skip
+
+_ACCEPT, _PREDICT = "sampling/test_accept.py", "sampling/test_predict.py"
+
+_SAMPLING = _room(
+    "sampling",
+    ("sampling/accept.py", "step < block_length % steps", "step <= block_length % steps", _ACCEPT),
+    ("sampling/accept.py", "confidence > threshold[:, None]", "confidence >= threshold[:, None]", _ACCEPT),
+    ("sampling/accept.py", "masked & ~predicts_mask", "masked & predicts_mask", _ACCEPT),
+    # The largest entropy counts too.
+    ("sampling/accept.py", "jnp.cumsum(ascending, axis=-1)[:, :-1], ((0, 0), (1, 0))",
+     "jnp.cumsum(ascending, axis=-1), ((0, 0), (0, 0))", _ACCEPT),
+    ("sampling/accept.py", "rank < count[:, None]", "rank <= count[:, None]", _ACCEPT),
+    ("sampling/accept.py", "(predicted != current)", "(predicted == current)", _ACCEPT),
+    # The mask token can be predicted.
+    ("sampling/predict.py", "jnp.where(is_mask, -jnp.inf, score)", "jnp.where(is_mask, score, score)", _PREDICT),
+    ("sampling/predict.py", "sampling.top_k - 0.5", "sampling.top_k + 0.5", _PREDICT),
+    # All blocks of an answer are drawn with the same numbers.
+    ("sampling/decode.py", "jax.random.fold_in(jax.random.fold_in(key, start), step)", "jax.random.fold_in(key, step)",
+     "sampling/test_batching.py::test_blocks_of_an_answer_share_no_draws"),
+    ("sampling/decode.py", "post_steps + 1 > state.requests.max", "post_steps > state.requests.max",
+     "sampling/test_goldens.py"),
+    ("sampling/batching.py", "known[self.told :])", "known)",
+     "sampling/test_batching.py::test_tells_of_new_tokens_as_blocks_are_finished"),
+    ("sampling/cost.py", "return two / one - 1", "return two / one", "sampling/test_cost.py"),
+)  # fmt: skip
+
+_TRAINING = _room(
+    "training",
+    # The first step of the decay has the full rate.
+    ("training/optimizer.py", "peak + (end - peak) / max(decay, 1)", "peak", "training/test_optimizer.py"),
+    ("training/optimizer.py", "config.b1, config.b2, config.eps", "config.b2, config.b1, config.eps",
+     "training/test_optimizer.py"),
+    # Norms and biases are decayed.
+    ("model/parameters.py", 'return self.init == "normal" or self.matrix', "return True",
+     "training/test_optimizer.py"),
+    ("model/lora.py", "xp.float32(scale) * low_rank", "low_rank",
+     "training/test_lora.py::test_merging_keeps_the_dtype_of_the_base"),
+    # A guarded step is applied where the loss is too large, and not where it is not.
+    ("training/step.py", "(loss <= largest_loss)", "(loss > largest_loss)", "training/test_step.py"),
+    ("training/step.py", "sums.squared_difference / total - mean**2", "sums.squared_difference / total",
+     "training/test_step.py"),
+    # The level of a step includes the step before, whose loss is not always read yet.
+    ("training/faults.py", "s < step - 1", "s < step",
+     "training/test_faults.py::test_verdicts_do_not_depend_on_when_metrics_are_read_or_where_a_run_was_resumed"),
+    ("training/faults.py", "step * (before - rows_per_step)", "step * (rows_per_step - before)",
+     "training/test_faults.py::test_a_run_that_goes_on_with_other_rows_meets_each_once_an_epoch"),
+    # A rewind meets the rows of the bad step again.
+    ("training/faults.py", "(bad_step + 1 - to_step)", "(bad_step - to_step)",
+     "training/test_faults.py::test_a_rewind_and_then_other_rows"),
+    ("runtime/retry.py", "2 ** (failures - 1)", "2 ** failures",
+     "runtime/test_workdir_lock.py::test_attempts_are_patient_but_not_for_ever"),
+    ("monitoring/mfu.py", "].peak_bf16 / chips[device.device_kind].devices", "].peak_bf16", "monitoring/test_mfu.py"),
+)  # fmt: skip
+
+_DATA = _room(
+    "data",
+    # Epoch 1 of seed 0 is epoch 0 of seed 1.
+    ("data/order.py", "SeedSequence((self._seed, epoch))", "SeedSequence((self._seed + epoch,))", "data/test_order.py"),
+    ("data/order.py", "offset + step * rows_per_step + np", "step * rows_per_step + np", "data/test_order.py"),
+    # What continues a document in the next row begins with an unsupervised token too.
+    ("data/pack.py", "begin + given * first", "begin + given", "data/test_bos.py"),
+    ("data/pack.py", "start += len(part) + -len(part) % align", "start += len(part)", "data/test_pack.py"),
+    ("data/rows.py", "supervised &= inside", "supervised |= inside", "data/test_pack.py::test_row_records_round_trip"),
+    # A part begins in the middle of a line.
+    ("data/parts.py", "stream.readline()", "stream.read(0)", "data/test_parts.py"),
+    ("data/mixture.py", "self._first_ids[component] + row_id, epoch", "row_id, epoch", "data/test_mixture.py"),
+    ("data/pack_examples.py", 'count if tail == "none" else size', "size", "data/test_pack_chat.py"),
+    ("data/pack_examples.py", "row.used + _size(example) <= length", "row.used + _size(example) < length",
+     "data/test_pack_chat.py"),
+    # A token that begins where a turn does is left out.
+    ("data/chat.py", "np.searchsorted(starts, span)", 'np.searchsorted(starts, span, "right")', "data/test_chat.py"),
+    ("data/chat.py", "sum(end <= len(prompt)", "sum(end < len(prompt)", "data/test_bos.py data/test_chat.py"),
+    ("data/conversation/token_rows.py", "np.arange(len(ids)) >= value", "np.arange(len(ids)) > value",
+     "data/conversation/test_token_rows.py"),
+    # A short text is found in what another turn says.
+    ("data/conversation/said.py", "text.count(bare) >= times", "text.count(bare) >= 1",
+     "data/conversation/test_said.py"),
+)  # fmt: skip
+
+_DIGEST, _SAVER = "checkpoint/test_digest.py", "checkpoint/test_saver.py"
+
+_CHECKPOINT = _room(
+    "checkpoint",
+    ("checkpoint/digest.py", "(h1 + key) * _C4", "h1 * _C4", _DIGEST),
+    ("checkpoint/digest.py", "_salt(row, place >> _U15)", "_salt(row, place)", _DIGEST),
+    # Every replica of a shard is counted.
+    ("checkpoint/digest.py", "shard.replica_id == 0", "shard.replica_id >= 0", _DIGEST),
+    ("checkpoint/merge.py", "for each in slabs[1:]:", "for each in slabs[2:]:", "checkpoint/test_merge.py"),
+    ("checkpoint/saver.py", "step % keep_every == 0", "step % keep_every != 0", f"{_SAVER}::test_keeps_every_so_many"),
+    ("checkpoint/saver.py", "sorted((score.value, step)", "sorted((-score.value, step)",
+     f"{_SAVER}::test_keeps_the_best"),
+    # The oldest intact step stands for a workdir.
+    ("checkpoint/weights.py", "for step in reversed(", "for step in list(",
+     "checkpoint/test_weights.py::test_resolve_passes_over_damaged_and_incomplete_steps"),
+    ("checkpoint/weights.py", 'name.endswith("expert_bias") or ', "",
+     "checkpoint/test_weights.py::test_dtype_casts_all_but_the_expert_bias"),
+)  # fmt: skip
+
+_HUGGINGFACE = "interop/test_huggingface.py"
+
+_CONVERTER = _room(
+    "converter",
+    ("interop/huggingface.py", "(transposed(value) if parameter.matrix else value)", "value",
+     f"{_HUGGINGFACE}::test_goldens_bit_for_bit"),
+    ("interop/huggingface.py", "('gate', 'up')[part % 2]", "('up', 'gate')[part % 2]",
+     f"{_HUGGINGFACE}::test_fused_experts"),
+    # The values are read from the rows of the keys.
+    ("model/parameters.py", "(c.num_heads + c.num_kv_heads, c.num_kv_heads)", "(c.num_heads, c.num_kv_heads)",
+     f"{_HUGGINGFACE}::test_goldens_bit_for_bit"),
+    ("interop/gguf.py", ".swapaxes(1, 2).reshape(rows.shape)", ".reshape(rows.shape)",
+     "interop/test_gguf.py::test_tensors_and_config"),
+    ("interop/hf_config.py", 'head_dim // 2 if architecture == "llada2_moe" else head_dim', "head_dim",
+     "interop/test_hf_config.py"),
+    ("interop/hf_config.py", '"same" if architecture == "llada2_moe" else "shifted"',
+     '"shifted" if architecture == "llada2_moe" else "same"', "interop/test_hf_config.py interop/test_convert.py"),
+    ("interop/hf_config.py", 'defaults.get("rope_theta", 10_000.0)', "10_000.0", "interop/test_hf_config.py"),
+    ("interop/rope_config.py", "0.1 * weight * math.log(factor) + 1", "0.1 * weight * math.log(factor)",
+     "interop/test_rope_config.py"),
+    ("tokenizer.py", "ids[: len(prefix)] == prefix else prefix + ids", "ids[: len(prefix)] == prefix else ids",
+     "interop/test_bos.py"),
+)  # fmt: skip
+
+_SHARDING = _room(
+    "sharding",
+    # The gradient of a sum over ranks is their share of it only.
+    ("sharding.py", "(cotangent * jax.lax.axis_size(axis),)", "(cotangent,)",
+     "test_sharding.py::test_a_mesh_computes_what_one_device_does"),
+    # The copies of the key/value heads lie head after head, not each beside its own.
+    ("sharding.py", "jnp.repeat(x, copies, axis=2)", "jnp.tile(x, (1, 1, copies, 1))",
+     "test_sharding.py::test_a_mesh_computes_what_one_device_does"),
+    ("model/head.py", 'jax.lax.axis_index("tensor") * part.shape[0]', 'jax.lax.axis_index("tensor")',
+     "test_sharding.py::test_a_mesh_computes_what_one_device_does"),
+    ("sampling/predict.py", "jax.lax.axis_index(vocab_axis) * vocab", "jax.lax.axis_index(vocab_axis)",
+     "sampling/test_predict.py::test_shards_of_the_vocabulary_agree_with_the_whole"),
+)  # fmt: skip
+
+_ESTIMATOR = _room(
+    "estimator",
+    ("pod/operations.py", "return 2 * math.sqrt(", "return math.sqrt(",
+     "pod/test_step_cost.py::test_a_matmul_costs_its_flops"),
+    ("pod/hlo.py", "_bits(self.dtype) // 8)", "_bits(self.dtype) // 4)",
+     "pod/test_step_cost.py::test_a_gather_of_rows_moves_them_twice"),
+    ("pod/step_cost.py", "min(line.seconds, flight.behind)", "flight.behind",
+     "pod/test_step_cost.py::test_a_collective_is_hidden_by_what_runs_between_its_start_and_its_done"),
+    # Both directions of a ring are one link.
+    ("pod/collectives.py", "        2 if extent == devices.topology.shape[i]",
+     "        1 if extent == devices.topology.shape[i]",
+     "pod/test_step_cost.py::test_an_all_gather_costs_its_ring_over_the_links_of_its_axes"),
+    ("pod/collectives.py", '"all-reduce": 2 * full * (n - 1) / n', '"all-reduce": full * (n - 1) / n',
+     "pod/test_step_cost.py::test_each_kind_of_collective_sends_its_share_of_the_operand"),
+    # A tile on the border of two groups counts once.
+    ("pod/experts_cost.py", "-(-ends // tile) - starts // tile", "-(-(ends - starts) // tile)",
+     "pod/test_experts_cost.py::test_tile_visits_are_the_kernel_s_own"),
+    ("pod/stream_cost.py", "max(cycles / chip.clock", "min(cycles / chip.clock", "pod/test_stream_cost.py"),
+    ("pod/schedule_reader.py", "(steps / cores if main.loop else 1)", "(steps if main.loop else 1)",
+     "pod/test_stream_cost.py"),
+)  # fmt: skip
+
+_LIKELIHOOD = "evaluation/test_likelihood.py"
+
+_EVALUATION = _room(
+    "evaluation",
+    ("evaluation/likelihood.py", "real / (real - 1)) / tokens", "real / real) / tokens", _LIKELIHOOD),
+    ("evaluation/likelihood.py", "mirrored=bool(draw % 2)", "mirrored=False", _LIKELIHOOD),
+    ("evaluation/likelihood.py", "nats.astype(np.float64) / draws.samples", "nats.astype(np.float64)", _LIKELIHOOD),
+    # The whole part of a decimal fraction is a number of the text.
+    ("evaluation/grading.py", r"(?![A-Za-z0-9_])(?![.,]\d)", "(?![A-Za-z0-9_])", "evaluation/test_grading.py"),
+    ("evaluation/grading.py", "values[0] == values[1]", "values[0] != values[1]", "evaluation/test_grading.py"),
+    ("evaluation/report.py", "ddof=1", "ddof=0", "evaluation/test_report.py"),
+)  # fmt: skip
+
+_GROUND = _room(
+    "ground",
+    ("errors.py", "number >= at_least", "number > at_least", "test_errors.py"),
+    ("errors.py", "isinstance(value, bool | str | bytes)", "isinstance(value, str | bytes)", "test_errors.py"),
+)
+
+FAULTS: tuple[Fault, ...] = (
+    *_MASK, *_KERNELS, *_MODEL, *_OBJECTIVE, *_SAMPLING, *_TRAINING, *_DATA, *_CHECKPOINT, *_CONVERTER, *_SHARDING,
+    *_ESTIMATOR, *_EVALUATION, *_GROUND,
+)  # fmt: skip
