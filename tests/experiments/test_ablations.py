@@ -109,7 +109,7 @@ def test_dry_run_prints_the_command_of_every_run(ablations):
     )
 
 
-def test_text_runs_end_to_end(ablations, place, tmp_path, compile_once, monkeypatch):
+def test_text_runs_end_to_end(ablations, place, tmp_path, monkeypatch):
     """The AR model, a curriculum, its merges and a changed start; what is recorded is not done again."""
     records, base = ablations["records"], ablations["base"]
     functions = [f"def f{i}(x):\n    return x + {i} * {i + 7} - sum(range({i}))\n" for i in range(3000)]
@@ -141,7 +141,7 @@ def test_text_runs_end_to_end(ablations, place, tmp_path, compile_once, monkeypa
         records.finished(place, results / "0.json", 0, "wsd")
 
 
-def test_answer_runs_end_to_end(ablations, place, compile_once, monkeypatch, capsys):
+def test_answer_runs_end_to_end(ablations, place, monkeypatch, capsys):
     records, base = ablations["records"], ablations["base"]
     assert not records.finished(place, place.out / "0.json", 0, "sft")
     assert "no wsd; run experiments/post_training/run.sh 0 first" in capsys.readouterr().out

@@ -31,11 +31,9 @@ from tests.training.test_loop import (  # noqa: F401 (fixtures)
     train,
 )
 
-pytestmark = pytest.mark.usefixtures("compile_once")
-
 
 @pytest.fixture(scope="module")
-def whole(text, compile_once, tmp_path_factory):
+def whole(text, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     train(faulty_config(text), folder)
     return folder

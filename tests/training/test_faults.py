@@ -74,11 +74,8 @@ def rows_of_step(config, folder, step, offset=0):
     return open_inputs(config, folder).rows.batch(step, ROWS, offset).row_ids.tolist()
 
 
-pytestmark = pytest.mark.usefixtures("compile_once")
-
-
 @pytest.fixture(scope="module")
-def clean(text, compile_once, tmp_path_factory):
+def clean(text, tmp_path_factory):
     folder = tmp_path_factory.mktemp("clean")
     train(faulty_config(text), folder)
     return folder
