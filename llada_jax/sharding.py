@@ -8,14 +8,14 @@ is used only where a program must address ranks.
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llada_jax.errors import InputError
 
@@ -39,7 +39,14 @@ RULES: dict[str, tuple[str, ...]] = {
 GATHERED = "gathered_weight"  # name of gathered weights in remat policies: keeping them would undo "fsdp"
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, expert: int = 1, context: int = 1, tensor: int = 1, devices=None) -> Mesh:
+def make_mesh(
+    data: int = -1,
+    fsdp: int = 1,
+    expert: int = 1,
+    context: int = 1,
+    tensor: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
     """Returns a mesh over all devices with axes MESH_AXES. One size may be -1: the devices that the others leave.
 
     devices: by default jax.devices(). Raises InputError if the product is not the number of devices, or if "data" is
@@ -68,7 +75,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, expert: int = 1, context: int = 1, 
     return Mesh(places, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh) -> PartitionSpec:
+def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """Returns the PartitionSpec of an array with these logical axes and shape on `mesh` (concrete or abstract)."""
     entries, taken = [], set()
     for axis, size in zip(axes, shape, strict=True):
@@ -85,7 +92,7 @@ def shardings(abstract, logical_axes, mesh: Mesh):
     return jax.tree.map(lambda leaf, axes: NamedSharding(mesh, spec(axes, leaf.shape, mesh)), abstract, logical_axes)
 
 
-def mesh_in_force():
+def mesh_in_force() -> AbstractMesh | None:
     """Returns the mesh of `jax.set_mesh` if it has several devices, else None."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty or mesh.size == 1 else mesh
@@ -200,7 +207,7 @@ def _gradients_together_backward(has_gradient, cotangents):
 gradients_together.defvjp(_gradients_together_forward, _gradients_together_backward, symbolic_zeros=True)
 
 
-def over_batch(function, axes: Mapping[str, tuple], reduce_dtype: str | None = None):
+def over_batch(function: Callable, axes: Mapping[str, tuple], reduce_dtype: str | None = None) -> Callable:
     """Wraps `function(x, weights, shards)` in shard_map: each shard runs it on its own tokens and weight parts.
 
     x: an array or a tree of arrays with leading axes batch and length; results must have them too. weights: a dict;
@@ -226,18 +233,18 @@ def kv_copies(heads: int, kv_heads: int) -> int:
     return tensor // kv_heads if tensor % kv_heads == 0 and heads % tensor == 0 and tensor > kv_heads else 1
 
 
-def split_over(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh) -> tuple[str, ...]:
+def split_over(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
     """Returns the mesh axes that `spec` of the same arguments names."""
     entries = spec(axes, shape, mesh)
     return tuple(name for entry in entries if entry for name in ([entry] if isinstance(entry, str) else entry))
 
 
-def tokens_joined(shape: tuple[int, ...], mesh) -> PartitionSpec:
+def tokens_joined(shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """Returns the spec of arrays that concatenate one part per shard of a [batch, length, ...] array of this shape."""
     return PartitionSpec(split_over(("batch", "length"), shape[:2], mesh) or None)
 
 
-def over_heads(attention, joined: bool = False):
+def over_heads(attention: Callable, joined: bool = False) -> Callable:
     """Wraps `attention(query, key, value, mask, crosses, *rotary)` in shard_map over tokens and key/value heads.
 
     query [batch, queries, heads, head_dim]; key, value [batch, keys, kv_heads, head_dim]. Query heads are split as

@@ -30,14 +30,14 @@ from absl import flags
 from llada_jax import command_line
 from llada_jax.data import jsonl
 from llada_jax.errors import InputError
-from llada_jax.sampling import decoding_flags as decoding
+from llada_jax.sampling import decoding_flags
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of the checkpoint or workdir.")
 _PROMPT = flags.DEFINE_string("prompt", None, "Text to continue.")
 _CHAT = flags.DEFINE_bool("chat", False, "Talk; or with --prompt, put it into the chat template as the user's turn.")
 _INPUT = flags.DEFINE_string("input", None, "JSONL file of prompts.")
 _OUTPUT = flags.DEFINE_string("output", None, "JSONL file of answers, for --input.")
-decoding.define(gen_length=128)
+decoding_flags.define(gen_length=128)
 _BATCH = flags.DEFINE_integer("batch", 8, "Prompts decoded together.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the draws at temperature > 0.", 0, 2**32 - 1)
 _TEMPLATE_DATE = flags.DEFINE_string(
@@ -74,14 +74,14 @@ def main(argv) -> None:
         raise InputError("--save: matplotlib is not installed; pip install 'llada_jax[plot]'")
     rows = _read_rows(_INPUT.value) if _INPUT.value else None
 
-    config = decoding.generate_config()
+    config = decoding_flags.generate_config()
     configs = None if rows is None else [_config_of(config, place, row) for place, row in rows]
 
     jsonl.prepare(_OUTPUT.value)
 
     from llada_jax.checkpoint.weights import load_checkpoint  # after the flags are right: jax takes seconds
 
-    model = decoding.with_bos(load_checkpoint(_CHECKPOINT.value))
+    model = decoding_flags.with_bos(load_checkpoint(_CHECKPOINT.value))
     if model.tokenizer is None:
         raise InputError(f"{_CHECKPOINT.value}: no tokenizer")
     if _TEMPLATE_DATE.value:

@@ -15,6 +15,7 @@ sent back: outside the layers a row is in order of position, in c equal parts.
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -106,7 +107,7 @@ def blocks_cross(visibility: Visibility) -> jax.Array | None:
     return jnp.any((start < end) & (start // stripe != (end - 1) // stripe))
 
 
-def with_all_keys(attention):
+def with_all_keys(attention: Callable) -> Callable:
     """Adapts `attention(query, key, value, mask, *rotary)` to sharding.over_heads, for ranks that have a part of the
     keys.
 

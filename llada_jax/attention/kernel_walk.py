@@ -108,7 +108,7 @@ class Walk:
         return jnp.concatenate(parts, axis=0)
 
 
-def dot(a, b, contract_a: int, contract_b: int):
+def dot(a: jax.Array, b: jax.Array, contract_a: int, contract_b: int) -> jax.Array:
     """a . b over one dimension of each, accumulated in float32."""
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
     dimensions = (((contract_a,), (contract_b,)), ((), ()))

@@ -18,7 +18,7 @@ _LABELS = {
 
 
 def kinds(documents: list[int], block_size: int, block_origin: str = "global") -> np.ndarray:
-    """int [2 * length, 2 * length]: HIDDEN, or which halves the query and the key are of."""
+    """Returns int [2 * length, 2 * length]: HIDDEN, or the halves that the query and the key belong to."""
     length = sum(documents)
     segments = np.repeat(np.arange(1, len(documents) + 1), documents)
     mask = block_diffusion_mask(length, block_size, segments, block_origin)
@@ -28,7 +28,7 @@ def kinds(documents: list[int], block_size: int, block_origin: str = "global") -
 
 
 def text(kind: np.ndarray) -> str:
-    """One character for each query and key, a rule between the noisy and the clean half."""
+    """Returns text with one character per query and key, and rules between the noisy and the clean half."""
     half = len(kind) // 2
     lines = ["".join(".nxc"[k] for k in row[:half]) + "|" + "".join(".nxc"[k] for k in row[half:]) for row in kind]
     return "\n".join(lines[:half] + ["-" * half + "+" + "-" * half] + lines[half:])
@@ -59,7 +59,7 @@ def draw(kind: np.ndarray, documents: list[int], block_size: int, path: str) -> 
 
 
 def _runs(kind: np.ndarray):
-    """(kind, first key, end, query) of the runs of equal kind in each row, but for hidden ones."""
+    """Yields (kind, first key, end, query) of the runs of equal kind in each row, except hidden ones."""
     for query, row in enumerate(kind):
         key = 0
         for color, run in itertools.groupby(row.tolist()):

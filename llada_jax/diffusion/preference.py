@@ -19,6 +19,7 @@ from llada_jax.diffusion import noise, objectives
 from llada_jax.errors import check_range
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.forward import Execution
+from llada_jax.model.parameters import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +65,7 @@ def shared_source(layout: Layout, segment_ids: jax.Array) -> jax.Array:
 def prepare(
     batch,
     seed: int,
-    block_size,
+    block_size: jax.Array | int,
     model: ModelConfig,
     objective: objectives.Objective,
     settings: Preference,
@@ -86,7 +87,12 @@ def prepare(
 
 
 def score(
-    params, model: ModelConfig, example: objectives.Example, max_pairs: int, halves="both", execution=Execution()
+    params: Params,
+    model: ModelConfig,
+    example: objectives.Example,
+    max_pairs: int,
+    halves: str = "both",
+    execution: Execution = Execution(),
 ) -> jax.Array:
     """Returns B of each document (Eq. 7), the mean over draws: float32 [rows, max_pairs, 2], chosen and rejected.
 

@@ -57,7 +57,7 @@ def _backward(kernel, interpret, residuals, dy):
 swiglu_matmul.defvjp(_forward, _backward)
 
 
-def weighted_swiglu(gate_up, weights, kernel="xla", interpret=False) -> jax.Array:
+def weighted_swiglu(gate_up: jax.Array, weights: jax.Array, kernel: str = "xla", interpret: bool = False) -> jax.Array:
     """hidden [rows, mlp], computed in float32, in gate_up's dtype.
 
     "megablox" takes any number of rows, and any mlp up to 3072 (of bfloat16); multiples of 128, a register's lanes, are
@@ -71,7 +71,9 @@ def weighted_swiglu(gate_up, weights, kernel="xla", interpret=False) -> jax.Arra
     return _stream(_forward_kernel, "expert_activation_forward", operands, results, interpret)[0]
 
 
-def weighted_swiglu_gradients(gate_up, weights, d_hidden, kernel="xla", interpret=False):
+def weighted_swiglu_gradients(
+    gate_up: jax.Array, weights: jax.Array, d_hidden: jax.Array, kernel: str = "xla", interpret: bool = False
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """hidden again, and the gradients of gate_up and weights, each like what it is the gradient of."""
     if kernel == "xla":
         hidden, gradients = jax.vjp(_weighted_swiglu, gate_up, weights)

@@ -34,7 +34,7 @@ EXPERTS = ("gate", "up", "down")
 def moe(
     inputs: tuple[jax.Array, ...], weights: dict[str, jax.Array], shards: sharding.WeightShards, config: ModelConfig,
     execution,
-):  # fmt: skip
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """Routed experts plus the shared one, added to the residual: y = residual + (sum_k w_k E_k(x) + S(x)).
 
     inputs: x and residual [batch, length, embed], rows of this shard, and optionally bool [batch, length]: tokens that
@@ -114,7 +114,13 @@ def read_in_place(stacks: dict[str, jax.Array], axes: dict[str, tuple], executio
 
 
 def combine_experts(
-    x, move: "Move", expert_weights, gate_up, down, kernel: str = "xla", interpret: bool = False
+    x: jax.Array,
+    move: "Move",
+    expert_weights: jax.Array,
+    gate_up: jax.Array,
+    down: jax.Array,
+    kernel: str = "xla",
+    interpret: bool = False,
 ) -> jax.Array:
     """Returns sum_k w_k down_k(silu(gate_k x) * up_k x) over this rank's experts, summed in float32.
 
@@ -127,7 +133,12 @@ def combine_experts(
 
 
 def combine_in_stacks(
-    x, move: "Move", expert_weights, weights, kernel: str = "xla", interpret: bool = False
+    x: jax.Array,
+    move: "Move",
+    expert_weights: jax.Array,
+    weights: dict[str, jax.Array],
+    kernel: str = "xla",
+    interpret: bool = False,
 ) -> jax.Array:
     """combine_experts with layer weights["layer"] of the stacks "gate", "up" and "down" [layers, experts, in, out],
     which are read in place. No gradient.

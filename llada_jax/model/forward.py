@@ -155,10 +155,10 @@ def run_layers(
             weights = {name: w for name, w in weights.items() if name not in shared.experts}
             layers = jnp.arange(len(config.layer_groups[group]))
         stacked = weights, layers
-        some = num_outputs is not None and group == last
-        all_but_last = jax.tree.map(lambda w: w[:-1], stacked) if some else stacked  # noqa: B023
+        trim_last = num_outputs is not None and group == last
+        all_but_last = jax.tree.map(lambda w: w[:-1], stacked) if trim_last else stacked  # noqa: B023
         x, (computed[group], load) = jax.lax.scan(layer_of(group, visibility, shared), x, all_but_last)
-        if some:
+        if trim_last:
             layer = layer_of(group, jax.tree.map(lambda bound: context.first(bound, num_outputs), visibility), shared)
             x, part = layer(*sharding.gradients_together((x, jax.tree.map(lambda w: w[-1], stacked))))
             computed[group], load = jax.tree.map(

@@ -66,21 +66,30 @@ def stack_matmul(
     return rows_times_groups(x, flat, group_sizes, interpret, first=first)
 
 
-def gradient_of_rows(dy, w, group_sizes, kernel, interpret) -> jax.Array:
+def gradient_of_rows(dy: jax.Array, w: jax.Array, group_sizes: jax.Array, kernel: str, interpret: bool) -> jax.Array:
     """dx [rows, in] of grouped_matmul."""
     if kernel == "xla":
         return _rows_times_groups(dy, jnp.swapaxes(w, 1, 2), group_sizes)
     return rows_times_groups(dy, w, group_sizes, interpret, transpose_rhs=True)
 
 
-def gradient_of_groups(x, dy, group_sizes, w, kernel, interpret) -> jax.Array:
+def gradient_of_groups(
+    x: jax.Array, dy: jax.Array, group_sizes: jax.Array, w: jax.Array, kernel: str, interpret: bool
+) -> jax.Array:
     """dw, like w, of grouped_matmul."""
     if kernel == "xla":
         return _group_gradients(x, dy, group_sizes, w)
     return group_gradients(x, dy, group_sizes, interpret).astype(w.dtype)
 
 
-def rows_times_groups(x, w, group_sizes, interpret=False, transpose_rhs=False, first=None) -> jax.Array:
+def rows_times_groups(
+    x: jax.Array,
+    w: jax.Array,
+    group_sizes: jax.Array,
+    interpret: bool = False,
+    transpose_rhs: bool = False,
+    first: jax.Array | None = None,
+) -> jax.Array:
     """x [rows, in] times its group's w[g], or w[g]^T, by the Pallas kernel; otherwise as grouped_matmul.
 
     first: the matrix of group 0, in a w of more matrices than groups.
@@ -95,7 +104,7 @@ def rows_times_groups(x, w, group_sizes, interpret=False, transpose_rhs=False, f
     return y[: x.shape[0]]
 
 
-def group_gradients(x, dy, group_sizes, interpret=False) -> jax.Array:
+def group_gradients(x: jax.Array, dy: jax.Array, group_sizes: jax.Array, interpret: bool = False) -> jax.Array:
     """sum over the rows of each group of x^T dy, [groups, in, out] in x's dtype, by the Pallas kernel."""
     columns = dy.shape[1]
     tiles = _interpreted(x, columns) if interpret else grouped_tiles.group_gradients(*x.shape, columns, device_kind())

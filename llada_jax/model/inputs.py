@@ -22,7 +22,7 @@ def block_size_of(mask: str | tuple[str, int], length: int) -> int:
 
 def checked_inputs(
     config: ModelConfig, named_tokens: dict[str, ArrayLike], segment_ids: ArrayLike | None, positions: ArrayLike | None
-):
+) -> tuple[tuple[jax.Array, ...], jax.Array | None, jax.Array | None]:
     """Returns (tokens, segment_ids, positions) as int32 arrays [batch, length]; tokens is a tuple, None stays None.
 
     Values are checked in concrete arrays only: those of traced ones are unknown. Raises ValueError naming the argument.

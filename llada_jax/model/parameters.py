@@ -14,7 +14,8 @@ Matrices are stored [in, out], ready for `x @ w`; Hugging Face stores [out, in].
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -219,7 +220,7 @@ def is_parameter(x) -> bool:
     return isinstance(x, Parameter)
 
 
-def stacked_map(function, config: ModelConfig | Lora):
+def stacked_map(function: Callable[[Parameter, tuple[int, ...]], Any], config: ModelConfig | Lora) -> dict:
     """Returns the tree of `function(declaration, leading)`; leading is () or (number of layers of the group,)."""
     groups = config.layer_groups
 
@@ -230,22 +231,22 @@ def stacked_map(function, config: ModelConfig | Lora):
     return {name: visit(name, node) for name, node in declare(config).items()}
 
 
-def abstract(config: ModelConfig | Lora, dtype=jnp.float32):
+def abstract(config: ModelConfig | Lora, dtype=jnp.float32) -> dict:
     """Tree of jax.ShapeDtypeStruct, stacked as in memory."""
     return stacked_map(lambda p, leading: jax.ShapeDtypeStruct(leading + p.shape, dtype), config)
 
 
-def logical_axes(config: ModelConfig | Lora):
+def logical_axes(config: ModelConfig | Lora) -> dict:
     """Tree of logical axis names, stacked as in memory; `sharding.spec` maps them to mesh axes."""
     return stacked_map(lambda p, leading: ("layers",) * len(leading) + p.axes, config)
 
 
-def trainable(config: ModelConfig | Lora):
+def trainable(config: ModelConfig | Lora) -> dict:
     """Tree of Parameter.trainable, stacked as in memory."""
     return stacked_map(lambda p, _: p.trainable, config)
 
 
-def decayed(config: ModelConfig | Lora):
+def decayed(config: ModelConfig | Lora) -> dict:
     """Tree of Parameter.decayed, stacked as in memory."""
     return stacked_map(lambda p, _: p.decayed, config)
 
@@ -300,7 +301,7 @@ def leaves(config: ModelConfig | Lora) -> dict[str, tuple[Parameter, int | None]
     return flat
 
 
-def unstack(tree, config: ModelConfig | Lora) -> dict:
+def unstack(tree: dict, config: ModelConfig | Lora) -> dict:
     """In-memory tree -> flat dict with one leaf per layer, as in checkpoints. Takes any tree of that structure."""
     groups = config.layer_groups
     flat = {leaf_name(name): value for name, value in tree.items() if name not in groups}

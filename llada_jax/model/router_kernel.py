@@ -1,8 +1,7 @@
 """Pallas kernels of the router: from logits to the chosen experts and their scores, and back to gradients of logits.
 
-Tokens lie in lanes and experts in sublanes, so that a token's experts are compared register by register: one pass over
-the experts for each one chosen, in place of XLA's sort of them all. Each step of the grid takes a tile of tokens; the
-last may be short.
+Tokens are in lanes and experts in sublanes, so that a token's experts are compared register by register: one pass over
+the experts per chosen one, where XLA sorts them all. Each grid step takes a tile of tokens; the last may be short.
 """
 
 import functools
@@ -18,7 +17,7 @@ from llada_jax.model.rows_kernel import LANES, SUBLANES, TILE, registers
 
 
 def fits(config: ModelConfig) -> bool:
-    """Whether `select` can: each group of experts fills whole registers, and tokens are routed one by one."""
+    """Whether `select` supports a config: each group of experts fills whole registers, and tokens are routed singly."""
     return config.num_experts // config.num_groups % SUBLANES == 0 and not config.routing_block
 
 
@@ -26,7 +25,8 @@ def fits(config: ModelConfig) -> bool:
 def select(
     logits: jax.Array, bias: jax.Array | None, config: ModelConfig, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array]:
-    """experts [k, tokens] int32 and their scores [k, tokens] float32, as router.route chooses them, for fits(config).
+    """Returns experts int32 and their scores float32, both [k, tokens], as router.route chooses them. Needs
+    fits(config).
 
     logits [experts, tokens] float32; bias [experts] float32 or None, which gets no gradient. The results, and the
     logits where the gradient needs them ("softmax"), are saved by the remat name "routing".
@@ -49,7 +49,9 @@ def _backward(config, interpret, residuals, cotangents):
 select.defvjp(_forward, _backward)
 
 
-def choose(logits, bias, config: ModelConfig, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
+def choose(
+    logits: jax.Array, bias: jax.Array | None, config: ModelConfig, interpret: bool = False
+) -> tuple[jax.Array, jax.Array]:
     """As `select`, which has a gradient."""
     shape = config.num_experts_per_token, logits.shape[1]
     operands, specs = [logits], [_tiles(logits.shape)]
@@ -61,7 +63,14 @@ def choose(logits, bias, config: ModelConfig, interpret: bool = False) -> tuple[
     return _call(kernel, "router_selection_forward", specs, results, interpret)(*operands)
 
 
-def gradient(experts, scores, d_scores, logits, config: ModelConfig, interpret: bool = False) -> jax.Array:
+def gradient(
+    experts: jax.Array,
+    scores: jax.Array,
+    d_scores: jax.Array,
+    logits: jax.Array | None,
+    config: ModelConfig,
+    interpret: bool = False,
+) -> jax.Array:
     """Of the logits [experts, tokens]; experts, scores, d_scores [k, tokens]; logits: None for "sigmoid"."""
     operands = [x for x in (experts, scores, d_scores, logits) if x is not None]
     (result,) = _call(
@@ -98,7 +107,7 @@ def _call(kernel, name, in_specs, results, interpret):
 
 
 def _strips(tile: int):
-    """Lanes of one register each: what is at work at a time then nearly fits the registers."""
+    """Slices of one register's lanes each, so that the live values nearly fit the registers."""
     return [pl.ds(start, LANES) for start in range(0, tile, LANES)]
 
 
@@ -140,7 +149,7 @@ def _softmax(logits: jax.Array) -> jax.Array:
 
 
 def _at_experts(experts: jax.Array, values: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
-    """`values` [k, lanes] at the places of `experts` [k, lanes], zero elsewhere."""
+    """Scatters `values` [k, lanes] to the experts `experts` [k, lanes]: an array of `shape`, zero elsewhere."""
     first_expert = jax.lax.broadcasted_iota(jnp.int32, shape, 0) * SUBLANES
     result = jnp.zeros(shape, values.dtype)
     for expert, value in zip(jnp.split(experts, len(experts)), jnp.split(values, len(values)), strict=True):
@@ -177,7 +186,7 @@ def _sum_of_two_best(x: jax.Array) -> jax.Array:
 
 
 def _largest(ranking: jax.Array, scores: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """The places of the k largest, ties to the first, and `scores` there: two of [k, lanes], int32 and float32."""
+    """Returns the indices of the k largest (int32, of equals the first) and their `scores` (float32), [k, lanes]."""
     registers, _, lanes = ranking.shape
     last = registers * SUBLANES - 1
     sublane = _sublane((SUBLANES, lanes))
@@ -196,7 +205,7 @@ def _largest(ranking: jax.Array, scores: jax.Array, k: int) -> tuple[jax.Array, 
 
 
 def _first_largest(values: jax.Array, *others: jax.Array) -> list[jax.Array]:
-    """The largest of `values` along axis 0, the first of equals, and what `others` hold there."""
+    """Returns the largest of `values` along axis 0 (of equals, the first) and the entries of `others` there."""
     arrays = [values, *others]
     while (n := len(arrays[0])) > 1:
         paired = n // 2 * 2

@@ -1,8 +1,8 @@
-"""Pallas kernels that sort by counting: at which row each pair (token, one of its experts) is, sorted by expert.
+"""Pallas kernels of a counting sort: the row of each pair (token, one of its experts), sorted by expert.
 
-A pair's row is the number of rows of experts before its own, plus that of earlier tokens of the same expert. The first
-kernel counts the tokens of each expert; the second goes through the tokens again and gives each pair its row, by a
-matrix product with a triangle of ones. Tokens lie in lanes, experts in sublanes.
+A pair's row is the number of rows of earlier experts, plus that of earlier tokens of the same expert. The first kernel
+counts the tokens of each expert. The second goes through the tokens again and computes the row of each pair by a matrix
+product with a triangle of ones. Tokens are in lanes, experts in sublanes.
 """
 
 import functools
@@ -12,17 +12,18 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-TILE = 512  # tokens of a step
-PARTS = 2  # runs of tokens that are independent but for where they begin: as many as a device has TensorCores
+TILE = 512  # tokens per step
+PARTS = 2  # runs of tokens, independent except for their first row: as many as a device has TensorCores
 SUBLANES, LANES = 8, 128  # of a register of 32 bits
 
 
 def rows_by_expert(experts: jax.Array, num_experts: int, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
-    """(row [k, tokens] int32, group_sizes [num_experts] int32): the place of each pair, sorted by (expert, token).
+    """Returns row [k, tokens] int32, the row of each pair sorted by (expert, token), and group_sizes [num_experts]
+    int32.
 
-    experts [k, tokens] int32, of a token all different; those not in 0 .. num_experts - 1 are in no group, and get a
-    row of no meaning in 0 .. pairs - 1. Any sizes, padded to whole tiles of tokens and registers of experts; exact up
-    to 2^24 pairs.
+    experts [k, tokens] int32, different for each token's k. Experts outside 0 .. num_experts - 1 are in no group; their
+    rows are in 0 .. pairs - 1 but have no meaning. Takes any sizes, padded to whole tiles of tokens and registers of
+    experts. Exact up to 2^24 pairs.
     """
     k, tokens = experts.shape
     tile = min(TILE, pl.cdiv(tokens, PARTS * LANES) * LANES)
@@ -104,7 +105,7 @@ def _chosen(experts: jax.Array, num_experts: int) -> jax.Array:
 
 
 def _places(experts: jax.Array, shape: tuple[int, int, int]) -> list[jax.Array]:
-    """For each of a token's experts, where it is: bool, [registers, sublanes, lanes]."""
+    """Returns for each of a token's k experts its one-hot position: bool [registers, sublanes, lanes]."""
     sublane = jax.lax.broadcasted_iota(jnp.int32, shape[1:], 0)
     first_expert = jax.lax.broadcasted_iota(jnp.int32, shape, 0) * SUBLANES
     return [(experts[j : j + 1] - sublane)[None] == first_expert for j in range(len(experts))]

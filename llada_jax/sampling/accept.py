@@ -17,19 +17,21 @@ def due(block_length: int, steps: jax.Array, step: jax.Array) -> jax.Array:
     return block_length // steps + (step < block_length % steps)
 
 
-def llada2(confidence, masked, due, threshold) -> jax.Array:
+def llada2(confidence: jax.Array, masked: jax.Array, due: jax.Array, threshold: jax.Array) -> jax.Array:
     """All with confidence > threshold when at least `due` pass it, else the `due` most confident (Section 5.4)."""
     passed = masked & (confidence > threshold[:, None])
     enough = passed.sum(-1, keepdims=True) >= due[:, None]
     return jnp.where(enough, passed, top(confidence, masked, due))
 
 
-def sglang(confidence, masked, threshold) -> jax.Array:
+def sglang(confidence: jax.Array, masked: jax.Array, threshold: jax.Array) -> jax.Array:
     """All with confidence > threshold, or the most confident one: no schedule (SGLang's LowConfidence)."""
     return llada2(confidence, masked, jnp.ones(masked.shape[0], jnp.int32), threshold)
 
 
-def dinfer(confidence, masked, threshold, predicts_mask=None) -> jax.Array:
+def dinfer(
+    confidence: jax.Array, masked: jax.Array, threshold: jax.Array, predicts_mask: jax.Array | None = None
+) -> jax.Array:
     """All with confidence >= min(threshold, the largest - 1e-5): near-ties with the largest go together (dInfer).
 
     predicts_mask [rows, block] bool: positions whose first choice is the mask. They are skipped unless no other is left
@@ -42,7 +44,7 @@ def dinfer(confidence, masked, threshold, predicts_mask=None) -> jax.Array:
     return masked & (confidence >= jnp.minimum(threshold, largest - _NEAR)[:, None])
 
 
-def entropy(entropy, masked, bound) -> jax.Array:
+def entropy(entropy: jax.Array, masked: jax.Array, bound: jax.Array) -> jax.Array:
     """The positions of lowest entropy, as many as have entropies, the largest not counted, of at most `bound` nats in
     sum; at least one. The sum bounds the mutual dependence of the tokens (EB-Sampler, arXiv 2505.24857).
     """
@@ -52,7 +54,7 @@ def entropy(entropy, masked, bound) -> jax.Array:
     return top(-entropy, masked, jnp.sum(all_but_largest <= bound[:, None], axis=-1))
 
 
-def fixed(confidence, masked, due) -> jax.Array:
+def fixed(confidence: jax.Array, masked: jax.Array, due: jax.Array) -> jax.Array:
     """The `due` most confident, whatever their confidence."""
     return top(confidence, masked, due)
 
@@ -64,7 +66,9 @@ def top(score: jax.Array, eligible: jax.Array, count: jax.Array) -> jax.Array:
     return eligible & (rank < count[:, None])
 
 
-def edits(confidence, predicted, current, editable, editing_threshold) -> jax.Array:
+def edits(
+    confidence: jax.Array, predicted: jax.Array, current: jax.Array, editable: jax.Array, editing_threshold: jax.Array
+) -> jax.Array:
     """LLaDA2.1's token-to-token edits (arXiv 2602.08676, Eq. 2): written positions whose prediction differs.
 
     predicted, current [rows, block] int; an editing threshold of 0 edits wherever the prediction differs.

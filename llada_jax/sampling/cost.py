@@ -85,7 +85,13 @@ def second_block_price(config: ModelConfig, rows: int, block_length: int, device
     return two / one - 1
 
 
-def compute_bound_rows(config: ModelConfig, block_length: int, chip: Chip, hits=uniform_hits, most: int = 4096):
+def compute_bound_rows(
+    config: ModelConfig,
+    block_length: int,
+    chip: Chip,
+    hits: Callable[[ModelConfig, int], float] = uniform_hits,
+    most: int = 4096,
+) -> int | None:
     """Returns the smallest power of two of rows whose pass is compute-bound; None if `most` rows are not enough."""
     rows = 1
     while rows <= most:

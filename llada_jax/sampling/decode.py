@@ -20,8 +20,9 @@ from jax.sharding import PartitionSpec
 from llada_jax import sharding
 from llada_jax.attention.visibility import block_causal, block_window, make_layout, two_block_window
 from llada_jax.model.config import ModelConfig
-from llada_jax.model.forward import hidden_states
+from llada_jax.model.forward import Cache, hidden_states
 from llada_jax.model.head import head_matrix
+from llada_jax.model.parameters import Params
 from llada_jax.sampling import accept
 from llada_jax.sampling.predict import PredictSettings, predict
 from llada_jax.sampling.state import CACHE_AXES, DecodeSettings, Requests, State, empty_state
@@ -31,7 +32,13 @@ WRITTEN_ROWS = "written_rows"  # scope of the loop over the rows whose blocks ar
 
 @functools.partial(jax.jit, static_argnames=("config", "settings", "prefill_length"))
 def decode(
-    params, config: ModelConfig, settings: DecodeSettings, requests: Requests, prompts, fuse_share, prefill_length: int
+    params: Params,
+    config: ModelConfig,
+    settings: DecodeSettings,
+    requests: Requests,
+    prompts: jax.Array,
+    fuse_share: float,
+    prefill_length: int,
 ) -> State:
     """Decodes a whole batch to its end in one program. prompts [rows, canvas] int32; other arguments as in `admit`."""
     dtype = settings.execution.dtype or params["embedding"].dtype
@@ -80,8 +87,15 @@ def _admit(params, config, settings, state: State, rows, requests, prompts, pref
 
 @functools.partial(jax.jit, static_argnames=("config", "settings", "prefill_length"), donate_argnames=("state",))
 def admit(
-    params, config: ModelConfig, settings: DecodeSettings, state: State, rows, requests, prompts, prefill_length: int
-):
+    params: Params,
+    config: ModelConfig,
+    settings: DecodeSettings,
+    state: State,
+    rows: jax.Array,
+    requests: Requests,
+    prompts: jax.Array,
+    prefill_length: int,
+) -> State:
     """Puts requests into `rows` [n] of a state (out of bounds: dropped) and prefills them. Donates the state.
 
     requests: Requests with arrays [n]. prompts [n, canvas] int32: anything may follow each prompt. prefill_length
@@ -92,7 +106,9 @@ def admit(
 
 
 @functools.partial(jax.jit, static_argnames=("config", "settings"), donate_argnames=("state",))
-def advance(params, config: ModelConfig, settings: DecodeSettings, state: State, iterations) -> State:
+def advance(
+    params: Params, config: ModelConfig, settings: DecodeSettings, state: State, iterations: jax.Array
+) -> State:
     """Runs at most `iterations` (int32) passes over the batch, fewer if every row finishes. Donates the state.
 
     Afterwards the state's iterations, busy and batch_positions count this call alone.
@@ -100,7 +116,7 @@ def advance(params, config: ModelConfig, settings: DecodeSettings, state: State,
     return _advance(params, config, settings, state, iterations)
 
 
-def iterate(params, config: ModelConfig, settings: DecodeSettings, state: State) -> State:
+def iterate(params: Params, config: ModelConfig, settings: DecodeSettings, state: State) -> State:
     """One decoding step of the whole batch: a forward pass, then commits, acceptance and moves to the next block.
 
     Pure, and can be lowered from abstract arguments (state.empty_state).
@@ -133,7 +149,7 @@ def iterate(params, config: ModelConfig, settings: DecodeSettings, state: State)
     return _denoise(params, config, settings, state, hidden, denoising)
 
 
-def constrain_cache(cache):
+def constrain_cache(cache: Cache) -> Cache:
     return jax.tree.map(lambda x: sharding.constrain(x, CACHE_AXES), cache)
 
 
@@ -163,7 +179,9 @@ def _write(cache, block, at, selected):
     return run(cache, block, at, selected)
 
 
-def window_pass(params, config: ModelConfig, settings: DecodeSettings, state: State, blocks: int):
+def window_pass(
+    params: Params, config: ModelConfig, settings: DecodeSettings, state: State, blocks: int
+) -> tuple[jax.Array, Cache, jax.Array]:
     """Forward pass over a window of one or two blocks per row.
 
     Returns hidden states [rows, block, embed] of the window's last block, the keys and values of its first block, and

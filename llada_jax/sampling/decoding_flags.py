@@ -34,14 +34,14 @@ def define(gen_length: int) -> None:
 
 
 def with_bos(model):
-    """A checkpoint.weights.Model with the tokenizer that --add_bos asks for."""
+    """Returns a checkpoint.weights.Model with the tokenizer that --add_bos asks for."""
     if FLAGS.add_bos is None or model.tokenizer is None:
         return model
     return model._replace(tokenizer=model.tokenizer.with_bos(FLAGS.add_bos))
 
 
 def generate_config():
-    """The sampling.generate.GenerateConfig of the flags. Raises InputError naming the field."""
+    """Returns the sampling.generate.GenerateConfig of the flags. Raises InputError naming the field."""
     from llada_jax.sampling.generate import GenerateConfig  # after the flags are parsed: jax takes seconds
 
     return GenerateConfig(**{name: FLAGS[name].value for name in NAMES})

@@ -180,7 +180,9 @@ def prefill_execution(longest: int) -> Execution:
     return Execution(attention="blockwise" if longest > 1024 else "dense")  # dense holds [longest, longest] scores
 
 
-def requests_of(config: ModelConfig, lengths: np.ndarray, configs: Sequence[GenerateConfig], keys) -> Requests:
+def requests_of(
+    config: ModelConfig, lengths: np.ndarray, configs: Sequence[GenerateConfig], keys: jax.Array
+) -> Requests:
     """Requests of [rows] from prompt lengths [rows], their configs and keys [rows]."""
 
     def field(dtype, value):
@@ -215,7 +217,14 @@ def pad(prompts: Sequence[np.ndarray], canvas: int) -> np.ndarray:
     return padded
 
 
-def collect(state: State, rows, lengths, configs, eos_ids, block_length: int) -> Generation:
+def collect(
+    state: State,
+    rows: np.ndarray,
+    lengths: Sequence[int],
+    configs: Sequence[GenerateConfig],
+    eos_ids: Sequence[Sequence[int]],
+    block_length: int,
+) -> Generation:
     """Returns the answers of the finished `rows` [n]. lengths [n]: of their prompts; eos_ids [n, ends]."""
     canvas = jax.device_get((state.tokens, state.written_at, state.confidence))
     counts = jax.device_get((state.denoising_passes, state.commit_passes, state.positions_evaluated))
@@ -256,7 +265,7 @@ def eos_ids_of(config: ModelConfig, g: GenerateConfig) -> list[int]:
     return ids + [-1] * (max(len(config.eos_token_ids), 1) - len(ids))
 
 
-def check_prompts(config: ModelConfig, prompts) -> list[np.ndarray]:
+def check_prompts(config: ModelConfig, prompts: Sequence[ArrayLike]) -> list[np.ndarray]:
     """Returns the prompts as 1-D int32 arrays. Raises ValueError naming the first bad one."""
     checked = []
     for row, prompt in enumerate(prompts):

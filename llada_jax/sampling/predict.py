@@ -167,7 +167,7 @@ def _score(head, hidden, sampling: Sampling, settings: PredictSettings, vocab_ax
 
 
 def _fold(state: _RunningStats, ids, z, allowed, sampling, settings: PredictSettings) -> _RunningStats:
-    """The state with a tile of tokens more: z [positions, ids], and `kept`, the same with -inf for what is cut off."""
+    """Returns the state with one more tile of tokens. z [positions, ids]; allowed: z with -inf for tokens cut off."""
     score = allowed
     if settings.sample:
         score = allowed + jnp.where(sampling.temperature > 0, 1.0, 0.0)[:, None] * _gumbel(sampling.key, ids)

@@ -92,7 +92,9 @@ class State:
 
 
 @functools.partial(jax.jit, static_argnames=("config", "settings", "rows", "canvas", "dtype"))
-def empty_state(config: ModelConfig, settings: DecodeSettings, rows: int, canvas: int, dtype, fuse_share=0.0) -> State:
+def empty_state(
+    config: ModelConfig, settings: DecodeSettings, rows: int, canvas: int, dtype: str, fuse_share: float = 0.0
+) -> State:
     """Returns a state without requests. canvas: most positions of a request, a multiple of the block length.
 
     jax.eval_shape of this function gives abstract arguments to lower decode.iterate and decode.advance from.
