@@ -68,14 +68,12 @@ def save_params(
         >>> llada_jax.load_checkpoint("saved").config == config
         True
     """
-    expected, given = (jax.tree.structure(tree) for tree in (parameters.abstract(config), params))
-    if given != expected:
-        paths = [
-            {jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in jax.tree.leaves_with_path(tree)}
-            for tree in (parameters.abstract(config), params)
-        ]
-        unlike = sorted(paths[0] ^ paths[1]) or [given]
-        raise InputError(f"params: {unlike[0]} is only in {'the model' if unlike[0] in paths[0] else 'the given tree'}")
+    expected, given = (
+        {jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in jax.tree.leaves_with_path(tree)}
+        for tree in (parameters.abstract(config), params)
+    )
+    for name in sorted(expected ^ given):
+        raise InputError(f"params: {name} is only in {'the model' if name in expected else 'the given tree'}")
     leaves = parameters.unstack(jax.tree.map(np.asarray, params), config)
     write_weights(out, config, leaves.items(), {} if tokenizer is None else tokenizer.files, lineage or {})
 
