@@ -258,6 +258,7 @@ def main() -> int:
     if flags.check:
         print(f"{len(FAULTS)} faults can be planted")
         return 0
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # copies are taken away then too
     runner = Runner(flags.python, flags.timeout, [_PLUGIN])
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         copies = [Path(folder) / str(i) for i in range(max(1, min(flags.jobs, len(wanted))))]
