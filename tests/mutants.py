@@ -1,6 +1,6 @@
 """Does the suite see a wrong line? Plants the faults of tests/helpers/mutant_table.py, one at a time, and runs tests.
 
-    python tests/mutants.py                        all of them: about 20 minutes on two idle cores with --jobs=2
+    python tests/mutants.py                        all of them, one after the other; --jobs=2 runs two at once
     python tests/mutants.py --only=mask,sampling   some rooms; --only=3,7-12 some numbers
     python tests/mutants.py --check                only whether every fault can still be planted: a second
     python tests/mutants.py --out=NOW.json --compare=OLD.json
