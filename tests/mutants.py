@@ -1,6 +1,6 @@
 """Does the suite see a wrong line? Plants the faults of tests/helpers/mutant_table.py, one at a time, and runs tests.
 
-    python tests/mutants.py                        all of them: about 20 minutes on two idle cores with --jobs=2
+    python tests/mutants.py                        all of them, one after the other; --jobs=2 runs two at once
     python tests/mutants.py --only=mask,sampling   some rooms; --only=3,7-12 some numbers
     python tests/mutants.py --check                only whether every fault can still be planted: a second
     python tests/mutants.py --out=NOW.json --compare=OLD.json
@@ -38,6 +38,14 @@ sys.path.insert(0, str(ROOT))
 from tests.helpers.mutant_table import FAULTS, Fault, problems  # noqa: E402
 
 _FAILED = re.compile(r"^(?:FAILED|ERROR) (.*?)(?: - .*)?$", re.MULTILINE)
+# A failing example is as good a witness as the smallest one, which hypothesis would look for.
+_PLUGIN, _PLUGIN_TEXT = (
+    "first_witness",
+    """from hypothesis import Phase, settings
+settings.register_profile("first_witness", phases=[Phase.explicit, Phase.generate])
+settings.load_profile("first_witness")
+""",
+)
 _TESTS_FAILED, _INTERRUPTED, _INTERNAL = 1, 2, 3  # pytest's exit codes for what a fault can do to it
 
 
@@ -57,6 +65,7 @@ def copy_tree(tree: Path, to: Path) -> None:
         if name and (tree / name).is_file():
             (to / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(tree / name, to / name)
+    (to / f"{_PLUGIN}.py").write_text(_PLUGIN_TEXT)
 
 
 @contextlib.contextmanager
@@ -77,8 +86,10 @@ def planted(copy: Path, fault: Fault, number: int):
 class Runner:
     """Runs pytest in copies of a checkout; `stop` ends what is running."""
 
-    def __init__(self, python: str, timeout: float):
+    def __init__(self, python: str, timeout: float, plugins: Sequence[str] = ()):
+        """plugins: of pytest, beside those that are installed."""
         self._python, self._timeout = python, timeout
+        self._options = ["-q", "-p", "no:cacheprovider", "--tb=line", *(f"-p{plugin}" for plugin in plugins)]
         self._running: set[subprocess.Popen] = set()
         self._lock, self.stopped = threading.Lock(), False
 
@@ -95,7 +106,7 @@ class Runner:
 
     def pytest(self, copy: Path, arguments: Sequence[str], timeout: float | None = None) -> tuple[int | None, str]:
         """(exit code, None after a timeout; what pytest printed)."""
-        line = [self._python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line", *arguments]
+        line = [self._python, "-m", "pytest", *self._options, *arguments]
         with self._lock:
             if self.stopped:
                 return None, ""
@@ -247,7 +258,8 @@ def main() -> int:
     if flags.check:
         print(f"{len(FAULTS)} faults can be planted")
         return 0
-    runner = Runner(flags.python, flags.timeout)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # copies are taken away then too
+    runner = Runner(flags.python, flags.timeout, [_PLUGIN])
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         copies = [Path(folder) / str(i) for i in range(max(1, min(flags.jobs, len(wanted))))]
         for copy in copies:
