@@ -181,7 +181,7 @@ def test_refusals(llama, tmp_path):
     refused("--alignment=left", alignment="left")
     refused(r"id 29 is '<\|role_end\|>'", mask_token_id=29)
     refused("nowhere: no such folder or file", source=tmp_path / "nowhere")
-    refused(r"tests: no config\.json", source=Path(__file__).parent)
+    refused(r"interop: no config\.json", source=Path(__file__).parent)
     refused(r"expected a folder with config\.json, or a \.gguf file", source=Path(__file__))
     (tmp_path / "ggufs").mkdir()
     (tmp_path / "ggufs" / "a.gguf").touch()
