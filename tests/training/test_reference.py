@@ -150,7 +150,7 @@ def test_scores_of_another_reference_are_made_anew_before_the_first_step_is_save
     def scored(*arguments):
         raise Scored
 
-    monkeypatch.setattr(loop, "_load", scored)
+    monkeypatch.setattr(loop, "_restore", scored)
     for each in ({}, changes, changes, {"optimizer.learning_rate": 1.0, "batch.micro_batches": 1, **changes}):
         with pytest.raises(Scored):
             train(
