@@ -24,8 +24,8 @@ from llada_jax.model import parameters
 from llada_jax.monitoring.metrics import read_rows
 from llada_jax.sampling.generate import GenerateConfig
 from llada_jax.tokenizer import load_tokenizer
-from llada_jax.training import config as settings
 from llada_jax.training import loop
+from llada_jax.training.config import execution, phases
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "post_training"))
 import task  # noqa: E402
@@ -152,7 +152,7 @@ def train(config, workdir: Path) -> dict:
     with open(workdir / "train.log", "a") as log, contextlib.redirect_stdout(log):
         loop.train(config, str(workdir))
     steps = [row for row in read_rows(workdir) if "loss" in row]
-    total = schedule.total_steps(settings.phases(config))
+    total = schedule.total_steps(phases(config))
     if steps[-1]["step"] < total:
         raise KeyboardInterrupt  # SIGTERM has saved the run
     norms = [row["mask_embedding_norm"] for row in steps]
@@ -178,13 +178,13 @@ def score_text(model: weights.Model, place: Place) -> dict[str, list[float]]:
     first = np.diff(batch.segment_ids, axis=1, prepend=0) != 0
     batch = batch.replace(supervised=batch.supervised & ~first)
     joined = batch.replace(segment_ids=(batch.segment_ids > 0).astype(np.int32))
-    execution = settings.execution(_config("wsd", place))
-    likelihoods = {"ar": ar_nll(model.params, model.config, batch, rows_at_once=count // 2, execution=execution)}
+    run_as = execution(_config("wsd", place))
+    likelihoods = {"ar": ar_nll(model.params, model.config, batch, rows_at_once=count // 2, execution=run_as)}
     for key, (block_size, origin, masked) in LIKELIHOODS.items():
         likelihoods[key] = block_nelbo(
             model.params, model.config, batch if masked else joined, block_size,
             samples=1 if block_size == 1 else samples,
-            block_origin=origin, rows_at_once=count // 2, execution=execution,
+            block_origin=origin, rows_at_once=count // 2, execution=run_as,
         )  # fmt: skip
     return {key: [round(each.nats, 5), round(float(each.stderr), 5)] for key, each in likelihoods.items()}
 
@@ -199,9 +199,9 @@ def score_answers(model: weights.Model, rows: Path, place: Place) -> dict[str, l
     decoding = GenerateConfig(gen_length=length, block_length=BLOCK, threshold=0.95, eos_early_stop=True)
     answered, _ = answer_questions(model, questions, decoding, batch=min(asked, 100))
     batch = _last_rows(rows, count)
-    execution = settings.execution(_config("sft", place))
+    run_as = execution(_config("sft", place))
     nelbo = block_nelbo(
-        model.params, model.config, batch, BLOCK, samples=samples, rows_at_once=count // 2, execution=execution
+        model.params, model.config, batch, BLOCK, samples=samples, rows_at_once=count // 2, execution=run_as
     )
     return {
         "right": [answered.score, round(answered.score_stderr, 5)],

@@ -32,9 +32,9 @@ def check(train_flags: Sequence[str], rows: str) -> None:
             raise InputError(f"--{name}: {SETTLED[name]}")
         check_text(f"the trainer's flag {flag!r}", flag)
     config = _config(train_flags)
-    from llada_jax.training import config as settings
+    import llada_jax.training.config
 
-    settings.check(config)
+    llada_jax.training.config.check(config)
     if not (rows or config.data.path or config.data.cache):
         raise InputError("--rows or --config.data.path: a run on a bucket needs packed rows")
 

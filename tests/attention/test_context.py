@@ -20,7 +20,7 @@ from llada_jax.model.config import preset
 from llada_jax.model.forward import Execution
 from llada_jax.pod import hlo, packings
 from llada_jax.pod.collectives import Devices, collective_cost, kind_of
-from llada_jax.training import config as settings
+from llada_jax.training.config import check_rows, default_config
 from llada_jax.training.step import denoising_loss
 
 LENGTH = 64
@@ -210,13 +210,13 @@ def test_a_layer_moves_clean_keys_and_values_alone():
 def test_bad_sizes_are_named():
     with pytest.raises(InputError, match="mesh.context=4: rows of 40 tokens, expected a multiple of 16"):
         context.stripe_size(40, 4)
-    config = settings.default_config("tiny")
+    config = default_config("tiny")
     config.data.length = 200
     with pytest.raises(InputError, match="mesh.context=8: rows of 200 tokens"):
-        settings.check_rows(config, mesh_of(context=8))
+        check_rows(config, mesh_of(context=8))
     config.data.length, config.batch.rows = 256, 3
     with pytest.raises(InputError, match="config.batch.rows=3 cannot be shared by 8 devices"):
-        settings.check_rows(config, mesh_of(fsdp=2, context=4))
+        check_rows(config, mesh_of(fsdp=2, context=4))
     model, tokens = MODELS["same"], jnp.zeros((1, LENGTH), jnp.int32)
     params = parameters.initialize(model, jax.random.key(0))
     with jax.set_mesh(mesh_of(context=2)):

@@ -11,8 +11,8 @@ from llada_jax.data.pack import pack
 from llada_jax.data.pack_chat import pack_chat
 from llada_jax.errors import InputError
 from llada_jax.tokenizer import load_tokenizer
-from llada_jax.training import config as settings
 from llada_jax.training import datasets
+from llada_jax.training.config import default_config
 from tests.helpers.data_helpers import contents, read_back, run_tool, write_rows, write_tokenizer
 from tests.helpers.foreign_tokenizers import byte_level, llama_like, metaspace, words
 
@@ -81,7 +81,7 @@ def test_a_dataset_older_than_the_flag_is_complete_without_it(tmp_path, source):
 
 def test_training_compares_how_documents_begin_and_end(tmp_path, source, capsys):
     tokenizer = llama_like(bos=True)
-    config = settings.default_config("tiny")
+    config = default_config("tiny")
     config.data.length, config.data.held_out_rows = LENGTH, 1
     folders = [str(tmp_path / name) for name in ("with", "without")]
     pack(source, tokenizer, folders[0], LENGTH)

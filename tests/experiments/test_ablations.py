@@ -15,7 +15,7 @@ from llada_jax.data.pack_chat import pack_chat
 from llada_jax.model import parameters
 from llada_jax.model.config import PRESETS, preset
 from llada_jax.tokenizer import load_tokenizer
-from llada_jax.training import config as settings
+from llada_jax.training.config import check, phases
 from tests.helpers.experiments import EXPERIMENTS, importable
 
 FOLDER = EXPERIMENTS / "ablations"
@@ -75,9 +75,9 @@ def test_every_run_has_a_valid_config_that_differs_in_its_fields_only(ablations,
         tokens = {}
         for name, run in runs.RUNS.items():
             config = base.run_config(run, 0, place)
-            settings.check(config)
+            check(config)
             if run.of_text:
-                steps = sum(phase.steps for phase in settings.phases(config))
+                steps = sum(phase.steps for phase in phases(config))
                 tokens[name] = steps * config.batch.rows * config.data.length
         assert len(set(tokens.values())) == 1, "text runs read equal tokens"
     reference, changed = (

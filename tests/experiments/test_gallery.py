@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from llada_jax.errors import InputError
-from llada_jax.training import config as settings
+from llada_jax.training.config import check, phases
 from tests.helpers.experiments import EXPERIMENTS, load
 
 
@@ -16,10 +16,10 @@ def test_the_conversion_keeps_checkpoints_at_even_distances_to_its_end(form):
     config = load("conversion", "config").get_config(form)
     scored = re.search(rf"\b{form}\) .* rows=(\d+)", (EXPERIMENTS / "conversion" / "run.sh").read_text()).group(1)
     assert config.data.held_out_rows >= int(scored), "what is scored is not trained on"
-    settings.check(config)
-    steps = sum(phase.steps for phase in settings.phases(config))
+    check(config)
+    steps = sum(phase.steps for phase in phases(config))
     assert steps % config.checkpoint.keep_every == 0 and steps // config.checkpoint.keep_every >= 5
-    assert config.optimizer.decay_steps < steps and settings.phases(config)[0].block_size == 1
+    assert config.optimizer.decay_steps < steps and phases(config)[0].block_size == 1
     tokens = f"{steps * config.batch.rows * config.data.length // (1000 if form == 'cpu' else 10**6)}"
     assert re.search(rf"\b{tokens} (thousand|million) tokens", (EXPERIMENTS / "conversion" / "run.sh").read_text())
 
@@ -27,11 +27,10 @@ def test_the_conversion_keeps_checkpoints_at_even_distances_to_its_end(form):
 def test_the_recorded_conversion_on_an_accelerator_is_of_its_form():
     recorded = json.loads((EXPERIMENTS / "conversion" / "results" / "h200.json").read_text())
     config = load("conversion", "config").get_config("h200")
-    settings.check(config)
-    phases = settings.phases(config)
+    check(config)
     assert recorded["step_tokens"] == config.batch.rows * config.data.length
-    assert recorded["measured"][-1]["step"] == sum(phase.steps for phase in phases)
-    assert {row["block_size"] for row in recorded["phases"]} == {phase.block_size for phase in phases}
+    assert recorded["measured"][-1]["step"] == sum(phase.steps for phase in phases(config))
+    assert {row["block_size"] for row in recorded["phases"]} == {phase.block_size for phase in phases(config)}
     table = load("conversion", "report").table(recorded).splitlines()[2:7]
     assert all(row in (EXPERIMENTS / "README.md").read_text() for row in table), "the gallery shows what was recorded"
 

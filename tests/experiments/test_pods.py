@@ -10,7 +10,7 @@ import pytest
 from llada_jax import config_flag
 from llada_jax.chips import parse_topology
 from llada_jax.errors import InputError
-from llada_jax.training import config as settings
+from llada_jax.training.config import check
 from tests.helpers.experiments import load
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,7 +22,7 @@ CONFIG = load("pods", "config")
 def test_a_config_shares_its_rows_out_over_its_slices(name):
     launch = CONFIG.LAUNCHES[name]
     config = CONFIG.get_config(name)
-    settings.check(config)
+    check(config)
     devices = parse_topology(launch.topology).num_devices * launch.slices
     sizes = dict(config.mesh)
     known = math.prod(size for size in sizes.values() if size != -1)

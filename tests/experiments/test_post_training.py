@@ -5,7 +5,7 @@ import json
 import pytest
 
 from llada_jax.tokenizer import load_tokenizer
-from llada_jax.training import config as settings
+from llada_jax.training.config import check
 from tests.helpers import experiments
 
 
@@ -37,7 +37,7 @@ def test_data_keeps_the_test_out_and_numbers_apart(tmp_path, monkeypatch):
 def test_every_stage_has_a_valid_config(stage, model):
     config = load("config").get_config(f"{stage},{model}")
     config.init_from = "/some/run"  # DPO insists
-    settings.check(config)
+    check(config)
 
 
 def test_single_masks_process_as_many_positions_as_complementary_pairs():
