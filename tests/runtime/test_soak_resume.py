@@ -1,6 +1,6 @@
 """Killed at random moments, on one process: what is left is the uninterrupted run, bit for bit.
 
-python -m pytest tests/test_soak_resume.py --soak -s     # 50 kills; a few otherwise
+python -m pytest tests/runtime/test_soak_resume.py --soak -s     # 50 kills; a few otherwise
 """
 
 import random
