@@ -240,7 +240,7 @@ def test_padding_between_documents_does_not_part_them_without_the_mask():
     for objective in (Objective(document_mask=False), Objective(document_mask=False, block_origin="document")):
         without = prepared(ids, 4, SHIFTED, objective, segments)
         whole = prepared(ids, 4, SHIFTED, Objective(block_origin=objective.block_origin), joined)
-        for name in ("segment_ids", "positions", "where"):
+        for name in ("segment_ids", "positions", "layout"):
             for a, b in zip(
                 jax.tree.leaves(getattr(without, name)), jax.tree.leaves(getattr(whole, name)), strict=True
             ):

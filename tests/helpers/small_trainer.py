@@ -61,7 +61,7 @@ def hindered(read):
     return batch
 
 
-def write_program(key, seconds, name, backend, executable, callbacks):
+def write_program(key, seconds, name, backend, executable, *callbacks):
     """JAX keeps only what process 0 has compiled; on CPU the other processes' programs have other keys."""
     compilation_cache.put_executable_and_time(key, name, executable, backend, int(seconds))
 

@@ -82,7 +82,7 @@ def test_a_trainers_notes_are_named_and_ignored():
         (LLAMA, {"quantization": {"bits": 4, "group_size": 64}}, "quantization="),
         (LLAMA, {"quantization_config": {"quant_method": "fp8"}}, "quantization_config="),
         (LLAMA, {"compression_config": {"format": "pack-quantized"}}, "compression_config="),
-        (LLAMA, {"attention_output_gate": True}, "attention_output_gate=True.*remove it if it changes nothing"),
+        (LLAMA, {"attention_output_gate": True}, "attention_output_gate=True.*remove the key if it has no effect"),
         (QWEN3, {"use_qk_norm": False}, "use_qk_norm=False"),
         (QWEN3, {"attention_bias": True}, "attention_bias=True"),
         (QWEN3, {"layer_types": "sliding_attention"}, "layer_types=.sliding_attention."),
