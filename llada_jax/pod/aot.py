@@ -44,6 +44,7 @@ def compile_program(
         dump = f"--xla_jf_dump_to={dumps} --xla_jf_dump_llo_text=true" if schedules else ""
         command = [sys.executable, "-m", "llada_jax.pod.aot", target, json.dumps(arguments), topology, folder]
         env = {"LIBTPU_INIT_ARGS": dump, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
+        env["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # JAX writes programs for absent devices, and cannot load them
         done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True, timeout=timeout)
         if done.returncode:
             raised = re.findall(r"^[\w.]*(?:Error|Exception): .*", done.stderr, re.MULTILINE)

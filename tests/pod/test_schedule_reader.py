@@ -56,10 +56,13 @@ def test_conditional_regions_in_program_order():
 @pytest.mark.parametrize(
     "chip,semantics,split", [("v5p", "parallel", True), ("v5p", "arbitrary", False), ("v6e", "parallel", False)]
 )
-def test_a_parallel_axis_is_split_between_the_cores_of_a_device(chip, semantics, split):
+def test_a_parallel_axis_is_split_between_the_cores_of_a_device(chip, semantics, split, tmp_path, monkeypatch):
+    """And the program is not put into JAX's cache, from which one of an absent device cannot be loaded."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
     arguments = {"tile": 512, "semantics": semantics}
     (kernel,) = compile_program("tests.helpers.pod_programs:increment", arguments, SLICES[chip]).kernels.values()
     assert kernel.split == split
+    assert not list(tmp_path.rglob("*-cache"))
 
 
 def test_other_regions_than_named_are_refused():
