@@ -25,7 +25,7 @@ TOKENIZER = {"tokenizer.json": _BACKEND.to_str().encode(), "tokenizer_config.jso
 
 
 @functools.cache
-def weights(name: str, dtype=jnp.float32):
+def random_weights(name: str, dtype=jnp.float32):
     """(config, params); the expert bias stays float32."""
     config, rng = PRESETS[name], np.random.default_rng(0)
     shapes = parameters.abstract(config, dtype)
@@ -40,7 +40,7 @@ def leaves_of(params, config):
 
 
 def write(out, name="tiny_moe", dtype=jnp.float32, tokenizer=TOKENIZER):
-    config, params = weights(name, dtype)
+    config, params = random_weights(name, dtype)
     weights.write_weights(out, config, leaves_of(params, config), tokenizer, {"source": "a test"})
     return config, params
 
@@ -129,7 +129,7 @@ def test_no_chunk_belongs_to_two_slabs(monkeypatch):
 
 
 def test_wrong_leaves_are_refused(tmp_path):
-    config, params = weights("tiny")
+    config, params = random_weights("tiny")
     leaves = dict(leaves_of(params, config))
     name = "layers.002.key"
 
@@ -146,7 +146,7 @@ def test_wrong_leaves_are_refused(tmp_path):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
 def test_an_interrupted_write_leaves_nothing(tmp_path, error):
-    config, params = weights("tiny")
+    config, params = random_weights("tiny")
 
     def stream():
         yield next(leaves_of(params, config))
