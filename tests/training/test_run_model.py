@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from llada_jax.checkpoint import weights
 from llada_jax.data.byte_tokenizer import byte_tokenizer
 from llada_jax.data.pack_chat import pack_chat
 from llada_jax.data.pack_preference import pack_preference
@@ -28,8 +29,8 @@ def folders(tmp_path_factory):
     tokenizer = byte_tokenizer(508, 511)
     for name, model in (("qwen", QWEN), ("sparse", SPARSE)):
         shapes = {name: leaf.shape for name, (leaf, _) in parameters.leaves(model).items()}
-        weights = {name: rng.normal(0, 0.05, shape).astype(np.float32) for name, shape in shapes.items()}
-        weights.write_weights(root / name, model, weights.items(), tokenizer.files, {"source": "drawn"})
+        drawn = {name: rng.normal(0, 0.05, shape).astype(np.float32) for name, shape in shapes.items()}
+        weights.write_weights(root / name, model, drawn.items(), tokenizer.files, {"source": "drawn"})
     rows = [{"prompt": f"{i} plus 1 is", "completion": f" {i + 1}."} for i in range(40)]
     (root / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     pack_chat(str(root / "chats.jsonl"), tokenizer, str(root / "chats"), 64)
