@@ -173,7 +173,7 @@ def _compiler_params(scratch, interpret):
     if not interpret and limit > (capacity := pltpu.get_tpu_info().vmem_capacity_bytes):
         raise InputError(
             f"attention='kernel': the gradients of a row's keys need {limit >> 20} MiB of fast memory, the chip has "
-            f"{capacity >> 20}; make the plan with more `parts`"
+            f"{capacity >> 20}; make the plan in more parts"
         )
     # Addresses are right by construction (interpret mode raises otherwise). Checks would split every block of copies.
     return pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=limit, disable_bounds_checks=True)
