@@ -79,6 +79,6 @@ def test_steps_scored_in_another_way_are_left_out(tmp_path, capsys):
         "step 10 is left out: scored by block_size=4, not 32\nstep 40 is left out: scored by rows=2, not None\n"
     )
     with pytest.raises(
-        InputError, match="3 saved steps have a held-out score that can be compared with the last one, 4"
+        InputError, match="3 saved steps have a held-out score that can be compared with the last one, expected 4"
     ):
         merge.best_steps(tmp_path, 4)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import llada_jax
-from llada_jax.attention.visibility import layout
+from llada_jax.attention.visibility import make_layout
 from llada_jax.errors import InputError
 from llada_jax.model import experts, head, parameters
 from llada_jax.model.alignment import predictable
@@ -251,7 +251,7 @@ def test_what_a_model_can_be_asked_for():
     segments = jnp.array([[1, 1, 1, 2, 2, 3, 0]])
     expected = {"same": [1, 1, 1, 1, 1, 1, 0], "shifted": [0, 1, 1, 0, 1, 0, 0]}
     for alignment, tokens in expected.items():
-        found = predictable(layout(segments, 2), segments, alignment)
+        found = predictable(make_layout(segments, 2), segments, alignment)
         assert np.asarray(found).astype(int).tolist() == [tokens]
 
 
