@@ -156,7 +156,7 @@ _OBJECTIVE = _room(
     ("diffusion/objectives.py", "(scores.correct * scores.entropy).sum()", "scores.entropy.sum()",
      "diffusion/test_objectives.py::test_confidence_loss_is_the_mean_entropy_of_correct_tokens_and_moves_nothing_else"),
     ("diffusion/objectives.py", "sums.correct_entropy / jnp.maximum(sums.correct, 1.0)",
-     "sums.correct_entropy / jnp.maximum(sums.supervised, 1.0)",
+     "sums.correct_entropy / jnp.maximum(sums.masked, 1.0)",
      "diffusion/test_objectives.py::test_confidence_loss_is_the_mean_entropy_of_correct_tokens_and_moves_nothing_else"),
     # A document without an answer is all tail.
     ("diffusion/objectives.py", "(before < end)", "(before <= end)", "diffusion/test_tails.py"),
