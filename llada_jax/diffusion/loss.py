@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from llada_jax.diffusion import objectives
+from llada_jax.diffusion import noise, objectives
 from llada_jax.diffusion.objectives import Objective
 from llada_jax.errors import InputError
 from llada_jax.model.config import ModelConfig
@@ -56,9 +56,7 @@ def loss(
 
 @functools.partial(jax.jit, static_argnames=("config", "objective", "halves", "execution"))
 def _loss(params, config, batch, key, block_size, objective, halves, embedding_noise_std, execution):
-    keys = jax.vmap(lambda row, epoch: jax.random.fold_in(jax.random.fold_in(key, row), epoch))(
-        batch.row_ids, batch.epochs
-    )
+    keys = noise.keys_from(key, batch.row_ids, batch.epochs)
     example = objectives.prepare(
         batch.ids, batch.segment_ids, batch.supervised, keys, block_size, config, objective, halves
     )

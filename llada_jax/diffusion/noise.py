@@ -64,7 +64,11 @@ class Masking:
 
 def example_keys(seed: int, examples: jax.Array, draws: jax.Array) -> jax.Array:
     """One key per row of a batch: (seed, example, draw). examples, draws [batch] uint32."""
-    root = jax.random.key(seed, impl="threefry2x32")
+    return keys_from(jax.random.key(seed, impl="threefry2x32"), examples, draws)
+
+
+def keys_from(root: jax.Array, examples: jax.Array, draws: jax.Array) -> jax.Array:
+    """As `example_keys`, from a key instead of a seed."""
     return jax.vmap(lambda e, d: jax.random.fold_in(jax.random.fold_in(root, e), d))(examples, draws)
 
 
