@@ -11,7 +11,6 @@ A trainer is a list of processes: one, or all those of a distributed run. `start
 
 import dataclasses
 import json
-import os
 import random
 import signal
 import subprocess
@@ -20,8 +19,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from llada_jax.monitoring.metrics import TIMED
 from llada_jax.runtime import distributed
-from tests.training.test_loop import TIMED
+from tests.helpers.processes import environment_of
 
 ROOT = Path(__file__).parents[2]
 # How processes end when another is struck: all save and stop, one says that the other is gone, or JAX does.
@@ -58,15 +58,7 @@ def spawn(arguments: Sequence[str], log: Path, cache: Path, devices: int = 1, **
 
     cache: compiled programs, kept from life to life. devices: fake CPU devices of the process.
     """
-    env = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        **environment,
-    }
+    env = environment_of(cache, devices) | environment
     with open(log, "ab") as out:
         return subprocess.Popen(
             [sys.executable, "-m", "llada_jax.train", *arguments], env=env, cwd=ROOT, stdout=out, stderr=out
@@ -150,9 +142,9 @@ def assert_same_end(workdir: Path, uninterrupted: Path) -> None:
     assert not left, f"left behind: {left}"
 
 
-def metrics_of(workdir: Path) -> list[dict]:
+def metrics_of(workdir: str | Path) -> list[dict]:
     """Rows of metrics.jsonl without the fields that measure time."""
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in row.items() if name not in TIMED} for row in rows]
 
 

@@ -39,6 +39,18 @@ def small_run(last_steps: int = 14, save_every: int = 4) -> list[str]:
     ]
 
 
+def environment_of(cache: Path, devices: int) -> dict[str, str]:
+    """Of a trainer on `devices` fake CPU devices, whose compiled programs are kept in `cache` from life to life."""
+    return os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {_XLA}",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+
 def start(
     arguments: Sequence[str],
     logs: Path,
@@ -54,15 +66,7 @@ def start(
     cache: compiled programs, which all meshes and lives share. devices: of each process.
     """
     logs.mkdir(parents=True, exist_ok=True)
-    env = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {_XLA}",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        **environment,
-    }
+    env = environment_of(cache, devices) | environment
     peers = [f"--coordinator=localhost:{free_port()}", f"--processes={processes}"] if processes > 1 else []
     running = []
     for i in range(processes):

@@ -2,7 +2,6 @@
 
 import json
 from fractions import Fraction
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -17,11 +16,11 @@ from llada_jax.data.pack_chat import pack_chat
 from llada_jax.errors import InputError
 from llada_jax.model import parameters
 from llada_jax.model.config import PRESETS, preset
-from llada_jax.monitoring.metrics import TIMED
 from llada_jax.tokenizer import from_files
 from llada_jax.training import datasets, inputs, loop
 from llada_jax.training.config import check, default_config
 from tests.helpers.foreign_tokenizers import llama_like
+from tests.helpers.kill_loop import metrics_of
 
 LENGTH = 32
 TOKENIZER = byte_tokenizer(preset("tiny").eos_token_id, preset("tiny").mask_token_id)
@@ -203,8 +202,7 @@ def test_the_template_counts_for_conversations_only(tmp_path):
 
 def train(config, workdir):
     loop.train(config, str(workdir), jax.devices()[:1])
-    rows = [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name not in TIMED} for row in rows]
+    return metrics_of(workdir)
 
 
 def test_a_run_over_a_mixture_with_a_corrupt_row(folders, tmp_path):

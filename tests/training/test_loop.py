@@ -19,9 +19,9 @@ from llada_jax.data.pack_chat import pack_chat
 from llada_jax.data.pack_preference import pack_preference
 from llada_jax.errors import InputError
 from llada_jax.model.config import PRESETS, preset
-from llada_jax.monitoring.metrics import TIMED
 from llada_jax.training import loop, stages
 from llada_jax.training.config import default_config
+from tests.helpers.kill_loop import metrics_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -72,11 +72,6 @@ def config_of(text, model="small", **changes):
             node = node[head]
         node[name] = value
     return config
-
-
-def metrics_of(workdir):
-    rows = [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name not in TIMED} for row in rows]
 
 
 def assert_same_checkpoint(a, b):

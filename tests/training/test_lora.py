@@ -23,11 +23,11 @@ from llada_jax.interop.export import export_checkpoint
 from llada_jax.model import lora, parameters
 from llada_jax.model.config import PRESETS, preset
 from llada_jax.model.forward import forward
-from llada_jax.monitoring.metrics import TIMED
 from llada_jax.training import loop, train_state
 from llada_jax.training.config import default_config, execution, objective
 from llada_jax.training.optimizer import make_optimizer
 from llada_jax.training.step import denoising_loss, make_train_step
+from tests.helpers.kill_loop import metrics_of
 
 SMALL = preset("tiny_moe").replace(
     hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, rotary_dim=8, intermediate_size=64,
@@ -85,11 +85,6 @@ def config_of(text, base, **changes):
 def train(config, workdir, devices=1):
     loop.train(config, workdir, jax.devices()[:devices])
     return metrics_of(workdir)
-
-
-def metrics_of(workdir):
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name not in TIMED} for row in rows]
 
 
 def tensors(step):
