@@ -4,18 +4,10 @@ import importlib.util
 import os
 from pathlib import Path
 
+from tests.helpers.environment import xla_flags
+
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = " ".join(
-    [
-        os.environ.get("XLA_FLAGS", ""),
-        "--xla_force_host_platform_device_count=8",
-        # Eight devices on two busy cores are slow to meet, not stuck.
-        "--xla_cpu_collective_call_terminate_timeout_seconds=600",
-        # What runs for a moment is not worth optimising: most of the suite's time is compiling.
-        "--xla_backend_optimization_level=0",
-        "--xla_llvm_disable_expensive_passes=true",
-    ]
-)
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(devices=8)}"
 # What is compiled once is loaded by all tests, by the processes that they start, and by the next run.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "programs"))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
@@ -36,7 +28,9 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    # The same examples in every run, whose programs are in the cache; --soak looks for new ones.
+    # The same examples in every run, whose programs are in the cache; --soak looks for new ones, and for more.
+    if config.getoption("--soak"):
+        os.environ["LLADA_JAX_SOAK"] = "1"
     hypothesis.settings.register_profile("suite", derandomize=not config.getoption("--soak"), deadline=None)
     hypothesis.settings.load_profile("suite")
 

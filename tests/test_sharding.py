@@ -1,7 +1,6 @@
 """The training step over eight fake devices: every mesh computes what one device does."""
 
 import json
-import os
 import re
 import socket
 import subprocess
@@ -19,6 +18,7 @@ from llada_jax.model import parameters
 from llada_jax.model.config import preset
 from llada_jax.model.forward import Execution
 from llada_jax.training.step import denoising_loss
+from tests.helpers.environment import process_environment
 
 ROWS, LENGTH = 8, 32
 SMALL = dict(hidden_size=64, num_layers=2, num_heads=8, num_kv_heads=4, head_dim=8, intermediate_size=64)
@@ -131,10 +131,7 @@ def test_two_processes_compute_what_one_device_does():
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    env = os.environ | {
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=4"),
-    }
+    env = process_environment(devices=4)
     processes = [
         subprocess.Popen([sys.executable, "-c", PROCESS, address, str(i)], env=env, text=True, stdout=subprocess.PIPE)
         for i in range(2)

@@ -1,7 +1,6 @@
 """The command lines, run as a user runs them."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from llada_jax.interop.convert import import_checkpoint
 from llada_jax.model import parameters
 from llada_jax.model.config import preset
 from llada_jax.tokenizer import load_tokenizer
+from tests.helpers.environment import process_environment
 from tests.helpers.foreign_tokenizers import llama_like
 from tests.helpers.paths import GOLDENS
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def run(tool, *arguments, timeout=300, stdin=None):
-    env = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    env = process_environment()
     command = [sys.executable, str(ROOT / "tools" / f"{tool}.py"), *map(str, arguments)]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout, input=stdin)
 
@@ -290,4 +290,4 @@ modules = flags.FLAGS.flags_by_module_dict()
 defined = {{flag.name for module in modules if "absl" not in module for flag in modules[module]}}
 assert taken & set(shared) == set() and taken | set(shared) == defined, taken ^ defined
 """
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=process_environment(), check=True)

@@ -13,6 +13,7 @@ Matrices are stored [in, out], ready for `x @ w`; Hugging Face stores [out, in].
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -251,6 +252,7 @@ def decayed(config: ModelConfig | Lora) -> dict:
     return stacked_map(lambda p, _: p.decayed, config)
 
 
+@functools.partial(jax.jit, static_argnames=("config", "dtype"))
 def initialize(config: ModelConfig | Lora, key: jax.Array, dtype=jnp.float32) -> Params:
     """Returns random weights, stacked: N(0, initializer_range); ones for norms; zeros for biases and an adapter's B.
 

@@ -1,5 +1,8 @@
 """Heads in and out of the attention kernels: normalised, rotated, scaled and cut, interpreted, against plain JAX."""
 
+import contextlib
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +17,16 @@ from llada_jax.attention.rotary import QueryKeyRotary, RotaryNorm
 from llada_jax.attention.visibility import block_diffusion, make_layout
 
 INTERPRET = pltpu.InterpretParams()
+
+
+def jitted(function, *arguments):
+    """A function of arrays as one program."""
+    return jax.jit(function)(*arguments)
+
+
+def output_and_gradients(function, cotangent, *operands):
+    out, vjp = jax.vjp(function, *operands)
+    return out, vjp(cotangent)
 
 
 def rotary_of(rng, batch, length, half, head_dim=None, dtype=jnp.float32):
@@ -37,16 +50,19 @@ def test_rotated_tiles_and_their_gradients(head_dim, half, normed):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(2, 24, 4, head_dim)), jnp.float32)
     rotary = rotary_of(rng, 2, 24, half, head_dim if normed else None)
-    expected, gradients = jax.vjp(lambda x, rotary: plain(x, rotary, 2, 8, 0.3), x, rotary)
-    found = tiles_of_rows(x, 2, 8, "x", rotary, 0.3, INTERPRET)
+    cotangent = jnp.asarray(rng.normal(size=(2, 2 * 24 // 8, 2 * 8, head_dim)), jnp.float32)
+    expected, (expected_d_x, expected_d_rotary) = jitted(
+        functools.partial(output_and_gradients, lambda x, rotary: plain(x, rotary, 2, 8, 0.3)), cotangent, x, rotary
+    )
+    found = jitted(lambda x, rotary: tiles_of_rows(x, 2, 8, "x", rotary, 0.3, INTERPRET), x, rotary)
     np.testing.assert_allclose(found, expected, atol=2e-6)
-    cotangent = jnp.asarray(rng.normal(size=found.shape), jnp.float32)
-    d_x, d_weight = rows_of_tiles(cotangent, x, 8, "x", rotary, 0.3, INTERPRET)
-    expected_d_x, expected_d_turn = gradients(cotangent)
+    d_x, d_weight = jitted(
+        lambda c, x, rotary: rows_of_tiles(c, x, 8, "x", rotary, 0.3, INTERPRET), cotangent, x, rotary
+    )
     np.testing.assert_allclose(d_x, expected_d_x, atol=1e-5)
     assert (d_weight is None) == (not normed)
     if normed:
-        np.testing.assert_allclose(d_weight, expected_d_turn.weight, atol=1e-4)
+        np.testing.assert_allclose(d_weight, expected_d_rotary.weight, atol=1e-4)
 
 
 @pytest.mark.parametrize("half", [32, 64])
@@ -56,16 +72,18 @@ def test_bfloat16_is_rounded_once(half):
     x = jnp.asarray(rng.normal(size=(1, 32, 2, 128)), jnp.bfloat16)
     rotary = rotary_of(rng, 1, 32, half, 128, jnp.bfloat16)
     cotangent = jnp.asarray(rng.normal(size=(2, 2, 16, 128)), jnp.bfloat16)
-    exact, gradients = jax.vjp(
-        lambda x, rotary: plain(x, rotary, 2, 16, 1.0), x.astype(jnp.float32), jax.tree.map(jnp.float32, rotary)
+    exact, (d_x, d_rotary) = jitted(
+        functools.partial(output_and_gradients, lambda x, rotary: plain(x, rotary, 2, 16, 1.0)),
+        *jax.tree.map(jnp.float32, (cotangent, x, rotary)),
     )
-    d_x, d_turn = gradients(cotangent.astype(jnp.float32))
-    found = tiles_of_rows(x, 2, 16, "x", rotary, 1.0, INTERPRET)
-    found_d_x, d_weight = rows_of_tiles(cotangent, x, 16, "x", rotary, 1.0, INTERPRET)
+    found = jitted(lambda x, rotary: tiles_of_rows(x, 2, 16, "x", rotary, 1.0, INTERPRET), x, rotary)
+    found_d_x, d_weight = jitted(
+        lambda c, x, rotary: rows_of_tiles(c, x, 16, "x", rotary, 1.0, INTERPRET), cotangent, x, rotary
+    )
     for a, b in ((found, exact), (found_d_x, d_x)):
         assert a.dtype == jnp.bfloat16
         np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=2**-8, atol=1e-4)
-    np.testing.assert_allclose(d_weight, d_turn.weight, rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(d_weight, d_rotary.weight, rtol=1e-4, atol=1e-3)
 
 
 def test_without_a_turn_rows_come_back():
@@ -102,16 +120,11 @@ def test_attention_rotated_first_heads(sizes):
     def ours(query, key, value, rotary):
         return kernel_attention(query, key, value, kernel_plan(visibility, 22, 2, 8, True), True, rotary=rotary)
 
-    def both(attention, *operands):
-        out, vjp = jax.vjp(attention, *operands)
-        return out, vjp(cotangent)
-
-    expected = both(dense, query, key, value, rotary)
-    if sizes:
-        with jax.set_mesh(sharding.make_mesh(**sizes, devices=jax.devices()[:4])):
-            found = jax.jit(lambda *x: both(ours, *x))(query, key, value, rotary)
-    else:
-        found = jax.jit(lambda *x: both(ours, *x))(query, key, value, rotary)
+    operands = query, key, value, rotary
+    expected = jitted(functools.partial(output_and_gradients, dense), cotangent, *operands)
+    mesh = jax.set_mesh(sharding.make_mesh(**sizes, devices=jax.devices()[:4])) if sizes else contextlib.nullcontext()
+    with mesh:
+        found = jitted(functools.partial(output_and_gradients, ours), cotangent, *operands)
     for (path, a), (_, b) in zip(*(jax.tree.leaves_with_path(tree) for tree in (found, expected)), strict=True):
         if not any(getattr(key, "name", "") in ("cos", "sin") for key in path):
             np.testing.assert_allclose(a, b, atol=1e-4, err_msg=jax.tree_util.keystr(path))

@@ -17,6 +17,7 @@ from llada_jax.checkpoint import files, saver, weights
 from llada_jax.errors import InputError
 from llada_jax.model import parameters
 from llada_jax.model.config import PRESETS
+from tests.helpers.environment import process_environment
 
 CONFIG = PRESETS["tiny_moe"].replace(vocab_size=64, mask_token_id=63, eos_token_id=62, pad_token_id=62)
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3, mu_dtype=jnp.bfloat16))
@@ -265,11 +266,11 @@ TWO_PROCESSES = """
 
 def test_two_processes(tmp_path):
     code = textwrap.dedent(TWO_PROCESSES.format(port=20000 + os.getpid() % 20000, directory=tmp_path))
-    environment = os.environ | {"PYTHONPATH": ".", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    env = process_environment(devices=2)
     root = Path(__file__).parents[2]
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", code, str(rank)], env=environment, cwd=root, text=True,
+            [sys.executable, "-c", code, str(rank)], env=env, cwd=root, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )
         for rank in range(2)

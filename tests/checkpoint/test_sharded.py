@@ -14,6 +14,7 @@ import pytest
 from llada_jax.checkpoint import files, saver, weights
 from llada_jax.model import parameters
 from llada_jax.model.config import PRESETS
+from tests.helpers.environment import process_environment
 
 CONFIG = PRESETS["tiny_moe"].replace(hidden_size=256, moe_intermediate_size=256, vocab_size=1024)
 PROCESS = """
@@ -58,10 +59,10 @@ def save_on_one_device(directory: Path, monkeypatch) -> None:
 def test_each_of_two_processes_reads_its_half(tmp_path, monkeypatch, write):
     write(tmp_path / "1", monkeypatch)
     code = PROCESS.format(port=20000 + (os.getpid() + 7919) % 20000, directory=tmp_path / "1", count=2)
-    environment = os.environ | {"PYTHONPATH": ".", "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    env = process_environment(devices=1)
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(code), str(rank)], env=environment, text=True,
+            [sys.executable, "-c", textwrap.dedent(code), str(rank)], env=env, text=True,
             cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )
         for rank in range(2)

@@ -9,13 +9,14 @@ from llada_jax.attention.visibility import make_layout
 from llada_jax.diffusion import noise
 from llada_jax.diffusion.noise import NoiseSpec
 from llada_jax.errors import InputError
+from tests.helpers.programs import draw_masking
 
 
 def draw(spec, rows=64, length=64, block_size=8, segments=None, eligible=None, first=0):
     segments = jnp.ones((rows, length), jnp.int32) if segments is None else segments
     eligible = segments > 0 if eligible is None else eligible
     keys = noise.example_keys(0, jnp.arange(first, first + rows, dtype=jnp.uint32), jnp.zeros(rows, jnp.uint32))
-    return noise.draw_masking(keys, eligible, make_layout(segments, block_size), spec)
+    return draw_masking(keys, eligible, make_layout(segments, block_size), spec)
 
 
 def test_one_rate_a_block_or_a_document_within_the_band():
@@ -63,7 +64,7 @@ def test_noise_of_a_row_does_not_depend_on_its_batch():
     assert np.array_equal(whole.masked[5:], part.masked)
     other = noise.example_keys(0, jnp.uint32([5]), jnp.uint32([1]))
     assert not np.array_equal(
-        noise.draw_masking(other, jnp.ones((1, 64), bool), make_layout(jnp.ones((1, 64), jnp.int32), 8), NoiseSpec())
+        draw_masking(other, jnp.ones((1, 64), bool), make_layout(jnp.ones((1, 64), jnp.int32), 8), NoiseSpec())
         .masked[0],
         whole.masked[5],
     )  # fmt: skip
@@ -89,7 +90,7 @@ def strata_of(spec, strata, length=64, block_size=8):
     layout = make_layout(jnp.ones((4, length), jnp.int32), block_size)
     eligible = jnp.arange(length)[None] % 5 > 0
     eligible = jnp.broadcast_to(eligible, (4, length))
-    return eligible, [noise.draw_masking(keys, eligible, layout, spec, stratum=stratum) for stratum in strata]
+    return eligible, [draw_masking(keys, eligible, layout, spec, stratum=stratum) for stratum in strata]
 
 
 def test_strata_share_out_the_band():
@@ -115,6 +116,6 @@ def test_every_use_of_a_rows_key_has_a_key_of_its_own():
     # Rates and masks are what they always were: of the two halves of a split.
     split = jax.random.split(row)
     layout = make_layout(jnp.ones((1, 64), jnp.int32), 1)
-    drawn = noise.draw_masking(row[None], jnp.ones((1, 64), bool), layout, NoiseSpec(rate_low=0.0))
+    drawn = draw_masking(row[None], jnp.ones((1, 64), bool), layout, NoiseSpec(rate_low=0.0))
     np.testing.assert_array_equal(drawn.rate[0], 1 - jax.random.uniform(split[0], (64,)))
     np.testing.assert_array_equal(drawn.masked[0], jax.random.uniform(split[1], (64,)) < drawn.rate[0])

@@ -16,8 +16,8 @@ from llada_jax.errors import InputError
 from llada_jax.evaluation.likelihood import ESTIMATOR, ar_nll, block_nelbo
 from llada_jax.model import parameters
 from llada_jax.model.config import preset
-from llada_jax.model.forward import denoised_hidden
 from tests.helpers.bayes_exact import bayes_nll, draw_sequences, joint
+from tests.helpers.programs import denoised_hidden, prepare, score
 
 TINY = preset("tiny").replace(num_layers=2, hidden_size=64, intermediate_size=96, num_heads=2, num_kv_heads=1)
 MOE = preset("tiny_moe").replace(num_layers=2, hidden_size=64)
@@ -43,7 +43,7 @@ def batch_of(ids, segments=None):
 def prepared(ids, block_size, config=TINY, objective=Objective(), segments=None, halves="both", seed=0):
     b = batch_of(np.asarray(ids, np.int32), segments)
     arrays = jnp.asarray(b.ids), jnp.asarray(b.segment_ids), jnp.asarray(b.supervised)
-    return objectives.prepare(*arrays, keys_of(len(ids), seed), block_size, config, objective, halves)
+    return prepare(*arrays, keys_of(len(ids), seed), block_size, config, objective, halves)
 
 
 def random_ids(rows, length, seed=0):
@@ -61,7 +61,7 @@ def test_uniform_model_has_nelbo_log_vocab(spec, halves, block_size):
     squares = []
     for seed in range(6):
         example = prepared(random_ids(32, 64), block_size, objective=Objective(spec), halves=halves, seed=seed)
-        sums, scores = objectives.score(params, TINY, example, halves)
+        sums, scores = score(params, TINY, example, halves)
         total, count = total + float(sums.weighted), count + float(sums.eligible)
         squares.append(np.asarray((scores.nll * example.weights).sum(1) / 64))
     stderr = np.std(np.concatenate(squares)) / np.sqrt(6 * 32)
@@ -191,13 +191,13 @@ def test_packed_documents_have_the_loss_of_the_same_documents_alone(config, halv
     segments = np.repeat([1, 2, 3, 0], [*lengths, 2])[None]
     objective = Objective(block_origin="document")
     packed = prepared(ids, block_size, config, objective, segments, halves)
-    _, scores = objectives.score(params, config, packed, halves)
+    _, scores = score(params, config, packed, halves)
     start = 0
     for n in lengths:
         part = slice(start, start + n)
         alone = prepared(ids[:, part], block_size, config, objective, halves=halves)
         alone = alone.replace(noisy=packed.noisy[:, part], masked=packed.masked[:, part])
-        _, expected = objectives.score(params, config, alone, halves)
+        _, expected = score(params, config, alone, halves)
         np.testing.assert_allclose(scores.nll[:, part], expected.nll, atol=1e-5)
         start += n
 
@@ -227,7 +227,7 @@ def test_without_the_document_mask_a_row_is_one_document():
     for a, b in zip(jax.tree.leaves(without.replace(keys=0)), jax.tree.leaves(one.replace(keys=0)), strict=True):
         assert np.array_equal(a, b)
     params = params_of(SHIFTED)
-    losses = [objectives.score(params, SHIFTED, each)[1].nll for each in (without, one, two)]
+    losses = [score(params, SHIFTED, each)[1].nll for each in (without, one, two)]
     assert np.array_equal(losses[0], losses[1]) and not np.allclose(losses[0], losses[2])
     assert bool(without.eligible[0, 11]) and not bool(two.eligible[0, 11])  # the first token of the second document
 
@@ -260,7 +260,7 @@ def test_expert_load_counts_the_tokens_of_documents_in_every_half_and_no_padding
     segments = np.array([[1] * 8 + [0] * 4 + [2] * 8 + [0] * 4, [1] * 24, [0] * 24], np.int32)
     for objective in (Objective(block_origin="document"), Objective(block_origin="document", complementary=True)):
         packed = prepared(ids, 4, config, objective, segments, halves)
-        sums, _ = objectives.score(params, config, packed, halves)
+        sums, _ = score(params, config, packed, halves)
         expected = np.zeros_like(sums.expert_load)
         for row in range(len(packed.clean)):
             for document in (1, 2):
@@ -271,7 +271,7 @@ def test_expert_load_counts_the_tokens_of_documents_in_every_half_and_no_padding
                     )
                     start = inside[0]
                     alone = alone.replace(layout=jax.tree.map(lambda x, start=start: x - start, alone.layout))
-                    expected += np.asarray(objectives.score(params, config, alone, halves)[0].expert_load)
+                    expected += np.asarray(score(params, config, alone, halves)[0].expert_load)
         assert np.array_equal(sums.expert_load, expected)
         of_pass = 40 * (2 if halves == "both" else 1) * (2 if objective.complementary else 1) * 4
         if config.alignment == "shifted" or halves == "noisy":  # else the last layer has the noisy half alone
@@ -285,7 +285,7 @@ def test_padding_turns_no_experts_update():
         segments = (np.arange(length) < 40)[None].repeat(8, 0).astype(np.int32)
         example = prepared(ids[:, :length], 8, MOE, segments=segments)
         example = example.replace(noisy=example.clean)  # longer rows have other noise
-        loads.append(np.asarray(objectives.score(params, MOE, example)[0].expert_load))
+        loads.append(np.asarray(score(params, MOE, example)[0].expert_load))
     assert np.array_equal(*loads) and loads[0].sum() > 0
 
 
@@ -302,18 +302,18 @@ def test_values_out_of_range_are_refused_by_name(values):
 
 def test_clean_half_alone_is_block_size_1():
     params, ids = params_of(SHIFTED), random_ids(3, 20)
-    clean, _ = objectives.score(params, SHIFTED, prepared(ids, 1, SHIFTED, halves="clean"), "clean")
-    both, _ = objectives.score(params, SHIFTED, prepared(ids, 1, SHIFTED, Objective(ESTIMATOR)), "both")
+    clean, _ = score(params, SHIFTED, prepared(ids, 1, SHIFTED, halves="clean"), "clean")
+    both, _ = score(params, SHIFTED, prepared(ids, 1, SHIFTED, Objective(ESTIMATOR)), "both")
     assert float(clean.weighted) == pytest.approx(float(both.weighted), rel=1e-5)
 
 
 def test_nothing_supervised_is_zero_loss_and_zero_gradient():
     ids = random_ids(2, 16)
     arrays = jnp.asarray(ids), jnp.ones((2, 16), jnp.int32), jnp.zeros((2, 16), bool)
-    example = objectives.prepare(*arrays, keys_of(2), 4, TINY, Objective())
+    example = prepare(*arrays, keys_of(2), 4, TINY, Objective())
 
     def loss(params):
-        sums, _ = objectives.score(params, TINY, example)
+        sums, _ = score(params, TINY, example)
         return sums.weighted / objectives.normalizer(example, Objective())
 
     value, gradient = jax.value_and_grad(loss)(params_of(TINY))
@@ -331,7 +331,7 @@ def test_uniform_weight_and_masked_normalizer():
 def test_embedding_noise_moves_masked_tokens_only_and_stops_at_zero():
     params, ids = params_of(TINY), random_ids(2, 16)
     example = prepared(ids, 4)
-    plain, quiet, loud = (objectives.score(params, TINY, example, embedding_noise_std=s)[0] for s in (None, 0.0, 0.5))
+    plain, quiet, loud = (score(params, TINY, example, embedding_noise_std=s)[0] for s in (None, 0.0, 0.5))
     assert plain.weighted == quiet.weighted != loud.weighted
     drawn = objectives._embedding_noise(example, jnp.float32(0.5), 64)
     assert (np.asarray(drawn)[~np.asarray(example.masked)] == 0).all()
@@ -350,7 +350,7 @@ def test_confidence_loss_is_the_mean_entropy_of_correct_tokens_and_moves_nothing
     logits = llada_jax.denoise(params, TINY, np.asarray(example.noisy), ids, block_size=8)
     clean = np.where(np.arange(32)[None] % 2, np.asarray(logits).argmax(-1), ids)
     example = example.replace(clean=jnp.asarray(clean))
-    sums, _ = objectives.score(params, TINY, example, "noisy", entropy_temperature=temperature)
+    sums, _ = score(params, TINY, example, "noisy", entropy_temperature=temperature)
     two_stream = example.replace(clean=jnp.asarray(ids))
     hidden = denoised_hidden(params, TINY, two_stream.noisy, None, example.layout, example.positions)
     log_p = jax.nn.log_softmax(hidden @ params["head"])

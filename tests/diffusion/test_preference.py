@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from llada_jax.attention.visibility import make_layout
-from llada_jax.diffusion import noise, objectives, preference
+from llada_jax.diffusion import preference
 from llada_jax.diffusion.noise import NoiseSpec
 from llada_jax.diffusion.objectives import Objective
 from llada_jax.diffusion.preference import Preference
@@ -14,6 +14,7 @@ from llada_jax.model import parameters
 from llada_jax.model.forward import Execution
 from llada_jax.training.step import preference_loss
 from tests.diffusion.test_objectives import TINY, batch_of, keys_of, params_of, random_ids
+from tests.helpers.programs import draw_masking, score
 
 SEGMENTS = np.repeat([1, 2, 3, 4, 0], [8, 12, 8, 8, 4])[None].repeat(2, 0)
 OBJECTIVE = Objective(NoiseSpec(rate_low=0.0, masking="fixed_count"), block_origin="document")
@@ -31,6 +32,10 @@ def loss_of(settings):
     return preference_loss(TINY, OBJECTIVE, Execution(), 0, settings)
 
 
+def prepared(loss, draw=0):
+    return jax.jit(lambda b: loss.prepare(b, 4, "both"))(batch(draw))
+
+
 def other_params():
     return jax.tree.map(lambda w: w * 1.05, params_of(TINY))
 
@@ -40,7 +45,7 @@ def test_rejected_shares_times_and_masks_with_chosen(masking):
     layout = make_layout(jnp.asarray(SEGMENTS), 4, "document")
     source = preference.shared_source(layout, jnp.asarray(SEGMENTS))
     spec = NoiseSpec(masking=masking)
-    masking = noise.draw_masking(keys_of(2), jnp.asarray(SEGMENTS > 0), layout, spec, source)
+    masking = draw_masking(keys_of(2), jnp.asarray(SEGMENTS > 0), layout, spec, source)
     for values in (masking.masked, masking.rate):
         values = np.asarray(values)
         assert np.array_equal(values[:, 0:8], values[:, 8:16])
@@ -59,7 +64,7 @@ def test_padding_between_documents_does_not_hide_the_chosen_one():
 def test_policy_equal_to_reference_is_log_2_at_every_draw():
     loss, params = loss_of(Preference()), params_of(TINY)
     value = jax.jit(lambda p, r, e: loss.value(p, r, e, loss.total(e), 0.0, "both"))
-    example = jax.jit(lambda b: loss.prepare(b, 4, "both"))(batch())
+    example = prepared(loss)
     got, sums = value(params, params, example)
     assert got == jnp.float32(np.log(2)) and sums.difference == 0 and sums.pairs == 4
 
@@ -67,12 +72,12 @@ def test_policy_equal_to_reference_is_log_2_at_every_draw():
 def test_scores_are_sums_of_weighted_log_likelihoods_and_the_loss_is_equation_8():
     settings = Preference(beta=0.3, draws=3)
     loss, policy, reference = loss_of(settings), other_params(), params_of(TINY)
-    example = loss.prepare(batch(), 4, "both")
+    example = prepared(loss)
     value, sums = jax.jit(lambda p, r, e: loss.value(p, r, e, loss.total(e), 0.0, "both"))(policy, reference, example)
 
     def scores(params):
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), example.noised)
-        nll = np.asarray(objectives.score(params, TINY, flat)[1].nll * flat.weights).reshape(2, 3, 40)
+        nll = np.asarray(score(params, TINY, flat)[1].nll * flat.weights).reshape(2, 3, 40)
         return np.stack([-nll[:, :, SEGMENTS[0] == s].sum(-1).mean(1) for s in (1, 2, 3, 4)], 1)
 
     gain = scores(policy) - scores(reference)
@@ -90,7 +95,7 @@ def test_unshared_noise_has_mean_zero_and_a_loss_above_log_2():
     @jax.jit
     def scores(batch):
         flat = jax.tree.map(lambda x: x[:, 0], loss.prepare(batch, 4, "both").noised)
-        nll = objectives.score(params, TINY, flat)[1].nll
+        nll = score(params, TINY, flat)[1].nll
         return preference.document_scores(nll, flat.weights, flat.segment_ids, 2)
 
     gain = np.stack([scores(batch(2 * i)) - scores(batch(2 * i + 1)) for i in range(30)])
@@ -115,7 +120,7 @@ def test_more_draws_have_less_variance():
 
 def test_gradient_raises_the_chosen_and_lowers_the_rejected():
     loss, params = loss_of(Preference(beta=1.0)), parameters.initialize(TINY, jax.random.key(0))
-    example = loss.prepare(batch(), 4, "both")
+    example = prepared(loss)
 
     def value(p):
         return loss.value(p, params, example, loss.total(example), 0.0, "both")

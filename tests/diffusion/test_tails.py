@@ -10,6 +10,7 @@ from llada_jax.diffusion import noise, objectives, preference
 from llada_jax.diffusion.noise import NoiseSpec
 from llada_jax.diffusion.objectives import Objective
 from llada_jax.model.config import preset
+from tests.helpers.programs import prepare
 
 TINY = preset("tiny")
 LENGTH = 64
@@ -37,7 +38,7 @@ def prepared(objective, block=32, config=TINY, halves="both", arrays=None):
     ids, segments, supervised, _ = arrays or packed()
     keys = noise.example_keys(0, jnp.arange(len(ids), dtype=jnp.uint32), jnp.zeros(len(ids), jnp.uint32))
     arrays = (jnp.asarray(each) for each in (ids, segments, supervised))
-    return objectives.prepare(*arrays, keys, block, config, objective, halves)
+    return prepare(*arrays, keys, block, config, objective, halves)
 
 
 def test_tails_are_what_follows_the_last_answer_of_a_document():

@@ -1,12 +1,13 @@
 """Many command lines for the price of one: an interpreter that has imported jax forks for each."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
+
+from tests.helpers.environment import process_environment
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,7 +32,7 @@ print(json.dumps(results))
 
 def run_all(commands: Sequence[Sequence[object]], cwd=ROOT, **environment) -> list[SimpleNamespace]:
     """Runs each [script, argument, ...] as `python script argument ...` would; .returncode, .stdout and .stderr."""
-    env = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "PYTHONDONTWRITEBYTECODE": "1"} | environment
+    env = process_environment(PYTHONDONTWRITEBYTECODE="1", **environment)
     done = subprocess.run(
         [sys.executable, "-c", _DRIVER], env=env, cwd=cwd, capture_output=True, text=True, timeout=300,
         input=json.dumps([list(map(str, command)) for command in commands]),

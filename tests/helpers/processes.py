@@ -1,6 +1,5 @@
 """Trainers of several processes, each with fake CPU devices of its own."""
 
-import os
 import re
 import socket
 import subprocess
@@ -9,14 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llada_jax.runtime import distributed
+from tests.helpers.environment import process_environment
 
 ROOT = Path(__file__).parents[2]
 TRAINER = (str(ROOT / "tests" / "helpers" / "small_trainer.py"),)
-# Devices on two busy cores are slow to meet, not stuck; what runs for seconds is not worth optimising.
-_XLA = (
-    "--xla_cpu_collective_call_terminate_timeout_seconds=600 "
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-)
 
 
 def small_run(last_steps: int = 14, save_every: int = 4) -> list[str]:
@@ -41,14 +36,13 @@ def small_run(last_steps: int = 14, save_every: int = 4) -> list[str]:
 
 def environment_of(cache: Path, devices: int) -> dict[str, str]:
     """Of a trainer on `devices` fake CPU devices, whose compiled programs are kept in `cache` from life to life."""
-    return os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {_XLA}",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
+    return process_environment(
+        devices,
+        JAX_PLATFORMS="cpu",
+        JAX_COMPILATION_CACHE_DIR=str(cache),
+        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+        JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="-1",
+    )
 
 
 def start(

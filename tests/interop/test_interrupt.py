@@ -177,7 +177,8 @@ def test_bad_input_leaves_nothing_behind(folders, tmp_path):
     import_checkpoint(str(folders[0]), str(damaged))
     data = max((p for p in (damaged / "params").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     content = bytearray(data.read_bytes())
-    content[len(content) // 2] ^= 4
+    for at in range(50, len(content), 100):  # OCDBT leaves bytes behind that nothing refers to any more
+        content[at] ^= 4
     data.write_bytes(content)
     with pytest.raises(InputError, match="damaged|cannot be read"):
         export_checkpoint(str(damaged), str(tmp_path / "hf"), SHARD_BYTES)

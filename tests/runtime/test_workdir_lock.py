@@ -21,6 +21,7 @@ from llada_jax.runtime import watchdog
 from llada_jax.runtime.retry import Retry
 from llada_jax.runtime.workdir_lock import LOCK, claimed
 from llada_jax.training import loop, save_policy
+from tests.helpers.environment import process_environment
 from tests.training.test_faults import STEPS, faulty_config
 from tests.training.test_loop import (  # noqa: F401 (fixtures)
     ROOT,
@@ -57,7 +58,7 @@ def test_a_killed_trainer_leaves_no_lock(tmp_path):
         "import sys, time, pathlib; from llada_jax.runtime.workdir_lock import claimed\n"
         "with claimed(pathlib.Path(sys.argv[1])):\n    print('held', flush=True); time.sleep(60)"
     )
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    env = process_environment()
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], env=env, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "held\n"
     with pytest.raises(InputError, match=f"process {process.pid} on "):
@@ -326,7 +327,7 @@ def test_a_hang_ends_with_the_stacks_of_all_threads(tmp_path):
         "def stuck():\n    time.sleep(60)\n"
         "with watched(0.3 / 60, pathlib.Path(sys.argv[1])) as heartbeat:\n    heartbeat(); stuck()"
     )
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    env = process_environment()
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)], env=env, capture_output=True, text=True, timeout=60, check=False
     )

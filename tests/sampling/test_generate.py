@@ -27,13 +27,18 @@ def model(request):
     return jax.tree.map(lambda w: 5 * w if w.ndim > 2 else w, params), config  # logits with some spread
 
 
-def recompute(params, config, prompt, g: GenerateConfig):
+# One program decodes a single row in most tests here: canvas of 20, of which 8 are prefilled.
+ONE = dict(gen_length=12, block_length=4, eos_id=-1)
+PROMPT = np.arange(8)
+
+
+def recompute(params, config, prompt, g: GenerateConfig, canvas: int):
     """LLaDA2's algorithm with no cache: every step runs the whole two-stream pass over [canvas | canvas]."""
     b, p = g.block_length, len(prompt)
     total = -(-(p + g.gen_length) // b) * b
-    tokens = np.full(total, config.mask_token_id)
+    tokens = np.full(canvas, config.mask_token_id)
     tokens[:p] = prompt
-    masked = np.arange(total) >= p
+    masked = np.arange(canvas) >= p
     steps, passes = min(g.steps, g.gen_length), 0
     due = [accept.due(b, steps, step) for step in range(steps)]
     for start in range(p // b * b, total, b):
@@ -68,7 +73,7 @@ def test_equals_recomputation_for_ragged_prompts_and_batches(model):
     g = GenerateConfig(gen_length=10, block_length=b, steps=3, threshold=0.3, eos_id=-1)
     fused, separate = (llada_jax.generate(params, config, prompts, g, fuse_share=share) for share in (0.0, 2.0))
     for row, prompt in enumerate(prompts):
-        expected, passes = recompute(params, config, prompt, g)
+        expected, passes = recompute(params, config, prompt, g, canvas=36)
         for out in (fused, separate):
             assert np.array_equal(out.tokens[row], expected), row
             assert out.forward_passes[row] == passes
@@ -97,14 +102,13 @@ def test_alone_and_in_a_batch_of_other_settings(model):
 
 def test_steps_and_confidence_say_when_and_how_surely_each_token_was_written(model):
     params, config = model
-    g = GenerateConfig(gen_length=8, block_length=4, threshold=2.0, eos_id=-1)
-    out = llada_jax.generate(params, config, [np.arange(4)], g)
-    steps, confidence = out.written_at[0].reshape(2, 4), out.confidence[0]
+    out = llada_jax.generate(params, config, [PROMPT], GenerateConfig(**ONE, threshold=2.0))
+    steps, confidence = out.written_at[0].reshape(3, 4), out.confidence[0]
     assert (np.sort(steps) == np.arange(4)).all()  # one token a step
     assert ((confidence > 0) & (confidence <= 1)).all()
     first = int(np.argmin(steps[0]))
-    noisy = np.append(np.arange(4), [config.mask_token_id] * 4)
-    logits = np.array(llada_jax.denoise(params, config, noisy[None], noisy[None], block_size=4)[0, 4 + first])
+    noisy = np.append(PROMPT, [config.mask_token_id] * 28)
+    logits = np.array(llada_jax.denoise(params, config, noisy[None], noisy[None], block_size=4)[0, 8 + first])
     norm = np.logaddexp.reduce(logits)  # of all of them, the mask's too
     logits[config.mask_token_id] = -np.inf
     assert np.isclose(np.exp(logits.max() - norm), confidence[first], rtol=1e-3)
@@ -113,19 +117,17 @@ def test_steps_and_confidence_say_when_and_how_surely_each_token_was_written(mod
 @pytest.mark.parametrize("rule", ["sglang", "dinfer", "entropy", "fixed"])
 def test_other_rules(model, rule):
     params, config = model
-    shared = dict(gen_length=8, block_length=4, eos_id=-1, rule=rule)
+    shared = dict(ONE, rule=rule)
     sure = GenerateConfig(**shared, threshold=0.0, entropy_bound=1e9, steps=1)
     unsure = GenerateConfig(**shared, threshold=2.0, entropy_bound=0.0)
-    out = llada_jax.generate(params, config, [np.arange(4)] * 2, [sure, unsure])
+    out = llada_jax.generate(params, config, [PROMPT] * 2, [sure, unsure])
     if rule == "dinfer":  # which takes near-ties of the largest together
-        unsure_passes = range(2, 9)
+        unsure_passes = range(3, 13)
     else:
-        unsure_passes = [8]  # a token a step
-    assert out.forward_passes[0] == 2 and out.forward_passes[1] in unsure_passes
+        unsure_passes = [12]  # a token a step
+    assert out.forward_passes[0] == 3 and out.forward_passes[1] in unsure_passes
     assert config.mask_token_id not in out.tokens[0]
-    one_by_one = llada_jax.generate(
-        params, config, [np.arange(4)], GenerateConfig(gen_length=8, block_length=4, threshold=2.0, eos_id=-1)
-    )
+    one_by_one = llada_jax.generate(params, config, [PROMPT], GenerateConfig(**ONE, threshold=2.0))
     if rule in ("sglang", "fixed"):
         assert np.array_equal(out.tokens[1], one_by_one.tokens[0])
 
@@ -148,8 +150,8 @@ def test_stops_inside_a_block_once_all_before_the_end_is_written(model, rule):
 def test_all_probability_on_the_mask_token_still_ends(model):
     params, config = model
     params = dict(params, head=params["head"].at[:, config.mask_token_id].set(params["head"].sum(1) * 50))
-    out = llada_jax.generate(params, config, [np.arange(5)], GenerateConfig(gen_length=3, block_length=4, eos_id=-1))
-    assert len(out.tokens[0]) == 3 and config.mask_token_id not in out.tokens[0]
+    out = llada_jax.generate(params, config, [np.arange(9)], GenerateConfig(**ONE | dict(gen_length=11)))
+    assert len(out.tokens[0]) == 11 and config.mask_token_id not in out.tokens[0]
 
 
 def test_a_mesh_decodes_as_one_device_does(model):
@@ -176,35 +178,31 @@ def test_the_step_can_be_compiled_from_abstract_arguments(model):
 
 def test_end_of_sequence_is_looked_for_among_generated_tokens_only(model):
     params, config = model
-    prompt = np.arange(10)
-    g = GenerateConfig(gen_length=12, block_length=4, threshold=0.3, eos_id=-1)
+    prompt = np.arange(9)
+    shared = dict(gen_length=10, block_length=4, threshold=0.3)
+    g = GenerateConfig(**shared, eos_id=-1)
     free = llada_jax.generate(params, config, [prompt], g).tokens[0]
     eos = int(free[5])
-    stopped = llada_jax.generate(
-        params, config, [np.append(prompt[:-1], prompt[-1])],
-        GenerateConfig(gen_length=12, block_length=4, threshold=0.3, eos_id=eos),
-    ).tokens[0]  # fmt: skip
+    stopped = llada_jax.generate(params, config, [prompt], GenerateConfig(**shared, eos_id=eos)).tokens[0]
     first = int(np.flatnonzero(free == eos)[0])
     assert np.array_equal(stopped, free[: first + 1])
     # The same id in the prompt changes the answer's tokens, but does not end it before it begins.
-    with_eos = llada_jax.generate(
-        params, config, [np.append(prompt, eos)],
-        GenerateConfig(gen_length=12, block_length=4, threshold=0.3, eos_id=eos),
-    ).tokens[0]  # fmt: skip
+    with_eos = np.append(prompt, eos)
+    with_eos = llada_jax.generate(params, config, [with_eos], GenerateConfig(**shared, eos_id=eos)).tokens[0]
     assert len(with_eos) >= 1
 
 
 def test_prompt_holding_the_mask_token_keeps_it(model):
     params, config = model
-    prompt = np.array([1, config.mask_token_id, 2, 3, 4])
-    out = llada_jax.generate(params, config, [prompt], GenerateConfig(gen_length=6, block_length=4, eos_id=-1))
-    assert len(out.tokens[0]) == 6 and config.mask_token_id not in out.tokens[0]
+    prompt = np.array([1, config.mask_token_id, 2, 3, 4] * 2)
+    out = llada_jax.generate(params, config, [prompt], GenerateConfig(**ONE | dict(gen_length=10)))
+    assert len(out.tokens[0]) == 10 and config.mask_token_id not in out.tokens[0]
 
 
 def test_sampling_depends_on_key_and_request_alone(model):
     params, config = model
     g = GenerateConfig(gen_length=8, block_length=4, temperature=1.0, top_k=50, top_p=0.9, eos_id=-1)
-    prompts = [np.arange(5), np.arange(7)]
+    prompts = [np.arange(9), np.arange(3), np.arange(14)]
     one = llada_jax.generate(params, config, prompts, g, key=jax.random.key(1))
     again = llada_jax.generate(params, config, prompts, g, key=jax.random.key(1))
     other = llada_jax.generate(params, config, prompts, g, key=jax.random.key(2))
@@ -216,7 +214,7 @@ def test_sampling_depends_on_key_and_request_alone(model):
 
 def test_top_k_of_one_is_argmax(model):
     params, config = model
-    prompts = [np.arange(6)]
+    prompts = [np.arange(10)]
     shared = dict(gen_length=8, block_length=4, steps=4, threshold=2.0, eos_id=-1)
     greedy = llada_jax.generate(params, config, prompts, GenerateConfig(**shared))
     # With one candidate its probability is 1, so order by schedule is the only freedom left: one token a step.

@@ -1,7 +1,6 @@
 """Whole runs of the trainer on a very small model: resume bit for bit, preemption, stages, bad input."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -21,6 +20,7 @@ from llada_jax.errors import InputError
 from llada_jax.model.config import PRESETS, preset
 from llada_jax.training import loop, stages
 from llada_jax.training.config import default_config
+from tests.helpers.environment import process_environment
 from tests.helpers.kill_loop import metrics_of
 
 ROOT = Path(__file__).parents[2]
@@ -265,7 +265,7 @@ def test_sigterm_saves_and_a_second_run_goes_on(tmp_path):
         f"--workdir={tmp_path}", "--config.batch.rows=1", "--config.log_every_steps=1",
         "--config.evaluation.every_steps=1000", "--config.checkpoint.every_steps=1000",
     ]  # fmt: skip
-    env = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    env = process_environment()
     process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith("step 3/"):
@@ -319,7 +319,7 @@ def test_bad_configs_name_the_field_and_write_nothing(text, tmp_path, changes, m
 
 
 def run_command(*arguments):
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    env = process_environment()
     command = [sys.executable, "-m", "llada_jax.train", *arguments]
     return subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT, timeout=120)
 
