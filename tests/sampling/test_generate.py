@@ -15,7 +15,7 @@ from llada_jax.sampling.generate import decode_settings
 from llada_jax.sampling.state import empty_state
 
 CONFIGS = {
-    "same": preset("tiny_moe").replace(num_layers=2),
+    "same": preset("tiny_moe").replace(num_layers=2, num_dense_layers=0),
     "shifted": preset("tiny").replace(num_layers=2, alignment="shifted"),
 }
 
