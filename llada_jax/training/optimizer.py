@@ -1,5 +1,8 @@
 """AdamW with a warm-up, stable, decay learning rate."""
 
+import dataclasses
+import functools
+
 import jax
 import optax
 from ml_collections import ConfigDict
@@ -7,6 +10,7 @@ from ml_collections import ConfigDict
 from llada_jax.model import parameters
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.lora import Lora
+from llada_jax.training.sections import OptimizerConfig
 
 
 def learning_rate(config: ConfigDict, total_steps: int) -> optax.Schedule:
@@ -30,8 +34,14 @@ def learning_rate(config: ConfigDict, total_steps: int) -> optax.Schedule:
 
 def make_optimizer(config: ConfigDict, model: ModelConfig | Lora, total_steps: int) -> optax.GradientTransformation:
     """Clipped AdamW; norms and biases are not decayed. Weights that are not trainable have no gradient and no decay,
-    so they stay as they are.
+    so they stay as they are. Equal arguments give the same object (step.make_train_step).
     """
+    settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(OptimizerConfig)}
+    return _make_optimizer(OptimizerConfig(**settings), model, total_steps)
+
+
+@functools.lru_cache(maxsize=16)
+def _make_optimizer(config: OptimizerConfig, model, total_steps: int) -> optax.GradientTransformation:
     decayed = jax.tree.map(lambda a, b: a and b, parameters.decayed(model), parameters.trainable(model))
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),

@@ -4,6 +4,7 @@ What a stage optimises is a `Loss`: four pure functions. The step itself is the 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -21,6 +22,8 @@ from llada_jax.model.forward import Execution
 from llada_jax.model.lora import Lora, attach
 from llada_jax.model.router import balanced_bias
 from llada_jax.training.train_state import TrainState
+
+_RECENT = 16  # losses, optimizers and steps that a process keeps: equal settings are one object, traced once
 
 
 class Loss(NamedTuple):
@@ -44,7 +47,8 @@ def make_train_step(
     compiler_options: dict[str, str] | None = None,
     guard: bool = False,
 ):
-    """Returns the jitted train_step(state, frozen, batch, block_size, embedding_noise_std, halves).
+    """Returns the jitted train_step(state, frozen, batch, block_size, embedding_noise_std, halves): for equal arguments
+    the same function, so that the runs of a process share its programs.
 
     It returns (state, metrics), metrics being float32 scalars. model: what trains, the model's weights or its adapters.
     frozen: weights that do not: the adapters' base, which is also the loss's reference; without adapters the reference,
@@ -53,6 +57,12 @@ def make_train_step(
     router.balanced_bias; 0 leaves the bias as it is; else the loss must be a denoising_loss and the model have one.
     compiler_options: of XLA (runtime.xla_options.py). guard: the step is a `guarded` one, with one more argument.
     """
+    options = None if compiler_options is None else tuple(compiler_options.items())
+    return _make_train_step(model, loss, optimizer, micro_batches, expert_bias_rate, options, guard)
+
+
+@functools.lru_cache(maxsize=_RECENT)
+def _make_train_step(model, loss, optimizer, micro_batches, expert_bias_rate, compiler_options, guard):
     config = model.model if isinstance(model, Lora) else model
 
     def train_step(state: TrainState, frozen, batch, block_size, embedding_noise_std, halves):
@@ -80,7 +90,8 @@ def make_train_step(
         return TrainState(state.step + 1, params, optimizer_state), metrics
 
     step = guarded(train_step) if guard else train_step
-    return jax.jit(step, static_argnames="halves", donate_argnums=0, compiler_options=compiler_options)
+    options = None if compiler_options is None else dict(compiler_options)
+    return jax.jit(step, static_argnames="halves", donate_argnums=0, compiler_options=options)
 
 
 def guarded(train_step: Callable) -> Callable:
@@ -112,6 +123,7 @@ def _rows_without_document(batch) -> jax.Array:
     return (rows.segment_ids == 0).all(axis=1).sum().astype(jnp.float32)
 
 
+@functools.lru_cache(maxsize=_RECENT)
 def denoising_loss(
     model: ModelConfig, objective: Objective, execution: Execution, seed: int, micro_batches: int = 1
 ) -> Loss:
@@ -160,6 +172,7 @@ class PreferenceExample(NamedTuple):
     reference: jax.Array | None
 
 
+@functools.lru_cache(maxsize=_RECENT)
 def preference_loss(
     model: ModelConfig, objective: Objective, execution: Execution, seed: int, settings: Preference, precomputed=False
 ) -> Loss:
