@@ -24,7 +24,7 @@ ROWS, LENGTH = 8, 32
 SMALL = dict(hidden_size=64, num_layers=2, num_heads=8, num_kv_heads=4, head_dim=8, intermediate_size=64)
 MODELS = {
     "tiny": preset("tiny").replace(**SMALL | dict(rotary_dim=8)),
-    "tiny_moe": preset("tiny_moe").replace(**SMALL | dict(rotary_dim=4, moe_intermediate_size=16)),
+    "tiny_moe": preset("tiny_moe").replace(**SMALL | dict(num_dense_layers=0, rotary_dim=4, moe_intermediate_size=16)),
 }
 BLOCKWISE = dict(attention="blockwise")
 MESHES = [

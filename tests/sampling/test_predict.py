@@ -179,11 +179,13 @@ MASK_FIRST = [0.0, 0.0, 0.05, 0.45, 0.0, 0.0, 0.0, 0.5]
 
 def step_of(rule, probabilities, **requests):
     """(positions accepted, Prediction) of one step over one block of these probabilities, [block, 8]."""
-    logits = jnp.log(jnp.asarray(probabilities, jnp.float32) + 1e-30)[None]
-    everything = jnp.ones(logits.shape[:2], bool)
-    sampling = Sampling(*(jnp.full(1, x) for x in (0.0, 0, 1.0)), jnp.zeros((1, 2), jnp.uint32))
+    logits = np.log(np.asarray(probabilities, np.float32) + np.float32(1e-30))[None]
+    everything = np.ones(logits.shape[:2], bool)
+    sampling = Sampling(
+        np.zeros(1, np.float32), np.zeros(1, np.int32), np.ones(1, np.float32), np.zeros((1, 2), np.uint32)
+    )
     settings = PredictSettings(7, entropy=rule == "entropy", raw=rule == "dinfer")
-    prediction = predict(jnp.eye(8), logits, everything, sampling, settings)
+    prediction = jax.jit(predict, static_argnames="settings")(jnp.eye(8), logits, everything, sampling, settings)
     defaults = dict(threshold=0.95, editing_threshold=0.95, entropy_bound=0.1, max_steps=logits.shape[1])
     asked = SimpleNamespace(**{name: jnp.array([value]) for name, value in (defaults | requests).items()})
     decoding = SimpleNamespace(rule=rule, block_length=logits.shape[1])
