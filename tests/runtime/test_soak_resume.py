@@ -22,7 +22,7 @@ def soak(text, folder, kills: int, seed: int, steps: int, longest: float) -> Tal
             f"--workdir={workdir}",
             f"--config.data.source={text}",
         ]
-        return lambda: [spawn(arguments, folder / f"{workdir.name}.log", folder / "cache")]
+        return lambda: [spawn(arguments, folder / f"{workdir.name}.log")]
 
     run_to_end(trainer(folder / "whole"))
     total, chooser = Tally(), random.Random(seed)
