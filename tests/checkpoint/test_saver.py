@@ -1,9 +1,6 @@
 import json
 import os
-import subprocess
-import sys
 import textwrap
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +14,7 @@ from llada_jax.checkpoint import files, saver, weights
 from llada_jax.errors import InputError
 from llada_jax.model import parameters
 from llada_jax.model.config import PRESETS
+from tests.helpers.command_lines import Process
 from tests.helpers.environment import process_environment
 
 CONFIG = PRESETS["tiny_moe"].replace(vocab_size=64, mask_token_id=63, eos_token_id=62, pad_token_id=62)
@@ -267,16 +265,10 @@ TWO_PROCESSES = """
 def test_two_processes(tmp_path):
     code = textwrap.dedent(TWO_PROCESSES.format(port=20000 + os.getpid() % 20000, directory=tmp_path))
     env = process_environment(devices=2)
-    root = Path(__file__).parents[2]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(rank)], env=env, cwd=root, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    assert all("good" in output for output in outputs), "\n".join(outputs)
+    outs = [tmp_path / f"{rank}.out" for rank in range(2)]
+    processes = [Process(["-c", code, rank], env, out, out) for rank, out in enumerate(outs)]
+    assert [process.wait(120) for process in processes] == [0, 0], "\n".join(out.read_text() for out in outs)
+    assert all("good" in out.read_text() for out in outs)
     assert weights.verify(tmp_path / "2") == []
     assert json.loads((tmp_path / "2" / "train_state.json").read_text()) == {
         "step": 2,

@@ -1,8 +1,6 @@
 """A process that holds a part of the weights reads that part of the checkpoint."""
 
 import os
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import pytest
 from llada_jax.checkpoint import files, saver, weights
 from llada_jax.model import parameters
 from llada_jax.model.config import PRESETS
+from tests.helpers.command_lines import Process
 from tests.helpers.environment import process_environment
 
 CONFIG = PRESETS["tiny_moe"].replace(hidden_size=256, moe_intermediate_size=256, vocab_size=1024)
@@ -60,14 +59,11 @@ def test_each_of_two_processes_reads_its_half(tmp_path, monkeypatch, write):
     write(tmp_path / "1", monkeypatch)
     code = PROCESS.format(port=20000 + (os.getpid() + 7919) % 20000, directory=tmp_path / "1", count=2)
     env = process_environment(devices=1)
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(code), str(rank)], env=env, text=True,
-            cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    for output in [process.communicate(timeout=120)[0] for process in processes]:
+    outs = [tmp_path / f"{rank}.out" for rank in range(2)]
+    command = ["-c", textwrap.dedent(code)]
+    processes = [Process([*command, rank], env, out, out) for rank, out in enumerate(outs)]
+    assert [process.wait(120) for process in processes] == [0, 0], "\n".join(out.read_text() for out in outs)
+    for output in (out.read_text() for out in outs):
         line = next((line.split() for line in output.splitlines() if line.startswith("read ")), None)
         assert line is not None, output
         read, needed, whole = int(line[1]), int(line[3]), int(line[5])

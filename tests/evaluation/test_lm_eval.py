@@ -264,6 +264,8 @@ def test_the_command_says_what_is_wrong_in_one_line(monkeypatch, capsys):
     import lm_eval.__main__
     from lm_eval.api import registry
 
+    monkeypatch.setattr(sys, "argv", ["lm_eval"])
+
     def command(main):
         monkeypatch.setattr(lm_eval.__main__, "cli_evaluate", main)
         monkeypatch.setattr(registry, "model_registry", type(registry.model_registry)("model"), raising=False)

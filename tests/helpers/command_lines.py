@@ -37,7 +37,10 @@ def run(command, environment, streams, cwd):
     os.chdir(cwd)
     sys.argv[:] = command
     try:
-        if sys.argv[0] == "-m":
+        if sys.argv[0] == "-c":
+            del sys.argv[1]
+            exec(command[1], {"__name__": "__main__"})
+        elif sys.argv[0] == "-m":
             del sys.argv[0]
             runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
         else:
@@ -96,7 +99,7 @@ def _ask(request):
 
 
 class Process:
-    """`python COMMAND...`, where COMMAND is a script or -m and a module; used as a subprocess.Popen is.
+    """`python COMMAND...`, where COMMAND is a script, -m and a module or -c and code; used as a subprocess.Popen is.
 
     out, err: files that what it prints is appended to. stdin: a file. Its environment's JAX_ variables are those of
     this process: jax reads them when it is imported.
