@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 TRAINER = (str(ROOT / "tests" / "helpers" / "small_trainer.py"),)
 
 
-def small_run(last_steps: int = 14, save_every: int = 4) -> list[str]:
+def small_run(last_steps: int = 8, save_every: int = 4) -> list[str]:
     """A model, and a curriculum of 6 + last_steps steps, that take seconds; no data, no workdir."""
     return [
         f"--config={ROOT}/configs/wsd.py:tiny_hosts,length=32",
@@ -38,7 +38,7 @@ def start(
     arguments: Sequence[str],
     logs: Path,
     processes: int = 2,
-    devices: int = 4,
+    devices: int = 2,
     program: Sequence[str] = TRAINER,
     own: dict[int, Sequence[str]] | None = None,
     **environment: str,

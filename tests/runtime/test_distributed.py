@@ -23,8 +23,8 @@ from tests.helpers.kill_loop import metrics_of
 from tests.helpers.processes import ROOT, codes, run, small_run, start, text
 
 MESHES = {  # processes x devices of each: the sizes of the mesh
-    (1, 8): dict(fsdp=2),
-    (2, 4): dict(fsdp=4),
+    (1, 4): dict(fsdp=4),
+    (2, 2): dict(fsdp=2),
     (4, 2): dict(tensor=4),  # two processes have the same rows
 }
 
@@ -43,7 +43,7 @@ def small(tmp_path_factory):
 def whole(small, tmp_path_factory):
     """The workdir of a run of two processes that nothing disturbed."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    run_on((2, 4), small, folder)
+    run_on((2, 2), small, folder)
     return folder
 
 
@@ -91,10 +91,10 @@ def assert_same_training(found, expected):
 
 
 def test_one_process_goes_on_where_two_were_and_only_the_first_of_them_wrote(small, whole, tmp_path):
-    expected = [row for row in metrics_of(whole) if row["step"] > 12]
-    assert_same_training(go_on((1, 8), small, whole, 12, tmp_path / "cut"), expected)
+    expected = [row for row in metrics_of(whole) if row["step"] > 8]
+    assert_same_training(go_on((1, 4), small, whole, 8, tmp_path / "cut"), expected)
     logs = whole.with_name("whole.logs")
-    assert "8 rows a step on data 2 x fsdp 4 of 2 processes" in text(logs, 0, "out")
+    assert "8 rows a step on data 2 x fsdp 2 of 2 processes" in text(logs, 0, "out")
     assert text(logs, 1, "out") == "" and len(list(whole.glob("events.*"))) == 1
     assert not list(whole.glob(".seen-*"))
 
@@ -105,13 +105,13 @@ def test_every_mesh_goes_on_where_every_other_was(small, whole, tmp_path):
     for first, folder in runs.items():
         run_on(first, small, folder)
         assert_same_training(metrics_of(folder), metrics_of(whole))
-        expected = [row for row in metrics_of(folder) if row["step"] > 12]
+        expected = [row for row in metrics_of(folder) if row["step"] > 8]
         for then in MESHES:
-            assert_same_training(go_on(then, small, folder, 12, tmp_path / f"{first[0]}-then-{then[0]}"), expected)
+            assert_same_training(go_on(then, small, folder, 8, tmp_path / f"{first[0]}-then-{then[0]}"), expected)
 
 
 def test_a_run_that_is_stopped_and_then_loses_a_process_ends_as_if_it_had_not(small, whole, tmp_path):
-    arguments = [*small_run(), *small, *mesh_flags(MESHES[2, 4]), "--peer_timeout=8"]
+    arguments = [*small_run(), *small, *mesh_flags(MESHES[2, 2]), "--peer_timeout=8"]
     arguments += [f"--workdir={tmp_path / 'run'}"]
     logs, again = tmp_path / "logs", tmp_path / "again"
     running = start(arguments, logs, PACE="0.4")
@@ -119,7 +119,7 @@ def test_a_run_that_is_stopped_and_then_loses_a_process_ends_as_if_it_had_not(sm
     running[1].send_signal(signal.SIGTERM)  # process 0 hears of it
     assert codes(running) == [0, 0], text(logs, 0, "err") + text(logs, 1, "err")
     (stopped,) = re.findall(r"^stopped at step (\d+)", text(logs, 0, "out"), re.M)
-    assert saver.steps(tmp_path / "run" / "checkpoints")[-1] == int(stopped) < 20
+    assert saver.steps(tmp_path / "run" / "checkpoints")[-1] == int(stopped) < 14
 
     running = start(arguments, again, PACE="0.4")
     wait_for_step(int(stopped) + 1, again, running)
@@ -134,7 +134,7 @@ def test_a_run_that_is_stopped_and_then_loses_a_process_ends_as_if_it_had_not(sm
 
 
 def test_an_error_of_one_process_ends_all(small, tmp_path):
-    arguments = [*small_run(), *small, *mesh_flags(MESHES[2, 4]), f"--workdir={tmp_path / 'run'}"]
+    arguments = [*small_run(), *small, *mesh_flags(MESHES[2, 2]), f"--workdir={tmp_path / 'run'}"]
     assert run(arguments, tmp_path / "other", own={1: ["--config.seed=1"]}) == [2, 2]
     for process in (0, 1):
         message = "process 1 has another config, code or JAX than process 0\n"
@@ -205,7 +205,7 @@ def soak(small, folder, seeds, kills):
     arguments = [
         *small_run(34, save_every=4),
         *small,
-        *mesh_flags(MESHES[2, 4]),
+        *mesh_flags(MESHES[2, 2]),
         "--peer_timeout=20",
         "--start_timeout=60",
     ]
@@ -255,7 +255,7 @@ def test_dpo_of_two_processes_is_that_of_one(small, tmp_path, rank):
         "--config.schedule.block_size=8", "--config.evaluation.block_sizes=(8,)", "--config.evaluation.every_steps=3",
         "--config.optimizer.learning_rate=3e-3", "--config.log_every_steps=1",
     ]  # fmt: skip
-    for processes, devices in ((1, 8), (2, 4)):
+    for processes, devices in ((1, 4), (2, 2)):
         more = [*mesh_flags(MESHES[processes, devices]), f"--workdir={tmp_path / str(processes)}"]
         logs = tmp_path / f"logs-{processes}"
         found = run([*arguments, *more], logs, processes, devices)
