@@ -37,7 +37,7 @@ def soak(text, folder, kills: int, seed: int, steps: int, longest: float) -> Tal
 
 
 def test_killed_while_a_step_is_saved_and_stopped_after_one(text, tmp_path):
-    total = soak(text, tmp_path, kills=2, seed=182, steps=60, longest=0.5)
+    total = soak(text, tmp_path, kills=2, seed=182, steps=80, longest=0.5)
     assert (total.kills, total.terms, total.saving) == (1, 1, 1)
 
 
