@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -12,36 +13,30 @@ from llada_jax.checkpoint.weights import write_weights
 from llada_jax.data.byte_tokenizer import byte_tokenizer
 from llada_jax.data.chat import TURNS
 from llada_jax.data.pack import pack
-from llada_jax.interop.convert import import_checkpoint
 from llada_jax.model import parameters
 from llada_jax.model.config import preset
 from llada_jax.tokenizer import load_tokenizer
+from tests.helpers import command_lines
 from tests.helpers.environment import process_environment
 from tests.helpers.foreign_tokenizers import llama_like
-from tests.helpers.paths import GOLDENS
 
 ROOT = Path(__file__).parent.parent
 
 
-def run(tool, *arguments, timeout=300, stdin=None):
-    env = process_environment()
-    command = [sys.executable, str(ROOT / "tools" / f"{tool}.py"), *map(str, arguments)]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout, input=stdin)
+def run(tool, *arguments, stdin=""):
+    return command_lines.run([ROOT / "tools" / f"{tool}.py", *arguments], stdin=stdin)
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A golden checkpoint with a byte tokenizer beside it, imported."""
+    """A model of one layer with a byte tokenizer."""
     folder = tmp_path_factory.mktemp("tools")
-    source = folder / "source"
-    source.mkdir()
-    for path in (GOLDENS / "llada2_tiny").iterdir():
-        if path.name != "golden.npz":
-            (source / path.name).write_bytes(path.read_bytes())
-    for name, content in byte_tokenizer(508, 511).files.items():
-        (source / name).write_bytes(content)
-    (source / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}|{% endfor %}")
-    import_checkpoint(str(source), str(folder / "checkpoint"))
+    config = preset("tiny").replace(num_layers=1)
+    params = parameters.initialize(config, jax.random.key(0))
+    files = byte_tokenizer(config.eos_token_id, config.mask_token_id).files
+    files |= {"chat_template.jinja": b"{% for m in messages %}{{ m.content }}|{% endfor %}"}
+    leaves = parameters.unstack(params, config)
+    write_weights(folder / "checkpoint", config, leaves.items(), files, {})
     return folder / "checkpoint"
 
 
@@ -252,7 +247,9 @@ def test_bad_input_is_one_line_and_exit_code_2(checkpoint, tool, arguments, mess
 
 @pytest.mark.parametrize("tool", ["generate", "evaluate", "hf_to_orbax", "pack_data", "inspect_checkpoint"])
 def test_help_shows_flags_and_use(tool):
-    done = run(tool, "--help")
+    """In a process of its own, which has imported nothing yet."""
+    command = [sys.executable, str(ROOT / "tools" / f"{tool}.py"), "--help"]
+    done = subprocess.run(command, env=process_environment(), capture_output=True, text=True)
     assert done.returncode == 0 and f"tools/{tool}.py" in done.stdout and "--" in done.stdout
     assert ("--gen_length" in done.stdout) == (tool == "generate")
     assert (f"--turns: <{'|'.join(TURNS)}>" in done.stdout) == (tool == "pack_data")

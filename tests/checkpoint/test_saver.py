@@ -1,9 +1,6 @@
 import json
 import os
-import subprocess
-import sys
 import textwrap
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +14,7 @@ from llada_jax.checkpoint import files, saver, weights
 from llada_jax.errors import InputError
 from llada_jax.model import parameters
 from llada_jax.model.config import PRESETS
+from tests.helpers.command_lines import Process
 from tests.helpers.environment import process_environment
 
 CONFIG = PRESETS["tiny_moe"].replace(vocab_size=64, mask_token_id=63, eos_token_id=62, pad_token_id=62)
@@ -46,6 +44,12 @@ def state(mesh):
     params = jax.tree.map(odd, abstract, shardings)
     optimizer = jax.tree.map(odd, abstract_optimizer, optimizer_shardings)
     return params, optimizer, (shardings, optimizer_shardings), (abstract, abstract_optimizer)
+
+
+@pytest.fixture(scope="module")
+def little():
+    """A state for tests of which steps are kept: on the host, and of weights alone."""
+    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), parameters.abstract(CONFIG)), optax.EmptyState()
 
 
 def bits(tree):
@@ -99,44 +103,44 @@ def test_donating_what_is_being_saved_is_safe(state, tmp_path):
     assert bits(restore(tmp_path, state)[1:3]) == bits(state[:2])
 
 
-def test_keeps_the_last(state, tmp_path):
+def test_keeps_the_last(little, tmp_path):
     (tmp_path / ".3.partial.orbax-checkpoint-tmp").mkdir()
     (tmp_path / "notes").mkdir()
     writer = saver.Saver(tmp_path, keep_last=2)
     for step in (1, 2, 10):
-        save(writer, step, state)
+        save(writer, step, little)
     writer.wait()
     assert saver.steps(tmp_path) == [2, 10]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "2", "notes"]
     with pytest.raises(InputError, match="saved already"):
-        save(writer, 10, state)
+        save(writer, 10, little)
 
 
 @pytest.mark.parametrize("keep_last,steps", [(1, [2, 4, 7]), (2, [2, 4, 6, 7]), (0, [1, 2, 3, 4, 5, 6, 7])])
-def test_keeps_the_best(state, tmp_path, keep_last, steps):
+def test_keeps_the_best(little, tmp_path, keep_last, steps):
     found = {1: 3.0, 2: 1.0, 3: None, 4: 2.0, 5: float("nan"), 6: 2.5, 7: 2.0}
     for step, score in found.items():
         writer = saver.Saver(tmp_path, keep_last, keep_best=2)  # a new one each time: the ranking is on disk
-        writer.save(step, state[0], state[1], {}, CONFIG, {}, {}, score)
+        writer.save(step, little[0], little[1], {}, CONFIG, {}, {}, score)
         writer.wait()
     assert saver.steps(tmp_path) == steps
     assert list(saver.scores(tmp_path))[:2] == [2, 4]  # of equal ones the older is the better
 
 
-def test_ranks_only_what_was_scored_alike(state, tmp_path, capsys):
+def test_ranks_only_what_was_scored_alike(little, tmp_path, capsys):
     for step, score, size in ((1, 0.5, 4), (2, 3.0, 32), (3, 2.0, 32), (4, 4.0, 32)):
         writer = saver.Saver(tmp_path, keep_last=1, keep_best=1, scored_by={"block_size": size})
-        writer.save(step, state[0], state[1], {}, CONFIG, {}, {}, score)
+        writer.save(step, little[0], little[1], {}, CONFIG, {}, {}, score)
         writer.wait()
     assert saver.steps(tmp_path) == [3, 4]
     assert "step 1 is not ranked with the others: scored by block_size=4, not 32\n" in capsys.readouterr().out
     assert saver.scores(tmp_path)[3] == saver.Score(2.0, {"block_size": 32})
 
 
-def test_keeps_every_so_many(state, tmp_path):
+def test_keeps_every_so_many(little, tmp_path):
     for step in (1, 2, 3, 4, 6, 7):
         writer = saver.Saver(tmp_path, keep_last=1, keep_every=3)
-        save(writer, step, state)
+        save(writer, step, little)
         writer.wait()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["3", "6", "7"]
 
@@ -267,16 +271,10 @@ TWO_PROCESSES = """
 def test_two_processes(tmp_path):
     code = textwrap.dedent(TWO_PROCESSES.format(port=20000 + os.getpid() % 20000, directory=tmp_path))
     env = process_environment(devices=2)
-    root = Path(__file__).parents[2]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(rank)], env=env, cwd=root, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    assert all("good" in output for output in outputs), "\n".join(outputs)
+    outs = [tmp_path / f"{rank}.out" for rank in range(2)]
+    processes = [Process(["-c", code, rank], env, out, out) for rank, out in enumerate(outs)]
+    assert [process.wait(120) for process in processes] == [0, 0], "\n".join(out.read_text() for out in outs)
+    assert all("good" in out.read_text() for out in outs)
     assert weights.verify(tmp_path / "2") == []
     assert json.loads((tmp_path / "2" / "train_state.json").read_text()) == {
         "step": 2,

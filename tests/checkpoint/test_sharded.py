@@ -1,42 +1,39 @@
 """A process that holds a part of the weights reads that part of the checkpoint."""
 
 import os
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from llada_jax.checkpoint import files, saver, weights
 from llada_jax.model import parameters
 from llada_jax.model.config import PRESETS
+from tests.helpers.command_lines import Process
 from tests.helpers.environment import process_environment
 
 CONFIG = PRESETS["tiny_moe"].replace(hidden_size=256, moe_intermediate_size=256, vocab_size=1024)
 PROCESS = """
-    import sys, jax, numpy as np, tensorstore as ts
-    if {count} > 1:
-        jax.distributed.initialize("localhost:{port}", {count}, int(sys.argv[1]))
+    import sys, jax, tensorstore as ts
+    jax.distributed.initialize("localhost:{port}", 2, int(sys.argv[1]))
     from llada_jax import sharding
     from llada_jax.model import parameters
     from llada_jax.checkpoint import weights
-    config, _ = weights.read_config("{directory}")
-    mesh = sharding.make_mesh(data=1, fsdp={count})
-    shardings = sharding.shardings(parameters.abstract(config), parameters.logical_axes(config), mesh)
 
     def bytes_read():
         found = ts.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
         return sum(value["value"] for metric in found for value in metric["values"])
 
-    before = bytes_read()
-    params = weights.load_params("{directory}", shardings=shardings)
-    leaves = jax.tree.leaves(params)
-    needed = sum(shard.data.nbytes for leaf in leaves for shard in leaf.addressable_shards)
-    print("read", bytes_read() - before, "needed", needed, "whole", sum(leaf.nbytes for leaf in leaves))
+    mesh = sharding.make_mesh(data=1, fsdp=2)
+    for directory in sys.argv[2:]:
+        config, _ = weights.read_config(directory)
+        shardings = sharding.shardings(parameters.abstract(config), parameters.logical_axes(config), mesh)
+        before = bytes_read()
+        leaves = jax.tree.leaves(weights.load_params(directory, shardings=shardings))
+        needed = sum(shard.data.nbytes for leaf in leaves for shard in leaf.addressable_shards)
+        print("read", bytes_read() - before, "needed", needed, "whole", sum(leaf.nbytes for leaf in leaves))
 """
 
 
@@ -55,21 +52,18 @@ def save_on_one_device(directory: Path, monkeypatch) -> None:
     writer.wait()
 
 
-@pytest.mark.parametrize("write", [write_small_chunks, save_on_one_device])
-def test_each_of_two_processes_reads_its_half(tmp_path, monkeypatch, write):
-    write(tmp_path / "1", monkeypatch)
-    code = PROCESS.format(port=20000 + (os.getpid() + 7919) % 20000, directory=tmp_path / "1", count=2)
+def test_each_of_two_processes_reads_its_half(tmp_path, monkeypatch):
+    folders = [tmp_path / "1", tmp_path / "2"]
+    write_small_chunks(folders[0], monkeypatch)
+    save_on_one_device(folders[1], monkeypatch)
+    code = textwrap.dedent(PROCESS.format(port=20000 + (os.getpid() + 7919) % 20000))
     env = process_environment(devices=1)
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(code), str(rank)], env=env, text=True,
-            cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    for output in [process.communicate(timeout=120)[0] for process in processes]:
-        line = next((line.split() for line in output.splitlines() if line.startswith("read ")), None)
-        assert line is not None, output
-        read, needed, whole = int(line[1]), int(line[3]), int(line[5])
-        assert needed < 0.52 * whole  # but for norms, a process holds half
-        assert 0.95 * needed < read < 1.05 * needed + 2**18  # compressed a little; the rest is index and small tensors
+    outs = [tmp_path / f"{rank}.out" for rank in range(2)]
+    processes = [Process(["-c", code, rank, *folders], env, out, out) for rank, out in enumerate(outs)]
+    assert [process.wait(120) for process in processes] == [0, 0], "\n".join(out.read_text() for out in outs)
+    for out in outs:
+        lines = [line.split() for line in out.read_text().splitlines() if line.startswith("read ")]
+        assert len(lines) == len(folders)
+        for read, needed, whole in ((int(line[1]), int(line[3]), int(line[5])) for line in lines):
+            assert needed < 0.52 * whole  # but for norms, a process holds half
+            assert 0.95 * needed < read < 1.05 * needed + 2**18  # compressed a little; the rest is index, small tensors

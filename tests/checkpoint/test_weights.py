@@ -2,8 +2,6 @@ import functools
 import json
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -19,6 +17,7 @@ from llada_jax.checkpoint import files, weights
 from llada_jax.errors import InputError
 from llada_jax.model import parameters
 from llada_jax.model.config import PRESETS
+from tests.helpers import command_lines
 
 _BACKEND = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "<eos>": 508}, unk_token="a"))
 TOKENIZER = {"tokenizer.json": _BACKEND.to_str().encode(), "tokenizer_config.json": b'{"eos_token": "<eos>"}'}
@@ -292,10 +291,9 @@ def test_a_changed_config_digit_is_noticed(copy):
 
 
 def test_verify_command(copy):
-    command = [sys.executable, "tools/verify_checkpoint.py", f"--checkpoint={copy}"]
-    environment = {"PYTHONPATH": ".", "JAX_PLATFORMS": "cpu", "PATH": ""}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2])
+    command = ["tools/verify_checkpoint.py", f"--checkpoint={copy}"]
+    done = command_lines.run(command)
     assert (done.returncode, done.stdout[:14]) == (0, "ok: 46 tensors"), done
     damage_tensor(copy)
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2])
+    done = command_lines.run(command)
     assert done.returncode == 2 and "is damaged" in done.stdout

@@ -22,6 +22,7 @@ from tests.helpers.data_helpers import (
     ROOT,
     contents,
     message,
+    run_tool,
     with_template,
     write_rows,
     write_saved_dataset,
@@ -51,10 +52,6 @@ def small_parts(monkeypatch):
     monkeypatch.setattr(parts, "_PART_BYTES", 1000)
 
 
-def read_documents(files, start, stop):
-    return text.iter_documents(files, "text", start, stop)
-
-
 def test_parts_cover_the_source_once_and_begin_at_documents(tmp_path, source, small_parts):
     saved = write_saved_dataset(tmp_path / "saved", [{"text": "x" * 900}] * 7, [{"text": "y"}] * 4)
     for files in (sources.list_files(str(source)), sources.list_files(saved)):
@@ -64,7 +61,7 @@ def test_parts_cover_the_source_once_and_begin_at_documents(tmp_path, source, sm
             found = list(parts.split(files, start))
             assert found[0][0] == start and found[-1][1] == (len(files), 0)
             assert [stop for _, stop in found[:-1]] == [begin for begin, _ in found[1:]]
-            read = [list(read_documents(files, *part)) for part in found]
+            read = [list(text.iter_documents(files, "text", *part)) for part in found]
             assert sum(read, []) == documents[first:]
             assert all(part[0][:2] >= begin for part, (begin, _) in zip(read, found, strict=True) if part)
     assert len(list(parts.split(sources.list_files(str(source)), (0, 0)))) > 10
@@ -76,7 +73,7 @@ def test_many_small_files_share_a_part(source):
 
 def test_processes_give_what_one_gives(source, small_parts):
     files = sources.list_files(str(source))
-    read = functools.partial(read_documents, files)
+    read = functools.partial(text.iter_documents, files, "text")
     expected = list(text.iter_documents(files))
     for processes in (1, 3):
         assert list(parts.read_parts(read, files, (0, 0), processes)) == expected
@@ -91,7 +88,7 @@ def test_bad_input_is_raised_in_its_place(source, small_parts):
     lines = (source / "b.jsonl").read_text().splitlines()
     (source / "b.jsonl").write_text("\n".join([*lines[:100], "broken", *lines[100:]]))
     files = sources.list_files(str(source))
-    read = parts.read_parts(functools.partial(read_documents, files), files, (0, 0), 2)
+    read = parts.read_parts(functools.partial(text.iter_documents, files, "text"), files, (0, 0), 2)
     seen = []
     with pytest.raises(InputError, match=r"b\.jsonl:101: malformed JSON"):
         for document in read:
@@ -103,7 +100,7 @@ def test_an_unreadable_table_is_named_by_who_reads_it(source, small_parts):
     (source / "c.parquet").write_bytes(b"PAR1 not really")
     files = sources.list_files(str(source))
     with pytest.raises(InputError, match=r"c\.parquet: unreadable parquet file"):
-        list(parts.read_parts(functools.partial(read_documents, files), files, (0, 0)))
+        list(parts.read_parts(functools.partial(text.iter_documents, files, "text"), files, (0, 0)))
 
 
 def die(start, stop):
@@ -155,13 +152,17 @@ def test_killed_in_the_middle_and_started_again_with_other_processes(tmp_path):
     expected = pack.pack(source, tokenizer, str(tmp_path / "whole"), 512, rows_per_shard=2048)
     assert len(expected["shards"]) >= 8
     out = tmp_path / "out"
-    flags = dict(source=source, tokenizer=write_tokenizer(tmp_path / "tokenizer", tokenizer), out=out, length=512)
-    command = [sys.executable, str(ROOT / "tools" / "pack_data.py"), "--rows_per_shard=2048"]
+    flags = dict(
+        source=source,
+        tokenizer=write_tokenizer(tmp_path / "tokenizer", tokenizer),
+        out=out,
+        length=512,
+        rows_per_shard=2048,
+    )
+    command = [sys.executable, str(ROOT / "tools" / "pack_data.py"), "--processes=2"]
     command += [f"--{name}={value}" for name, value in flags.items()]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    packing = subprocess.Popen(
-        [*command, "--processes=2"], env=environment, stderr=subprocess.DEVNULL, start_new_session=True
-    )
+    packing = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
     while not (out / "rows-00002.array_record").exists():
         assert packing.poll() is None
         time.sleep(0.005)
@@ -173,5 +174,5 @@ def test_killed_in_the_middle_and_started_again_with_other_processes(tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert (out / "progress.json").exists() and not (out / "dataset.json").exists()
-    subprocess.run([*command, "--processes=3"], env=environment, check=True, capture_output=True)
+    assert run_tool(**flags, processes=3).returncode == 0
     assert contents(out) == contents(tmp_path / "whole")

@@ -77,21 +77,6 @@ def by_the_table(line: str) -> bool:
     )
 
 
-def by_gcloud(line: str, folder: Path) -> bool:
-    """By its linter, which parses and sends nothing."""
-    command = ["gcloud", "meta", "lint-gcloud-commands", f"--command-string={line}"]
-    env = os.environ | {"CLOUDSDK_CONFIG": str(folder)}
-    done = subprocess.run(command, env=env, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    return json.loads(done.stdout)[0]["success"]
-
-
-def accepted(line, folder):
-    verdict = by_the_table(line) if "queued-resources create" in line else True
-    if shutil.which("gcloud"):
-        assert by_gcloud(line, folder) == verdict, line
-    return verdict
-
-
 LAUNCHES = {
     "--accelerator-type=v5p-1024": ["--topology=v5p:8x8x8"],
     "--accelerator-type=v5p-512": ["--topology=v5p:4x8x8", "--slices=3", "--spot"],
@@ -112,31 +97,51 @@ def printed():
     return dict(zip(LAUNCHES, lines, strict=True))
 
 
+REFUSED = [
+    "gcloud compute tpus queued-resources create m --project=my-project --zone=us-east5-a --type=v5p"
+    " --topology=8x8x8 --runtime-version=r --node-id=m",
+    "gcloud alpha compute tpus queued-resources create m --project=my-project --zone=us-east5-a --type=v5e"
+    " --topology=2x2 --runtime-version=r --node-id=m",
+    "gcloud compute tpus queued-resources create m --project=my-project --zone=us-east5-a --accelerator-type=v6e-4"
+    " --runtime-version=r --node-id=m --node-count=2",
+]
+
+
+@pytest.fixture(scope="module")
+def accepted(printed, tmp_path_factory):
+    """Whether a command is accepted: by the table and, where there is gcloud, by its linter, which sends nothing."""
+    by_gcloud, folder = {}, tmp_path_factory.mktemp("gcloud")
+    if shutil.which("gcloud"):
+        lines = list(dict.fromkeys([*itertools.chain(*printed.values()), *REFUSED]))
+        (folder / "commands.json").write_text(json.dumps([{"command_string": line} for line in lines]))
+        command = ["gcloud", "meta", "lint-gcloud-commands", f"--commands-file={folder / 'commands.json'}"]
+        env = os.environ | {"CLOUDSDK_CONFIG": str(folder)}
+        done = subprocess.run(command, env=env, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        by_gcloud = {line: found["success"] for line, found in zip(lines, json.loads(done.stdout), strict=True)}
+
+    def verdict(line):
+        found = by_the_table(line) if "queued-resources create" in line else True
+        assert not by_gcloud or by_gcloud[line] == found, line
+        return found
+
+    return verdict
+
+
 @pytest.mark.parametrize("expected", LAUNCHES)
-def test_gcloud_accepts_what_is_printed(printed, tmp_path, expected):
+def test_gcloud_accepts_what_is_printed(printed, accepted, expected):
     (create,) = (line for line in printed[expected] if "queued-resources create" in line)
     assert expected in create
-    assert accepted(create, tmp_path)
+    assert accepted(create)
 
 
-def test_gcloud_accepts_the_commands_around_it(printed, tmp_path):
+def test_gcloud_accepts_the_commands_around_it(printed, accepted):
     lines = [line for line in printed["--accelerator-type=v5p-1024"] if "queued-resources create" not in line]
-    assert len(lines) == 6 and all(accepted(line, tmp_path) for line in lines)
+    assert len(lines) == 6 and all(accepted(line) for line in lines)
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "gcloud compute tpus queued-resources create m --project=my-project --zone=us-east5-a --type=v5p"
-        " --topology=8x8x8 --runtime-version=r --node-id=m",
-        "gcloud alpha compute tpus queued-resources create m --project=my-project --zone=us-east5-a --type=v5e"
-        " --topology=2x2 --runtime-version=r --node-id=m",
-        "gcloud compute tpus queued-resources create m --project=my-project --zone=us-east5-a --accelerator-type=v6e-4"
-        " --runtime-version=r --node-id=m --node-count=2",
-    ],
-)
-def test_what_gcloud_refuses_the_table_refuses(line, tmp_path):
-    assert not accepted(line, tmp_path)
+@pytest.mark.parametrize("line", REFUSED)
+def test_what_gcloud_refuses_the_table_refuses(line, accepted):
+    assert not accepted(line)
 
 
 @pytest.mark.parametrize(

@@ -179,6 +179,7 @@ def test_a_failing_point_is_named_and_the_others_go_on(tmp_path):
     arguments = [
         f"--out={out}", "--sweep=optimizer.learning_rate=1e-2,-1.0", f"--config.data.source={text}",
         "--parallel=2", "--config.data.patterns=('*.txt',)", "--config.batch.rows=1", "--config.evaluation.rows=1",
+        "--config.evaluation.block_sizes=(1,)",
     ]  # fmt: skip
     first, second, other = run_all([command(*arguments), command(*arguments), command(*arguments, "--config.seed=1")])
     assert first.returncode == second.returncode == 1

@@ -3,8 +3,6 @@
 import json
 import os
 import pathlib
-import subprocess
-import sys
 import types
 
 import pyarrow as pa
@@ -12,6 +10,7 @@ import pyarrow as pa
 from llada_jax.data.byte_tokenizer import byte_tokenizer
 from llada_jax.data.order import Rows
 from llada_jax.tokenizer import from_files
+from tests.helpers import command_lines
 
 ROOT = pathlib.Path(__file__).parents[2]
 EOS = 256
@@ -121,9 +120,7 @@ def kill_everywhere(run, folder, monkeypatch):
 def run_tool(**flag_values):
     """tools/pack_data.py with --name=value flags; None is a flag that is set."""
     given = [f"--{name}" if value is None else f"--{name}={value}" for name, value in flag_values.items()]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    command = [sys.executable, str(ROOT / "tools" / "pack_data.py"), *given]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    return command_lines.run([ROOT / "tools" / "pack_data.py", *given])
 
 
 def write_tokenizer(folder, tokenizer):

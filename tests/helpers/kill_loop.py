@@ -13,17 +13,15 @@ import dataclasses
 import json
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from llada_jax.monitoring.metrics import TIMED
 from llada_jax.runtime import distributed
-from tests.helpers.processes import environment_of
+from tests.helpers.command_lines import Process
+from tests.helpers.environment import process_environment
 
-ROOT = Path(__file__).parents[2]
 # How processes end when another is struck: all save and stop, one says that the other is gone, or JAX does.
 ENDED_WITH_THEM = {0, distributed.LOST_PEER, -signal.SIGABRT}
 
@@ -53,26 +51,19 @@ class Tally:
             self.codes[code] = self.codes.get(code, 0) + count
 
 
-def spawn(arguments: Sequence[str], log: Path, cache: Path, devices: int = 1, **environment: str) -> subprocess.Popen:
-    """Starts `python -m llada_jax.train`, its output appended to `log`.
-
-    cache: compiled programs, kept from life to life. devices: fake CPU devices of the process.
-    """
-    env = environment_of(cache, devices) | environment
-    with open(log, "ab") as out:
-        return subprocess.Popen(
-            [sys.executable, "-m", "llada_jax.train", *arguments], env=env, cwd=ROOT, stdout=out, stderr=out
-        )
+def spawn(arguments: Sequence[str], log: Path) -> Process:
+    """Starts `python -m llada_jax.train` on one fake CPU device, its output appended to `log`."""
+    return Process(["-m", "llada_jax.train", *arguments], process_environment(), log, log)
 
 
-def run_to_end(start: Callable[[], list[subprocess.Popen]], seconds: float = 300) -> None:
+def run_to_end(start: Callable[[], list[Process]], seconds: float = 300) -> None:
     """One life without a kill. Raises AssertionError unless every process exits 0."""
     codes = _wait(start(), seconds)
     assert set(codes) == {0}, f"exit codes {codes}"
 
 
 def run_killed(
-    start: Callable[[], list[subprocess.Popen]],
+    start: Callable[[], list[Process]],
     workdir: Path,
     chooser: random.Random,
     kills: int,
@@ -160,12 +151,12 @@ def _count(tally: Tally, number: int, codes: list[int]) -> None:
         tally.codes[code] = tally.codes.get(code, 0) + 1
 
 
-def _wait(processes: list[subprocess.Popen], seconds: float) -> list[int]:
+def _wait(processes: list[Process], seconds: float) -> list[int]:
     end = time.monotonic() + seconds
     return [process.wait(max(0.1, end - time.monotonic())) for process in processes]
 
 
-def _until(processes: list[subprocess.Popen], condition: Callable[[], bool], seconds: float) -> bool:
+def _until(processes: list[Process], condition: Callable[[], bool], seconds: float) -> bool:
     """Whether `condition` came true before a process ended."""
     end = time.monotonic() + seconds
     while not condition():
@@ -176,7 +167,7 @@ def _until(processes: list[subprocess.Popen], condition: Callable[[], bool], sec
     return True
 
 
-def _alive_for(processes: list[subprocess.Popen], seconds: float) -> bool:
+def _alive_for(processes: list[Process], seconds: float) -> bool:
     end = time.monotonic() + seconds
     _until(processes, lambda: time.monotonic() >= end, seconds + 60)
     return all(process.poll() is None for process in processes)

@@ -3,18 +3,18 @@
 import re
 import socket
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from llada_jax.runtime import distributed
+from tests.helpers.command_lines import Process
 from tests.helpers.environment import process_environment
 
 ROOT = Path(__file__).parents[2]
 TRAINER = (str(ROOT / "tests" / "helpers" / "small_trainer.py"),)
 
 
-def small_run(last_steps: int = 14, save_every: int = 4) -> list[str]:
+def small_run(last_steps: int = 8, save_every: int = 4) -> list[str]:
     """A model, and a curriculum of 6 + last_steps steps, that take seconds; no data, no workdir."""
     return [
         f"--config={ROOT}/configs/wsd.py:tiny_hosts,length=32",
@@ -34,40 +34,27 @@ def small_run(last_steps: int = 14, save_every: int = 4) -> list[str]:
     ]
 
 
-def environment_of(cache: Path, devices: int) -> dict[str, str]:
-    """Of a trainer on `devices` fake CPU devices, whose compiled programs are kept in `cache` from life to life."""
-    return process_environment(
-        devices,
-        JAX_PLATFORMS="cpu",
-        JAX_COMPILATION_CACHE_DIR=str(cache),
-        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
-        JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="-1",
-    )
-
-
 def start(
     arguments: Sequence[str],
     logs: Path,
-    cache: Path,
     processes: int = 2,
-    devices: int = 4,
+    devices: int = 2,
     program: Sequence[str] = TRAINER,
     own: dict[int, Sequence[str]] | None = None,
     **environment: str,
-) -> list[subprocess.Popen]:
+) -> list[Process]:
     """Starts the processes of one run. Process i appends to LOGS/i.out and LOGS/i.err; own: more arguments of some.
 
-    cache: compiled programs, which all meshes and lives share. devices: of each process.
+    devices: of each process.
     """
     logs.mkdir(parents=True, exist_ok=True)
-    env = environment_of(cache, devices) | environment
+    env = process_environment(devices, **environment)
     peers = [f"--coordinator=localhost:{free_port()}", f"--processes={processes}"] if processes > 1 else []
     running = []
     for i in range(processes):
         which = [f"--process={i}"] if processes > 1 else []
-        command = [sys.executable, *program, *arguments, *peers, *which, *(own or {}).get(i, ())]
-        with open(logs / f"{i}.out", "ab") as out, open(logs / f"{i}.err", "ab") as err:
-            running.append(subprocess.Popen(command, env=env, cwd=ROOT, stdout=out, stderr=err))
+        command = [*program, *arguments, *peers, *which, *(own or {}).get(i, ())]
+        running.append(Process(command, env, logs / f"{i}.out", logs / f"{i}.err"))
     return running
 
 
@@ -89,7 +76,7 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def codes(running: Sequence[subprocess.Popen], seconds: float = 120) -> list[int]:
+def codes(running: Sequence[Process], seconds: float = 120) -> list[int]:
     """Exit codes; what is left after `seconds` is killed and counts as -9."""
     try:
         return [process.wait(seconds) for process in running]
@@ -100,7 +87,7 @@ def codes(running: Sequence[subprocess.Popen], seconds: float = 120) -> list[int
             kill(process)
 
 
-def kill(process: subprocess.Popen) -> int:
+def kill(process: Process) -> int:
     process.kill()
     return process.wait()
 

@@ -1,10 +1,7 @@
 """Import and export killed at random moments: the next run ends in the same tensors, bit for bit."""
 
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,8 +13,8 @@ from llada_jax.interop import export, huggingface
 from llada_jax.interop.convert import import_checkpoint
 from llada_jax.interop.export import export_checkpoint
 from llada_jax.model.config import preset
+from tests.helpers import command_lines
 
-ROOT = Path(__file__).parents[2]
 CONFIG = preset("tiny_moe").replace(hidden_size=256, moe_intermediate_size=256, mask_token_id=None)
 SHARD_BYTES = 4_000_000
 # Slabs of 100 kB: hundreds of moments at which something is half done.
@@ -57,9 +54,7 @@ def digests(directory: Path) -> dict:
 
 def killed_after(seconds: float, what: str, source: Path, out: Path) -> int:
     """Exit status of a conversion that is killed after so many seconds of work."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    line = [sys.executable, "-c", CHILD, what, str(source), str(out), str(seconds)]
-    return subprocess.run(line, capture_output=True, env=environment, check=False).returncode
+    return command_lines.run(["-c", CHILD, what, source, out, seconds]).returncode
 
 
 def kill_and_run_again(what: str, folders, tmp_path: Path, kills: int, seed: int) -> None:

@@ -23,27 +23,27 @@ from tests.helpers.kill_loop import metrics_of
 from tests.helpers.processes import ROOT, codes, run, small_run, start, text
 
 MESHES = {  # processes x devices of each: the sizes of the mesh
-    (1, 8): dict(fsdp=2),
-    (2, 4): dict(fsdp=4),
+    (1, 4): dict(fsdp=4),
+    (2, 2): dict(fsdp=2),
     (4, 2): dict(tensor=4),  # two processes have the same rows
 }
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """(the data of runs, as arguments; a cache of compiled programs)"""
+    """The data of runs, as arguments."""
     folder = tmp_path_factory.mktemp("text")
     for i in range(6):
         sentence = f"document {i} says that the quick brown fox jumps over the lazy dog number {i}.\n"
         (folder / f"{i}.txt").write_text(sentence * (8 + i))
-    return [f"--config.data.source={folder}"], tmp_path_factory.mktemp("cache")
+    return [f"--config.data.source={folder}"]
 
 
 @pytest.fixture(scope="module")
 def whole(small, tmp_path_factory):
     """The workdir of a run of two processes that nothing disturbed."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    run_on((2, 4), small, folder)
+    run_on((2, 2), small, folder)
     return folder
 
 
@@ -63,8 +63,8 @@ def wait_for_step(step, logs, running, seconds=90):
 def run_on(mesh, small, workdir):
     processes, devices = mesh
     logs = workdir.with_name(f"{workdir.name}.logs")
-    arguments = [*small_run(), *small[0], f"--workdir={workdir}", *mesh_flags(MESHES[mesh])]
-    found = run(arguments, logs, small[1], processes, devices)
+    arguments = [*small_run(), *small, f"--workdir={workdir}", *mesh_flags(MESHES[mesh])]
+    found = run(arguments, logs, processes, devices)
     assert found == [0] * processes, "\n".join(text(logs, i, "err") for i in range(processes))
     return logs
 
@@ -91,10 +91,10 @@ def assert_same_training(found, expected):
 
 
 def test_one_process_goes_on_where_two_were_and_only_the_first_of_them_wrote(small, whole, tmp_path):
-    expected = [row for row in metrics_of(whole) if row["step"] > 12]
-    assert_same_training(go_on((1, 8), small, whole, 12, tmp_path / "cut"), expected)
+    expected = [row for row in metrics_of(whole) if row["step"] > 8]
+    assert_same_training(go_on((1, 4), small, whole, 8, tmp_path / "cut"), expected)
     logs = whole.with_name("whole.logs")
-    assert "8 rows a step on data 2 x fsdp 4 of 2 processes" in text(logs, 0, "out")
+    assert "8 rows a step on data 2 x fsdp 2 of 2 processes" in text(logs, 0, "out")
     assert text(logs, 1, "out") == "" and len(list(whole.glob("events.*"))) == 1
     assert not list(whole.glob(".seen-*"))
 
@@ -105,23 +105,23 @@ def test_every_mesh_goes_on_where_every_other_was(small, whole, tmp_path):
     for first, folder in runs.items():
         run_on(first, small, folder)
         assert_same_training(metrics_of(folder), metrics_of(whole))
-        expected = [row for row in metrics_of(folder) if row["step"] > 12]
+        expected = [row for row in metrics_of(folder) if row["step"] > 8]
         for then in MESHES:
-            assert_same_training(go_on(then, small, folder, 12, tmp_path / f"{first[0]}-then-{then[0]}"), expected)
+            assert_same_training(go_on(then, small, folder, 8, tmp_path / f"{first[0]}-then-{then[0]}"), expected)
 
 
 def test_a_run_that_is_stopped_and_then_loses_a_process_ends_as_if_it_had_not(small, whole, tmp_path):
-    arguments = [*small_run(), *small[0], *mesh_flags(MESHES[2, 4]), "--peer_timeout=8"]
+    arguments = [*small_run(), *small, *mesh_flags(MESHES[2, 2]), "--peer_timeout=8"]
     arguments += [f"--workdir={tmp_path / 'run'}"]
     logs, again = tmp_path / "logs", tmp_path / "again"
-    running = start(arguments, logs, small[1], PACE="0.4")
+    running = start(arguments, logs, PACE="0.4")
     wait_for_step(2, logs, running)
     running[1].send_signal(signal.SIGTERM)  # process 0 hears of it
     assert codes(running) == [0, 0], text(logs, 0, "err") + text(logs, 1, "err")
     (stopped,) = re.findall(r"^stopped at step (\d+)", text(logs, 0, "out"), re.M)
-    assert saver.steps(tmp_path / "run" / "checkpoints")[-1] == int(stopped) < 20
+    assert saver.steps(tmp_path / "run" / "checkpoints")[-1] == int(stopped) < 14
 
-    running = start(arguments, again, small[1], PACE="0.4")
+    running = start(arguments, again, PACE="0.4")
     wait_for_step(int(stopped) + 1, again, running)
     assert f"resuming at step {stopped}" in text(again, 0, "out")
     running[1].kill()
@@ -129,19 +129,19 @@ def test_a_run_that_is_stopped_and_then_loses_a_process_ends_as_if_it_had_not(sm
     said = r"^error: (process 1: no sign of life for 8 seconds|lost touch with another process).* the last checkpoint$"
     assert re.search(said, text(again, 0, "err"), re.M)
 
-    assert run(arguments, tmp_path / "last", small[1]) == [0, 0], text(tmp_path / "last", 0, "err")
+    assert run(arguments, tmp_path / "last") == [0, 0], text(tmp_path / "last", 0, "err")
     kill_loop.assert_same_end(tmp_path / "run", whole)
 
 
 def test_an_error_of_one_process_ends_all(small, tmp_path):
-    arguments = [*small_run(), *small[0], *mesh_flags(MESHES[2, 4]), f"--workdir={tmp_path / 'run'}"]
-    assert run(arguments, tmp_path / "other", small[1], own={1: ["--config.seed=1"]}) == [2, 2]
+    arguments = [*small_run(), *small, *mesh_flags(MESHES[2, 2]), f"--workdir={tmp_path / 'run'}"]
+    assert run(arguments, tmp_path / "other", own={1: ["--config.seed=1"]}) == [2, 2]
     for process in (0, 1):
         message = "process 1 has another config, code or JAX than process 0\n"
         assert text(tmp_path / "other", process, "err").endswith(message)
     assert not (tmp_path / "run").exists()
 
-    assert run(arguments, tmp_path / "corrupt", small[1], FAIL="1") == [2, 2]
+    assert run(arguments, tmp_path / "corrupt", FAIL="1") == [2, 2]
     message = "rows.array_record: record 7 is corrupt\n"
     assert text(tmp_path / "corrupt", 1, "err").endswith(f"error: {message}")
     assert text(tmp_path / "corrupt", 0, "err").endswith(f"error: process 1: {message}")
@@ -149,8 +149,8 @@ def test_an_error_of_one_process_ends_all(small, tmp_path):
 
 def test_processes_that_do_not_come_are_waited_for_and_named(small, tmp_path):
     for i, missing in enumerate(((1,), (0,))):
-        arguments = [*small_run(), *small[0], f"--workdir={tmp_path / 'run'}", "--start_timeout=4"]
-        running = start(arguments, tmp_path / str(i), small[1])
+        arguments = [*small_run(), *small, f"--workdir={tmp_path / 'run'}", "--start_timeout=4"]
+        running = start(arguments, tmp_path / str(i))
         for process in missing:
             running[process].kill()
         (there,) = {0, 1} - set(missing)
@@ -204,15 +204,15 @@ def soak(small, folder, seeds, kills):
     """Runs of two processes, of which one or both are struck again and again, end as the one that was left alone."""
     arguments = [
         *small_run(34, save_every=4),
-        *small[0],
-        *mesh_flags(MESHES[2, 4]),
+        *small,
+        *mesh_flags(MESHES[2, 2]),
         "--peer_timeout=20",
         "--start_timeout=60",
     ]
 
     def starter(name):
         logs = folder / f"{name}.logs"
-        return lambda: start([*arguments, f"--workdir={folder / name}"], logs, small[1])
+        return lambda: start([*arguments, f"--workdir={folder / name}"], logs)
 
     kill_loop.run_to_end(starter("whole"))
     tally = kill_loop.Tally()
@@ -255,10 +255,10 @@ def test_dpo_of_two_processes_is_that_of_one(small, tmp_path, rank):
         "--config.schedule.block_size=8", "--config.evaluation.block_sizes=(8,)", "--config.evaluation.every_steps=3",
         "--config.optimizer.learning_rate=3e-3", "--config.log_every_steps=1",
     ]  # fmt: skip
-    for processes, devices in ((1, 8), (2, 4)):
+    for processes, devices in ((1, 4), (2, 2)):
         more = [*mesh_flags(MESHES[processes, devices]), f"--workdir={tmp_path / str(processes)}"]
         logs = tmp_path / f"logs-{processes}"
-        found = run([*arguments, *more], logs, small[1], processes, devices)
+        found = run([*arguments, *more], logs, processes, devices)
         assert found == [0] * processes, "\n".join(text(logs, i, "err") for i in range(processes))
     one, two = ((tmp_path / str(processes) / "reference_scores.bin").read_bytes() for processes in (1, 2))
     assert len(one) == len(two)
