@@ -18,6 +18,8 @@ from llada_jax.chips import parse_topology
 from llada_jax.errors import InputError
 from llada_jax.pod.schedule_reader import Kernel, read_schedule
 
+# Of the last pass only: a dump of all passes takes longer than the compiler.
+_DUMP = "--xla_jf_dump_llo_text=true", "--xla_jf_dump_llo_pass_label_regex=final_"
 _KERNEL = re.compile(r"%([\w.\-]+) = [^\n]*custom_call_target=\"tpu_custom_call\"")
 
 
@@ -35,13 +37,13 @@ def compile_program(
 ) -> Program:
     """Compiles the program of `target(**arguments)`, "module:function", which returns (function, abstract arguments).
 
-    Without `schedules` nothing is dumped, which is several times faster, and `kernels` is empty. Raises InputError if
+    Without `schedules` nothing is dumped, and `kernels` is empty. Raises InputError if
     libtpu is missing, or with the compiler's error if it refuses the program.
     """
     chip = parse_topology(topology).chip
     with tempfile.TemporaryDirectory() as folder:
         dumps = Path(folder, "dumps")
-        dump = f"--xla_jf_dump_to={dumps} --xla_jf_dump_llo_text=true" if schedules else ""
+        dump = " ".join((f"--xla_jf_dump_to={dumps}", *_DUMP)) if schedules else ""
         command = [sys.executable, "-m", "llada_jax.pod.aot", target, json.dumps(arguments), topology, folder]
         env = {"LIBTPU_INIT_ARGS": dump, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
         env["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # JAX writes programs for absent devices, and cannot load them

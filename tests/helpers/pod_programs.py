@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+BLOCK = 512  # rows and columns of a step of `stream`
 SIDE = 16384  # too large for XLA to keep an operand in the vector memory
 
 
@@ -26,6 +27,12 @@ def _tiled(kernel, name, tile, inputs, grid, semantics="arbitrary"):
     return call, tuple(inputs)
 
 
+def several(programs):
+    """[name of a function here, its arguments] each, as one program."""
+    calls, inputs = zip(*(globals()[name](**arguments) for name, arguments in programs), strict=True)
+    return lambda *operands: [call(*x) for call, x in zip(calls, operands, strict=True)], inputs
+
+
 def matmul(tile: int, dtype: str, contract: int = 1):
     """Each grid step multiplies two [tile, tile] matrices, the first transposed where its dimension 0 is contracted:
     tile ** 3 multiply-accumulates.
@@ -36,7 +43,7 @@ def matmul(tile: int, dtype: str, contract: int = 1):
         out[...] = jax.lax.dot_general(a[...], b[...], dimensions, preferred_element_type=jnp.float32).astype(out.dtype)
 
     x = jax.ShapeDtypeStruct((SIDE, SIDE), dtype)
-    return _tiled(kernel, "matmul", tile, (x, x), (4, 4))
+    return _tiled(kernel, f"matmul_{dtype}_{contract}", tile, (x, x), (4, 4))
 
 
 def increment(tile: int, semantics: str = "arbitrary"):
@@ -45,7 +52,8 @@ def increment(tile: int, semantics: str = "arbitrary"):
     def kernel(x, out):
         out[...] = x[...] + 1.0
 
-    return _tiled(kernel, "increment", tile, (jax.ShapeDtypeStruct((SIDE, SIDE), jnp.float32),), (4, 4), semantics)
+    x = jax.ShapeDtypeStruct((SIDE, SIDE), jnp.float32)
+    return _tiled(kernel, f"increment_{semantics}", tile, (x,), (4, 4), semantics)
 
 
 def conditional(tile: int):
@@ -77,16 +85,16 @@ def too_large():
 
 
 def stream(terms: int, steps: int):
-    """Each of the grid's steps reads and writes a [512, 512] block, of a sum of so many terms."""
+    """Each of the grid's steps reads and writes a [BLOCK, BLOCK] block, of a sum of so many terms."""
 
     def kernel(x, out):
         out[...] = functools.reduce(lambda total, term: total + jnp.exp(x[...] * term), range(2, terms), x[...] + 1.0)
 
-    spec = pl.BlockSpec((512, 512), lambda i: (i, 0))
-    shape = jax.ShapeDtypeStruct((512 * steps, 512), jnp.float32)
+    spec = pl.BlockSpec((BLOCK, BLOCK), lambda i: (i, 0))
+    shape = jax.ShapeDtypeStruct((BLOCK * steps, BLOCK), jnp.float32)
     parameters = pltpu.CompilerParams(dimension_semantics=("parallel",))
     call = pl.pallas_call(
-        kernel, name="stream", grid=(steps,), in_specs=[spec], out_specs=spec, out_shape=shape,
+        kernel, name=f"stream_{terms}_{steps}", grid=(steps,), in_specs=[spec], out_specs=spec, out_shape=shape,
         compiler_params=parameters,
     )  # fmt: skip
     return call, (shape,)

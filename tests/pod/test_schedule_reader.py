@@ -1,5 +1,7 @@
 """The estimators on programs whose cost is known."""
 
+import functools
+
 import pytest
 
 from llada_jax.chips import CHIPS
@@ -10,16 +12,32 @@ from llada_jax.pod.schedule_reader import region_costs
 SLICES = {name: f"{name}:{chip.slices[1] if name[-1] == 'e' else chip.slices[0]}" for name, chip in CHIPS.items()}
 
 
-def costs(function, arguments, topology, names):
-    (kernel,) = compile_program(f"tests.helpers.pod_programs:{function}", arguments, topology).kernels.values()
-    regions = region_costs(kernel, names)
-    assert sum(cost.bundles for cost in regions.values()) == kernel.program.end  # every bundle is in one region
-    return regions
+MATMULS = [["matmul", {"tile": 512, "dtype": "bfloat16", "contract": contract}] for contract in (1, 0)]
+ARBITRARY, PARALLEL = (["increment", {"tile": 512, "semantics": how}] for how in ("arbitrary", "parallel"))
+MORE = {
+    "v5p": [["matmul", {"tile": 512, "dtype": "float32"}], ["conditional", {"tile": 512}], ARBITRARY, PARALLEL],
+    "v6e": [PARALLEL],
+    "tpu7x": [ARBITRARY],
+}
+
+
+@functools.cache
+def kernels(chip):
+    programs = {"programs": [*MATMULS, *MORE.get(chip, [])]}
+    found = compile_program("tests.helpers.pod_programs:several", programs, SLICES[chip]).kernels
+    return {name.split(".")[0]: kernel for name, kernel in found.items()}
+
+
+def costs(chip, name, regions):
+    kernel = kernels(chip)[name]
+    found = region_costs(kernel, regions)
+    assert sum(cost.bundles for cost in found.values()) == kernel.program.end  # every bundle is in one region
+    return found
 
 
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
 def test_a_matmul_costs_its_flops(chip):
-    body = costs("matmul", {"tile": 512, "dtype": "bfloat16"}, SLICES[chip.name], ["body"])["body"]
+    body = costs(chip.name, "matmul_bfloat16_1", ["body"])["body"]
     floor = 512**3 / chip.macs_per_cycle
     assert body.mxu_cycles == floor
     assert floor <= body.cycles <= 1.4 * floor
@@ -27,27 +45,26 @@ def test_a_matmul_costs_its_flops(chip):
 
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
 def test_so_does_one_with_a_transposed_operand(chip):
-    arguments = {"tile": 512, "dtype": "bfloat16", "contract": 0}
-    body = costs("matmul", arguments, SLICES[chip.name], ["body"])["body"]
+    body = costs(chip.name, "matmul_bfloat16_0", ["body"])["body"]
     assert body.mxu_cycles == 512**3 / chip.macs_per_cycle
 
 
 def test_float32_operands_cost_the_matrix_unit_as_much_per_row():
     """The default precision passes float32 through as bfloat16."""
-    body = costs("matmul", {"tile": 512, "dtype": "float32"}, "v5p:2x2x1", ["body"])["body"]
+    body = costs("v5p", "matmul_float32_1", ["body"])["body"]
     assert body.mxu_cycles == 512**3 / CHIPS["v5p"].macs_per_cycle
 
 
 @pytest.mark.parametrize("chip,stores", [("v5p", 1), ("tpu7x", 2)])
 def test_an_elementwise_kernel_costs_its_stores(chip, stores):
-    body = costs("increment", {"tile": 512}, SLICES[chip], ["body"])["body"]
+    body = costs(chip, "increment_arbitrary", ["body"])["body"]
     registers = 512 * 512 // 1024
     assert body.mxu_cycles == 0 and body.slots["VSTORE"] == registers
     assert registers / stores <= body.bundles <= registers / stores + 64
 
 
 def test_conditional_regions_in_program_order():
-    regions = costs("conditional", {"tile": 512}, "v5p:2x2x1", ["increment", "matmul"])
+    regions = costs("v5p", "conditional", ["increment", "matmul"])
     assert regions["increment"].mxu_cycles == regions["step"].mxu_cycles == 0
     assert regions["matmul"].mxu_cycles == 2048
     assert 128 <= regions["increment"].bundles < 300 and 0 < regions["step"].bundles < 300
@@ -56,18 +73,21 @@ def test_conditional_regions_in_program_order():
 @pytest.mark.parametrize(
     "chip,semantics,split", [("v5p", "parallel", True), ("v5p", "arbitrary", False), ("v6e", "parallel", False)]
 )
-def test_a_parallel_axis_is_split_between_the_cores_of_a_device(chip, semantics, split, tmp_path, monkeypatch):
-    """And the program is not put into JAX's cache, from which one of an absent device cannot be loaded."""
+def test_a_parallel_axis_is_split_between_the_cores_of_a_device(chip, semantics, split):
+    assert kernels(chip)[f"increment_{semantics}"].split == split
+
+
+def test_a_program_of_an_absent_device_is_not_cached(tmp_path, monkeypatch):
+    """JAX would write it and could not load it."""
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
-    arguments = {"tile": 512, "semantics": semantics}
-    (kernel,) = compile_program("tests.helpers.pod_programs:increment", arguments, SLICES[chip]).kernels.values()
-    assert kernel.split == split
+    program = compile_program("tests.helpers.pod_programs:increment", {"tile": 512}, SLICES["v5p"], schedules=False)
+    assert program.hlo and not program.kernels
     assert not list(tmp_path.rglob("*-cache"))
 
 
 def test_other_regions_than_named_are_refused():
     with pytest.raises(ValueError, match="has 2 vector regions"):
-        costs("conditional", {"tile": 512}, "v5p:2x2x1", ["one"])
+        costs("v5p", "conditional", ["one"])
 
 
 def test_what_the_compiler_refuses_is_one_line():
