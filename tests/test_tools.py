@@ -23,8 +23,8 @@ from tests.helpers.foreign_tokenizers import llama_like
 ROOT = Path(__file__).parent.parent
 
 
-def run(tool, *arguments, stdin=""):
-    return command_lines.run([ROOT / "tools" / f"{tool}.py", *arguments], stdin=stdin)
+def run(tool, *arguments, **options):
+    return command_lines.run([ROOT / "tools" / f"{tool}.py", *arguments], **options)
 
 
 @pytest.fixture(scope="module")

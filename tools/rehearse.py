@@ -50,7 +50,6 @@ def main(argv) -> None:
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # nothing runs on the TPU that the step is compiled for
-    jax.config.update("jax_enable_compilation_cache", False)  # which writes programs for absent devices, and loads none
     from llada_jax.chips import parse_topology
     from llada_jax.pod import report
     from llada_jax.pod.lower import DoesNotFit, Slices

@@ -4,12 +4,14 @@ The step is that of training/loop.py: noise, tile plan, forward, backward, clipp
 mesh over all devices of the slices.
 """
 
+import contextlib
 import dataclasses
 import re
 import time
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
@@ -106,11 +108,24 @@ def lower_step(config: ConfigDict, slices: Slices, halves: str) -> LoweredStep:
     return LoweredStep(lowered, mesh, state, model, trained, halves)
 
 
+@contextlib.contextmanager
+def without_cache():
+    """JAX's cache of compiled programs takes those of absent devices, and cannot load them."""
+    before = jax.config.jax_enable_compilation_cache
+    try:
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()  # whether there is one is asked once
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
+
+
 def compile_step(lowered: jax.stages.Lowered, mesh, slices: Slices):
     """Returns (compiled program, seconds of compilation). Raises DoesNotFit."""
     begin = time.perf_counter()
     try:
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(mesh), without_cache():
             return lowered.compile(), time.perf_counter() - begin
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error) and "hbm" in str(error).lower():

@@ -133,7 +133,9 @@ class Process:
         self.send_signal(signal.SIGKILL)
 
 
-def run(command: Sequence[object], cwd=ROOT, stdin: str = "", **environment: str) -> SimpleNamespace:
+def run(
+    command: Sequence[object], cwd=ROOT, stdin: str = "", timeout: float = 300, **environment: str
+) -> SimpleNamespace:
     """Runs [script, argument, ...] as `python script argument ...` would; .returncode, .stdout and .stderr."""
     env = process_environment(PYTHONDONTWRITEBYTECODE="1", **environment)
     with tempfile.TemporaryDirectory() as folder:
@@ -141,7 +143,7 @@ def run(command: Sequence[object], cwd=ROOT, stdin: str = "", **environment: str
         given.write_text(stdin)
         process = Process(command, env, out, err, given, cwd)
         try:
-            code = process.wait()
+            code = process.wait(timeout)
         finally:
             process.kill()
         return SimpleNamespace(returncode=code, stdout=out.read_text(), stderr=err.read_text())
