@@ -96,12 +96,11 @@ assert train is llada_jax.train is expected and sys.modules["llada_jax.train"].m
 
 _DRIVER = """
 import json, os, runpy, sys
-from absl import flags
-for path in sys.argv[1:]:
+for line in sys.stdin:
     sys.stdout.flush()
+    path, *arguments = json.loads(line)
     if not os.fork():
-        config = ["--config=configs/wsd.py:tiny", "--config.batch.rows=8"] * ("DEFINE_config_file" in open(path).read())
-        sys.argv[:] = [path, *config, "--nosuchflag"]
+        sys.argv[:] = [path, *arguments]
         sys.path.insert(0, os.path.dirname(path))
         try:
             runpy.run_path(path, run_name="__main__")
@@ -115,30 +114,46 @@ COMMANDS = [
     for path in sorted((ROOT / folder).rglob("*.py"))
     if "\n    command_line.run(" in path.read_text()
 ]
+CONFIGURED = [path for path in COMMANDS if "DEFINE_config_file" in (ROOT / path).read_text()]
+
+
+SLOW = {"jax", "jaxlib", "flax", "orbax", "tensorstore", "grain", "array_record", "pyarrow", "transformers", "torch"}
+
+
+def check_answers_without_jax(lines, message):
+    """Each command line [path, argument, ...] ends with exit code 2 and the one message, and imports nothing slow."""
+    env = {"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"]}
+    done = subprocess.run(
+        [sys.executable, "-c", _DRIVER], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120,
+        input="".join(json.dumps(line) + "\n" for line in lines),
+    )  # fmt: skip
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(path, code) for path, code, _ in results] == [(path, 2) for path, *_ in lines], done.stderr
+    assert [line.startswith(message) for line in done.stderr.splitlines()] == [True] * len(lines), done.stderr
+    assert {path: found for path, _, modules in results if (found := sorted(SLOW & set(modules)))} == {}
 
 
 def test_no_command_imports_jax_before_its_flags_are_right():
     assert {"llada_jax/train.py", "tools/generate.py", "tools/verify_checkpoint.py"} < set(COMMANDS)
-    env = {"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"]}
-    done = subprocess.run(
-        [sys.executable, "-c", _DRIVER, *COMMANDS], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120
-    )
-    results = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [(path, code) for path, code, _ in results] == [(path, 2) for path in COMMANDS], done.stderr
-    assert done.stderr.splitlines() == ["error: Unknown command line flag 'nosuchflag'"] * len(COMMANDS)
-    slow = {
-        "jax",
-        "jaxlib",
-        "flax",
-        "orbax",
-        "tensorstore",
-        "grain",
-        "array_record",
-        "pyarrow",
-        "transformers",
-        "torch",
-    }
-    assert {path: found for path, _, modules in results if (found := sorted(slow & set(modules)))} == {}
+    config = ["--config=configs/wsd.py:tiny", "--config.batch.rows=8"]
+    lines = [[path, *config * (path in CONFIGURED), "--nosuchflag"] for path in COMMANDS]
+    check_answers_without_jax(lines, "error: Unknown command line flag 'nosuchflag'")
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["--config=configs/wsd.py:tiny", "--config.batch.rwos=8"], "error: --config.batch.rwos: no such field"),
+        (["--config=configs/sft.py:tinny"], "error: --config=configs/sft.py:tinny: config: unknown model 'tinny'"),
+        (
+            ["--config=configs/ar.py:tiny,step=8"],
+            "error: --config=configs/ar.py:tiny,step=8: config argument: unknown option",
+        ),
+    ],
+)
+def test_nor_before_the_fields_of_its_config_are_there(arguments, message):
+    assert "llada_jax/train.py" in CONFIGURED
+    check_answers_without_jax([[path, *arguments] for path in CONFIGURED], message)
 
 
 def test_lm_evals_own_flags_are_read_before_jax():

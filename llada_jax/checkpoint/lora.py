@@ -13,6 +13,7 @@ import functools
 import threading
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
@@ -90,7 +91,7 @@ class MergedReader:
     def _merge_stack(self, weights: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
         def merge(weights, a, b):
             weights = weights.astype(np.float32)
-            return jax.vmap(lambda *one: lora.merge(*one, self.lora.scale))(weights, a, b)
+            return jax.vmap(lambda *one: lora.merge(*one, self.lora.scale, jnp))(weights, a, b)
 
         donated = 0 if weights.dtype == np.float32 else ()
         with jax.default_matmul_precision("highest"):

@@ -1,6 +1,6 @@
 """Export: a checkpoint becomes a Hugging Face folder of safetensors, streamed slab by slab.
 
-As on import, every name, shape and slice comes from the declarations in model/parameters.py.
+As on import, every name, shape and slice comes from model/declarations.py.
 """
 
 import functools

@@ -1,12 +1,10 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685): y = x W + (alpha / rank) (x A) B, where A and B train and W does not.
 
 The term is added in activation space (`layers.project`), so that no gradient of W's size exists; an adapter is two
-more weights beside its own, "query_lora_a" and "query_lora_b", declared from it (model/parameters.py).
+more weights beside its own, "query_lora_a" and "query_lora_b", declared from it (model/declarations.py).
 """
 
 import dataclasses
-
-import jax.numpy as jnp
 
 from llada_jax.errors import check_range
 from llada_jax.model.config import ModelConfig
@@ -69,6 +67,7 @@ def attach(params, adapters, lora: Lora):
 
     A base with adapters of its own keeps them: ranks add up, [A A'] [B; B'] = A B + A' B'.
     """
+    import jax.numpy as jnp  # not above: declarations do without JAX
 
     def joined(weights, group):
         for name, w in group.items():
@@ -80,7 +79,9 @@ def attach(params, adapters, lora: Lora):
     return params | {group: joined(params[group], adapters[group]) for group in adapters}
 
 
-def merge(weight, a, b, scale: float, xp=jnp):
-    """Returns W + scale A B, computed in float32, in W's dtype. weight [*in, *out]; a [*in, rank]; b [rank, *out]."""
+def merge(weight, a, b, scale: float, xp):
+    """Returns W + scale A B, computed by xp (numpy or jax.numpy) in float32, in W's dtype. weight [*in, *out]; a [*in,
+    rank]; b [rank, *out].
+    """
     low_rank = xp.tensordot(a.astype(xp.float32), b.astype(xp.float32), 1)
     return (weight.astype(xp.float32) + xp.float32(scale) * low_rank).astype(weight.dtype)

@@ -23,53 +23,10 @@ from llada_jax.diffusion.preference import Preference
 from llada_jax.errors import InputError
 from llada_jax.model.config import PRESETS, ModelConfig
 from llada_jax.model.forward import Execution
-from llada_jax.model.parameters import adaptable
 from llada_jax.monitoring.profiling import parse_steps
-from llada_jax.training.sections import LoraConfig, TrainConfig
+from llada_jax.training.sections import TrainConfig, default_config
 
-FROM_CHECKPOINT = ("init_from", "auto", "")  # names of no preset: the model is that of config.init_from
 _FIELDS = {each.name: each for each in config_fields.fields_of(TrainConfig)}
-
-
-def default_config(model: str) -> ConfigDict:
-    """All fields. model: a preset, or one of FROM_CHECKPOINT. Raises InputError on an unknown preset."""
-    if model not in (*PRESETS, *FROM_CHECKPOINT):
-        raise InputError(
-            f'config: unknown model {model!r}; presets: {", ".join(PRESETS)}; "init_from" is the model of the '
-            "checkpoint that config.init_from names"
-        )
-    targets = adaptable(PRESETS[model]) if model in PRESETS else ()  # () where the checkpoint says which there are
-    return config_fields.config_dict(TrainConfig(model, lora=LoraConfig(targets=targets))).lock()
-
-
-def is_large(model: str) -> bool:
-    """A mixture of experts of 100B, not one of 16B or 30B."""
-    return model in PRESETS and _is_large(PRESETS[model])
-
-
-def _is_large(model: ModelConfig) -> bool:
-    return model.is_moe and model.hidden_size > 2048
-
-
-def split_over_pod(config: ConfigDict) -> None:
-    """Splits the weights of a mixture of experts, their gradients and the optimizer's state over the chips of a pod.
-
-    They are split over no more chips than there are experts, so that whole experts are gathered (sharding.RULES); more
-    chips hold copies. Dense models stay as they are. Where the checkpoint says which model it is, the sizes are 0 until
-    it has been read (run_model.fitted).
-    """
-    if config.model not in PRESETS:
-        config.mesh.data = config.mesh.fsdp = 0
-    elif (model := PRESETS[config.model]).is_moe:
-        config.execution.remat = "hidden"
-        config.mesh.data, config.mesh.fsdp = pod_mesh(model)
-
-
-def pod_mesh(model: ModelConfig) -> tuple[int, int]:
-    """(mesh.data, mesh.fsdp) of split_over_pod."""
-    if not model.is_moe:
-        return -1, 1
-    return (-1, model.num_experts) if _is_large(model) else (1, -1)
 
 
 def extended(config: ConfigDict, model: ModelConfig) -> ModelConfig:

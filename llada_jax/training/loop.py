@@ -40,7 +40,6 @@ from llada_jax.runtime.workdir_lock import claimed
 from llada_jax.runtime.xla_options import xla_options
 from llada_jax.training import compiled_step, held_out, train_state
 from llada_jax.training.config import (
-    FROM_CHECKPOINT,
     check,
     check_rows,
     execution,
@@ -57,7 +56,7 @@ from llada_jax.training.optimizer import learning_rate, make_optimizer
 from llada_jax.training.reference import Reference, open_reference
 from llada_jax.training.run_model import fitted, length_notice
 from llada_jax.training.save_policy import SavePolicy, checkpoints
-from llada_jax.training.sections import TrainConfig
+from llada_jax.training.sections import FROM_CHECKPOINT, TrainConfig
 from llada_jax.training.source import continue_learning_rate
 from llada_jax.training.step import Loss, denoising_loss, make_train_step, preference_loss, whole
 

@@ -6,7 +6,8 @@ from llada_jax.checkpoint import weights
 from llada_jax.errors import InputError
 from llada_jax.model import parameters
 from llada_jax.model.config import ModelConfig, preset
-from llada_jax.training.config import FROM_CHECKPOINT, check_expert_bias, pod_mesh
+from llada_jax.training.config import check_expert_bias
+from llada_jax.training.sections import FROM_CHECKPOINT, pod_mesh
 
 # Fields that a preset and a checkpoint agree on. Others are the checkpoint's: import may add a token or name a mask.
 _SHAPE = (

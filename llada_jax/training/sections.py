@@ -1,6 +1,7 @@
 """All fields of the training configuration: type, default, meaning and range, each in one place.
 
 configs/README.md is made from this file (training/config.py). What one field allows beside another is checked there.
+This module does without JAX, so that a wrong flag is answered before JAX is imported.
 """
 
 import dataclasses
@@ -8,8 +9,12 @@ import json
 
 from ml_collections import ConfigDict
 
-from llada_jax.config_fields import field, from_config_dict, section
+from llada_jax.config_fields import config_dict, field, from_config_dict, section
+from llada_jax.errors import InputError
+from llada_jax.model.config import PRESETS, ModelConfig
+from llada_jax.model.declarations import adaptable
 
+FROM_CHECKPOINT = ("init_from", "auto", "")  # names of no preset: the model is that of config.init_from
 _ACTIONS = ("stop", "skip", "rewind")
 
 
@@ -238,3 +243,44 @@ class TrainConfig:
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+
+def default_config(model: str) -> ConfigDict:
+    """All fields. model: a preset, or one of FROM_CHECKPOINT. Raises InputError on an unknown preset."""
+    if model not in (*PRESETS, *FROM_CHECKPOINT):
+        raise InputError(
+            f'config: unknown model {model!r}; presets: {", ".join(PRESETS)}; "init_from" is the model of the '
+            "checkpoint that config.init_from names"
+        )
+    targets = adaptable(PRESETS[model]) if model in PRESETS else ()  # () where the checkpoint says which there are
+    return config_dict(TrainConfig(model, lora=LoraConfig(targets=targets))).lock()
+
+
+def is_large(model: str) -> bool:
+    """A mixture of experts of 100B, not one of 16B or 30B."""
+    return model in PRESETS and _is_large(PRESETS[model])
+
+
+def _is_large(model: ModelConfig) -> bool:
+    return model.is_moe and model.hidden_size > 2048
+
+
+def split_over_pod(config: ConfigDict) -> None:
+    """Splits the weights of a mixture of experts, their gradients and the optimizer's state over the chips of a pod.
+
+    They are split over no more chips than there are experts, so that whole experts are gathered (sharding.RULES); more
+    chips hold copies. Dense models stay as they are. Where the checkpoint says which model it is, the sizes are 0 until
+    it has been read (run_model.fitted).
+    """
+    if config.model not in PRESETS:
+        config.mesh.data = config.mesh.fsdp = 0
+    elif (model := PRESETS[config.model]).is_moe:
+        config.execution.remat = "hidden"
+        config.mesh.data, config.mesh.fsdp = pod_mesh(model)
+
+
+def pod_mesh(model: ModelConfig) -> tuple[int, int]:
+    """(mesh.data, mesh.fsdp) of split_over_pod."""
+    if not model.is_moe:
+        return -1, 1
+    return (-1, model.num_experts) if _is_large(model) else (1, -1)

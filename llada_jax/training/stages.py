@@ -22,7 +22,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from llada_jax.errors import InputError
-from llada_jax.training.config import default_config, is_large, split_over_pod
+from llada_jax.training.sections import default_config, is_large, split_over_pod
 
 PACKAGE = str(Path(__file__).resolve().parent.parent)  # the text that small models train on: this package's sources
 

@@ -205,7 +205,7 @@ _TRAINING = _room(
     ("training/optimizer.py", "config.b1, config.b2, config.eps", "config.b2, config.b1, config.eps",
      "training/test_optimizer.py"),
     # Norms and biases are decayed.
-    ("model/parameters.py", 'return self.init == "normal" or self.matrix', "return True",
+    ("model/declarations.py", 'return self.init == "normal" or self.matrix', "return True",
      "training/test_optimizer.py"),
     ("model/lora.py", "xp.float32(scale) * low_rank", "low_rank",
      "training/test_lora.py::test_merging_keeps_the_dtype_of_the_base"),
@@ -279,7 +279,7 @@ _CONVERTER = _room(
     ("interop/huggingface.py", "('gate', 'up')[part % 2]", "('up', 'gate')[part % 2]",
      f"{_HUGGINGFACE}::test_fused_experts"),
     # The values are read from the rows of the keys.
-    ("model/parameters.py", "(c.num_heads + c.num_kv_heads, c.num_kv_heads)", "(c.num_heads, c.num_kv_heads)",
+    ("model/declarations.py", "(c.num_heads + c.num_kv_heads, c.num_kv_heads)", "(c.num_heads, c.num_kv_heads)",
      f"{_HUGGINGFACE}::test_goldens_bit_for_bit"),
     ("interop/gguf.py", ".swapaxes(1, 2).reshape(rows.shape)", ".reshape(rows.shape)",
      "interop/test_gguf.py::test_tensors_and_config"),

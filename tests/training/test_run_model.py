@@ -15,7 +15,8 @@ from llada_jax.model import parameters
 from llada_jax.model.config import RopeScaling, preset
 from llada_jax.pod import lower
 from llada_jax.training import loop, run_model, stages
-from llada_jax.training.config import FROM_CHECKPOINT, check, default_config, extended
+from llada_jax.training.config import check, default_config, extended
+from llada_jax.training.sections import FROM_CHECKPOINT
 
 SHAPE = dict(hidden_size=24, num_heads=3, num_kv_heads=1, head_dim=8, rotary_dim=8, intermediate_size=40)
 QWEN = preset("tiny").replace(architecture="qwen3", qk_norm=True, num_layers=1, max_position_embeddings=48, **SHAPE)
