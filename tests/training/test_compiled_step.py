@@ -9,8 +9,16 @@ import pytest
 from llada_jax import sharding
 from llada_jax.errors import InputError
 from llada_jax.model.config import preset
+from llada_jax.pod.lower import without_cache
 from llada_jax.training import compiled_step, stages
 from llada_jax.training.loop import train
+
+
+@pytest.fixture(autouse=True)
+def compiled_here():
+    """A program for CPUs that was itself loaded, as from JAX's cache, cannot be saved: what is loaded of it fails."""
+    with without_cache():
+        yield
 
 
 def small(tmp_path, name):
