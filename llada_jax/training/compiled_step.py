@@ -45,7 +45,11 @@ def identity(config: ConfigDict, model: ModelConfig | Lora, mesh, halves: str) -
 
 
 def save(path: str, compiled: jax.stages.Compiled, made_for: dict[str, str]) -> None:
-    """Writes a compiled step; the file appears when it is whole."""
+    """Writes a compiled step; the file appears when it is whole.
+
+    A program for CPUs must have been compiled, not loaded from JAX's cache: JAX 0.10.2 to 0.12.0 saves that without a
+    word, but what is loaded of it cannot be called (pod/lower.without_cache).
+    """
     payload, in_tree, out_tree = serialize_executable.serialize(compiled)
     partial = Path(f"{path}.partial")
     partial.write_bytes(pickle.dumps({"made_for": made_for, "step": (payload, in_tree, out_tree)}))
