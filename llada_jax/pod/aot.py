@@ -37,8 +37,8 @@ def compile_program(
 ) -> Program:
     """Compiles the program of `target(**arguments)`, "module:function", which returns (function, abstract arguments).
 
-    Without `schedules` nothing is dumped, and `kernels` is empty. Raises InputError if
-    libtpu is missing, or with the compiler's error if it refuses the program.
+    Without `schedules` nothing is dumped, and `kernels` is empty. Raises InputError if libtpu is missing, or with the
+    compiler's error if it refuses the program.
     """
     chip = parse_topology(topology).chip
     with tempfile.TemporaryDirectory() as folder:
