@@ -9,11 +9,13 @@ import jax.numpy as jnp
 
 from llada_jax.attention.visibility import Visibility
 
+SCOPE = "cached_attention"  # of all of it, and of writing the cache
 LEAST_CHUNK, MOST_CHUNK = 128, 1024
 WHOLE_CHUNKS, OTHER_CHUNKS = "whole_chunks", "other_chunks"  # scopes of the two loops over the cache
 _LOWEST = -1e30  # finite, so that a row that sees nothing yet keeps a finite maximum
 
 
+@jax.named_scope(SCOPE)
 def cached_attention(
     query: jax.Array, key: jax.Array, value: jax.Array, cached_key: jax.Array, cached_value: jax.Array,
     layer: jax.Array | int, visibility: Visibility,

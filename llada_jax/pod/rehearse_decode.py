@@ -30,6 +30,8 @@ from llada_jax.sampling.state import CACHE_AXES, DecodeSettings, empty_state
 from llada_jax.training import run_model
 from llada_jax.training.config import check, execution
 
+SCOPES = {cached.SCOPE: "attention", decode.PREDICTION: "head"}  # the parts of their operations
+
 
 @dataclasses.dataclass(frozen=True)
 class DecodeRehearsal:
@@ -100,7 +102,8 @@ def rehearse_decode(config: ConfigDict, slices: Slices, rows: int, canvas: int, 
     local = rows_of_device(rows, mesh)
     trips = _trips(round(local), block, canvas, filled)
     kernels = _expert_kernels(config, model, mesh, slices.topology, round(local * block)) if model.is_moe else {}
-    lines = step_lines(module, slices.topology.chip, kernels, physical_devices(mesh, slices), trips)
+    devices = physical_devices(mesh, slices)
+    lines = step_lines(module, slices.topology.chip, kernels, devices, trips, parts=SCOPES)
     cost = pass_cost(model, 2 * rows * block, rows * block // 2, rows * filled, filled + block)
     memory = memory_of(compiled, module, params, slices.topology.chip.devices)
     return DecodeRehearsal(lines, memory, cost, seconds, slices, rows, block, filled)

@@ -1,7 +1,8 @@
 """The cost of a compiled step on one device: its scheduled operations in sequence, times the trip counts of loops.
 
 Every operation belongs to a part: "attention" and "experts" (their Pallas kernels), "head" (in the head's scope),
-"dense" (other matrix multiplications), "collectives", and "glue" (the rest). Arithmetic hides a collective that is
+"dense" (other matrix multiplications), "collectives", and "glue" (the rest). A program may name more scopes that are
+parts. Arithmetic hides a collective that is
 fused with it or runs between its start and done; only the rest of the collective counts. The same holds for copies to
 and from a core's fast memory, which do not delay collectives, and for everything that a SparseCore runs: its
 collectives cost as much as those of the TensorCores. A conditional costs its most expensive branch. A loop is refused
@@ -58,15 +59,17 @@ def step_lines(
     devices: Devices | None = None,
     trips: Mapping[str, float] | None = None,
     untaken: Collection[str] = (),
+    parts: Mapping[str, str] | None = None,
 ) -> list[Line]:
     """Every operation with a cost.
 
     kernels: costs of Pallas kernels, by the prefix of their names. devices: of the mesh; None for a program without
     collectives. trips: trip counts of loops that depend on the data, by their scope. untaken: scopes of conditional
-    branches that are not taken.
+    branches that are not taken. parts: {scope: the part of its operations}. There a fusion is where its matmul is; what
+    XLA adds to a loop is where the loop is.
     Raises ValueError on a kernel without a cost, or a loop without a trip count.
     """
-    walker = _Walker(module, chip, kernels, devices, trips or {}, frozenset(untaken))
+    walker = _Walker(module, chip, kernels, devices, trips or {}, frozenset(untaken), parts or {})
     walker.walk(module.entry, 1.0)
     walker.hide()
     return [line for line in walker.lines if line.seconds or line.hidden or line.flops]
@@ -81,9 +84,10 @@ class _Flight:
 
 
 class _Walker:
-    def __init__(self, module, chip, kernels, devices, trips, untaken):
+    def __init__(self, module, chip, kernels, devices, trips, untaken, parts, loop_part=None):
         self.module, self.chip, self.kernels, self.devices = module, chip, kernels, devices
         self.trips, self.untaken = trips, untaken
+        self.parts, self.loop_part = parts, loop_part  # the latter: of the scope of the loop that is walked
         self.lines: list[Line] = []
         self._flights: dict[tuple, _Flight] = {}  # all; collectives by channel and chain
         self._open: dict[str, list[_Flight]] = {}  # started, not done: by the name of the start
@@ -92,7 +96,9 @@ class _Walker:
     def walk(self, computation: str, runs: float) -> None:
         for op in self.module.computations[computation]:
             if op.kind == "while":
+                outside, self.loop_part = self.loop_part, self._scope_part(op)
                 self.walk(op.called_as("body"), runs * self._trips(computation, op))
+                self.loop_part = outside
             elif op.kind == "conditional":
                 self._branches(op, runs)
             elif op.kind == "call":
@@ -133,7 +139,9 @@ class _Walker:
         return flights
 
     def _lines(self, computation: str, runs: float) -> list[Line]:
-        walker = _Walker(self.module, self.chip, self.kernels, self.devices, self.trips, self.untaken)
+        walker = _Walker(
+            self.module, self.chip, self.kernels, self.devices, self.trips, self.untaken, self.parts, self.loop_part
+        )
         walker.walk(computation, runs)
         walker.hide()
         return walker.lines
@@ -175,7 +183,7 @@ class _Walker:
         moved = min(array.bytes for array in op.result if array.elements > 1)
         in_hbm = all(array.in_hbm for array in op.result if array.elements > 1)
         seconds = moved * (2 if in_hbm else 1) / (self.chip.hbm_bandwidth / self.chip.devices) * runs
-        flight = _Flight(Line(op.name, "glue", op.op_name, runs, seconds, from_bytes=seconds))
+        flight = _Flight(Line(op.name, self._scope_part(op) or "glue", op.op_name, runs, seconds, from_bytes=seconds))
         self.lines.append(flight.line)
         self._flights[(op.name, len(self._flights))] = flight
         return flight
@@ -200,8 +208,15 @@ class _Walker:
     def _part(self, op: Operation) -> str:
         if "head" in scopes(op):
             return "head"
-        inside = (op, *(inner for _, inner in self.module.inside(op)))
-        return "dense" if any(is_matmul(inner) for inner in inside) else "glue"
+        matmuls = [inner for inner in (op, *(inner for _, inner in self.module.inside(op))) if is_matmul(inner)]
+        if matmuls:
+            return next(filter(None, map(self._scope_part, matmuls)), "dense")
+        return self._scope_part(op) or "glue"
+
+    def _scope_part(self, op: Operation) -> str | None:
+        if not op.op_name:
+            return self.loop_part
+        return next((part for scope, part in self.parts.items() if scope in scopes(op)), None)
 
     def _add(self, op: Operation, part: str, cost: OperationCost, runs: float) -> None:
         cost = cost * runs

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from llada_jax import sharding
+from llada_jax.attention import cached
 from llada_jax.attention.visibility import block_causal, block_window, make_layout, two_block_window
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.forward import Cache, hidden_states
@@ -28,6 +29,7 @@ from llada_jax.sampling.predict import PredictSettings, predict
 from llada_jax.sampling.state import CACHE_AXES, DecodeSettings, Requests, State, empty_state
 
 WRITTEN_ROWS = "written_rows"  # scope of the loop over the rows whose blocks are committed
+PREDICTION = "prediction"  # scope of the head and of what accepts its tokens
 
 
 @functools.partial(jax.jit, static_argnames=("config", "settings", "prefill_length"))
@@ -153,6 +155,7 @@ def constrain_cache(cache: Cache) -> Cache:
     return jax.tree.map(lambda x: sharding.constrain(x, CACHE_AXES), cache)
 
 
+@jax.named_scope(cached.SCOPE)
 def _write(cache, block, at, selected):
     """Writes `block` into the cache at position `at` [rows], in the `selected` rows (bool [rows]) only.
 
@@ -201,6 +204,7 @@ def window_pass(
     return hidden[:, -block:], jax.tree.map(lambda x: x[:, :, :block], computed), hidden[:, block - 1]
 
 
+@jax.named_scope(PREDICTION)
 def _denoise(params, config, settings, state: State, hidden, denoising) -> State:
     """Accepts predictions in the rows that are `denoising` (bool [rows]); rows with a full block go to the next one."""
     rule, requests, masked, block = settings.rule, state.requests, state.masked, settings.block_length

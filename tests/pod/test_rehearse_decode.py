@@ -1,6 +1,7 @@
 """A pass of decoding, compiled for a slice that is not there."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +11,12 @@ import pytest
 from llada_jax.attention import cached
 from llada_jax.chips import parse_topology
 from llada_jax.errors import InputError
-from llada_jax.pod import report
+from llada_jax.model.config import preset
+from llada_jax.pod import rehearse_decode as rehearse_decode_module
+from llada_jax.pod import report, step_cost
 from llada_jax.pod.lower import Slices
 from llada_jax.pod.rehearse_decode import rehearse_decode
+from llada_jax.sampling import predict
 from llada_jax.training.config import default_config
 
 ROOT = Path(__file__).parents[2]
@@ -21,8 +25,8 @@ GIB = 2**30
 FILLED = 1056  # whole chunks, and a part of one
 
 
-def config():
-    config = default_config("smollm2_135m")
+def config(model="smollm2_135m"):
+    config = default_config(model)
     config.alignment = "same"
     return config
 
@@ -51,6 +55,37 @@ def test_the_loop_over_the_cache_runs_as_often_as_it_is_filled(results):
     assert chunks > 1
     assert runs(results[FILLED], cached.WHOLE_CHUNKS) == 30 * chunks and runs(results[0], cached.WHOLE_CHUNKS) <= 30
     assert 0 < runs(results[FILLED], cached.OTHER_CHUNKS) <= 30
+
+
+@pytest.mark.parametrize(("model", "layers"), [("smollm2_135m", 30), ("tiny_moe", 4)])
+def test_attention_and_head_are_parts(model, layers, monkeypatch):
+    """What is neither keeps its weights' matmuls; no second is lost or won."""
+    plain = []
+
+    def both(*arguments, parts):
+        plain.extend(step_cost.step_lines(*arguments))
+        return step_cost.step_lines(*arguments, parts=parts)
+
+    monkeypatch.setattr(rehearse_decode_module, "step_lines", both)
+    rows, filled = 8, 288
+    result = rehearse_decode(config(model), SLICES, rows, 512, filled)
+    assert [(line.name, line.seconds) for line in plain] == [(line.name, line.seconds) for line in result.lines]
+    assert not any(line.part in ("attention", "head") for line in plain)
+    assert result.seconds["attention"] > 0 and result.seconds["head"] > 0
+
+    in_cache = [x for x in result.lines if {cached.WHOLE_CHUNKS, cached.OTHER_CHUNKS} & set(x.scope.split("/"))]
+    assert in_cache and {line.part for line in in_cache} == {"attention"}
+    predicted = [line for line in result.lines if f"/{predict.TILES}/" in line.scope]
+    assert predicted and {line.part for line in predicted} <= {"head", "collectives"}
+
+    flops = {part: sum(line.flops for line in result.lines if line.part == part) for part in step_cost.PARTS}
+    values, tokens = preset(model), rows / 4 * 2 * 32
+    tile = min(predict.TILE, tokens / 2)
+    assert flops["head"] == 2 * values.hidden_size * values.vocab_size * tile * math.ceil(tokens / 4 / tile)
+    if model == "smollm2_135m":
+        heads = values.head_dim * 2 * (values.num_heads + values.num_kv_heads)
+        weights = layers * values.hidden_size * (heads + 3 * values.intermediate_size)
+        assert flops["dense"] == pytest.approx(2 * tokens * weights)
 
 
 def test_words_and_numbers(results):

@@ -285,3 +285,50 @@ def test_a_kernel_without_a_cost_is_refused():
     known = {"betw": lambda result, operands: ("experts", OperationCost(3.0, 5.0))}
     (line,) = [x for x in step_lines(hlo.parse(text), topology.chip, known, devices) if x.part == "experts"]
     assert (line.seconds, line.flops) == (3.0, 5.0)
+
+
+def test_operations_belong_to_the_part_of_their_scope():
+    """A fusion to that of its matmul, and what XLA adds to a loop to that of the loop."""
+
+    @jax.named_scope("scores")
+    def scores(x, w):
+        return jax.lax.fori_loop(0, 3, lambda i, x: jnp.tanh(x @ w), x)
+
+    n = 1024
+    module, devices = compiled(lambda x, w: scores(x @ w, w) @ w, [((n, n), bf16)] * 2, "v5p:2x2x1")
+    plain, parts = (step_lines(module, devices.topology.chip, {}, devices, parts=p) for p in ({}, {"scores": "head"}))
+    assert {line.part for line in plain} <= {"dense", "glue"}
+    assert [(line.name, line.seconds) for line in plain] == [(line.name, line.seconds) for line in parts]
+    flops = {part: sum(line.flops for line in parts if line.part == part) for part in ("head", "dense")}
+    assert flops == {"head": 3 * 2 * n**3, "dense": 2 * 2 * n**3}
+    assert all(line.part == "head" for line in parts if line.runs == 3)
+
+
+LOOP = """HloModule m, is_scheduled=true
+
+%test (state: (s32[], bf16[4096,4096])) -> pred[] {{
+  %state = (s32[], bf16[4096,4096]{{1,0}}) parameter(0)
+  ROOT %go_on = pred[] custom-call(%state), custom_call_target="Sharding"
+}}
+
+%body (state: (s32[], bf16[4096,4096])) -> (s32[], bf16[4096,4096]) {{
+  %state = (s32[], bf16[4096,4096]{{1,0}}) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  %x = bf16[4096,4096]{{1,0}} get-tuple-element(%state), index=1
+  %moved = bf16[4096,4096]{{1,0}} copy(%x)
+  ROOT %next = (s32[], bf16[4096,4096]{{1,0}}) tuple(%i, %moved)
+}}
+
+ENTRY %main (state: (s32[], bf16[4096,4096])) -> (s32[], bf16[4096,4096]) {{
+  %state = (s32[], bf16[4096,4096]{{1,0}}) parameter(0)
+  ROOT %loop = (s32[], bf16[4096,4096]{{1,0}}) while(%state), condition=%test, body=%body, \
+metadata={{op_name="jit(f)/{scope}/while"}}
+}}
+"""
+
+
+def test_an_operation_without_a_scope_is_its_loops():
+    text = LOOP.format(scope="scores")
+    for parts, expected in (({}, "glue"), ({"scores": "attention"}, "attention"), ({"others": "attention"}, "glue")):
+        (line,) = step_lines(hlo.parse(text), CHIPS["v5p"], {}, trips={"scores": 5}, parts=parts)
+        assert (line.name, line.part, line.runs) == ("moved", expected, 5)
