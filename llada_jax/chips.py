@@ -1,9 +1,10 @@
 """TPU chips and slices: peak rates, memory and links, on which every estimate is based.
 
-Peaks, memory and links: the pages cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x}. TensorCores and VMEM: JAX's
-`pallas.tpu.get_tpu_info`. Multiply-accumulates per cycle: from the instructions of a compiled matmul (a 128 x 128
-matrix unit takes one row per cycle, a 256 x 256 one two rows); tests/pod/test_schedule_reader.py checks that for every
-chip. The clock follows: peak FLOP/s / (2 x multiply-accumulates of all cores).
+Peaks, memory and links: the pages cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}; links and HBM of v4: its paper,
+arXiv 2304.01433. TensorCores and VMEM: JAX's `pallas.tpu.get_tpu_info`. Multiply-accumulates per cycle: from the
+instructions of a compiled matmul (a 128 x 128 matrix unit takes one row per cycle, a 256 x 256 one two rows);
+tests/pod/test_schedule_reader.py checks that for every chip. The clock follows: peak FLOP/s / (2 x multiply-accumulates
+of all cores).
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _BELOW_A_CUBE = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")
 # The default shape of sizes that have several shapes (cloud.google.com/tpu/docs/v5p).
 _DEFAULTS = ("4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16", "16x16x24")
+_NO_DEFAULT = ("v4:16x16x16",)  # the page of v4 names none of that size, and XPK's is 4x4x256
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,7 +33,7 @@ class Chip:
     ici_bandwidth: float
     dcn_bandwidth: float  # a chip's share of its host's data-centre network
     cores: int  # TensorCores
-    devices: int  # JAX devices; v5p's two TensorCores are one device, tpu7x's are two
+    devices: int  # JAX devices; the two TensorCores of v4 and v5p are one device, tpu7x's are two
     matrix_units: int  # of one TensorCore
     matrix_unit_size: int  # rows and columns
     rows_per_cycle: int  # rows of bfloat16 that a matrix unit takes per cycle; float32 is passed as bfloat16, 2 a row
@@ -57,6 +59,24 @@ class Chip:
 CHIPS = {
     chip.name: chip
     for chip in (
+        Chip(
+            name="v4",
+            device_kind="TPU v4",
+            peak_bf16=275e12,
+            hbm_bytes=32 * _GIB,
+            hbm_bandwidth=1.228e12,
+            ici_links=6,
+            ici_bandwidth=50e9,
+            dcn_bandwidth=6.25e9,  # not published: a host's "typically 2.5e10" (jax-ml.github.io/scaling-book/tpus)
+            cores=2,
+            devices=1,
+            matrix_units=4,
+            matrix_unit_size=128,
+            rows_per_cycle=1,
+            vmem_bytes=16 * 2**20,
+            slices=_BELOW_A_CUBE,
+            largest_slice=4096,
+        ),
         Chip(
             name="v5e",
             device_kind="TPU v5 lite",
@@ -176,7 +196,7 @@ class Topology:
     @property
     def is_default(self) -> bool:
         """Whether accelerator_type alone selects this slice."""
-        return self.is_the_only_one or self.shape_name in _DEFAULTS
+        return self.is_the_only_one or (self.shape_name in _DEFAULTS and self.name not in _NO_DEFAULT)
 
     @property
     def is_the_only_one(self) -> bool:

@@ -12,7 +12,7 @@ from llada_jax.pod.topology import slice_devices
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
 def test_peak_is_what_the_matrix_units_can_do(chip):
     assert chip.peak_bf16 == pytest.approx(2 * chip.cores * chip.macs_per_cycle * chip.clock)
-    assert 1.4e9 < chip.clock < 2.3e9
+    assert 1.0e9 < chip.clock < 2.3e9
 
 
 def test_facts_of_a_chip_are_given_by_name():
@@ -44,7 +44,8 @@ def test_which_sides_close_a_ring(name, wraps):
 @pytest.mark.parametrize(
     "name,message",
     [
-        ("v4:2x2x1", "unknown chip"),
+        ("v3:2x2x1", "unknown chip"),
+        ("v4:16x16x20", "4096 chips"),
         ("v5p", "expected sides"),
         ("v5p:2x2xa", "expected sides"),
         ("v5p:3x3x3", "no such slice"),
@@ -60,7 +61,7 @@ def test_slices_that_do_not_exist(name, message):
 
 
 @pytest.mark.parametrize(
-    "name,shape", [("v5e:1x1", (1, 1)), ("v6e:2x4", (2, 4)), ("v5p:2x2x4", (2, 2, 4)), ("tpu7x:4x4x4", (4, 4, 4, 2))]
+    "name,shape", [("v5e:1x1", (1, 1)), ("v6e:2x4", (2, 4)), ("v5p:2x2x4", (2, 2, 4)), ("v4:4x4x4", (4, 4, 4)), ("tpu7x:4x4x4", (4, 4, 4, 2))]
 )
 def test_libtpu_knows_them(name, shape):
     devices = slice_devices(parse_topology(name))
@@ -81,6 +82,7 @@ def test_libtpu_knows_them(name, shape):
         ("v6e:8x8", "v6e-64", True),
         ("v5e:4x4", "v5litepod-16", True),
         ("tpu7x:4x4x4", "tpu7x-128", True),
+        ("v4:2x2x1", "v4-8", True),
     ],
 )
 def test_names_of_accelerators(topology, name, only):

@@ -13,7 +13,7 @@ from llada_jax import command_line
 from llada_jax.command_line import Command
 from llada_jax.errors import InputError
 
-_TOPOLOGY = flags.DEFINE_string("topology", "v5p:2x2x1", "Slice to compile for, v5e | v5p | v6e | tpu7x.")
+_TOPOLOGY = flags.DEFINE_string("topology", "v5p:2x2x1", "Slice to compile for, v4 | v5e | v5p | v6e | tpu7x.")
 _LENGTHS = flags.DEFINE_list(
     "lengths", None, "Tokens of a row. Default: attention 2048,4096,8192, with --device 1024; train 256."
 )
@@ -32,7 +32,7 @@ _DIRECTORY = flags.DEFINE_string("directory", ".", "Where the checkpoints to con
 _BATCHES = flags.DEFINE_list("batches", ["1", "4", "16", "64"], "Rows of a batch.")
 _PARTS = flags.DEFINE_list("parts", None, "recompute, prefix, commit, batches, continuous, cost. Default: all.")
 _COST_MODEL = flags.DEFINE_string("cost_model", "llada2_mini", "Preset of the cost model.")
-_CHIP = flags.DEFINE_string("chip", "v5p", "Chip of the cost model, v5e | v5p | v6e | tpu7x.")
+_CHIP = flags.DEFINE_string("chip", "v5p", "Chip of the cost model, v4 | v5e | v5p | v6e | tpu7x.")
 _JSON = flags.DEFINE_string("json", None, "File for the rows of the table.")
 
 

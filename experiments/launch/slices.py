@@ -4,7 +4,9 @@ from llada_jax.chips import CHIPS, Topology
 from llada_jax.errors import InputError
 
 # cloud.google.com/tpu/docs/runtimes; tpu7x is served by GKE only.
-RUNTIMES = {"v5e": "v2-alpha-tpuv5-lite", "v5p": "v2-alpha-tpuv5", "v6e": "v2-alpha-tpuv6e"}
+RUNTIMES = {
+    "v4": "tpu-ubuntu2204-base", "v5e": "v2-alpha-tpuv5-lite", "v5p": "v2-alpha-tpuv5", "v6e": "v2-alpha-tpuv6e",
+}  # fmt: skip
 # Of the tables of XPK 1.16: slices that it does not know, and the longest side.
 _XPK_LACKS = {"v5e": ("1x1", "2x2")}
 _XPK_LONGEST_SIDE = 256

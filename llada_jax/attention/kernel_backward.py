@@ -5,9 +5,9 @@ for all keys of one row and one key/value head, and are written when the row end
 per query tile. So each tile is visited once (five matrix products), and nothing larger than the gradients is ever
 written.
 
-Fast memory limits the keys of a row, at head_dim 64 and 128 alike (a register has 128 lanes): 44 thousand on v5p and
-tpu7x, 109 thousand on v5e and v6e. Longer rows are cut into equal parts (`key_parts`): the kernel runs once for each
-part of the keys, and the gradients of queries are summed between the runs in float32.
+Fast memory limits the keys of a row, at head_dim 64 and 128 alike (a register has 128 lanes): 8 thousand on v4, 44
+thousand on v5p and tpu7x, 109 thousand on v5e and v6e. Longer rows are cut into equal parts (`key_parts`): the kernel
+runs once for each part of the keys, and the gradients of queries are summed between the runs in float32.
 """
 
 import functools
@@ -18,14 +18,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from llada_jax.attention.kernel_walk import AHEAD, FOR_SPILLS, RING, TileStep, Walk, dot, launch, scratch_bytes
+from llada_jax.attention.kernel_walk import AHEAD, RING, TileStep, Walk, dot, launch, room_for_scratch, scratch_bytes
 from llada_jax.attention.plan import Plan, part_chunks
 from llada_jax.attention.tiles import Tiles
 
 
 def key_parts(num_noisy: int, num_keys: int, tiles: Tiles, group: int, head_dim: int) -> int:
     """Returns into how many parts to cut the keys of a row so that their gradients fit the chip's fast memory."""
-    room = pltpu.get_tpu_info().vmem_capacity_bytes - FOR_SPILLS
+    room = room_for_scratch()
     parts = 1
     while True:
         chunks = sum(part_chunks(num_noisy, num_keys, tiles.chunk, parts))

@@ -21,7 +21,7 @@ from llada_jax.errors import InputError
 
 AHEAD = 3  # a step's copies start this many steps before it ...
 RING = AHEAD + 1  # ... into a ring of this many buffers
-FOR_SPILLS = 16 << 20  # bytes of fast memory for the compiler's spills
+FOR_SPILLS = 16 << 20  # bytes of fast memory for the compiler's spills; where there is little, a quarter of it
 HIDDEN = -1e30  # score of a masked pair: finite, so that a row that sees nothing yet has finite differences
 
 
@@ -167,13 +167,25 @@ def scratch_bytes(scratch) -> int:
     return sum(map(size, scratch))
 
 
+def room_for_scratch() -> int:
+    """Returns the bytes of the chip's fast memory that scratch may take."""
+    capacity = pltpu.get_tpu_info().vmem_capacity_bytes
+    return capacity - min(FOR_SPILLS, capacity // 4)
+
+
 def _compiler_params(scratch, interpret):
     """Cores split the key/value heads. Raises InputError if the scratch does not fit fast memory."""
-    limit = scratch_bytes(scratch) + FOR_SPILLS
-    if not interpret and limit > (capacity := pltpu.get_tpu_info().vmem_capacity_bytes):
+    limit = None if interpret else _fast_memory(scratch_bytes(scratch))
+    # Addresses are right by construction (interpret mode raises otherwise). Checks would split every block of copies.
+    return pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=limit, disable_bounds_checks=True)
+
+
+def _fast_memory(scratch: int) -> int:
+    capacity = pltpu.get_tpu_info().vmem_capacity_bytes
+    limit = scratch + capacity - room_for_scratch()
+    if limit > capacity:
         raise InputError(
             f"attention='kernel': the gradients of a row's keys need {limit >> 20} MiB of fast memory, the chip has "
             f"{capacity >> 20}; make the plan in more parts"
         )
-    # Addresses are right by construction (interpret mode raises otherwise). Checks would split every block of copies.
-    return pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=limit, disable_bounds_checks=True)
+    return limit

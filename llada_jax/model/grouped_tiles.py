@@ -11,8 +11,8 @@ import math
 
 from llada_jax.errors import InputError
 
-ROWS = {"TPU v5 lite": 128, "TPU v5": 128, "TPU v6 lite": 256, "TPU7x": 256}
-TWO_CORES = {"TPU v5"}
+ROWS = {"TPU v4": 128, "TPU v5 lite": 128, "TPU v5": 128, "TPU v6 lite": 256, "TPU7x": 256}
+TWO_CORES = {"TPU v4", "TPU v5"}
 LARGEST = 2**21  # elements of a weight tile; two of them, of bfloat16, take half of the 16 MiB that a kernel gets
 
 

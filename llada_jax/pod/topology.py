@@ -27,10 +27,12 @@ def slice_devices(topology: Topology, slices: int = 1) -> np.ndarray:
     # libtpu assumes hosts of four chips.
     host = {"chips_per_host_bounds": (1, 1, 1)} if topology.chips == 1 else {}
     several = {"num_slices": slices} if slices > 1 else {}
+    # By default it gives each TensorCore of a v4 as a device; the cloud joins the two of a chip.
+    joined = {"chip_config_name": "megacore"} if topology.chip.name == "v4" else {}
     # Without being told it assumes sides that do not wrap, and lowers gathers over three of them to all-reduces.
     wrap = topology.wraps + (False,) * (3 - len(topology.shape))
     description = topologies.get_topology_desc(
-        platform="tpu", topology_name=topology.name, wrap=wrap, **host, **several
+        platform="tpu", topology_name=topology.name, wrap=wrap, **joined, **host, **several
     )
     devices = sorted(description.devices, key=lambda d: (slice_index(d), *d.coords, d.core_on_chip))
     expected = topology.num_devices * slices

@@ -17,7 +17,10 @@ from llada_jax.chips import parse_topology
 from llada_jax.errors import InputError
 from llada_jax.pod.topology import one_device
 
-TOPOLOGIES = {"TPU v5 lite": "v5e:2x2", "TPU v5": "v5p:2x2x1", "TPU v6 lite": "v6e:2x2", "TPU7x": "tpu7x:2x2x1"}
+TOPOLOGIES = {
+    "TPU v4": "v4:2x2x1", "TPU v5 lite": "v5e:2x2", "TPU v5": "v5p:2x2x1", "TPU v6 lite": "v6e:2x2",
+    "TPU7x": "tpu7x:2x2x1",
+}  # fmt: skip
 
 
 def tpu(kind):
@@ -75,7 +78,7 @@ def test_training_rows(kind, head_dim):
     assert program.memory_analysis().temp_size_in_bytes < scores / 2
 
 
-@pytest.mark.parametrize("kind", ["TPU v5", "TPU v6 lite"])
+@pytest.mark.parametrize("kind", ["TPU v4", "TPU v5", "TPU v6 lite"])
 def test_decoding_a_block_against_a_long_cache(kind):
     rows, block, cache = 8, 32, 8192
     mesh = tpu(kind)
@@ -116,7 +119,9 @@ def test_a_remat_policy_keeps_what_attention_computed():
     assert (calls(kept, "forward"), calls(kept, "backward")) == (1, 1)
 
 
-@pytest.mark.parametrize("kind,keys", [("TPU v5 lite", 107), ("TPU v5", 43), ("TPU v6 lite", 107), ("TPU7x", 43)])
+@pytest.mark.parametrize(
+    "kind,keys", [("TPU v4", 8), ("TPU v5 lite", 107), ("TPU v5", 43), ("TPU v6 lite", 107), ("TPU7x", 43)]
+)
 def test_gradients_that_outgrow_fast_memory_go_in_parts(kind, keys):
     """keys: thousands (1024) of keys that go in one part at either head size."""
     with jax.set_mesh(tpu(kind)):

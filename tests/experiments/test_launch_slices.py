@@ -84,6 +84,8 @@ LAUNCHES = {
     "--type=v5p --topology=4x8x32": ["--topology=v5p:4x8x32", "--slices=2"],
     "--accelerator-type=v5litepod-4": ["--topology=v5e:2x2"],
     "--accelerator-type=v6e-256": ["--topology=v6e:16x16"],
+    "--accelerator-type=v4-1024": ["--topology=v4:8x8x8"],
+    "--type=v4 --topology=16x16x16": ["--topology=v4:16x16x16"],
 }
 
 

@@ -18,7 +18,7 @@ from llada_jax.pod.step_cost import step_lines
 from llada_jax.pod.topology import slice_devices
 from llada_jax.runtime.xla_options import xla_options
 
-SLICES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+SLICES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 bf16 = jnp.bfloat16
 
 
@@ -61,7 +61,10 @@ def test_a_matmul_costs_its_flops(name):
     chip = CHIPS[name]
     ideal = 2 * n**3 / (chip.peak_bf16 / chip.devices)
     assert sum(line.flops for line in lines) == 2 * n**3
-    assert ideal <= seconds(lines, "dense") == seconds(lines) <= 1.5 * ideal  # 1.0 on v5p; XLA itself says 1.42 on v6e
+    # Into v4's common memory (CMEM) XLA copies an operand first.
+    copied = 2 * n**2 / chip.hbm_bandwidth if name == "v4" else 0
+    assert ideal <= seconds(lines, "dense") <= 1.5 * ideal  # 1.0 on v5p; XLA itself says 1.42 on v6e
+    assert seconds(lines) - seconds(lines, "dense") == pytest.approx(copied)
 
 
 def test_a_loop_costs_its_trips():
