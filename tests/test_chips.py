@@ -61,8 +61,12 @@ def test_slices_that_do_not_exist(name, message):
 
 
 @pytest.mark.parametrize(
-    "name,shape", [("v5e:1x1", (1, 1)), ("v6e:2x4", (2, 4)), ("v5p:2x2x4", (2, 2, 4)), ("v4:4x4x4", (4, 4, 4)), ("tpu7x:4x4x4", (4, 4, 4, 2))]
-)
+    "name,shape",
+    [
+        ("v4:4x4x4", (4, 4, 4)), ("v5e:1x1", (1, 1)), ("v6e:2x4", (2, 4)), ("v5p:2x2x4", (2, 2, 4)),
+        ("tpu7x:4x4x4", (4, 4, 4, 2)),
+    ],
+)  # fmt: skip
 def test_libtpu_knows_them(name, shape):
     devices = slice_devices(parse_topology(name))
     assert devices.shape == shape

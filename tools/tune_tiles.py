@@ -15,7 +15,7 @@ from absl import flags
 from llada_jax import command_line
 from llada_jax.errors import InputError
 
-_TOPOLOGY = flags.DEFINE_string("topology", None, "Slice to compile for, v4 | v5e | v5p | v6e | tpu7x, as in v5p:2x2x1.")
+_TOPOLOGY = flags.DEFINE_string("topology", None, "Slice to compile for: v4 | v5e | v5p | v6e | tpu7x, e.g. v5p:2x2x1.")
 _DEVICE = flags.DEFINE_enum("device", None, ["tpu"], "Time the kernel on this device instead of compiling for another.")
 _HEAD_DIMS = flags.DEFINE_list("head_dims", ["64", "128"], "Head sizes to fill in.")
 _SHAPES = flags.DEFINE_list("shapes", ["row", "decode"], "row: training and prefill; decode: a block against a cache.")
