@@ -1,10 +1,10 @@
 """TPU chips and slices: peak rates, memory and links, on which every estimate is based.
 
-Peaks, memory and links: the pages cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}; links and HBM of v4: its paper,
-arXiv 2304.01433. TensorCores and VMEM: JAX's `pallas.tpu.get_tpu_info`. Multiply-accumulates per cycle: from the
-instructions of a compiled matmul (a 128 x 128 matrix unit takes one row per cycle, a 256 x 256 one two rows);
-tests/pod/test_schedule_reader.py checks that for every chip. The clock follows: peak FLOP/s / (2 x multiply-accumulates
-of all cores).
+Peaks, memory and links: the pages cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}; links of v4, and those to hosts:
+jax-ml.github.io/scaling-book/tpus. TensorCores and VMEM: JAX's `pallas.tpu.get_tpu_info`. Multiply-accumulates per
+cycle: from the instructions of a compiled matmul (a 128 x 128 matrix unit takes one row per cycle, a 256 x 256 one two
+rows); tests/pod/test_schedule_reader.py checks that for every chip. The clock follows: peak FLOP/s / (2 x
+multiply-accumulates of all cores). The two efficiencies are fitted to timed runs: experiments/calibration.
 """
 
 import dataclasses
@@ -29,6 +29,9 @@ class Chip:
     peak_bf16: float
     hbm_bytes: int
     hbm_bandwidth: float
+    hbm_efficiency: float  # the share of it that streaming operations reach
+    host_bandwidth: float  # one way between a chip and its host
+    schedule_efficiency: float  # the share of its schedule's speed that a core reaches
     ici_links: int  # also the neighbours: 4 in a 2-D torus, 6 in a 3-D torus
     ici_bandwidth: float
     dcn_bandwidth: float  # a chip's share of its host's data-centre network
@@ -52,6 +55,16 @@ class Chip:
         return self.peak_bf16 / (2 * self.cores * self.macs_per_cycle)
 
     @property
+    def bundle_rate(self) -> float:
+        """Bundles of a schedule per second that a core gets through, with what it waits for."""
+        return self.clock * self.schedule_efficiency
+
+    @property
+    def stream_bandwidth(self) -> float:
+        """Bytes per second between a device and its HBM that streaming operations reach."""
+        return self.hbm_bandwidth * self.hbm_efficiency / self.devices
+
+    @property
     def cores_per_device(self) -> int:
         return self.cores // self.devices
 
@@ -65,8 +78,11 @@ CHIPS = {
             peak_bf16=275e12,
             hbm_bytes=32 * _GIB,
             hbm_bandwidth=1.228e12,
+            hbm_efficiency=0.85,
+            host_bandwidth=16e9,
+            schedule_efficiency=0.87,
             ici_links=6,
-            ici_bandwidth=50e9,
+            ici_bandwidth=45e9,
             dcn_bandwidth=6.25e9,  # not published: a host's "typically 2.5e10" (jax-ml.github.io/scaling-book/tpus)
             cores=2,
             devices=1,
@@ -83,6 +99,9 @@ CHIPS = {
             peak_bf16=197e12,
             hbm_bytes=16 * _GIB,
             hbm_bandwidth=819e9,
+            hbm_efficiency=0.85,
+            host_bandwidth=16e9,
+            schedule_efficiency=0.87,
             ici_links=4,
             ici_bandwidth=50e9,
             dcn_bandwidth=3.125e9,
@@ -101,6 +120,9 @@ CHIPS = {
             peak_bf16=459e12,
             hbm_bytes=95 * _GIB,
             hbm_bandwidth=2.765e12,
+            hbm_efficiency=0.85,
+            host_bandwidth=16e9,
+            schedule_efficiency=0.87,
             ici_links=6,
             ici_bandwidth=100e9,
             dcn_bandwidth=6.25e9,
@@ -119,6 +141,9 @@ CHIPS = {
             peak_bf16=918e12,
             hbm_bytes=32 * _GIB,
             hbm_bandwidth=1.638e12,
+            hbm_efficiency=0.85,
+            host_bandwidth=32e9,
+            schedule_efficiency=0.87,
             ici_links=4,
             ici_bandwidth=100e9,
             dcn_bandwidth=12.5e9,
@@ -137,6 +162,9 @@ CHIPS = {
             peak_bf16=2307e12,
             hbm_bytes=192 * _GIB,
             hbm_bandwidth=7.38e12,
+            hbm_efficiency=0.85,
+            host_bandwidth=32e9,
+            schedule_efficiency=0.87,
             ici_links=6,
             ici_bandwidth=100e9,
             dcn_bandwidth=12.5e9,

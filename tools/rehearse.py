@@ -14,7 +14,9 @@ plain XLA run as long as the data say, so they have no estimate.
 """
 
 import json
+import os
 import sys
+import tempfile
 from pathlib import Path
 
 from absl import flags
@@ -47,8 +49,17 @@ def main(argv) -> None:
     if _CONFIG.value is None or not _TOPOLOGY.value:
         raise InputError("--config=FILE.py:MODEL and --topology=CHIP:SHAPE are required; see --help")
     _check_flags()
+    with tempfile.TemporaryDirectory(prefix="llada_jax_") as dumps:
+        _rehearse(Path(dumps))
+
+
+def _rehearse(dumps: Path) -> None:
     import jax
 
+    from llada_jax.pod import aot
+
+    # Before libtpu is loaded, which reads it once.
+    os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {aot.dump_flags(dumps)}".strip()
     jax.config.update("jax_platforms", "cpu")  # nothing runs on the TPU that the step is compiled for
     from llada_jax.chips import parse_topology
     from llada_jax.pod import report
@@ -62,7 +73,7 @@ def main(argv) -> None:
         if _DECODE.value:
             result = rehearse_decode(resolved(_CONFIG), slices, _ROWS.value, _CANVAS.value, _FILLED.value)
         else:
-            result = rehearse(resolved(_CONFIG), slices, packing, _HALVES.value, _SAVE.value)
+            result = rehearse(resolved(_CONFIG), slices, packing, _HALVES.value, _SAVE.value, dumps)
     except DoesNotFit as error:
         if _JSON.value:
             capacity = slices.topology.chip.hbm_bytes

@@ -185,7 +185,7 @@ def _cost(implementation: str, direction: str, length: int, mean: int, compiled:
         classes=classes,
         cycles=cycles,
         peak_share=macs / (cycles * chip.macs_per_cycle * chip.cores_per_device),
-        dma_cycles=dma_bytes / (chip.hbm_bandwidth / chip.devices) * chip.clock,
+        dma_cycles=dma_bytes / chip.stream_bandwidth * chip.clock,
         temp_bytes=compiled.temp_bytes,
     )
 

@@ -165,7 +165,7 @@ def _per_call(counts: list[list[list[KernelCounts]]], value) -> np.ndarray:
 def _seconds(schedule: Kernel, counts: KernelCounts, names, chip: Chip) -> float:
     """Seconds per row: the busiest core's cycles, or the copies at HBM bandwidth if they take longer."""
     cycles = total_cycles(kernel_regions(schedule, [counts], names, chip)[1])
-    return max(cycles / chip.clock, counts.dma_bytes / (chip.hbm_bandwidth / chip.devices))
+    return max(cycles / chip.bundle_rate, counts.dma_bytes / chip.stream_bandwidth)
 
 
 def kernel_regions(schedule: Kernel, counts: list[KernelCounts], names, chip: Chip):

@@ -154,7 +154,7 @@ def _cost(
         steps=times["step"],
         cycles=cycles,
         peak_share=macs / (cycles * chip.macs_per_cycle * chip.cores_per_device),
-        dma_cycles=_moved(direction, sizes, tile, shape) / (chip.hbm_bandwidth / chip.devices) * chip.clock,
+        dma_cycles=_moved(direction, sizes, tile, shape) / chip.stream_bandwidth * chip.clock,
     )
 
 

@@ -2,13 +2,14 @@
 
     %while.7 = (s32[], bf16[4,8192]{1,0:T(8,128)(2,1)S(1)}) while(%tuple.3), condition=%cond, body=%body, metadata={...}
 
-S(n) is the memory space of an array: without it HBM, S(1) a core's fast memory.
+S(n) is the memory space of an array: without it HBM, S(1) a core's fast memory, S(5) the host's.
 """
 
 import dataclasses
 import functools
 import math
 import re
+from collections.abc import Iterator
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _NAME = re.compile(r"^\s+(ROOT )?%([\w.\-]+) = ")
@@ -19,14 +20,26 @@ _CALLED = re.compile(
     r"(\{[^}]*\}|%[\w.\-]+)"
 )
 
+HBM, FAST, HOST = 0, 1, 5
+
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """dtype as XLA writes it; shape; in_hbm: not in a core's fast memory."""
+    """dtype as XLA writes it; shape; layout: {order of the sides, minor first:T(tile)S(space)}, or none."""
 
     dtype: str
     shape: tuple[int, ...]
-    in_hbm: bool
+    layout: str = ""
+
+    @functools.cached_property
+    def space(self) -> int:
+        """HBM, FAST, HOST or another memory."""
+        space = re.search(r"S\((\d+)\)", self.layout)
+        return int(space.group(1)) if space else HBM
+
+    @property
+    def in_hbm(self) -> bool:
+        return self.space == HBM
 
     @property
     def elements(self) -> int:
@@ -35,6 +48,17 @@ class Array:
     @property
     def bytes(self) -> int:
         return -(-self.elements * _bits(self.dtype) // 8)
+
+    @functools.cached_property
+    def padded_bytes(self) -> int:
+        """Bytes that it takes in memory: with what fills the tiles of its layout."""
+        tiled = re.match(r"\{([\d,]+):T\(([\d,]+)\)", self.layout)
+        if not tiled:
+            return self.bytes
+        order, tile = (tuple(map(int, group.split(","))) for group in tiled.groups())
+        tiles = dict(zip(order, reversed(tile), strict=False))  # the minor sides are tiled
+        padded = math.prod(-(-side // tiles.get(axis, 1)) * tiles.get(axis, 1) for axis, side in enumerate(self.shape))
+        return -(-padded * _bits(self.dtype) // 8)
 
 
 def _bits(dtype: str) -> int:
@@ -132,7 +156,7 @@ class Module:
 
 def arrays(text: str) -> tuple[Array, ...]:
     return tuple(
-        Array(dtype, tuple(int(side) for side in sides.split(",") if side), not re.search(r"S\([1-9]\)", layout))
+        Array(dtype, tuple(int(side) for side in sides.split(",") if side), layout)
         for dtype, sides, layout in _ARRAY.findall(text)
     )
 
@@ -140,7 +164,7 @@ def arrays(text: str) -> tuple[Array, ...]:
 def parse(text: str) -> Module:
     """Parses `compiled.as_text()`. Raises ValueError if it has no entry computation."""
     computations, entry, current = {}, None, None
-    for line in text.splitlines():
+    for line in _lines(text):
         if header := _HEADER.match(line):
             current = computations.setdefault(header.group(2), [])
             entry = header.group(2) if header.group(1) else entry
@@ -151,14 +175,25 @@ def parse(text: str) -> Module:
     return Module({name: tuple(ops) for name, ops in computations.items()}, entry)
 
 
+def _lines(text: str) -> Iterator[str]:
+    """Lines, with those joined over which a kernel's metadata are written."""
+    whole = ""
+    for line in text.splitlines():
+        goes_on = whole and not _NAME.match(line) and not _HEADER.match(line) and line.strip() not in ("", "}")
+        if not goes_on:
+            yield whole
+        whole = whole + line if goes_on else line
+    yield whole
+
+
 def _operation(name: re.Match, rest: str) -> Operation:
     end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
     result, rest = rest[:end], rest[end:].lstrip()
     start = rest.index("(")
     end = _closing(rest, start)
     operands = tuple(_REFERENCE.findall(rest[start:end]))
-    # A constant's operand is its value.
-    attributes = rest[start:] if rest[:start] == "constant" else rest[end + 1 :]
+    # A constant's operand is its value, a parameter's its number.
+    attributes = rest[start:] if rest[:start] in ("constant", "parameter") else rest[end + 1 :]
     return Operation(name.group(2), rest[:start], result, operands, attributes, bool(name.group(1)))
 
 

@@ -1,11 +1,10 @@
 """The cost of one operation scheduled by XLA on a device, in seconds, and how the number was obtained.
 
-The cost is the maximum of XLA's own estimate (`estimated_cycles`, if it is sane), the operation's FLOPs at the matrix
-units' peak and, without an estimate of XLA, its bytes at HBM bandwidth. The bytes model, for gathers, scatters, sorts,
-copies and the like:
+The cost is the maximum of the cycles of its schedule, its FLOPs at the matrix units' peak, and its bytes at the share
+of HBM's bandwidth that streams reach (chips.Chip.hbm_efficiency):
 
-    each operand is read and each result is written once; a core's fast memory is free
-    a gather, or a slice, reads as much as it writes, independent of the size of the table
+    each operand is read and each result is written once, with what fills their tiles; a core's fast memory is free
+    of an operand that is sliced or gathered from, only the slices are read
     dynamic-update-slice and scatter write in place: the update is read and written; a scatter also reads its target
     a sort of n makes p(p + 1) / 2 passes over its operands, p = log2 n: compare-exchange at 1024 lanes per cycle and
     two instructions per operand
@@ -16,6 +15,7 @@ Pallas kernels and collectives are costed elsewhere. Compiler-estimated, not mea
 import dataclasses
 import math
 import re
+from collections.abc import Iterable, Mapping
 
 from llada_jax.chips import Chip
 from llada_jax.pod.hlo import Array, Module, Operation
@@ -28,6 +28,7 @@ NO_WORK = {
     "AllocateBuffer", "PrepareAsyncCallStart", "PrepareAsyncCallDone", "AssumeGatherIndicesInBound", "Sharding",
     "PinToDeviceMemory", "MoveToHost", "MoveToDevice",
 }  # fmt: skip
+_VIEWS = {"bitcast", "get-tuple-element"}
 _SANE = 10**15  # garbage above this occurs on tpu7x
 _LANES = 1024  # of one instruction of the vector unit
 
@@ -47,23 +48,29 @@ class OperationCost:
         return OperationCost(self.seconds * times, self.flops * times, self.from_bytes * times)
 
 
-def operation_cost(module: Module, computation: str, op: Operation, chip: Chip) -> OperationCost:
-    """The cost of one run of an operation that calls no loop, branch, kernel or collective."""
+def operation_cost(
+    module: Module, computation: str, op: Operation, chip: Chip, cycles: Mapping[str, float] = {}
+) -> OperationCost:
+    """The cost of one run of an operation that calls no loop, branch, kernel or collective.
+
+    cycles: of schedules, {operation: on the busiest core}.
+    """
     if op.kind in FREE or op.kind.endswith(("-start", "-done", "-update")) or op.target in NO_WORK:
         return OperationCost()
     operations = ((computation, op), *module.inside(op))
     matmuls = [(name, inner) for name, inner in operations if is_matmul(inner)]
     flops = sum(matmul_flops(module, name, inner) for name, inner in matmuls)
-    peak = chip.peak_bf16 / chip.devices
+    peak = chip.peak_bf16 / chip.devices * chip.schedule_efficiency
     passes = max((_passes(inner) for _, inner in matmuls), default=1)
     by_flops = flops * passes / peak
+    by_schedule = cycles.get(op.name, 0.0) / chip.bundle_rate
     estimate = re.search(r'"estimated_cycles":"?(\d+)', op.attributes)
-    if estimate and int(estimate.group(1)) < _SANE:
-        return OperationCost(max(int(estimate.group(1)) / chip.clock, by_flops), flops)
-    by_bytes = max(
-        moved_bytes(module, computation, op) / (chip.hbm_bandwidth / chip.devices), _sort_seconds(module, op, chip)
-    )
-    return OperationCost(max(by_flops, by_bytes), flops, by_bytes if by_bytes > by_flops else 0.0)
+    if matmuls and not by_schedule and estimate and int(estimate.group(1)) < _SANE:
+        by_schedule = int(estimate.group(1)) / chip.clock
+    by_bytes = moved_bytes(module, computation, op) / chip.stream_bandwidth
+    by_bytes = max(by_bytes, _sort_seconds(module, op, chip))
+    computed = max(by_flops, by_schedule)
+    return OperationCost(max(computed, by_bytes), flops, by_bytes if by_bytes > computed else 0.0)
 
 
 def _passes(matmul: Operation) -> int:
@@ -84,19 +91,55 @@ def matmul_flops(module: Module, computation: str, op: Operation) -> float:
 
 def moved_bytes(module: Module, computation: str, op: Operation) -> int:
     """Bytes to and from HBM by the model above."""
-    operands = [array for name in op.operands for array in module.operand(computation, name).result]
-    kinds = {op.kind, *(inner.kind for _, inner in module.inside(op))}
-    if kinds & {"dynamic-update-slice", "scatter"}:
-        updates = [array for array in operands if array.shape not in {result.shape for result in op.result}]
-        return (3 if "scatter" in kinds else 2) * _hbm_bytes(updates)
-    written = _hbm_bytes(op.result)
-    if kinds & {"gather", "dynamic-slice", "slice"}:
-        return 2 * sum(array.bytes for array in op.result)
-    return written + _hbm_bytes(operands)
+    operands = [module.operand(computation, name).result for name in op.operands]
+    if any(inner.kind == "scatter" for inner in (op, *(inner for _, inner in module.inside(op)))):
+        updates = [x for arrays in operands for x in arrays if x.shape not in {result.shape for result in op.result}]
+        return 3 * _hbm_bytes(updates)
+    if op.kind != "fusion":
+        read = sum(_read(module, (op,), name, x) for name, x in zip(op.operands, operands, strict=True))
+        return read + _written(module, computation, op, op.result)
+    inside = module.computations[op.called[0]]
+    read = sum(_read(module, inside, _parameter(inside, i).name, arrays) for i, arrays in enumerate(operands))
+    root = module.root(op.called[0])
+    roots = [module.operand(op.called[0], name) for name in root.operands] if root.kind == "tuple" else [root]
+    return read + sum(_written(module, op.called[0], each, (x,)) for each, x in zip(roots, op.result, strict=False))
 
 
-def _hbm_bytes(arrays: list[Array] | tuple[Array, ...]) -> int:
-    return sum(array.bytes for array in arrays if array.in_hbm)
+def _parameter(computation: tuple[Operation, ...], number: int) -> Operation:
+    return next(op for op in computation if op.kind == "parameter" and op.attributes.startswith(f"({number})"))
+
+
+def _read(module: Module, inside: tuple[Operation, ...], name: str, arrays: tuple[Array, ...]) -> int:
+    """Bytes read of an operand `name` of the operations `inside`, which is `arrays` in memory."""
+    read = 0
+    for user in inside:
+        for number in (i for i, operand in enumerate(user.operands) if operand == name):
+            if user.kind in _VIEWS:
+                read += _read(module, inside, user.name, arrays)
+            elif user.kind == "fusion" and len(inside) > 1:
+                nested = module.computations[user.called[0]]
+                read += _read(module, nested, _parameter(nested, number).name, arrays)
+            elif user.kind in ("slice", "dynamic-slice", "gather") and number == 0:
+                read += sum(x.padded_bytes for x in user.result) if any(x.in_hbm for x in arrays) else 0
+            elif not (user.kind == "dynamic-update-slice" and number == 0):
+                return _hbm_bytes(arrays)
+    return read
+
+
+def _written(module: Module, computation: str, op: Operation, arrays: tuple[Array, ...]) -> int:
+    """Bytes written of a result that `op` makes and that is `arrays` in memory."""
+    while op.kind in _VIEWS and op.operands:
+        op = module.operand(computation, op.operands[0])
+    if op.kind == "fusion" and module.root(op.called[0]).kind != "tuple":
+        return _written(module, op.called[0], module.root(op.called[0]), arrays)
+    if op.kind == "dynamic-update-slice":
+        update = module.operand(computation, op.operands[1]).result
+        return sum(x.padded_bytes for x in update) if any(x.in_hbm for x in arrays) else 0
+    return _hbm_bytes(arrays)
+
+
+def _hbm_bytes(arrays: Iterable[Array]) -> int:
+    return sum(array.padded_bytes for array in arrays if array.in_hbm)
 
 
 def _sort_seconds(module: Module, op: Operation, chip: Chip) -> float:

@@ -5,6 +5,7 @@ Compiler-estimated, not measured.
 
 import dataclasses
 import math
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,7 +15,7 @@ from llada_jax.attention import context
 from llada_jax.chips import Topology
 from llada_jax.errors import InputError
 from llada_jax.model import head, useful_flops
-from llada_jax.pod import attention_cost, experts_cost, hlo, routing_cost, schedule_reader
+from llada_jax.pod import aot, attention_cost, experts_cost, hlo, routing_cost, schedule_reader
 from llada_jax.pod.collectives import Devices
 from llada_jax.pod.lower import LoweredStep, Slices, compile_step, lower_step
 from llada_jax.pod.operations import OperationCost
@@ -142,12 +143,18 @@ class Rehearsal:
 
 
 def rehearse(
-    config: ConfigDict, slices: Slices, packing: Packing = Packing(), halves: str = "both", save: str | None = None
+    config: ConfigDict,
+    slices: Slices,
+    packing: Packing = Packing(),
+    halves: str = "both",
+    save: str | None = None,
+    dumps: Path | None = None,
 ) -> Rehearsal:
     """Compiles the config's training step for `slices` and estimates its memory, time and MFU.
 
     packing: what the rows contain. halves: the pass, as in schedule.Phase. save: a file for the compiled step
-    (training/compiled_step.py). Raises InputError on bad input, and DoesNotFit if a chip's memory is too small.
+    (training/compiled_step.py). dumps: where the compiler dumps its schedules (aot.dump_flags), if it does.
+    Raises InputError on bad input, and DoesNotFit if a chip's memory is too small.
     """
     if packing.mean_document not in MEANS:
         raise InputError(f"--mean_document={packing.mean_document}, expected one of {', '.join(map(str, MEANS))}")
@@ -165,10 +172,12 @@ def rehearse(
     scored = 1.0 if halves == "clean" else useful_flops.MASKED_SHARE
     trips = {"head": math.ceil(scored * _rows(config, step.mesh) * length / head.CHUNK)}
     untaken = [context.CROSSING] if _blocks_lie_in_stripes(config, step.mesh, packing) else []
-    lines = step_lines(module, slices.topology.chip, kernels, physical_devices(step.mesh, slices), trips, untaken)
+    chip = slices.topology.chip
+    cycles = aot.operation_cycles(module, dumps, chip) if dumps else {}
+    lines = step_lines(module, chip, kernels, physical_devices(step.mesh, slices), trips, untaken, cycles)
     pairs = useful_flops.mean_pairs(segment_ids(length, packing.mean_document), packing.block_size, halves)
     useful = useful_flops.useful_flops(step.model, rows, length, halves, pairs)
-    memory = memory_of(compiled, module, step.state.params, slices.topology.chip.devices)
+    memory = memory_of(compiled, module, step.state.params, chip.devices)
     return Rehearsal(lines, memory, useful, compile_seconds, slices, rows, length)
 
 
@@ -246,7 +255,7 @@ def _expert_costs(config: ConfigDict, step: LoweredStep, topology: Topology, tok
                 shape = f"experts of {model.hidden_size} x {width} on {topology.name}"
                 raise InputError(f"config.model={config.model}: no estimate of {shape}: {error}") from error
             sides = (columns, contracted) if direction == "dx" else (contracted, columns)
-            seconds = max(cost.cycles, cost.dma_cycles) / topology.chip.clock
+            seconds = max(cost.cycles / topology.chip.bundle_rate, cost.dma_cycles / topology.chip.clock)
             costs["tgmm" if direction == "dw" else "gmm", *sides] = OperationCost(seconds, flops)
     return costs
 

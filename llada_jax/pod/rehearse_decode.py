@@ -129,7 +129,7 @@ def _expert_kernels(config: ConfigDict, model: ModelConfig, mesh, topology: Topo
     reaches, or its arithmetic if that takes longer; the activation costs its bytes.
     """
     chip = topology.chip
-    bandwidth = chip.hbm_bandwidth / chip.devices
+    bandwidth = chip.stream_bandwidth
     ranks = mesh.shape["expert"] if config.execution.expert_parallel == "gather_tokens" else 1
 
     def gmm(result, operands):

@@ -7,6 +7,8 @@ Branches delimit the regions: the loop over the grid and, in it, one region per 
      ...                                                       ... this region
     0x74e PF: > { ... } /* Start/End empty region 80 */        ... to here
 
+libtpu 0.0.23 writes "target bundleno = 2042 (0x7fa), region = 80", and the number is not the address.
+
 A kernel's time is that of its busiest TensorCore: the sum over regions of max(bundles, matrix-unit occupancy) times the
 executions on that core. Stalls and copies are not included, so it is a lower bound. Compiler-estimated, not measured.
 """
@@ -20,10 +22,12 @@ from llada_jax.chips import Chip
 # Rows that one instruction streams through a matrix unit: 8 sublanes of 32 bits each; the "lmr" form, from transposed
 # registers, half of that.
 _ROWS = {"bf16": 16, "lmr.bf16": 8, "f32": 8}
+_SMALL = 0.05  # of a program's bundles
 _FEWEST_STORES = 64  # of a region that computes
 _ADDRESS = re.compile(r"^ *(?:0x)?([0-9a-f]+) +(?:[A-Z]{2})? *:(?: |>)*\{")
 _START = re.compile(r"Start(?:/End empty)? region (\d+)")
-_BRANCH = re.compile(r"sbr\.rel (?:\([^)]*\) )?target = \$region(\d+)")
+_BRANCH = re.compile(r"sbr\.rel (?:\([^)]*\) )?target (?:= \$region|bundleno = [^,]*, region = )(\d+)")
+_EXIT = re.compile(r"scmp\.ge\.s32\.totalorder %\w+, (\d+) /\* loop exit test")
 _MATMUL = re.compile(r"\bvmatmul\.(?:mubr\.)?(?:msk\.)?((?:lmr\.)?\w+)")
 
 
@@ -46,13 +50,17 @@ class ScheduleCost:
 
 @dataclasses.dataclass(frozen=True)
 class Region:
-    """Bundles [start, end) that a branch skips, or a loop repeats. own: the cost without the regions inside."""
+    """Bundles [start, end) that a branch skips, or a loop repeats.
+
+    own: the cost without the regions inside. trips: of a loop that counts to a constant.
+    """
 
     start: int
     end: int
     loop: bool
     own: ScheduleCost
     inside: tuple["Region", ...]
+    trips: int | None = None
 
     @property
     def total(self) -> ScheduleCost:
@@ -95,7 +103,8 @@ def read_schedule(bundles_text: str, utilization_text: str, chip: Chip) -> Kerne
             target = starts[label]
             spans.add((i, target, False) if target > i else (target, i + 1, True))
     # Outer spans first; equal spans cannot occur, as a branch starts one and a label the other.
-    program = _nest(sorted(spans, key=lambda span: (span[0], -span[1])), costs)
+    exits = {i: int(match.group(1)) for i, text in enumerate(bundles) if (match := _EXIT.search(text))}
+    program = _nest(sorted(spans, key=lambda span: (span[0], -span[1])), costs, exits)
     return Kernel(program, split="BarrierMegacore" in bundles_text)
 
 
@@ -108,10 +117,7 @@ def region_costs(kernel: Kernel, names: Sequence[str]) -> dict[str, ScheduleCost
     together they add up to the kernel.
     Raises UnknownRegions if the kernel has other regions, and ValueError if one of them contains a loop.
     """
-    main = main_loop(kernel)
-    # A pipeline guards the kernel's body; the loop's other branches are then copies (of operands in VMEM: by vectors).
-    guards = [region for region in main.inside if len(_vector_regions(region)) > 1]
-    regions = [leaf for region in guards or main.inside for leaf in _vector_regions(region)]
+    regions = loop_regions(kernel)
     if len(regions) != len(names):
         regions_text = ", ".join(f"[{r.start:#x}, {r.end:#x}) of {r.total.bundles} bundles" for r in regions)
         raise UnknownRegions(
@@ -120,9 +126,22 @@ def region_costs(kernel: Kernel, names: Sequence[str]) -> dict[str, ScheduleCost
     for name, region in zip(names, regions, strict=True):
         if any(inner.loop for inner in region.walk()):
             raise ValueError(f"region {name} holds a loop, whose trips are not known")
-    costs = {name: region.total for name, region in zip(names, regions, strict=True)}
-    return costs | {
-        "step": _minus(main.total, costs.values()),
+    return {name: region.total for name, region in zip(names, regions, strict=True)} | step_and_launch(kernel)
+
+
+def loop_regions(kernel: Kernel) -> list[Region]:
+    """The regions of main_loop with vector work, in program order."""
+    main = main_loop(kernel)
+    # A pipeline guards the kernel's body; the loop's other branches are then copies (of operands in VMEM: by vectors).
+    guards = [region for region in main.inside if len(_vector_regions(region)) > 1]
+    return [leaf for region in guards or main.inside for leaf in _vector_regions(region)]
+
+
+def step_and_launch(kernel: Kernel) -> dict[str, ScheduleCost]:
+    """{"step": all of main_loop but loop_regions, "launch": all of the kernel but main_loop}."""
+    main = main_loop(kernel)
+    return {
+        "step": _minus(main.total, (region.total for region in loop_regions(kernel))),
         "launch": _minus(kernel.program.total, [main.total]),
     }
 
@@ -133,6 +152,27 @@ def main_loop(kernel: Kernel) -> Region:
     if not main.loop:
         raise ValueError("the kernel has no main loop")
     return main
+
+
+def counted_cycles(kernel: Kernel, contracted: int = 1) -> float | None:
+    """Cycles of one run on a core, of a program whose loops count to constants; None for another.
+
+    contracted: tiles that a matrix product sums up per tile of its result. A branch without matrix instructions, in a
+    loop with them, is taken for the end of such a sum; every other branch is taken for entered. A small loop to an
+    unknown count, as for what is left of a copy, counts once.
+    """
+    whole = kernel.program.total.bundles
+
+    def cycles(region: Region) -> float:
+        total = region.own.cycles
+        for inner in region.inside:
+            ends = contracted if region.own.mxu_cycles and not inner.loop and not inner.total.mxu_cycles else 1
+            total += cycles(inner) / ends
+        return total * (region.trips or 1)
+
+    if any(r.loop and r.trips is None and r.total.bundles > _SMALL * whole for r in kernel.program.walk()):
+        return None
+    return cycles(kernel.program)
 
 
 def grid_cycles(kernel: Kernel, steps: int, cores: int) -> float:
@@ -183,7 +223,7 @@ def _bundle_costs(bundles: list[str], utilization_text: str, chip: Chip) -> list
     return costs
 
 
-def _nest(spans: list[tuple[int, int, bool]], costs: list[ScheduleCost]) -> Region:
+def _nest(spans: list[tuple[int, int, bool]], costs: list[ScheduleCost], exits: dict[int, int]) -> Region:
     """The tree of spans, which are sorted by start; the first one contains all others."""
     start, end, loop = spans[0]
     inside, rest = [], spans[1:]
@@ -192,11 +232,12 @@ def _nest(spans: list[tuple[int, int, bool]], costs: list[ScheduleCost]) -> Regi
         if first_end > end:
             raise ValueError(f"regions [{start:#x}, {end:#x}) and [{first_start:#x}, {first_end:#x}) overlap")
         count = next((i for i, span in enumerate(rest) if span[0] >= first_end), len(rest))
-        inside.append(_nest(rest[:count], costs))
+        inside.append(_nest(rest[:count], costs, exits))
         rest = rest[count:]
     covered = {i for region in inside for i in range(region.start, region.end)}
-    own = sum((costs[i] for i in range(start, end) if i not in covered), ScheduleCost())
-    return Region(start, end, loop, own, tuple(inside))
+    own = [i for i in range(start, end) if i not in covered]
+    trips = next((exits[i] for i in reversed(own) if i in exits), None) if loop else None
+    return Region(start, end, loop, sum((costs[i] for i in own), ScheduleCost()), tuple(inside), trips)
 
 
 def _vector_regions(region: Region) -> list[Region]:

@@ -2,11 +2,10 @@
 
 Every operation belongs to a part: "attention" and "experts" (their Pallas kernels), "head" (in the head's scope),
 "dense" (other matrix multiplications), "collectives", and "glue" (the rest). A program may name more scopes that are
-parts. Arithmetic hides a collective that is
-fused with it or runs between its start and done; only the rest of the collective counts. The same holds for copies to
-and from a core's fast memory, which do not delay collectives, and for everything that a SparseCore runs: its
-collectives cost as much as those of the TensorCores. A conditional costs its most expensive branch. A loop is refused
-if neither the text nor the caller gives its trip count.
+parts. Arithmetic hides a collective that is fused with it or runs between its start and done; only the rest of the
+collective counts. The same holds for copies to and from a core's fast memory and the host, which do not delay
+collectives, and for everything that a SparseCore runs: its collectives cost as much as those of the TensorCores. A
+conditional costs its most expensive branch. A loop is refused if neither the text nor the caller gives its trip count.
 Compiler-estimated, not measured.
 """
 
@@ -17,7 +16,7 @@ from collections.abc import Callable, Collection, Mapping
 
 from llada_jax.chips import Chip
 from llada_jax.pod.collectives import Collective, Devices, collective_cost, kind_of
-from llada_jax.pod.hlo import Array, Module, Operation
+from llada_jax.pod.hlo import HOST, Array, Module, Operation
 from llada_jax.pod.operations import OperationCost, is_matmul, operation_cost
 
 PARTS = ("attention", "experts", "head", "dense", "glue", "collectives")
@@ -60,34 +59,49 @@ def step_lines(
     trips: Mapping[str, float] | None = None,
     untaken: Collection[str] = (),
     parts: Mapping[str, str] | None = None,
+    cycles: Mapping[str, float] | None = None,
 ) -> list[Line]:
     """Every operation with a cost.
 
     kernels: costs of Pallas kernels, by the prefix of their names. devices: of the mesh; None for a program without
     collectives. trips: trip counts of loops that depend on the data, by their scope. untaken: scopes of conditional
     branches that are not taken. parts: {scope: the part of its operations}. There a fusion is where its matmul is; what
-    XLA adds to a loop is where the loop is.
+    XLA adds to a loop is where the loop is. cycles: of schedules, {operation: of one run} (aot.operation_cycles).
     Raises ValueError on a kernel without a cost, or a loop without a trip count.
     """
-    walker = _Walker(module, chip, kernels, devices, trips or {}, frozenset(untaken), parts or {})
+    walker = _Walker(_Program(module, chip, kernels, devices, trips or {}, untaken, parts or {}, cycles or {}))
     walker.walk(module.entry, 1.0)
     walker.hide()
     return [line for line in walker.lines if line.seconds or line.hidden or line.flops]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Program:
+    """The arguments of step_lines."""
+
+    module: Module
+    chip: Chip
+    kernels: Mapping[str, KernelCost]
+    devices: Devices | None
+    trips: Mapping[str, float]
+    untaken: Collection[str]
+    parts: Mapping[str, str]
+    cycles: Mapping[str, float]
+
+
 @dataclasses.dataclass
 class _Flight:
-    """A collective or copy in progress: its line, and the seconds of arithmetic that hide it."""
+    """A collective or copy in progress: its line, what it goes over, and the seconds of arithmetic that hide it."""
 
     line: Line
+    over: str  # "links", "host" or "hbm"; those over the same share the arithmetic
     behind: float = 0.0
 
 
 class _Walker:
-    def __init__(self, module, chip, kernels, devices, trips, untaken, parts, loop_part=None):
-        self.module, self.chip, self.kernels, self.devices = module, chip, kernels, devices
-        self.trips, self.untaken = trips, untaken
-        self.parts, self.loop_part = parts, loop_part  # the latter: of the scope of the loop that is walked
+    def __init__(self, program: _Program, loop_part: str | None = None):
+        self.program, self.module = program, program.module
+        self.loop_part = loop_part  # of the scope of the loop that is walked
         self.lines: list[Line] = []
         self._flights: dict[tuple, _Flight] = {}  # all; collectives by channel and chain
         self._open: dict[str, list[_Flight]] = {}  # started, not done: by the name of the start
@@ -118,7 +132,7 @@ class _Walker:
     def _trips(self, computation: str, loop: Operation) -> float:
         trips = self.module.trip_count(computation, loop)
         if trips is None:
-            trips = next((n for scope, n in self.trips.items() if scope in scopes(loop)), None)
+            trips = next((n for scope, n in self.program.trips.items() if scope in scopes(loop)), None)
         if trips is None:
             raise ValueError(f"{loop.name}: a loop of unknown length ({loop.op_name})")
         return trips
@@ -127,27 +141,26 @@ class _Walker:
         branches = []
         for name in op.called:
             inside = {scope for inner in self.module.computations[name] for scope in scopes(inner)}
-            if not inside & self.untaken:
+            if not inside.intersection(self.program.untaken):
                 branches.append(self._lines(name, runs))
         self.lines += max(branches, key=lambda lines: sum(line.seconds for line in lines))
 
     def _elsewhere(self, op: Operation, runs: float) -> list[_Flight]:
         """Adds operations that run in parallel with the following ones."""
-        flights = [_Flight(line) for name in op.called for line in self._lines(name, runs)]
+        lines = [line for name in op.called for line in self._lines(name, runs)]
+        flights = [_Flight(line, "links" if line.part == "collectives" else "hbm") for line in lines]
         self.lines += (flight.line for flight in flights)
         self._flights |= {(op.name, len(self._flights), i): flight for i, flight in enumerate(flights)}
         return flights
 
     def _lines(self, computation: str, runs: float) -> list[Line]:
-        walker = _Walker(
-            self.module, self.chip, self.kernels, self.devices, self.trips, self.untaken, self.parts, self.loop_part
-        )
+        walker = _Walker(self.program, self.loop_part)
         walker.walk(computation, runs)
         walker.hide()
         return walker.lines
 
     def _kernel(self, computation: str, op: Operation, runs: float) -> None:
-        for name, cost_of in self.kernels.items():
+        for name, cost_of in self.program.kernels.items():
             if op.name.startswith(name):
                 operands = (self.module.operand(computation, operand).result for operand in op.operands)
                 part, cost = cost_of(op.result, tuple(array for arrays in operands for array in arrays))
@@ -165,7 +178,8 @@ class _Walker:
             return
         if op.name.startswith("async-collective-"):
             return  # of nothing but the collective
-        self._arithmetic(op, self._part(op), operation_cost(self.module, computation, op, self.chip), runs, flights)
+        cost = operation_cost(self.module, computation, op, self.program.chip, self.program.cycles)
+        self._arithmetic(op, self._part(op), cost, runs, flights)
 
     def _arithmetic(self, op: Operation, part: str, cost: OperationCost, runs: float, fused=()) -> None:
         """Adds a line whose seconds hide what is in progress; collectives share them, and so do copies."""
@@ -173,17 +187,21 @@ class _Walker:
             return
         self._add(op, part, cost, runs)
         under_way = [*fused, *itertools.chain(*self._open.values())]
-        for collectives in (True, False):
-            flights = [flight for flight in under_way if (flight.line.part == "collectives") == collectives]
+        for over in ("links", "host", "hbm"):
+            flights = [flight for flight in under_way if flight.over == over]
             for flight in flights:
                 flight.behind += cost.seconds * runs / len(flights)
 
     def _copy(self, op: Operation, runs: float) -> _Flight:
-        """A copy between HBM and fast memory, or within HBM; the smallest array of the tuple is what moves."""
-        moved = min(array.bytes for array in op.result if array.elements > 1)
-        in_hbm = all(array.in_hbm for array in op.result if array.elements > 1)
-        seconds = moved * (2 if in_hbm else 1) / (self.chip.hbm_bandwidth / self.chip.devices) * runs
-        flight = _Flight(Line(op.name, self._scope_part(op) or "glue", op.op_name, runs, seconds, from_bytes=seconds))
+        """A copy between HBM and fast memory or the host, or within HBM; the smallest array of the tuple moves."""
+        chip = self.program.chip
+        arrays = [array for array in op.result if array.elements > 1]
+        moved = min(array.padded_bytes for array in arrays)
+        over = "host" if any(array.space == HOST for array in arrays) else "hbm"
+        bandwidth = chip.host_bandwidth / chip.devices if over == "host" else chip.stream_bandwidth
+        seconds = moved * (2 if all(array.in_hbm for array in arrays) else 1) / bandwidth * runs
+        line = Line(op.name, self._scope_part(op) or "glue", op.op_name, runs, seconds, from_bytes=seconds)
+        flight = _Flight(line, over)
         self.lines.append(flight.line)
         self._flights[(op.name, len(self._flights))] = flight
         return flight
@@ -200,8 +218,8 @@ class _Walker:
             fused = inner is not op and chain_id
             key = (channel and channel.group(1), chain_id.group(1)) if fused else (inside, inner.name)
             if key not in self._flights:
-                cost = collective_cost(self.module, inside, inner, self.devices)
-                self._flights[key] = _Flight(self._add_collective(inner, cost, runs))
+                cost = collective_cost(self.module, inside, inner, self.program.devices)
+                self._flights[key] = _Flight(self._add_collective(inner, cost, runs), "links")
             flights.append(self._flights[key])
         return flights
 
@@ -216,7 +234,7 @@ class _Walker:
     def _scope_part(self, op: Operation) -> str | None:
         if not op.op_name:
             return self.loop_part
-        return next((part for scope, part in self.parts.items() if scope in scopes(op)), None)
+        return next((part for scope, part in self.program.parts.items() if scope in scopes(op)), None)
 
     def _add(self, op: Operation, part: str, cost: OperationCost, runs: float) -> None:
         cost = cost * runs

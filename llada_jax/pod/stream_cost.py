@@ -35,7 +35,7 @@ def compiled_costs(compiled: Program, steps: Mapping[str, int], part: str, chip:
                 arrays = [*op.result, *(x for y in op.operands for x in module.operand(module.entry, y).result)]
                 cores = chip.cores_per_device if kernel.split else 1
                 cycles = grid_cycles(kernel, count, cores)
-                per_byte = max(cycles / chip.clock / _bytes(arrays), chip.devices / chip.hbm_bandwidth)
+                per_byte = max(cycles / chip.bundle_rate / _bytes(arrays), 1 / chip.stream_bandwidth)
                 costs[name] = _kernel_cost(part, per_byte)
     return costs
 

@@ -325,7 +325,7 @@ _ESTIMATOR = _room(
     # A tile on the border of two groups counts once.
     ("pod/experts_cost.py", "-(-ends // tile) - starts // tile", "-(-(ends - starts) // tile)",
      "pod/test_experts_cost.py::test_tile_visits_are_the_kernel_s_own"),
-    ("pod/stream_cost.py", "max(cycles / chip.clock", "min(cycles / chip.clock", "pod/test_stream_cost.py"),
+    ("pod/stream_cost.py", "max(cycles / chip.bundle_rate", "min(cycles / chip.bundle_rate", "pod/test_stream_cost.py"),
     ("pod/schedule_reader.py", "(steps / cores if main.loop else 1)", "(steps if main.loop else 1)",
      "pod/test_stream_cost.py"),
 )  # fmt: skip

@@ -153,7 +153,7 @@ REFUSED = {  # before anything is compiled
         "--config=configs/wsd.py:smollm2_135m,length=1024", "--topology=v5p:2x2x1",
     ],
     "config.batch.rows=6 cannot be shared by 4 devices": [*SMALL, "--config.batch.rows=6"],
-    "unknown chip": [*SMALL, "--topology=v4:2x2x1"],
+    "unknown chip": [*SMALL, "--topology=v3:2x2x1"],
     "expected sides": [*SMALL, "--topology=v5p"],
 }  # fmt: skip
 

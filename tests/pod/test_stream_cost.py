@@ -27,7 +27,7 @@ def heavy(chip):
 
 
 def seconds(cost, steps):
-    blocks = (Array("f32", (SIDE * steps, SIDE), True),)
+    blocks = (Array("f32", (SIDE * steps, SIDE)),)
     part, cost = cost(blocks, blocks)
     assert part == "glue" and cost.flops == 0
     return cost.seconds
@@ -39,13 +39,13 @@ def test_light_work_costs_its_bytes(name):
     topology = parse_topology(SLICES[name])
     (cost,) = stream_costs("tests.helpers.pod_programs:stream", arguments, STEPS, "glue", topology).values()
     chip = CHIPS[name]
-    assert seconds(cost, 5) == pytest.approx(5 * 2 * BLOCK * chip.devices / chip.hbm_bandwidth)
+    assert seconds(cost, 5) == pytest.approx(5 * 2 * BLOCK / chip.stream_bandwidth)
 
 
 def test_heavy_work_costs_its_schedule_shared_by_the_cores():
     """An exponential takes a slot of the vector unit at least: 256 registers of a block, 22 times."""
     chip = CHIPS["v5p"]
-    least = (TERMS - 2) * SIDE**2 / 1024 / chip.clock / chip.cores_per_device
+    least = (TERMS - 2) * SIDE**2 / 1024 / chip.bundle_rate / chip.cores_per_device
     assert 5 * least <= seconds(heavy("v5p")[f"stream_{TERMS}_{STEPS}"], 5) <= 5 * 20 * least
 
 
