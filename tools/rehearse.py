@@ -4,10 +4,10 @@ python tools/rehearse.py --config=configs/wsd.py:llada2_mini --topology=v5p:4x4x
 python tools/rehearse.py --decode --config=configs/wsd.py:llada2_mini --topology=v5p:2x2x1 --config.mesh.tensor=4 ...
 
 The step is the trainer's own, over the mesh of the config. Everything printed is compiler-estimated: memory from the
-compiler; seconds from its schedules, and from bytes and links where it gives none. Serial MFU adds up all parts,
-collectives where they do not run behind arithmetic; overlapped MFU is that of the larger of arithmetic and
-communication. Exits 1 when the step does not fit. Attention must be the kernel or dense, experts megablox: loops of
-plain XLA run as long as the data say, so they have no estimate.
+compiler; seconds from its schedules, and from bytes over HBM and the links. Serial MFU adds up all parts, collectives
+where they do not run behind arithmetic; overlapped MFU is that of the larger of arithmetic and communication. Exits 1
+when the step does not fit. Attention must be the kernel or dense, experts megablox: loops of plain XLA run as long as
+the data say, so they have no estimate.
 
 --decode compiles a pass of decoding instead (weights and caches in bfloat16): --rows requests over all chips, of
 --canvas positions, --filled of them in the caches; blocks are of config.schedule.block_size.
@@ -71,7 +71,7 @@ def _rehearse(dumps: Path) -> None:
     packing = Packing(_DOCUMENTS.value, _BLOCK_SIZE.value, _BUSIEST.value)
     try:
         if _DECODE.value:
-            result = rehearse_decode(resolved(_CONFIG), slices, _ROWS.value, _CANVAS.value, _FILLED.value)
+            result = rehearse_decode(resolved(_CONFIG), slices, _ROWS.value, _CANVAS.value, _FILLED.value, dumps)
         else:
             result = rehearse(resolved(_CONFIG), slices, packing, _HALVES.value, _SAVE.value, dumps)
     except DoesNotFit as error:

@@ -25,7 +25,7 @@ from llada_jax.pod.step_cost import KernelCost
 
 def costs(module: Module, recorded: dict[str, dict], chip: Chip, experts: int) -> dict[str, KernelCost]:
     """{call: cost}, longer names first, as the names are taken for prefixes. experts: of a layer, on a device."""
-    found = {}
+    by_call = {}
     for computation, op in sorted(calls(module), key=lambda call: -len(call[1].name)):
         kernel = recorded[op.name]
         if "splash" in op.op_name:
@@ -35,8 +35,8 @@ def costs(module: Module, recorded: dict[str, dict], chip: Chip, experts: int) -
             part, cost = "experts", _grouped(op, operands, kernel, chip, experts)
         else:
             raise ValueError(f"{op.name}: an unknown kernel ({op.op_name})")
-        found[op.name] = lambda result, operands, part=part, cost=cost: (part, cost)
-    return found
+        by_call[op.name] = lambda result, operands, part=part, cost=cost: (part, cost)
+    return by_call
 
 
 def _splash(op: Operation, kernel: dict, chip: Chip) -> OperationCost:

@@ -65,7 +65,7 @@ def table(results: list[dict]) -> str:
 def words(results: list[dict]) -> str:
     """What the two halves show."""
     lines = []
-    for half in sorted({result["half"] for result in results}):
+    for half in sorted({result["half"] for result in results} - {"apart"}):
         low, median, high, near = band(results, half)
         count = sum(result["half"] == half for result in results)
         total = sum(run.half == half for run in RUNS.values())
@@ -85,11 +85,11 @@ def draw(results: list[dict], path: Path) -> None:
     axes.plot(ends, ends, color="#98a2b3", linewidth=1)
     chips = sorted({result["topology"].split(":")[0] for result in results})
     for color, chip in zip(plots.COLORS, chips, strict=False):
-        for half, marker in (("fit", "o"), ("test", "s")):
+        for half, marker in (("fit", "o"), ("test", "s"), ("apart", "x")):
             of_chip = [r for r in results if r["topology"].startswith(f"{chip}:") and r["half"] == half]
             axes.plot(
                 [r["measured_seconds"] for r in of_chip], [r["predicted_seconds"] for r in of_chip], marker,
-                color=color, markersize=7, markerfacecolor=color if half == "test" else "none", linestyle="none",
+                color=color, markersize=7, markerfacecolor="none" if half == "fit" else color, linestyle="none",
                 label=f"{chip}, {half}" if of_chip else None,
             )  # fmt: skip
     axes.set(xscale="log", yscale="log", xlabel="measured seconds of a step", ylabel="predicted", xlim=ends, ylim=ends)

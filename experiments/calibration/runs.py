@@ -111,7 +111,8 @@ COMPILERS = {
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
     """A public run. row: of the list it was chosen from. compiler: of COMPILERS, the closest to that of the run.
-    measured_bytes: of a device, as the compiler of the run gave it.
+    measured_bytes: of a device, as the compiler of the run gave it. apart: compiled by a much newer compiler, to see
+    what that changes; neither fits nor tests.
     """
 
     row: int
@@ -128,11 +129,12 @@ class Run:
     jax: str  # of the measurement
     source: str
     date: str
+    apart: bool = False
 
     @property
     def half(self) -> str:
-        """ "fit" or "test"."""
-        return "fit" if self.row % 2 else "test"
+        """fit, test or apart."""
+        return "apart" if self.apart else "fit" if self.row % 2 else "test"
 
 
 RUNS = {
@@ -391,3 +393,5 @@ RUNS = {
         date=_READ,
     ),
 }
+for _name in ("deepseek2_16b_v5p_4", "dense_16b_v5e_256"):
+    RUNS[f"{_name}_today"] = dataclasses.replace(RUNS[_name], compiler="2026-11", apart=True)

@@ -7,6 +7,7 @@ window (the more expensive of the two passes of decoding). Compiler-estimated, n
 import dataclasses
 import functools
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from llada_jax.chips import Topology
 from llada_jax.errors import InputError
 from llada_jax.model import parameters
 from llada_jax.model.config import ModelConfig
-from llada_jax.pod import hlo, operations, routing_cost
+from llada_jax.pod import aot, hlo, operations, routing_cost
 from llada_jax.pod.lower import Slices, check_experts, compile_step, model_of, with_shardings
 from llada_jax.pod.rehearse import Memory, memory_of, physical_devices, rows_of_device
 from llada_jax.pod.step_cost import PARTS, Line, step_lines
@@ -72,11 +73,14 @@ class DecodeRehearsal:
         }
 
 
-def rehearse_decode(config: ConfigDict, slices: Slices, rows: int, canvas: int, filled: int) -> DecodeRehearsal:
+def rehearse_decode(
+    config: ConfigDict, slices: Slices, rows: int, canvas: int, filled: int, dumps: Path | None = None
+) -> DecodeRehearsal:
     """Compiles a decoding pass of the config's model for `slices` and estimates its memory and time.
 
     rows: of the batch, over all chips. canvas: the most positions per request; filled: how many of them are in the
-    caches. Weights and caches are bfloat16. Raises InputError on bad input, and DoesNotFit as pod/rehearse.rehearse.
+    caches. Weights and caches are bfloat16. dumps: as in pod/rehearse.rehearse. Raises InputError on bad input, and
+    DoesNotFit as pod/rehearse.rehearse.
     """
     check(config)
     config = run_model.fitted(config)
@@ -103,9 +107,11 @@ def rehearse_decode(config: ConfigDict, slices: Slices, rows: int, canvas: int, 
     trips = _trips(round(local), block, canvas, filled)
     kernels = _expert_kernels(config, model, mesh, slices.topology, round(local * block)) if model.is_moe else {}
     devices = physical_devices(mesh, slices)
-    lines = step_lines(module, slices.topology.chip, kernels, devices, trips, parts=SCOPES)
+    chip = slices.topology.chip
+    cycles = aot.operation_cycles(module, dumps, chip) if dumps else {}
+    lines = step_lines(module, chip, kernels, devices, trips, parts=SCOPES, cycles=cycles)
     cost = pass_cost(model, 2 * rows * block, rows * block // 2, rows * filled, filled + block)
-    memory = memory_of(compiled, module, params, slices.topology.chip.devices)
+    memory = memory_of(compiled, module, params, chip.devices)
     return DecodeRehearsal(lines, memory, cost, seconds, slices, rows, block, filled)
 
 

@@ -6,8 +6,9 @@ import pytest
 
 from llada_jax.chips import CHIPS
 from llada_jax.errors import InputError
+from llada_jax.pod import aot, hlo
 from llada_jax.pod.aot import compile_program
-from llada_jax.pod.schedule_reader import region_costs
+from llada_jax.pod.schedule_reader import counted_cycles, read_schedule, region_costs
 
 SLICES = {name: f"{name}:{chip.slices[1] if name[-1] == 'e' else chip.slices[0]}" for name, chip in CHIPS.items()}
 
@@ -93,3 +94,44 @@ def test_other_regions_than_named_are_refused():
 def test_what_the_compiler_refuses_is_one_line():
     with pytest.raises(InputError, match="vmem|VMEM|memory"):
         compile_program("tests.helpers.pod_programs:too_large", {}, "v5p:2x2x1", schedules=False)
+
+
+def schedule(*bundles, chip="v5e"):
+    """A kernel of the given bundles, each of which stores once; those with a product use a matrix unit for 4 cycles."""
+    text = "\n".join(f" {i:#x}   :  {{ {bundle} }}" for i, bundle in enumerate(bundles))
+    usage = "== CAPACITY:\nMXU, VSTORE\n 4 1\n== UTILIZATION:\n" + "0 1\n" * len(bundles)
+    return read_schedule(text.replace("0x0 ", "  0 ", 1), usage, CHIPS[chip])
+
+
+@pytest.mark.parametrize("branch", ["target = $region{}", "target bundleno = 99 (0x63), region = {}"])
+def test_loops_that_count_to_a_constant_are_counted(branch):
+    inner = ["%b = vadd } /* Start region 2 */ {", "%q = scmp.ge.s32.totalorder %s2, 3 /* loop exit test */"]
+    inner.append(f"%2 = sbr.rel (!%q) {branch.format(2)}")
+    outer = ["%p = scmp.ge.s32.totalorder %s1, 7 /* loop exit test */", f"%1 = sbr.rel (!%p) {branch.format(1)}"]
+    kernel = schedule("%c = vadd", "%a = vadd } /* Start region 1 */ {", *inner, *outer, "%d = vadd")
+    assert counted_cycles(kernel) == 2 + 7 * (3 + 3 * len(inner))
+    unknown = [bundle.replace("%s2, 3", "%s2, %s3") for bundle in inner]
+    assert counted_cycles(schedule("%a = vadd } /* Start region 1 */ {", *unknown, *outer)) is None
+
+
+def test_the_end_of_a_sum_of_products_counts_once_per_sum():
+    end = ["%2 = sbr.rel (%p2) target = $region2", "%e = vst", "%f = vst", "%g = nop } /* Start region 2 */ {"]
+    body = ["%a = vadd } /* Start region 1 */ {", "%m = vmatmul.bf16.gmra.mxu0 %v1", *end]
+    outer = ["%p = scmp.ge.s32.totalorder %s1, 10 /* loop exit test */", "%1 = sbr.rel (!%p) target = $region1"]
+    kernel = schedule(*body, *outer)
+    always, ended = counted_cycles(kernel), counted_cycles(kernel, contracted=5)
+    skipped = 3  # the branch and what it skips
+    assert always == 10 * (len(body) + len(outer)) and always - ended == pytest.approx(10 * skipped * (1 - 1 / 5))
+
+
+def test_equal_operations_share_the_schedule_of_the_one_that_was_dumped(tmp_path):
+    bundles, usage = "     0   :  { %a = vadd }\n", "== CAPACITY:\nMXU\n 4\n== UTILIZATION:\n1\n"
+    for name, text in (("final_bundles", bundles), ("final_hlo-static-per-bundle-utilization", usage)):
+        tmp_path.joinpath(f"12345-first.1-02-{name}.txt").write_text(text)
+    tmp_path.joinpath("12345-first.1-01-schedule-analysis_final_bundles.txt").write_text("")
+    module = hlo.parse(
+        "ENTRY %main (x: f32[8]) -> f32[8] {\n  %x = f32[8]{0:T(128)} parameter(0)\n"
+        "  %first.1 = f32[8]{0:T(128)} negate(%x)\n  %second.1 = f32[8]{0:T(128)} negate(%first.1)\n"
+        "  ROOT %third.1 = f32[8]{0:T(128)} abs(%second.1)\n}\n"
+    )
+    assert aot.operation_cycles(module, tmp_path, CHIPS["v5e"]) == {"first.1": 1, "second.1": 1}
