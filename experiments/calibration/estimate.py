@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 from absl import flags
-from kernels import costs
 from runs import RUNS, Run
 
 from llada_jax import command_line
@@ -30,6 +29,8 @@ COMPILED, RESULTS = FOLDER / "compiled", FOLDER / "results"
 
 def lines_of(name: str) -> list[Line]:
     """The operations of a recorded step, with their costs on one device."""
+    from kernels import costs  # imports JAX
+
     run, recorded = RUNS[name], json.loads(COMPILED.joinpath(f"{name}.json").read_text())
     module = hlo.parse(lzma.decompress(COMPILED.joinpath(f"{name}.hlo.xz").read_bytes()).decode())
     topology, mesh = parse_topology(run.topology), recorded["mesh"]

@@ -116,7 +116,7 @@ def _read(module: Module, inside: tuple[Operation, ...], name: str, arrays: tupl
         for number in (i for i, operand in enumerate(user.operands) if operand == name):
             if user.kind in _VIEWS:
                 read += _read(module, inside, user.name, arrays)
-            elif user.kind == "fusion" and len(inside) > 1:
+            elif user.kind == "fusion":
                 nested = module.computations[user.called[0]]
                 read += _read(module, nested, _parameter(nested, number).name, arrays)
             elif user.kind in ("slice", "dynamic-slice", "gather") and number == 0:

@@ -115,7 +115,7 @@ BAD = {
         "--topology=v5p:4x4x260",
         *TRAIN,
     ],
-    "unknown chip": ["tpu_vm", *RUN, "--topology=v4:2x2x1", *TRAIN],
+    "unknown chip": ["tpu_vm", *RUN, "--topology=v3:2x2x1", *TRAIN],
     "--peer_timeout=soon": [
         "tpu_vm",
         *V6E,

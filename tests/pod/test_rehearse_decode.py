@@ -62,9 +62,9 @@ def test_attention_and_head_are_parts(model, layers, monkeypatch):
     """What is neither keeps its weights' matmuls; no second is lost or won."""
     plain = []
 
-    def both(*arguments, parts):
-        plain.extend(step_cost.step_lines(*arguments))
-        return step_cost.step_lines(*arguments, parts=parts)
+    def both(*arguments, parts, **others):
+        plain.extend(step_cost.step_lines(*arguments, **others))
+        return step_cost.step_lines(*arguments, parts=parts, **others)
 
     monkeypatch.setattr(rehearse_decode_module, "step_lines", both)
     rows, filled = 8, 288
