@@ -1,102 +1,38 @@
 """Public training runs of MaxText on TPUs whose step was timed: what was run, and what was measured.
 
-RUNS has a row per run. The rows with an odd number fit the constants of llada_jax/chips.py, those with an even number
-only test them: chosen before any was estimated. `settings` and `flags` are those of the source, less what does not
-change the program (profiler, paths, number of steps).
-
-MaxText's rate in TFLOP/s per device, where no seconds are published, gives them by `counted_flops`.
+The runs of rows with an odd number fit the constants of llada_jax/chips.py, those of rows with an even number only test
+them: chosen before any was estimated. `settings` and `flags` are those of the source, less what does not change the
+program (profiler, paths, number of steps). Where no seconds are published, estimate.measured_seconds takes them from
+the rate and MaxText's count of FLOPs.
 """
 
 import dataclasses
 
-# benchmarks/xla_flags_library.py of MaxText at tag tpu-recipes-v0.1.4; its chip_config_name is that of another runtime.
-_DENSE_VMEM = "--xla_tpu_scoped_vmem_limit_kib=98304"
-_MOE_VMEM = "--xla_tpu_scoped_vmem_limit_kib=81920"
-_FUSE_GATHERS = (
-    "--xla_tpu_enable_async_collective_fusion=true --xla_tpu_enable_async_collective_fusion_fuse_all_gather=true "
-    "--xla_tpu_enable_async_collective_fusion_multiple_steps=true --xla_tpu_overlap_compute_collective_tc=true "
-    "--xla_enable_async_all_gather=true"
-)
-_SPARSECORE_ALL_REDUCE = (
-    "--xla_tpu_enable_async_collective_fusion_fuse_all_reduce=false "
-    "--xla_tpu_enable_sparse_core_collective_offload_all_reduce=true "
-    "--xla_tpu_enable_all_reduce_offload_tracing=true --xla_tpu_use_tc_device_shape_on_sc=true "
-    "--xla_sc_enable_instruction_fusion=false --xla_sc_disjoint_spmem=false --xla_sc_disable_megacore_partitioning=true"
-)
-_ALL_REDUCE_LAYOUT = (
-    "--xla_tpu_use_minor_sharding_for_major_trivial_input=true "
-    "--xla_tpu_relayout_group_size_threshold_for_reduce_scatter=1 --xla_tpu_assign_all_reduce_scatter_layout=true"
-)
-_OVERLAP_DATA_PARALLEL = (
-    "--xla_tpu_enable_data_parallel_all_reduce_opt=true --xla_tpu_data_parallel_opt_different_sized_ops=true"
-)
-_HOST_OFFLOAD = (
-    "--xla_tpu_enable_all_experimental_scheduler_features=true "
-    "--xla_tpu_enable_scheduler_memory_pressure_tracking=true --xla_tpu_host_transfer_overlap_limit=24 "
-    "--xla_tpu_aggressive_opt_barrier_removal=ENABLED --xla_lhs_prioritize_async_depth_over_stall=ENABLED "
-    "--xla_tpu_enable_ag_backward_pipelining=true --xla_should_allow_loop_variant_parameter_in_chain=ENABLED "
-    "--xla_should_add_loop_invariant_op_in_chain=ENABLED --xla_max_concurrent_host_send_recv=100 "
-    "--xla_tpu_scheduler_percent_shared_memory_limit=100 --xla_latency_hiding_scheduler_rerun=2"
-)
-_NO_COLLECTIVE_MATMUL = "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000"
-_TRILLIUM_DENSE = " ".join(
-    (_DENSE_VMEM, _ALL_REDUCE_LAYOUT, _OVERLAP_DATA_PARALLEL, _FUSE_GATHERS, _SPARSECORE_ALL_REDUCE, _HOST_OFFLOAD)
+from recipes import (
+    ALL_REDUCE_LAYOUT,
+    DENSE_VMEM,
+    FLASH,
+    FUSE_GATHERS,
+    FUSED,
+    GEMMA4_TILES,
+    GEMMA_12B,
+    HOST_OFFLOAD,
+    IRONWOOD_SPARSECORE,
+    LLAMA_8B,
+    MOE_VMEM,
+    NO_COLLECTIVE_MATMUL,
+    OFFLOADED_QKV,
+    OVER_SLICES,
+    OVERLAP_DATA_PARALLEL,
+    TOKAMAX_SPLASH,
+    TRILLIUM_DENSE,
+    V5E_FLAGS,
+    blocks,
 )
 
-_SPLASH_BLOCKS = (
-    "sa_block_q", "sa_block_kv", "sa_block_kv_compute", "sa_block_q_dkv", "sa_block_kv_dkv", "sa_block_kv_dkv_compute",
-    "sa_block_q_dq", "sa_block_kv_dq",
-)  # fmt: skip
-
-
-def _blocks(*sizes: int) -> dict:
-    return dict(zip(_SPLASH_BLOCKS, sizes, strict=False))
-
-
-_FLASH = {"attention": "flash", "use_iota_embed": True}
-_FUSED = {"sa_use_fused_bwd_kernel": True}
-_OFFLOADED_QKV = {
-    "remat_policy": "custom", "decoder_layer_input": "offload", "query_proj": "offload", "key_proj": "offload",
-    "value_proj": "offload",
-}  # fmt: skip
-_LLAMA_8B = (
-    {"model_name": "llama3.1-8b", "ici_fsdp_parallelism": -1, "max_target_length": 8192, "out_proj": "offload"}
-    | _OFFLOADED_QKV | _FLASH | _FUSED | _blocks(*[2048] * 8)
-)  # fmt: skip
-_GEMMA_12B = (
-    {"model_name": "gemma3-12b", "per_device_batch_size": 1, "num_vocab_tiling": 16, "remat_policy": "custom"}
-    | {"decoder_layer_input": "device", "query_proj": "remat", "key_proj": "remat", "value_proj": "remat"}
-    | {"max_target_length": 32768} | _FLASH | _blocks(1024, 1024, 1024, 512, 2048, 512, 1024, 1024)
-)  # fmt: skip
-_OVER_SLICES = {"ici_fsdp_parallelism": 1, "ici_fsdp_transpose_parallelism": -1}
-_V5E_FLAGS = f"{_OVERLAP_DATA_PARALLEL} {_FUSE_GATHERS}"
-_IRONWOOD_SPARSECORE = (
-    "--xla_tpu_scoped_vmem_limit_kib=65536 --xla_tpu_bf16_emission_mode=NATIVE_EMISSION "
-    "--xla_tpu_enable_sparse_core_reduce_scatter_v2=true "
-    "--xla_tpu_enable_sparse_core_collective_offload_all_gather=true "
-    "--xla_tpu_enable_sparse_core_collective_offload_2d_all_gather=true "
-    "--xla_tpu_enable_sparse_core_collective_offload_3d_all_gather=true "
-    "--xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter=true "
-    "--xla_tpu_enable_sparse_core_collective_offload_all_reduce=true "
-    "--xla_tpu_enable_sparse_core_collective_offload_reduce_scatter=true "
-    "--xla_tpu_use_single_sparse_core_for_all_gather_offload=true --xla_tpu_use_tc_device_shape_on_sc=true "
-    "--xla_sc_disable_megacore_partitioning=true --xla_enable_async_all_gather=true "
-    "--xla_tpu_prefer_async_allgather_to_allreduce=true --xla_tpu_enable_latency_hiding_layer_scheduler=true "
-    "--xla_tpu_enable_layer_scheduler_for_dependent_collectives=true "
-    "--xla_tpu_scheduler_percent_shared_memory_limit=150 --xla_tpu_enable_sparse_core_collective_aggregator=true "
-    "--xla_tpu_enable_all_gather_offload_tracing=true"
-)
-_TOKAMAX_SPLASH = {"use_tokamax_splash": True} | _FLASH | _FUSED
-_GEMMA4_TILES = {
-    f"{matrix}_tile_{direction}_{side}_dim": size
-    for matrix in ("wi", "wo")
-    for direction in ("fwd", "dlhs", "drhs")
-    for side, size in (("embed", 2816), ("mlp", 704))
-}
 _RECIPES = "github.com/AI-Hypercomputer/tpu-recipes training/"
 _MAXTEXT = "github.com/AI-Hypercomputer/maxtext "
 _READ = "2026-08-07"  # the commit of tpu-recipes, c8cfe2f
-
 
 # MaxText as released shortly after the runs, with the packages of that day: {month: (requirements, day)}. They bring
 # JAX 0.7.2 and libtpu 0.0.23, 0.9.2 and 0.0.38, 0.10.2 and 0.0.42.1, 0.12.0.1 and 0.0.52. 0.1.0 names not all it needs.
@@ -110,7 +46,9 @@ COMPILERS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """A public run. row: of the list it was chosen from. compiler: of COMPILERS, the closest to that of the run.
+    """A public run. row: of the list it was chosen from; runs of one source share it.
+
+    compiler: of COMPILERS, the closest to that of the run.
     measured_bytes: of a device, as the compiler of the run gave it. apart: compiled by a much newer compiler, to see
     what that changes; neither fits nor tests.
     """
@@ -154,8 +92,8 @@ RUNS = {
         row=2,
         compiler="2025-09",
         topology="v6e:2x4",
-        settings=_LLAMA_8B | {"per_device_batch_size": 3},
-        flags=f"{_TRILLIUM_DENSE} {_NO_COLLECTIVE_MATMUL}",
+        settings=LLAMA_8B | {"per_device_batch_size": 3},
+        flags=f"{TRILLIUM_DENSE} {NO_COLLECTIVE_MATMUL}",
         seconds=3.443,
         mfu=0.450,
         jax="0.6.1",
@@ -166,8 +104,8 @@ RUNS = {
         row=3,
         compiler="2025-09",
         topology="v6e:8x8",
-        settings=_LLAMA_8B | {"per_device_batch_size": 5},
-        flags=_TRILLIUM_DENSE,
+        settings=LLAMA_8B | {"per_device_batch_size": 5},
+        flags=TRILLIUM_DENSE,
         seconds=5.652,
         mfu=0.457,
         jax="0.6.1",
@@ -178,8 +116,8 @@ RUNS = {
         row=3,
         compiler="2025-09",
         topology="v6e:16x16",
-        settings=_LLAMA_8B | {"per_device_batch_size": 4},
-        flags=_TRILLIUM_DENSE,
+        settings=LLAMA_8B | {"per_device_batch_size": 4},
+        flags=TRILLIUM_DENSE,
         seconds=4.546,
         mfu=0.455,
         jax="0.6.1",
@@ -190,8 +128,8 @@ RUNS = {
         row=4,
         compiler="2025-09",
         topology="v6e:2x4",
-        settings=_LLAMA_8B | {"model_name": "mistral-7b", "per_device_batch_size": 6},
-        flags=f"{_TRILLIUM_DENSE} {_NO_COLLECTIVE_MATMUL}",
+        settings=LLAMA_8B | {"model_name": "mistral-7b", "per_device_batch_size": 6},
+        flags=f"{TRILLIUM_DENSE} {NO_COLLECTIVE_MATMUL}",
         seconds=6.320,
         mfu=0.471,
         jax="0.5.2",
@@ -204,18 +142,18 @@ RUNS = {
         topology="v6e:4x8",
         settings={"model_name": "llama3.1-70b", "per_device_batch_size": 2, "max_target_length": 8192}
         | {"ici_fsdp_parallelism": -1, "weight_dtype": "bfloat16"}
-        | _OFFLOADED_QKV
-        | _FLASH
-        | _FUSED
-        | _blocks(*[2048] * 8),
+        | OFFLOADED_QKV
+        | FLASH
+        | FUSED
+        | blocks(*[2048] * 8),
         flags=" ".join(
             (
-                _DENSE_VMEM,
-                _ALL_REDUCE_LAYOUT,
-                _OVERLAP_DATA_PARALLEL,
-                _FUSE_GATHERS,
-                _HOST_OFFLOAD,
-                _NO_COLLECTIVE_MATMUL,
+                DENSE_VMEM,
+                ALL_REDUCE_LAYOUT,
+                OVERLAP_DATA_PARALLEL,
+                FUSE_GATHERS,
+                HOST_OFFLOAD,
+                NO_COLLECTIVE_MATMUL,
             )
         ),
         seconds=17.790,
@@ -231,9 +169,9 @@ RUNS = {
         settings={"model_name": "mixtral-8x7b", "per_device_batch_size": 12, "max_target_length": 4096}
         | {"ici_fsdp_parallelism": -1, "out_proj": "offload", "megablox": False, "sparse_matmul": False}
         | {"capacity_factor": 1.25, "sa_block_q": 2048, "sa_block_q_dkv": 2048, "sa_block_q_dq": 2048}
-        | _OFFLOADED_QKV
-        | _FLASH,
-        flags=f"{_MOE_VMEM} {_FUSE_GATHERS} {_OVERLAP_DATA_PARALLEL}",
+        | OFFLOADED_QKV
+        | FLASH,
+        flags=f"{MOE_VMEM} {FUSE_GATHERS} {OVERLAP_DATA_PARALLEL}",
         seconds=13.484,
         mfu=0.329,
         jax="0.5.2",
@@ -244,7 +182,7 @@ RUNS = {
         row=10,
         compiler="2025-09",
         topology="v6e:16x16",
-        settings=_GEMMA_12B | {"ici_fsdp_parallelism": -1},
+        settings=GEMMA_12B | {"ici_fsdp_parallelism": -1},
         flags="--xla_tpu_scoped_vmem_limit_kib=122880",
         seconds=7.318,
         mfu=0.381,
@@ -257,7 +195,7 @@ RUNS = {
         compiler="2025-09",
         topology="v6e:16x16",
         slices=2,
-        settings=_GEMMA_12B | _OVER_SLICES,
+        settings=GEMMA_12B | OVER_SLICES,
         flags="--xla_tpu_scoped_vmem_limit_kib=122880",
         seconds=7.793,
         mfu=0.357,
@@ -270,7 +208,7 @@ RUNS = {
         compiler="2025-09",
         topology="v6e:16x16",
         slices=4,
-        settings=_GEMMA_12B | _OVER_SLICES,
+        settings=GEMMA_12B | OVER_SLICES,
         flags="--xla_tpu_scoped_vmem_limit_kib=122880",
         seconds=8.390,
         mfu=0.332,
@@ -284,8 +222,8 @@ RUNS = {
         topology="v5p:4x4x4",
         settings={"per_device_batch_size": 6, "remat_policy": "minimal", "global_parameter_scale": 32}
         | {"ici_fsdp_parallelism": -1, "ici_tensor_parallelism": 4, "max_target_length": 2048, "quantization": ""}
-        | _FLASH,
-        flags=_OVERLAP_DATA_PARALLEL + " "
+        | FLASH,
+        flags=OVERLAP_DATA_PARALLEL + " "
         "--xla_tpu_megacore_fusion_allow_ags=false --xla_enable_async_collective_permute=true "
         "--xla_tpu_enable_ag_backward_pipelining=true --xla_tpu_enable_async_collective_fusion=true "
         "--xla_tpu_enable_async_collective_fusion_multiple_steps=true --xla_tpu_overlap_compute_collective_tc=true "
@@ -306,13 +244,75 @@ RUNS = {
         topology="v5e:16x16",
         settings={"per_device_batch_size": 6, "remat_policy": "full", "global_parameter_scale": 16}
         | {"max_target_length": 2048}
-        | _FLASH,
-        flags=_V5E_FLAGS,
+        | FLASH,
+        flags=V5E_FLAGS,
         tflops=120,
         attention_in_full=True,
         mfu=0.611,
         jax="",
         source=_MAXTEXT + "src/maxtext/configs/tpu/v5e/16b.sh, README.md",
+        date="2026-08-22",
+    ),
+    "dense_32b_v5e_256": Run(
+        row=15,
+        compiler="2025-09",
+        topology="v5e:16x16",
+        settings={"per_device_batch_size": 4, "global_parameter_scale": 32, "max_target_length": 2048}
+        | {"remat_policy": "full"}
+        | FLASH,
+        flags=V5E_FLAGS,
+        tflops=132,
+        attention_in_full=True,
+        mfu=0.669,
+        jax="",
+        source=_MAXTEXT + "src/maxtext/configs/tpu/v5e/32b.sh, README.md",
+        date="2026-08-22",
+    ),
+    "dense_64b_v5e_256": Run(
+        row=15,
+        compiler="2025-09",
+        topology="v5e:16x16",
+        settings={"per_device_batch_size": 2, "global_parameter_scale": 64, "max_target_length": 2048}
+        | {"remat_policy": "full"}
+        | FLASH,
+        flags=V5E_FLAGS,
+        tflops=118,
+        attention_in_full=True,
+        mfu=0.599,
+        jax="",
+        source=_MAXTEXT + "src/maxtext/configs/tpu/v5e/64b.sh, README.md",
+        date="2026-08-22",
+    ),
+    "dense_16b_v5e_256_x2": Run(
+        row=15,
+        compiler="2025-09",
+        topology="v5e:16x16",
+        slices=2,
+        settings={"per_device_batch_size": 6, "global_parameter_scale": 16, "max_target_length": 2048}
+        | {"remat_policy": "full"}
+        | FLASH,
+        flags=V5E_FLAGS,
+        tflops=117,
+        attention_in_full=True,
+        mfu=0.594,
+        jax="",
+        source=_MAXTEXT + "src/maxtext/configs/tpu/v5e/16b.sh, README.md",
+        date="2026-08-22",
+    ),
+    "dense_64b_v5p_64": Run(
+        row=14,
+        compiler="2025-09",
+        topology="v5p:4x4x4",
+        settings={"per_device_batch_size": 3, "global_parameter_scale": 64, "max_target_length": 2048}
+        | {"remat_policy": "minimal", "ici_fsdp_parallelism": -1, "ici_tensor_parallelism": 4, "quantization": ""}
+        | FLASH,
+        flags=f"{FUSE_GATHERS} {OVERLAP_DATA_PARALLEL} --xla_tpu_megacore_fusion_allow_ags=false "
+        "--xla_enable_async_collective_permute=true --xla_tpu_enable_ag_backward_pipelining=true",
+        tflops=323,
+        attention_in_full=True,
+        mfu=0.703,
+        jax="",
+        source=_MAXTEXT + "src/maxtext/configs/tpu/v5p/64b.sh, README.md",
         date="2026-08-22",
     ),
     "gemma4_26b_tpu7x_64": Run(
@@ -323,10 +323,10 @@ RUNS = {
         | {"num_vocab_tiling": 1, "remat_policy": "full", "decoder_layer_input": "offload", "dtype": "bfloat16"}
         | {"allow_split_physical_axes": True, "ici_fsdp_transpose_parallelism": 1, "ici_fsdp_parallelism": -1}
         | {"megablox": True, "sparse_matmul": True, "use_custom_sort_vjp": True}
-        | _GEMMA4_TILES
-        | _TOKAMAX_SPLASH
-        | _blocks(1024, 1024, 512, 1024, 1024, 256),
-        flags=_IRONWOOD_SPARSECORE,
+        | GEMMA4_TILES
+        | TOKAMAX_SPLASH
+        | blocks(1024, 1024, 512, 1024, 1024, 256),
+        flags=IRONWOOD_SPARSECORE,
         seconds=5.54,
         mfu=0.257,
         jax="0.10.2.dev20260603",
@@ -340,9 +340,9 @@ RUNS = {
         settings={"model_name": "gemma4-e4b", "scan_layers": False, "per_device_batch_size": 2, "dtype": "bfloat16"}
         | {"max_target_length": 8192, "num_vocab_tiling": 8, "remat_policy": "full"}
         | {"allow_split_physical_axes": True, "ici_data_parallelism": 4, "ici_fsdp_parallelism": -1}
-        | _TOKAMAX_SPLASH
-        | _blocks(1024, 1024, 512, 1024, 1024, 256),
-        flags=_IRONWOOD_SPARSECORE,
+        | TOKAMAX_SPLASH
+        | blocks(1024, 1024, 512, 1024, 1024, 256),
+        flags=IRONWOOD_SPARSECORE,
         seconds=0.97,
         mfu=0.435,
         jax="0.10.2.dev20260603",
@@ -359,8 +359,8 @@ RUNS = {
             ("decoder_layer_input", "context", "query_proj", "key_proj", "value_proj", "qkv_proj"), "device"
         )
         | {"sa_q_layout": "SEQ_MINOR", "sa_k_layout": "SEQ_MINOR", "sa_v_layout": "HEAD_DIM_MINOR"}
-        | _TOKAMAX_SPLASH
-        | _blocks(*[2048] * 6),
+        | TOKAMAX_SPLASH
+        | blocks(*[2048] * 6),
         flags="--xla_tpu_scoped_vmem_limit_kib=61440 --xla_tpu_bf16_emission_mode=NATIVE_EMISSION "
         "--xla_tpu_enable_sparse_core_collective_offload_all_reduce=true "
         "--xla_tpu_use_single_sparse_core_for_all_gather_offload=true",
@@ -379,13 +379,13 @@ RUNS = {
         | {"use_custom_sort_vjp": True, "use_random_routing": True, "megablox": False, "sparse_matmul": True}
         | {"use_tokamax_gmm": True, "ici_fsdp_transpose_parallelism": 1, "ici_fsdp_parallelism": -1}
         | {"use_tokamax_splash": True, "attention": "flash"}
-        | _FUSED
+        | FUSED
         | {"sa_q_layout": "HEAD_DIM_MINOR", "sa_k_layout": "SEQ_MINOR", "sa_v_layout": "HEAD_DIM_MINOR"}
-        | _blocks(1024, 1024, 512, 2048, 2048, 1024, 1024, 1024),
+        | blocks(1024, 1024, 512, 2048, 2048, 1024, 1024, 1024),
         flags="--xla_tpu_scoped_vmem_limit_kib=61440 "
         "--xla_tpu_enable_sparse_core_collective_offload_all_gather=true "
         "--xla_tpu_enable_sparse_core_collective_offload_all_reduce=true "
-        f"--xla_tpu_use_single_sparse_core_for_all_gather_offload=true {_HOST_OFFLOAD}",
+        f"--xla_tpu_use_single_sparse_core_for_all_gather_offload=true {HOST_OFFLOAD}",
         seconds=30.87,
         mfu=0.273,
         jax="0.9.2.dev20260306",
