@@ -3,11 +3,10 @@
     python experiments/calibration/calibrate.py [NAME ...]         # without names, those that are not compiled yet
 
 Names are those of runs.py. MaxText comes from PyPI by uv, with Python 3.12, into an environment per compiler under
-runs/calibration/. A run compiles in 2 to 40 minutes and takes up to 7 GB.
+runs/calibration/. A run compiles in 2 to 60 minutes and takes up to 10 GB.
 """
 
 import os
-import re
 import shutil
 import subprocess
 import time
@@ -19,6 +18,7 @@ from runs import COMPILERS, RUNS
 
 from llada_jax import command_line
 from llada_jax.errors import InputError
+from llada_jax.pod import aot
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parents[1]
@@ -52,8 +52,7 @@ def compile_run(name: str) -> None:
             stderr=output,
         )  # fmt: skip
     if done.returncode:
-        raised = re.findall(r"^[\w.]*(?:Error|Exception): .*", log.read_text(), re.MULTILINE)
-        raise InputError(f"{name}: {raised[-1] if raised else f'died with code {done.returncode}'}; log in {log}")
+        raise InputError(f"{name}: {aot.reason(log.read_text(), done.returncode)}; log in {log}")
     print(f"{name}: compiled in {time.monotonic() - start:.0f} s", flush=True)
 
 

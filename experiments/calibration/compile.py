@@ -9,7 +9,6 @@ MaxText's count of FLOPs). Takes 2 to 60 minutes and up to 10 GB.
 import importlib.metadata
 import json
 import lzma
-import math
 import os
 import re
 import sys
@@ -36,9 +35,9 @@ _UNREAD = re.compile(
 
 def options(run: Run) -> list[str]:
     """MaxText's arguments. It names slices by TensorCores, as the cloud does."""
-    chip, shape = run.topology.split(":")
-    cores = math.prod(map(int, shape.split("x"))) * (1 if chip in ("v5e", "v6e") else 2)
-    target = {"compile_topology": f"{chip}-{cores}", "compile_topology_num_slices": run.slices}
+    topology = parse_topology(run.topology)
+    hardware = f"{topology.chip.name}-{topology.chips * topology.chip.cores}"
+    target = {"compile_topology": hardware, "compile_topology_num_slices": run.slices}
     return [f"{key}={value}" for key, value in (_ALWAYS | run.settings | target).items()]
 
 
@@ -86,7 +85,7 @@ def _maxtext():
 
 def _write(name: str, compiled, mesh, counted, experts: int, dumps: Path, seconds: float) -> None:
     text, analysis = compiled.as_text(), compiled.memory_analysis()
-    module = hlo.parse(text)
+    module, chip = hlo.parse(text), parse_topology(RUNS[name].topology).chip
     tflops, _, attention = counted
     values = {
         "versions": {package: importlib.metadata.version(package) for package in _PACKAGES},
@@ -96,8 +95,8 @@ def _write(name: str, compiled, mesh, counted, experts: int, dumps: Path, second
         "attention_tflops": attention,
         "experts": experts,
         "mesh": mesh_places(mesh),
-        "cycles": aot.operation_cycles(module, dumps, parse_topology(RUNS[name].topology).chip),
-        "kernels": schedules.record(module, dumps, parse_topology(RUNS[name].topology).chip),
+        "cycles": aot.operation_cycles(module, dumps, chip),
+        "kernels": schedules.record(module, dumps, chip),
     }
     FOLDER.mkdir(exist_ok=True)
     short = lzma.compress(_UNREAD.sub("", text).encode(), preset=9 | lzma.PRESET_EXTREME)

@@ -19,7 +19,7 @@ from llada_jax.chips import parse_topology
 from llada_jax.errors import InputError
 from llada_jax.pod import hlo
 from llada_jax.pod.collectives import Devices
-from llada_jax.pod.step_cost import PARTS, Line, step_lines
+from llada_jax.pod.step_cost import Line, part_seconds, step_lines
 
 _LARGEST = flags.DEFINE_integer("largest", 0, "Print so many of the largest operations.", lower_bound=0)
 
@@ -59,7 +59,7 @@ def result(name: str, lines: list[Line]) -> dict:
         "topology": run.topology,
         "slices": run.slices,
         "half": run.half,
-        "parts": {part: sum(line.seconds for line in lines if line.part == part) for part in PARTS},
+        "parts": part_seconds(lines),
         "hidden_seconds": sum(line.hidden for line in lines if line.part == "collectives"),
         "predicted_seconds": sum(line.seconds for line in lines),
         "measured_seconds": measured_seconds(run, recorded),

@@ -61,12 +61,16 @@ def compile_program(
         env["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # JAX writes programs for absent devices, and cannot load them
         done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True, timeout=timeout)
         if done.returncode:
-            raised = re.findall(r"^[\w.]*(?:Error|Exception): .*", done.stderr, re.MULTILINE)
-            reason = raised[-1] if raised else f"the compiler died with code {done.returncode}"
-            raise InputError(f"{target}({arguments}) for {topology}: {reason}")
+            raise InputError(f"{target}({arguments}) for {topology}: {reason(done.stderr, done.returncode)}")
         hlo = Path(folder, "program.hlo").read_text()
         kernels = read_kernels(dumps, _KERNEL.findall(hlo), chip) if schedules else {}
         return Program(hlo, json.loads(Path(folder, "memory.json").read_text())["temp_bytes"], kernels)
+
+
+def reason(stderr: str, code: int) -> str:
+    """Why a process that compiles ended with `code`: the last exception that it wrote, in one line."""
+    raised = re.findall(r"^[\w.]*(?:Error|Exception): .*", stderr, re.MULTILINE)
+    return raised[-1] if raised else f"the compiler died with code {code}"
 
 
 def read_kernels(dumps: Path, names: Iterable[str], chip: Chip) -> dict[str, Kernel]:

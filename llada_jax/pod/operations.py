@@ -1,7 +1,8 @@
 """The cost of one operation scheduled by XLA on a device, in seconds, and how the number was obtained.
 
 The cost is the maximum of the cycles of its schedule, its FLOPs at the matrix units' peak, and its bytes at the share
-of HBM's bandwidth that streams reach (chips.Chip.hbm_efficiency):
+of HBM's bandwidth that streams reach (chips.Chip.hbm_efficiency). Without a schedule a matrix product takes XLA's own
+estimate. Bytes:
 
     each operand is read and each result is written once, with what fills their tiles; a core's fast memory is free
     of an operand that is sliced or gathered from, only the slices are read

@@ -20,7 +20,7 @@ from llada_jax.pod.collectives import Devices
 from llada_jax.pod.lower import LoweredStep, Slices, compile_step, lower_step
 from llada_jax.pod.operations import OperationCost
 from llada_jax.pod.packings import MEANS, segment_ids
-from llada_jax.pod.step_cost import PARTS, Line, step_lines
+from llada_jax.pod.step_cost import Line, part_seconds, step_lines
 from llada_jax.pod.topology import slice_index
 from llada_jax.training import compiled_step, run_model
 from llada_jax.training.config import check, execution
@@ -67,7 +67,7 @@ class Rehearsal:
 
     @property
     def seconds(self) -> dict[str, float]:
-        return {part: sum(line.seconds for line in self.lines if line.part == part) for part in PARTS}
+        return part_seconds(self.lines)
 
     @property
     def flops(self) -> float:

@@ -23,7 +23,7 @@ from llada_jax.model.config import ModelConfig
 from llada_jax.pod import aot, hlo, operations, routing_cost
 from llada_jax.pod.lower import Slices, check_experts, compile_step, model_of, with_shardings
 from llada_jax.pod.rehearse import Memory, memory_of, physical_devices, rows_of_device
-from llada_jax.pod.step_cost import PARTS, Line, step_lines
+from llada_jax.pod.step_cost import Line, part_seconds, step_lines
 from llada_jax.pod.topology import slice_devices
 from llada_jax.sampling import decode, predict
 from llada_jax.sampling.cost import PassCost, pass_cost, uniform_hits
@@ -49,7 +49,7 @@ class DecodeRehearsal:
 
     @property
     def seconds(self) -> dict[str, float]:
-        return {part: sum(line.seconds for line in self.lines if line.part == part) for part in PARTS}
+        return part_seconds(self.lines)
 
     @property
     def fits(self) -> bool:

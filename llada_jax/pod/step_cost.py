@@ -12,7 +12,7 @@ Compiler-estimated, not measured.
 import dataclasses
 import itertools
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from llada_jax.chips import Chip
 from llada_jax.pod.collectives import Collective, Devices, collective_cost, kind_of
@@ -40,6 +40,14 @@ class Line:
     hidden: float = 0.0
     bytes: float = 0.0
     axes: str = ""
+
+
+def part_seconds(lines: Iterable[Line]) -> dict[str, float]:
+    """{part: seconds}, of all PARTS."""
+    seconds = dict.fromkeys(PARTS, 0.0)
+    for line in lines:
+        seconds[line.part] += line.seconds
+    return seconds
 
 
 def scopes(op: Operation) -> list[str]:
