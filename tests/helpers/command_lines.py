@@ -108,6 +108,8 @@ class Process:
     def __init__(
         self, command: Sequence[object], env: Mapping[str, str], out: Path, err: Path, stdin=os.devnull, cwd=ROOT
     ):
+        for file in (out, err):
+            file.touch()  # the child opens them later than this returns
         streams = [str(stdin), str(out), str(err)]
         request = dict(command=list(map(str, command)), environment=dict(env), streams=streams, cwd=str(cwd))
         self.pid, self.returncode = _ask(request), None
