@@ -40,9 +40,9 @@ def lines_of(name: str) -> list[Line]:
     return step_lines(module, topology.chip, kernels, devices, cycles=recorded["cycles"])
 
 
-def measured_seconds(run: Run, recorded: dict) -> float:
-    """Of a step: as published, or from the published rate and MaxText's count of FLOPs."""
-    if run.seconds is not None:
+def measured_seconds(run: Run, recorded: dict) -> float | None:
+    """Of a step: as published, or from the published rate and MaxText's count of FLOPs; None if it was not timed."""
+    if run.tflops is None:
         return run.seconds
     tflops = recorded["tflops"] + (recorded["attention_tflops"] if run.attention_in_full else 0.0)
     return tflops / run.tflops
@@ -82,8 +82,10 @@ def main(argv) -> None:
         values = result(name, lines)
         RESULTS.joinpath(f"{name}.json").write_text(json.dumps(values, indent=1) + "\n")
         predicted, measured = values["predicted_seconds"], values["measured_seconds"]
+        beside = f"measured {measured:.3f} ({predicted / measured:.2f})" if measured else "not timed"
         parts = ", ".join(f"{part} {seconds:.3f}" for part, seconds in values["parts"].items())
-        print(f"{name}: {predicted:.3f} s, measured {measured:.3f} ({predicted / measured:.2f}): {parts}", flush=True)
+        memory = f"{values['predicted_bytes'] / 2**30:.1f} GiB a device"
+        print(f"{name}: {predicted:.3f} s, {beside}: {parts}; {memory}", flush=True)
         for line in sorted(lines, key=lambda line: -line.seconds)[: _LARGEST.value]:
             print(f"  {line.seconds:8.4f} s ({line.hidden:.4f} hidden) {line.part:11} {line.name} {line.scope[-80:]}")
 

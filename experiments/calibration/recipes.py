@@ -61,6 +61,10 @@ GEMMA_12B = (
 )  # fmt: skip
 OVER_SLICES = {"ici_fsdp_parallelism": 1, "ici_fsdp_transpose_parallelism": -1}
 V5E_FLAGS = f"{OVERLAP_DATA_PARALLEL} {FUSE_GATHERS}"
+V5P_FLAGS = (
+    f"{V5E_FLAGS} --xla_tpu_megacore_fusion_allow_ags=false --xla_enable_async_collective_permute=true "
+    "--xla_tpu_enable_ag_backward_pipelining=true"
+)
 IRONWOOD_SPARSECORE = (
     "--xla_tpu_scoped_vmem_limit_kib=65536 --xla_tpu_bf16_emission_mode=NATIVE_EMISSION "
     "--xla_tpu_enable_sparse_core_reduce_scatter_v2=true "

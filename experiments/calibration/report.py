@@ -21,8 +21,8 @@ _GB = 1e9
 
 
 def read() -> list[dict]:
-    """The recorded results, in the order of runs.py."""
-    files = (RESULTS / f"{name}.json" for name in RUNS)
+    """The recorded results of runs that were timed, in the order of runs.py."""
+    files = (RESULTS / f"{name}.json" for name, run in RUNS.items() if run.half != "untimed")
     return [json.loads(path.read_text()) for path in files if path.exists()]
 
 
@@ -65,7 +65,7 @@ def table(results: list[dict]) -> str:
 def words(results: list[dict]) -> str:
     """What the two halves show."""
     lines = []
-    for half in sorted({result["half"] for result in results} - {"apart"}):
+    for half in sorted({result["half"] for result in results}):
         low, median, high, near = band(results, half)
         count = sum(result["half"] == half for result in results)
         total = sum(run.half == half for run in RUNS.values())

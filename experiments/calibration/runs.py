@@ -27,6 +27,7 @@ from recipes import (
     TOKAMAX_SPLASH,
     TRILLIUM_DENSE,
     V5E_FLAGS,
+    V5P_FLAGS,
     blocks,
 )
 
@@ -48,9 +49,9 @@ COMPILERS = {
 class Run:
     """A public run. row: of the list it was chosen from; runs of one source share it.
 
-    compiler: of COMPILERS, the closest to that of the run.
-    measured_bytes: of a device, as the compiler of the run gave it. apart: compiled by a much newer compiler, to see
-    what that changes; neither fits nor tests.
+    compiler: of COMPILERS, the closest to that of the run that knows its settings.
+    measured_bytes: of a device, as the compiler of the run gave it. apart: compiled by a compiler more than a year
+    newer than the run; neither fits nor tests.
     """
 
     row: int
@@ -59,19 +60,21 @@ class Run:
     slices: int = 1
     settings: dict
     flags: str = ""
-    seconds: float | None = None
+    seconds: float | None = None  # neither seconds nor tflops: not timed
     tflops: float | None = None  # per second and device, where the seconds are not published
     attention_in_full: bool = False  # in `tflops`: as MaxText counted it before its pull request 1988
-    mfu: float
+    mfu: float | None = None
     measured_bytes: float | None = None
-    jax: str  # of the measurement
+    jax: str = ""  # of the measurement, where its source names it
     source: str
     date: str
     apart: bool = False
 
     @property
     def half(self) -> str:
-        """fit, test or apart."""
+        """fit, test, apart or untimed."""
+        if self.seconds is None and self.tflops is None:
+            return "untimed"
         return "apart" if self.apart else "fit" if self.row % 2 else "test"
 
 
@@ -180,7 +183,7 @@ RUNS = {
     ),
     "gemma3_12b_v6e_256": Run(
         row=10,
-        compiler="2025-09",
+        compiler="2026-03",  # 0.1.0 has no num_vocab_tiling
         topology="v6e:16x16",
         settings=GEMMA_12B | {"ici_fsdp_parallelism": -1},
         flags="--xla_tpu_scoped_vmem_limit_kib=122880",
@@ -192,7 +195,7 @@ RUNS = {
     ),
     "gemma3_12b_v6e_256_x2": Run(
         row=10,
-        compiler="2025-09",
+        compiler="2026-03",  # 0.1.0 has no num_vocab_tiling
         topology="v6e:16x16",
         slices=2,
         settings=GEMMA_12B | OVER_SLICES,
@@ -205,7 +208,7 @@ RUNS = {
     ),
     "gemma3_12b_v6e_256_x4": Run(
         row=10,
-        compiler="2025-09",
+        compiler="2026-03",  # 0.1.0 has no num_vocab_tiling
         topology="v6e:16x16",
         slices=4,
         settings=GEMMA_12B | OVER_SLICES,
@@ -223,20 +226,13 @@ RUNS = {
         settings={"per_device_batch_size": 6, "remat_policy": "minimal", "global_parameter_scale": 32}
         | {"ici_fsdp_parallelism": -1, "ici_tensor_parallelism": 4, "max_target_length": 2048, "quantization": ""}
         | FLASH,
-        flags=OVERLAP_DATA_PARALLEL + " "
-        "--xla_tpu_megacore_fusion_allow_ags=false --xla_enable_async_collective_permute=true "
-        "--xla_tpu_enable_ag_backward_pipelining=true --xla_tpu_enable_async_collective_fusion=true "
-        "--xla_tpu_enable_async_collective_fusion_multiple_steps=true --xla_tpu_overlap_compute_collective_tc=true "
-        "--xla_enable_async_all_gather=true --xla_sc_disable_megacore_partitioning=true "
-        "--xla_tpu_use_tc_device_shape_on_sc=true "
-        "--xla_tpu_enable_sparse_core_collective_offload_all_gather=true "
-        "--xla_tpu_enable_async_collective_fusion_fuse_all_gather=false",
+        flags=V5P_FLAGS,
         tflops=328,
         attention_in_full=True,
         mfu=0.715,
-        jax="",
-        source=_MAXTEXT + "src/maxtext/configs/tpu/v5p/32b.sh, README.md",
-        date="2026-08-22",
+        source=_MAXTEXT + "MaxText/configs/v5p/32b.sh and README.md at 04262f3",
+        date="2024-03-22",
+        apart=True,
     ),
     "dense_16b_v5e_256": Run(
         row=15,
@@ -249,9 +245,9 @@ RUNS = {
         tflops=120,
         attention_in_full=True,
         mfu=0.611,
-        jax="",
-        source=_MAXTEXT + "src/maxtext/configs/tpu/v5e/16b.sh, README.md",
-        date="2026-08-22",
+        source=_MAXTEXT + "MaxText/configs/v5e/16b.sh and README.md at 04262f3",
+        date="2024-03-22",
+        apart=True,
     ),
     "dense_32b_v5e_256": Run(
         row=15,
@@ -264,9 +260,9 @@ RUNS = {
         tflops=132,
         attention_in_full=True,
         mfu=0.669,
-        jax="",
-        source=_MAXTEXT + "src/maxtext/configs/tpu/v5e/32b.sh, README.md",
-        date="2026-08-22",
+        source=_MAXTEXT + "MaxText/configs/v5e/32b.sh and README.md at 04262f3",
+        date="2024-03-22",
+        apart=True,
     ),
     "dense_64b_v5e_256": Run(
         row=15,
@@ -279,9 +275,9 @@ RUNS = {
         tflops=118,
         attention_in_full=True,
         mfu=0.599,
-        jax="",
-        source=_MAXTEXT + "src/maxtext/configs/tpu/v5e/64b.sh, README.md",
-        date="2026-08-22",
+        source=_MAXTEXT + "MaxText/configs/v5e/64b.sh and README.md at 04262f3",
+        date="2024-03-22",
+        apart=True,
     ),
     "dense_16b_v5e_256_x2": Run(
         row=15,
@@ -295,9 +291,9 @@ RUNS = {
         tflops=117,
         attention_in_full=True,
         mfu=0.594,
-        jax="",
-        source=_MAXTEXT + "src/maxtext/configs/tpu/v5e/16b.sh, README.md",
-        date="2026-08-22",
+        source=_MAXTEXT + "MaxText/configs/v5e/16b.sh and README.md at 04262f3",
+        date="2024-03-22",
+        apart=True,
     ),
     "dense_64b_v5p_64": Run(
         row=14,
@@ -306,14 +302,13 @@ RUNS = {
         settings={"per_device_batch_size": 3, "global_parameter_scale": 64, "max_target_length": 2048}
         | {"remat_policy": "minimal", "ici_fsdp_parallelism": -1, "ici_tensor_parallelism": 4, "quantization": ""}
         | FLASH,
-        flags=f"{FUSE_GATHERS} {OVERLAP_DATA_PARALLEL} --xla_tpu_megacore_fusion_allow_ags=false "
-        "--xla_enable_async_collective_permute=true --xla_tpu_enable_ag_backward_pipelining=true",
+        flags=V5P_FLAGS,
         tflops=323,
         attention_in_full=True,
         mfu=0.703,
-        jax="",
-        source=_MAXTEXT + "src/maxtext/configs/tpu/v5p/64b.sh, README.md",
-        date="2026-08-22",
+        source=_MAXTEXT + "MaxText/configs/v5p/64b.sh and README.md at 04262f3",
+        date="2024-03-22",
+        apart=True,
     ),
     "gemma4_26b_tpu7x_64": Run(
         row=16,
@@ -393,5 +388,15 @@ RUNS = {
         date=_READ,
     ),
 }
+# Not timed by anyone: its estimate stands beside that of our own step of the model (llada_jax/pod/README.md).
+RUNS["qwen3_30b_a3b_v5p_64"] = Run(
+    row=0,
+    compiler="2026-11",
+    topology="v5p:4x4x4",
+    settings={"model_name": "qwen3-30b-a3b", "per_device_batch_size": 2, "max_target_length": 4096}
+    | {"remat_policy": "full"},
+    source=_MAXTEXT + "0.2.5, defaults and full remat",
+    date="2026-10-02",
+)
 for _name in ("deepseek2_16b_v5p_4", "dense_16b_v5e_256"):
     RUNS[f"{_name}_today"] = dataclasses.replace(RUNS[_name], compiler="2026-11", apart=True)

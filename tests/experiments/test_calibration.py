@@ -25,12 +25,13 @@ README = (EXPERIMENTS.parent / "llada_jax" / "pod" / "README.md").read_text()
 def test_every_run_says_what_was_run_and_measured():
     for name, run_ in RUNS.items():
         topology = parse_topology(run_.topology)
-        assert run_.compiler in COMPILERS and (run_.seconds is None) != (run_.tflops is None), name
+        assert run_.compiler in COMPILERS and (run_.seconds is None or run_.tflops is None), name
         assert run_.settings["per_device_batch_size"] > 0 and run_.settings["max_target_length"] >= 2048
-        assert 0.2 < run_.mfu < 0.8 and "github.com/AI-Hypercomputer/" in run_.source
+        assert run_.half == "untimed" or 0.2 < run_.mfu < 0.8
+        assert "github.com/AI-Hypercomputer/" in run_.source
         target = f"compile_topology={topology.chip.name}-{topology.num_devices * topology.chip.cores_per_device}"
         assert target in compiling.options(run_)
-    halves = [run_.half for run_ in RUNS.values() if not run_.apart]
+    halves = [run_.half for run_ in RUNS.values()]
     assert abs(halves.count("fit") - halves.count("test")) <= 3
 
 
