@@ -63,9 +63,9 @@ def _rehearse(dumps: Path) -> None:
     jax.config.update("jax_platforms", "cpu")  # nothing runs on the TPU that the step is compiled for
     from llada_jax.chips import parse_topology
     from llada_jax.pod import report
+    from llada_jax.pod.decoding.rehearse_decode import rehearse_decode
     from llada_jax.pod.lower import DoesNotFit, Slices
     from llada_jax.pod.rehearse import Packing, rehearse
-    from llada_jax.pod.rehearse_decode import rehearse_decode
 
     slices = Slices(parse_topology(_TOPOLOGY.value), _SLICES.value)
     packing = Packing(_DOCUMENTS.value, _BLOCK_SIZE.value, _BUSIEST.value)

@@ -16,7 +16,8 @@ from jax.typing import ArrayLike
 from llada_jax import sharding
 from llada_jax.attention import context
 from llada_jax.attention.blockwise import blockwise_attention
-from llada_jax.attention.cached import cached_attention
+from llada_jax.attention.decoding.cached import cached_attention
+from llada_jax.attention.decoding.cached_kernel import cached_kernel_attention, make_plan
 from llada_jax.attention.dense import dense_attention
 from llada_jax.attention.kernel import kernel_attention, kernel_plan
 from llada_jax.attention.residuals import NAMES as ATTENTION_RESIDUALS
@@ -38,7 +39,7 @@ from llada_jax.model.layers import project, rope_angles, swiglu
 from llada_jax.model.lora import weight_of
 from llada_jax.model.parameters import Params
 
-Cache = dict[str, dict[str, jax.Array]]  # {group: {"key", "value": [layers, batch, positions, kv_heads, head_dim]}}
+Cache = dict[str, dict[str, jax.Array]]  # {group: {"key", "value": [layers, batch, kv_heads, positions, head_dim]}}
 
 # "kernel" runs on TPUs, the others anywhere.
 ATTENTIONS = ("dense", "blockwise", "kernel")
@@ -103,10 +104,10 @@ def hidden_states(
 ) -> tuple[jax.Array, Cache]:
     """Returns the final normalised hidden states [batch, queries, embed], and the keys and values of the pass.
 
-    tokens, positions [batch, queries] int. cache: keys and values of earlier clean tokens, [layers, batch, cached,
-    kv_heads, head_dim] per group. They are the clean keys of `visibility`, and the pass's own keys are the noisy ones;
-    attention is then that of attention/cached.py, whatever `execution` says. embedding_noise [batch, queries, embed] is
-    added to the embeddings. Raises InputError on a mesh with a context axis: only denoising_pass splits rows over it.
+    tokens, positions [batch, queries] int. cache: keys and values of earlier clean tokens. They are the clean keys
+    of `visibility`, and the pass's own keys are the noisy ones; attention is then that of attention/decoding, by
+    its kernel where execution.attention is "kernel". embedding_noise [batch, queries, embed] is added to the
+    embeddings. Raises InputError on a mesh with a context axis: only denoising_pass splits rows over it.
     """
     if context.ranks() > 1:
         raise InputError(
@@ -136,10 +137,7 @@ def run_layers(
     cos, sin = jax.lax.optimization_barrier(rope_angles(config, positions))
 
     def layer_of(group, visibility, shared):
-        if cache is None:
-            attend = attention_of(config, execution, visibility, tokens.shape[1])
-        else:
-            attend = _rotated_first(functools.partial(cached_attention, visibility=visibility)), tokens.shape[1]
+        attend = attention_of(config, execution, visibility, tokens.shape[1], cache)
         layer = functools.partial(_layer, config, group, execution, attend, cos, sin, shared, counted)
         # Without a mesh there are no gathered weights to drop, and nothing to compute again.
         if execution.remat == "none" and sharding.mesh_in_force() is None:
@@ -167,17 +165,26 @@ def run_layers(
     return rms_norm(x, params["final_norm"], config.rms_norm_eps), computed, load
 
 
-def attention_of(config: ModelConfig, execution: Execution, visibility: Visibility, num_keys: int):
-    """Returns (attention(query, key, value, rotary=QueryKeyRotary()), number of queries).
+def attention_of(
+    config: ModelConfig, execution: Execution, visibility: Visibility, num_keys: int, cache: Cache | None = None
+):
+    """Returns (attention(query, key, value, rotary=QueryKeyRotary()), number of queries); with a cache, attention takes
+    also the cached keys, the cached values and the layer.
 
     All that depends on the mask alone is made here, once for all layers. rotary: the norm and rotation that query and
     key still need. Raises InputError for dense attention with a context axis.
     """
     queries = visibility.clean_start.shape[1]
+    heads, kv_heads = config.num_heads, config.num_kv_heads
+    group = heads // (kv_heads * sharding.kv_copies(heads, kv_heads))  # of a device
+    if cache is not None:
+        attend = functools.partial(cached_attention, visibility=visibility)
+        if execution.attention == "kernel":
+            plan = make_plan(visibility, jax.tree.leaves(cache)[0].shape[3], group)
+            attend = functools.partial(cached_kernel_attention, plan=plan, interpret=execution.interpret)
+        return _rotated_first(attend), queries
     crosses = context.blocks_cross(visibility)
     if execution.attention == "kernel":
-        heads, kv_heads = config.num_heads, config.num_kv_heads
-        group = heads // (kv_heads * sharding.kv_copies(heads, kv_heads))
         plan = kernel_plan(visibility, num_keys, group, config.head_dim, execution.interpret)
         attend = functools.partial(kernel_attention, plan=plan, interpret=execution.interpret, crosses=crosses)
     elif execution.attention == "blockwise":
@@ -260,7 +267,7 @@ def _attention(config, attend, weights, x, cos, sin, cache, layer):
     angles = tuple(context.first(angle, queries) for angle in (cos, sin)), (cos, sin)
     pairs = zip(norms, angles, strict=True)
     rotary = QueryKeyRotary(*(RotaryNorm(norm, *angle, config.rms_norm_eps) for norm, angle in pairs))
-    own = {"key": rotary.key(key), "value": value}
+    own = {name: jnp.moveaxis(x, 2, 1) for name, x in {"key": rotary.key(key), "value": value}.items()}
     cached = () if cache is None else (cache["key"], cache["value"], layer)
     return project(attend(query, key, value, *cached, rotary=rotary), weights, "output", contracted=2), own
 

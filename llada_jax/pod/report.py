@@ -2,8 +2,8 @@
 
 import math
 
+from llada_jax.pod.decoding.rehearse_decode import DecodeRehearsal
 from llada_jax.pod.rehearse import Rehearsal, Slices
-from llada_jax.pod.rehearse_decode import DecodeRehearsal
 from llada_jax.pod.step_cost import PARTS
 
 _GIB = 2**30

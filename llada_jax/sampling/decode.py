@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from llada_jax import sharding
-from llada_jax.attention import cached
+from llada_jax.attention.decoding.cached import CACHE_AXES, SCOPE
 from llada_jax.attention.visibility import block_causal, block_window, make_layout, two_block_window
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.forward import Cache, hidden_states
@@ -26,7 +26,7 @@ from llada_jax.model.head import head_matrix
 from llada_jax.model.parameters import Params
 from llada_jax.sampling import accept
 from llada_jax.sampling.predict import PredictSettings, predict
-from llada_jax.sampling.state import CACHE_AXES, DecodeSettings, Requests, State, empty_state
+from llada_jax.sampling.state import DecodeSettings, Requests, State, empty_state
 
 WRITTEN_ROWS = "written_rows"  # scope of the loop over the rows whose blocks are committed
 PREDICTION = "prediction"  # scope of the head and of what accepts its tokens
@@ -70,7 +70,8 @@ def _admit(params, config, settings, state: State, rows, requests, prompts, pref
         hidden, computed = hidden_states(params, config, prompt, positions, visibility, settings.execution)
 
         def put(whole, part):
-            return whole.at[:, rows, :prefill_length].set(part.astype(whole.dtype), mode="drop")
+            place = whole.at[:, rows, :, :prefill_length, : part.shape[-1]]
+            return place.set(part.astype(whole.dtype), mode="drop")
 
         cache = jax.tree.map(put, cache, computed)
         previous = jnp.maximum(start - 1, 0)[:, None, None]
@@ -155,12 +156,13 @@ def constrain_cache(cache: Cache) -> Cache:
     return jax.tree.map(lambda x: sharding.constrain(x, CACHE_AXES), cache)
 
 
-@jax.named_scope(cached.SCOPE)
+@jax.named_scope(SCOPE)
 def _write(cache, block, at, selected):
     """Writes `block` into the cache at position `at` [rows], in the `selected` rows (bool [rows]) only.
 
-    cache [layers, rows, positions, ...]; block: the same shape with fewer positions. Row by row and in place: an update
-    under vmap is a scatter, for which XLA on TPUs transposes the cache and transposes it back.
+    cache [layers, rows, kv_heads, positions, head_dim]; block: with fewer positions, and without the cache's
+    padding. Row by row and in place: an update under vmap is a scatter, for which XLA on TPUs transposes the cache
+    and transposes it back.
     """
 
     def write(cache, block, at, selected):
@@ -169,7 +171,7 @@ def _write(cache, block, at, selected):
         def write_row(i, cache):
             row = rows[i]
             part = jax.lax.dynamic_slice_in_dim(block, row, 1, axis=1).astype(cache.dtype)
-            return jax.lax.dynamic_update_slice(cache, part, (0, row, at[row], 0, 0))
+            return jax.lax.dynamic_update_slice(cache, part, (0, row, 0, at[row], 0))
 
         with jax.named_scope(WRITTEN_ROWS):
             return jax.lax.fori_loop(0, selected.sum(), write_row, cache)
@@ -201,7 +203,7 @@ def window_pass(
     window = jnp.clip(first[:, None] + jnp.arange(blocks * block)[None], 0, canvas - 1)
     tokens = jnp.take_along_axis(state.tokens, window, axis=1)
     hidden, computed = hidden_states(params, config, tokens, window, visibility, settings.execution, cache=state.cache)
-    return hidden[:, -block:], jax.tree.map(lambda x: x[:, :, :block], computed), hidden[:, block - 1]
+    return hidden[:, -block:], jax.tree.map(lambda x: x[:, :, :, :block], computed), hidden[:, block - 1]
 
 
 @jax.named_scope(PREDICTION)

@@ -119,10 +119,10 @@ def generate(
     """Decodes an answer to each prompt by block diffusion (Section 5.4), the whole batch in one compiled loop.
 
     prompts: 1-D int arrays of any length. generate_config: one for all prompts, or one per prompt. key: of draws at
-    temperature > 0; None is jax.random.key(0). execution: how to compute the prefill, and the dtype of all passes.
-    fuse_share: 0 always commits finished blocks in two-block windows, above 1 never does; None takes what is cheaper
-    for this batch on this device (sampling/cost.py). A row's answer does not depend on the other rows. Raises
-    InputError if the checkpoint has no mask token or the configs cannot share a batch, ValueError on a bad prompt.
+    temperature > 0; None is jax.random.key(0). execution: as in DecodeSettings. fuse_share: 0 always commits finished
+    blocks in two-block windows, above 1 never does; None takes what is cheaper for this batch on this device
+    (sampling/cost.py). A row's answer does not depend on the other rows. Raises InputError if the checkpoint has no
+    mask token or the configs cannot share a batch, ValueError on a bad prompt.
 
     Example:
         >>> import llada_jax
@@ -174,7 +174,7 @@ def decode_settings(
 
 
 def prefill_execution(longest: int) -> Execution:
-    """How to prefill prompts of up to `longest` tokens on this device."""
+    """How to prefill prompts of up to `longest` tokens on this device, and how to attend in the passes after it."""
     if jax.default_backend() == "tpu":
         return Execution(attention="kernel")
     return Execution(attention="blockwise" if longest > 1024 else "dense")  # dense holds [longest, longest] scores

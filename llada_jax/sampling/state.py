@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from llada_jax import sharding
+from llada_jax.attention.decoding.cached import CACHE_AXES
+from llada_jax.attention.decoding.cached_kernel import ALIGNED, LANES
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.forward import Execution
 from llada_jax.sampling.predict import Sampling
 
 RULES = ("llada2", "llada2.1", "sglang", "dinfer", "entropy", "fixed")
-CACHE_AXES = ("layers", "batch", None, "kv_heads", None)
 KEYS = "threefry2x32"  # whatever the default is: a draw is the same everywhere
 
 
@@ -22,7 +23,7 @@ class DecodeSettings:
     """Static settings of a decoding program: one is compiled for each. Everything else of a request is data.
 
     sample, cut: whether any request has a temperature, or a top-k or top-p. execution: of the prefill; its dtype is
-    that of all passes.
+    that of all passes, and where its attention is "kernel", theirs is too.
     """
 
     mask_id: int
@@ -63,7 +64,8 @@ class State:
       pending: the block before `start` is final but not in the cache; finished: nothing is left to do
       denoising_passes, commit_passes (separate ones), positions_evaluated (the row's own, in decoding)
       last_hidden [rows, embed]: hidden state of the last token in the cache; predicts the next one (shifted alignment)
-    cache: {group: {"key", "value": [layers, rows, canvas, kv_heads, head_dim]}}.
+    cache: {group: {"key", "value": [layers, rows, kv_heads, canvas, head_dim]}}, with zeros up to whole tiles where the
+    kernel of attention reads it.
     fuse_share [] float32: finished blocks are committed in two-block windows when at least this share of the running
     rows has one to commit, else in a separate pass; 0 always fuses, above 1 never does.
     iterations, busy, batch_positions [] int32, since the host last looked: passes, running rows summed over passes, and
@@ -111,8 +113,12 @@ def empty_state(
         sampling=Sampling(f, n, f + 1, jax.vmap(functools.partial(jax.random.key, impl=KEYS))(n)),
     )  # fmt: skip
 
+    tile = (ALIGNED, LANES) if settings.execution.attention == "kernel" else (1, 1)
+    sizes = (-(-size // whole) * whole for size, whole in zip((canvas, config.head_dim), tile, strict=True))
+    cached = rows, config.num_kv_heads, *sizes
+
     def keys_or_values(layers):
-        shape = len(layers), rows, canvas, config.num_kv_heads, config.head_dim
+        shape = len(layers), *cached
         return sharding.constrain(zeros(*shape, dtype=dtype), CACHE_AXES)
 
     return State(

@@ -8,11 +8,12 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from llada_jax.attention import residuals
+from llada_jax.attention.decoding import cached_kernel
 from llada_jax.attention.kernel import kernel_attention, kernel_plan
 from llada_jax.attention.kernel_backward import key_parts
 from llada_jax.attention.plan import make_plan
 from llada_jax.attention.tiles import ENTRIES, tiles_for
-from llada_jax.attention.visibility import block_diffusion, block_window, make_layout
+from llada_jax.attention.visibility import block_diffusion, block_window, make_layout, two_block_window
 from llada_jax.chips import parse_topology
 from llada_jax.errors import InputError
 from llada_jax.pod.topology import one_device
@@ -91,6 +92,25 @@ def test_decoding_a_block_against_a_long_cache(kind):
     with jax.set_mesh(mesh):
         program = compiled(mesh, decode, shape(rows, dtype=jnp.int32), shape(rows, block, 8, 128), key, key)
     assert calls(program, "forward") == 1
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("kind", TOPOLOGIES)
+def test_the_cache_is_read_in_place(kind, head_dim):
+    """Three layers' caches are operands of the kernel: none is copied, sliced or transposed."""
+    rows, queries, length = 8, 64, 2048
+    mesh = tpu(kind)
+
+    def decode(starts, query, key, value, *cache):
+        plan = cached_kernel.make_plan(two_block_window(starts, 32, starts > 64), length, 4)
+        return cached_kernel.cached_kernel_attention(query, key, value, *cache, 1, plan)
+
+    key, cache = shape(rows, queries, 2, head_dim), shape(3, rows, 2, length, 128)
+    arguments = shape(rows, dtype=jnp.int32), shape(rows, queries, 8, head_dim), key, key, cache, cache
+    with jax.set_mesh(mesh):
+        program = compiled(mesh, decode, *arguments)
+    assert len(re.findall(r"%\w*cached_attention[\w.]* = ", program.as_text())) == 1
+    assert program.memory_analysis().temp_size_in_bytes < rows * length * 128 * 2 / 2
 
 
 def test_a_remat_policy_keeps_what_attention_computed():

@@ -49,7 +49,7 @@ def _room(name: str, *rows: tuple[str, str, str, str]) -> Iterator[Fault]:
         yield Fault(name, f"llada_jax/{file}", old, new, tuple(f"tests/{test}" for test in tests.split()))
 
 
-_EQ3, _CACHED = "attention/test_attention.py::test_mask_is_equation_3", "attention/test_cached.py"
+_EQ3, _CACHED = "attention/test_attention.py::test_mask_is_equation_3", "attention/decoding/test_cached.py"
 _BLOCKWISE = "attention/test_attention.py::test_blockwise_equals_dense"
 _PLAN, _KERNEL = "attention/test_plan.py", "attention/test_kernel.py::test_kernel_equals_dense"
 
@@ -76,9 +76,13 @@ _MASK = _room(
     ("attention/blockwise.py", "(d_weights - delta[..., None]) * scale)", "(d_weights - delta[..., None]))",
      _BLOCKWISE),
     # The chunk that overlaps the one before counts its keys twice.
-    ("attention/cached.py", "jnp.where(position >= i * chunk, position, -1)", "jnp.where(position >= 0, position, -1)",
+    ("attention/decoding/cached.py", "jnp.where(position >= i * chunk, position, -1)",
+     "jnp.where(position >= 0, position, -1)", _CACHED),
+    ("attention/decoding/cached.py", "visibility.clean_end.min() // chunk", "-(-visibility.clean_end.min() // chunk)",
      _CACHED),
-    ("attention/cached.py", "visibility.clean_end.min() // chunk", "-(-visibility.clean_end.min() // chunk)", _CACHED),
+    # The chunk that overlaps the one before, in the kernel.
+    ("attention/decoding/cached_kernel.py", "jnp.maximum(bounds[0, 2:3], number * chunk) - base",
+     "bounds[0, 2:3] - base", "attention/decoding/test_cached_kernel.py"),
     ("attention/context.py", "start // stripe != (end - 1) // stripe", "start // stripe == (end - 1) // stripe",
      "attention/test_context.py::test_attention_of_the_ranks_is_that_of_the_row"),
 )  # fmt: skip

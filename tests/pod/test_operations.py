@@ -12,6 +12,7 @@ ARRAYS = {
     "SLICE": "bf16[1,1024,2048]{2,1,0:T(8,128)(2,1)}",
     "LAYER": "bf16[1024,2048]{1,0:T(8,128)(2,1)}",
     "FAST": "bf16[1024,2048]{1,0:T(8,128)(2,1)S(1)}",
+    "PART": "bf16[256,2048]{1,0:T(8,128)(2,1)}",
     "INDEX": "s32[]{:T(128)}",
 }
 PROGRAM = """\
@@ -36,6 +37,15 @@ HloModule program
   ROOT %update = STACK dynamic-update-slice(%stack.1, %row, %layer.1, %zero.1, %zero.1)
 }
 
+%sent (part: bf16[256,2048], gathered: bf16[1024,2048], x: bf16[1024,2048]) -> (bf16[1024,2048], bf16[256,2048]) {
+  %x.3 = LAYER parameter(2)
+  %doubled = LAYER add(%x.3, %x.3)
+  %part = PART parameter(0)
+  %gathered = LAYER parameter(1)
+  %gather = LAYER all-gather(%part), channel_id=1, replica_groups=[1,4]<=[4], dimensions={0}
+  ROOT %tuple = (LAYER, PART, LAYER, LAYER) tuple(%doubled, %part, %gathered, %gather)
+}
+
 ENTRY %main (stack.2: bf16[24,1024,2048], layer.2: s32[], x.2: bf16[1024,2048]) -> bf16[24,1024,2048] {
   %stack.2 = STACK parameter(0)
   %layer.2 = INDEX parameter(1)
@@ -43,6 +53,8 @@ ENTRY %main (stack.2: bf16[24,1024,2048], layer.2: s32[], x.2: bf16[1024,2048]) 
   %near = FAST copy(%x.2)
   %sliced = LAYER fusion(%stack.2, %layer.2, %x.2), calls=%fused, backend_config={"estimated_cycles":"900000"}
   %fast = FAST fusion(%stack.2, %layer.2, %near), kind=kLoop, calls=%fused
+  %piece = PART slice(%x.2), slice={[0:256], [0:2048]}
+  %chained = (LAYER, PART, LAYER, LAYER) fusion(%piece, %x.2, %x.2), kind=kOutput, calls=%sent
   ROOT %out = STACK fusion(%stack.2, %layer.2, %x.2), kind=kLoop, calls=%kept
 }
 """
@@ -62,6 +74,7 @@ def module():
         ("sliced", 3),  # a layer of the stack and x are read, the sum is written
         ("fast", 1),  # a layer of the stack alone
         ("out", 2),  # x is read, and written into the stack in place
+        ("chained", 2),  # x is read and its double written; the gather's buffers are of the links
     ],
 )
 def test_only_what_is_touched_moves(module, name, layers):
@@ -108,4 +121,4 @@ def test_metadata_over_several_lines():
     )
     module = hlo.parse(text)
     assert module.operand("main", "near").attributes.endswith('backend_config={"n":"1"}')
-    assert len(module.computations["main"]) == 7
+    assert len(module.computations["main"]) == 9

@@ -9,6 +9,7 @@ from llada_jax import GenerateConfig, sharding
 from llada_jax.errors import InputError
 from llada_jax.model import parameters
 from llada_jax.model.config import preset
+from llada_jax.model.forward import Execution
 from llada_jax.sampling import accept
 from llada_jax.sampling.decode import iterate
 from llada_jax.sampling.generate import decode_settings
@@ -152,6 +153,20 @@ def test_all_probability_on_the_mask_token_still_ends(model):
     params = dict(params, head=params["head"].at[:, config.mask_token_id].set(params["head"].sum(1) * 50))
     out = llada_jax.generate(params, config, [np.arange(9)], GenerateConfig(**ONE | dict(gen_length=11)))
     assert len(out.tokens[0]) == 11 and config.mask_token_id not in out.tokens[0]
+
+
+def test_the_kernel_of_attention_writes_the_same_answer(model):
+    params, config = model
+    prompts = [PROMPT, PROMPT[:3]]
+    kernel = Execution(attention="kernel", interpret=True)
+    expected, found = (
+        llada_jax.generate(params, config, prompts, GenerateConfig(**ONE), execution=execution, fuse_share=0.0)
+        for execution in (Execution(), kernel)
+    )
+    for a, b in zip(expected.tokens, found.tokens, strict=True):
+        assert np.array_equal(a, b)
+    for a, b in zip(expected.confidence, found.confidence, strict=True):
+        assert np.allclose(a, b, atol=1e-4)
 
 
 def test_a_mesh_decodes_as_one_device_does(model):

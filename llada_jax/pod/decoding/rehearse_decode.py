@@ -15,19 +15,20 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from llada_jax import sharding
-from llada_jax.attention import cached
+from llada_jax.attention.decoding import cached
 from llada_jax.chips import Topology
 from llada_jax.errors import InputError
 from llada_jax.model import parameters
 from llada_jax.model.config import ModelConfig
 from llada_jax.pod import aot, hlo, operations, routing_cost
+from llada_jax.pod.decoding import cached_attention_cost
 from llada_jax.pod.lower import Slices, check_experts, compile_step, model_of, with_shardings
 from llada_jax.pod.rehearse import Memory, memory_of, physical_devices, rows_of_device
 from llada_jax.pod.step_cost import Line, part_seconds, step_lines
 from llada_jax.pod.topology import slice_devices
 from llada_jax.sampling import decode, predict
 from llada_jax.sampling.cost import PassCost, pass_cost, uniform_hits
-from llada_jax.sampling.state import CACHE_AXES, DecodeSettings, empty_state
+from llada_jax.sampling.state import DecodeSettings, empty_state
 from llada_jax.training import run_model
 from llada_jax.training.config import check, execution
 
@@ -106,6 +107,10 @@ def rehearse_decode(
     local = rows_of_device(rows, mesh)
     trips = _trips(round(local), block, canvas, filled)
     kernels = _expert_kernels(config, model, mesh, slices.topology, round(local * block)) if model.is_moe else {}
+    if on_tpu.attention == "kernel":
+        kernels |= cached_attention_cost.kernel_costs(
+            _attention_shape(model, mesh, round(local), block, canvas), filled, slices.topology
+        )
     devices = physical_devices(mesh, slices)
     chip = slices.topology.chip
     cycles = aot.operation_cycles(module, dumps, chip) if dumps else {}
@@ -123,11 +128,21 @@ def _arguments(model: ModelConfig, decoding: DecodeSettings, rows: int, canvas: 
 
     def layout(path, leaf):
         if path[0].name == "cache":
-            return NamedSharding(mesh, sharding.spec(CACHE_AXES, leaf.shape, mesh))
+            return NamedSharding(mesh, sharding.spec(cached.CACHE_AXES, leaf.shape, mesh))
         rowwise = leaf.ndim and leaf.shape[0] == rows
         return NamedSharding(mesh, sharding.spec(("batch",), (rows,), mesh) if rowwise else PartitionSpec())
 
     return params, with_shardings(state, lambda tree: jax.tree_util.tree_map_with_path(layout, tree))
+
+
+def _attention_shape(model: ModelConfig, mesh, rows: int, block: int, canvas: int) -> cached_attention_cost.Shape:
+    """On one device. rows: of it."""
+    with jax.set_mesh(mesh):
+        copies = sharding.kv_copies(model.num_heads, model.num_kv_heads)
+        split = sharding.split_over(("kv_heads",), (model.num_kv_heads * copies,), mesh)
+    ranks = math.prod(mesh.shape[axis] for axis in split)
+    heads, kv_heads = model.num_heads // ranks, model.num_kv_heads * copies // ranks
+    return cached_attention_cost.Shape(rows, 2 * block, canvas, heads, kv_heads, model.head_dim)
 
 
 def _expert_kernels(config: ConfigDict, model: ModelConfig, mesh, topology: Topology, tokens: int):

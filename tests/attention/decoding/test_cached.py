@@ -5,9 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llada_jax.attention import cached
+from llada_jax.attention.decoding import cached
 from llada_jax.attention.dense import dense_attention
 from llada_jax.attention.visibility import block_window, dense_mask, two_block_window
+
+
+def stack(x):
+    """A cache of three layers from [batch, positions, kv_heads, head_dim]; all but layer 1 is NaN."""
+    x = jnp.moveaxis(x, 1, 2)
+    return jnp.stack([jnp.full_like(x, jnp.nan), x, jnp.full_like(x, jnp.nan)])
 
 
 @pytest.mark.parametrize("chunk", [4, 7, 64])
@@ -21,7 +27,7 @@ def test_equals_dense_attention(monkeypatch, chunk):
         shapes = (queries, 4), (queries, 2), (queries, 2), (length, 2), (length, 2)
         q, k, v, ck, cv = (jnp.asarray(rng.normal(size=(rows, n, h, 8)), jnp.float32) for n, h in shapes)
         expected = dense_attention(q, jnp.concatenate([k, ck], 1), jnp.concatenate([v, cv], 1), visibility)
-        stacks = (jnp.stack([jnp.full_like(x, jnp.nan), x, jnp.full_like(x, jnp.nan)]) for x in (ck, cv))
+        stacks = (stack(x) for x in (ck, cv))
         found = jax.jit(cached.cached_attention)(q, k, v, *stacks, 1, visibility)
         assert np.allclose(found, expected, atol=1e-5)
 
@@ -33,14 +39,14 @@ def test_prefixes_that_end_in_a_last_chunk_which_overlaps_the_one_before(monkeyp
     shapes = (3, 4), (3, 2), (3, 2), (19, 2), (19, 2)
     q, k, v, ck, cv = (jnp.asarray(rng.normal(size=(2, n, h, 8)), jnp.float32) for n, h in shapes)
     expected = dense_attention(q, jnp.concatenate([k, ck], 1), jnp.concatenate([v, cv], 1), visibility)
-    found = jax.jit(cached.cached_attention)(q, k, v, ck[None], cv[None], 0, visibility)
+    found = jax.jit(cached.cached_attention)(q, k, v, stack(ck), stack(cv), 1, visibility)
     assert np.allclose(found, expected, atol=1e-5)
 
 
 def test_reads_nothing_beyond_the_longest_prefix(monkeypatch):
     monkeypatch.setattr(cached, "LEAST_CHUNK", 4)
     ones = jnp.ones((1, 2, 2, 8))
-    poisoned = jnp.ones((1, 1, 16, 2, 8)).at[:, :, 8:].set(jnp.nan)
+    poisoned = jnp.ones((1, 1, 2, 16, 8)).at[..., 8:, :].set(jnp.nan)
     found = cached.cached_attention(ones, ones, ones, poisoned, poisoned, 0, block_window(jnp.array([6]), 2))
     assert np.allclose(found, 1)
 

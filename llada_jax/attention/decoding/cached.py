@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from llada_jax.attention.visibility import Visibility
 
 SCOPE = "cached_attention"  # of all of it, and of writing the cache
+CACHE_AXES = ("layers", "batch", "kv_heads", None, None)  # of cached keys and values: positions, then head_dim
 LEAST_CHUNK, MOST_CHUNK = 128, 1024
 WHOLE_CHUNKS, OTHER_CHUNKS = "whole_chunks", "other_chunks"  # scopes of the two loops over the cache
 _LOWEST = -1e30  # finite, so that a row that sees nothing yet keeps a finite maximum
@@ -23,7 +24,7 @@ def cached_attention(
     """dense_attention over [own keys, cached keys]: the noisy intervals are in own keys, the clean ones in the cache.
 
     query [batch, queries, heads, head_dim]; key, value [batch, own, kv_heads, head_dim]; cached_key, cached_value
-    [layers, batch, cached, kv_heads, head_dim], of which `layer` is read in place. Returns query's shape and dtype;
+    [layers, batch, kv_heads, cached, head_dim], of which `layer` is read in place. Returns query's shape and dtype;
     zeros for a query that sees no key.
     """
     batch, queries, heads, head_dim = query.shape
@@ -34,27 +35,27 @@ def cached_attention(
     shape = (batch, kv_heads, heads // kv_heads, queries)
 
     def visit(state, keys, values, visible=None):
-        """Folds keys [batch, keys, ...] into the running (output, maximum, sum), float32; visible [batch, q, keys],
-        None: all are.
+        """Folds keys [batch, kv_heads, keys, ...] into the running (output, maximum, sum), float32; visible [batch, q,
+        keys], None: all are.
         """
         output, highest, total = state
-        scores = jnp.einsum("bkrd,bskd->bkrs", grouped, keys, preferred_element_type=jnp.float32).reshape(*shape, -1)
+        scores = jnp.einsum("bkrd,bksd->bkrs", grouped, keys, preferred_element_type=jnp.float32).reshape(*shape, -1)
         if visible is not None:
             scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
         new_highest = jnp.maximum(highest, scores.max(axis=-1))
         weights = jnp.exp(scores - new_highest[..., None])
         decay = jnp.exp(highest - new_highest)
         update = jnp.einsum(
-            "bkgqs,bskd->bkgqd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32
+            "bkgqs,bksd->bkgqd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32
         )
         return output * decay[..., None] + update, new_highest, total * decay + weights.sum(axis=-1)
 
-    length = cached_key.shape[2]
+    length = cached_key.shape[3]
     chunk = chunk_of(length)
 
     def part(start):
-        shape = (1, batch, chunk, kv_heads, head_dim)
-        return [jax.lax.dynamic_slice(x, (layer, 0, start, 0, 0), shape)[0] for x in (cached_key, cached_value)]
+        shape = (1, batch, kv_heads, chunk, head_dim)
+        return [jax.lax.dynamic_slice(x, (layer, 0, 0, start, 0), shape)[0] for x in (cached_key, cached_value)]
 
     def visit_cache(i, state):
         start = jnp.minimum(i * chunk, length - chunk)  # the last chunk may overlap the one before
@@ -63,7 +64,8 @@ def cached_attention(
         return visit(state, *part(start), visible)
 
     state = jnp.zeros((*shape, head_dim), jnp.float32), jnp.full(shape, _LOWEST), jnp.zeros(shape)
-    state = visit(state, key, value, _inside(jnp.arange(key.shape[1]), visibility.noisy_start, visibility.noisy_end))
+    own = (jnp.moveaxis(x, 2, 1) for x in (key, value))
+    state = visit(state, *own, _inside(jnp.arange(key.shape[1]), visibility.noisy_start, visibility.noisy_end))
     seen = jnp.max(jnp.where(visibility.clean_start < visibility.clean_end, visibility.clean_end, 0))
     # Chunks that all queries see whole need no mask; those of a single request are such.
     whole = jnp.where((visibility.clean_start == 0).all(), visibility.clean_end.min() // chunk, 0)

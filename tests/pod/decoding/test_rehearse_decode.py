@@ -8,18 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from llada_jax.attention import cached
+from llada_jax.attention.decoding import cached
 from llada_jax.chips import parse_topology
 from llada_jax.errors import InputError
 from llada_jax.model.config import preset
-from llada_jax.pod import rehearse_decode as rehearse_decode_module
 from llada_jax.pod import report, step_cost
+from llada_jax.pod.decoding import rehearse_decode as rehearse_decode_module
+from llada_jax.pod.decoding.rehearse_decode import rehearse_decode
 from llada_jax.pod.lower import Slices
-from llada_jax.pod.rehearse_decode import rehearse_decode
 from llada_jax.sampling import predict
 from llada_jax.training.config import default_config
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SLICES = Slices(parse_topology("v5p:2x2x1"))
 GIB = 2**30
 FILLED = 1056  # whole chunks, and a part of one

@@ -1,0 +1,246 @@
+"""Attention of decoding on TPUs: one Pallas kernel reads the cached keys of each row once, in place, up to its own end.
+
+A unit is one key/value head of one row. Its own keys come first; then chunks of the cache stream through a ring of
+buffers, filled ahead of the arithmetic and across the units, so that no unit waits for its first chunk. Scores are
+transposed, [keys, queries], as in kernel_walk.py.
+"""
+
+import functools
+import math
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import PartitionSpec
+
+from llada_jax import sharding
+from llada_jax.attention.decoding.cached import CACHE_AXES, SCOPE
+from llada_jax.attention.kernel_walk import AHEAD, HIDDEN, RING, dot
+from llada_jax.attention.visibility import Visibility
+from llada_jax.errors import InputError
+
+NAME = "cached_attention"
+CHUNK = 512  # positions of the cache that are read at a time
+ALIGNED = 16  # rows of a bfloat16 tile: where copies may start
+LANES = 128  # of a register, and of a row of a tile
+
+
+@flax.struct.dataclass
+class CachedPlan:
+    """The mask of a pass, as the kernel reads it. Made once, outside the layers.
+
+    bounds [batch, 4, group * queries] int32: noisy_start, noisy_end, clean_start, clean_end of the queries of a head,
+    repeated for each head of a group. chunks, whole [batch] int32: chunks of the cache that any query of the row sees
+    (at least one, seen or not), and how many of the first ones every query sees whole.
+    """
+
+    bounds: jax.Array
+    chunks: jax.Array
+    whole: jax.Array
+    chunk: int = flax.struct.field(pytree_node=False)
+
+
+def make_plan(visibility: Visibility, length: int, group: int) -> CachedPlan:
+    """visibility: as cached_attention's; length: positions of the cache; group: query heads of a key/value head, on a
+    device. Raises InputError if the kernel cannot read a cache of this length.
+    """
+    if length % ALIGNED:
+        raise InputError(
+            f"attention='kernel': a cache of {length} positions, expected a multiple of {ALIGNED}; set "
+            "execution.attention=dense, or a block length that is one"
+        )
+    chunk = min(CHUNK, length)
+    start, end = visibility.clean_start, visibility.clean_end
+    seen = jnp.max(jnp.where(start < end, end, 0), axis=1)
+    whole = jnp.where((start == 0).all(axis=1), end.min(axis=1) // chunk, 0)
+    bounds = jnp.stack([visibility.noisy_start, visibility.noisy_end, start, end], axis=1)
+    return CachedPlan(jnp.tile(bounds, (1, 1, group)), jnp.maximum(-(-seen // chunk), 1), whole, chunk)
+
+
+@jax.named_scope(SCOPE)
+def cached_kernel_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, cached_key: jax.Array, cached_value: jax.Array,
+    layer: jax.Array | int, plan: CachedPlan, interpret: bool = False,
+) -> jax.Array:  # fmt: skip
+    """Equals cached_attention with the visibility that the plan was made from; operands are as there.
+
+    The last axis of the cache may be longer than head_dim, and should be a multiple of LANES: XLA lays shorter ones
+    out another way, and would copy the whole cache. What is beyond head_dim is zero. Under a mesh every device runs
+    its own rows and heads. interpret=True runs on any device, slowly, for tests.
+    """
+    layer = jnp.asarray(layer, jnp.int32)
+    interpret = pltpu.InterpretParams() if interpret else False
+    if (mesh := sharding.mesh_in_force()) is None:
+        return _attention(query, key, value, cached_key, cached_value, layer, jnp.int32(0), plan, interpret)
+    heads, kv_heads = query.shape[2], key.shape[2]
+    copies = sharding.kv_copies(heads, kv_heads)
+    cache = sharding.spec(CACHE_AXES, cached_key.shape, mesh)
+    rows, split = PartitionSpec(cache[1]), "tensor" if copies > 1 else cache[2]
+    queries, own = PartitionSpec(cache[1], None, split), PartitionSpec(cache[1], None, cache[2])
+
+    def local(query, key, value, cached_key, cached_value, layer, plan):
+        # Where a head's key/value head is shared by several ranks, each has the whole cache and reads that head of it.
+        head = lax.axis_index("tensor") // copies if copies > 1 else jnp.int32(0)
+        if copies > 1:
+            key, value = (lax.dynamic_slice_in_dim(x, head, 1, axis=2) for x in (key, value))
+        return _attention(query, key, value, cached_key, cached_value, layer, head, plan, interpret)
+
+    specs = (queries, own, own, cache, cache, PartitionSpec(), rows)
+    run = jax.shard_map(local, in_specs=specs, out_specs=queries, check_vma=False)
+    return run(query, key, value, cached_key, cached_value, layer, plan)
+
+
+def _attention(query, key, value, cached_key, cached_value, layer, first_head, plan: CachedPlan, interpret):
+    """On one device. first_head: of the cache, which the first of key's heads belongs to."""
+    batch, queries, heads, head_dim = query.shape
+    kv_heads, (length, lanes) = key.shape[2], cached_key.shape[3:]
+    key, value = (jnp.pad(x.swapaxes(1, 2), [(0, 0)] * 3 + [(0, lanes - head_dim)]) for x in (key, value))
+    group = heads // kv_heads
+    rows, width, units = group * queries, group * head_dim, batch * kv_heads
+    # The first axis of the grid may be split over the TensorCores of a device.
+    parts = 2 if units % 2 == 0 else 1
+    per_part = units // parts
+
+    def of_unit(block, index):
+        """The part of an operand that belongs to a unit; index(row, head)."""
+
+        def place(part, i, *_):
+            unit = part * per_part + i
+            return index(unit // kv_heads, unit % kv_heads)
+
+        return pl.BlockSpec(block, place)
+
+    # The heads of a position lie side by side, as projections make and take them, where groups are whole registers.
+    joined = kv_heads == 1 or width % LANES == 0
+    if joined:
+        query = query.reshape(batch, 1, queries, heads * head_dim)
+        heads_of_group = of_unit((1, 1, queries, width), lambda row, head: (row, 0, 0, head))
+    else:
+        query = query.reshape(batch, queries, kv_heads, width).swapaxes(1, 2)
+        heads_of_group = of_unit((1, 1, queries, width), lambda row, head: (row, head, 0, 0))
+    own = of_unit((1, 1, queries, lanes), lambda row, head: (row, head, 0, 0))
+
+    ring = pltpu.VMEM((RING, plan.chunk, lanes), cached_key.dtype)
+    if not interpret:
+        cached_key, cached_value = (
+            pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in (cached_key, cached_value)
+        )
+    hbm = pl.BlockSpec(memory_space=pltpu.HBM)
+    output = pl.pallas_call(
+        functools.partial(_kernel, per_part, kv_heads, length),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=3,
+            grid=(parts, per_part),
+            in_specs=[
+                heads_of_group, own, own, of_unit((1, 4, rows), lambda row, head: (row, 0, 0)), hbm, hbm,
+            ],  # fmt: skip
+            out_specs=heads_of_group,
+            scratch_shapes=[
+                ring,
+                ring,
+                pltpu.VMEM((rows, lanes), query.dtype),
+                pltpu.VMEM((1, rows), jnp.float32),
+                pltpu.VMEM((1, rows), jnp.float32),
+                pltpu.VMEM((lanes, rows), jnp.float32),
+                pltpu.SMEM((3,), jnp.int32),
+                pltpu.SemaphoreType.DMA((RING,)),
+                pltpu.SemaphoreType.DMA((RING,)),
+            ],
+        ),
+        out_shape=jax.ShapeDtypeStruct(query.shape, query.dtype),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), disable_bounds_checks=True),
+        interpret=interpret,
+        name=NAME,
+    )(
+        jnp.stack([layer, first_head]), plan.chunks, plan.whole, query, key, value, plan.bounds, cached_key,
+        cached_value,
+    )  # fmt: skip
+    return (output if joined else output.swapaxes(1, 2)).reshape(batch, queries, heads, head_dim)
+
+
+def _kernel(
+    per_part, kv_heads, length, where, chunks, whole, query, key, value, bounds, cached_key, cached_value, output,
+    key_ring, value_ring, rows, maximum, denominator, accumulator, walk, key_done, value_done,
+):  # fmt: skip
+    """rows [group * queries, lanes]: the queries of a unit, times log2(e) / sqrt(head_dim). walk [3] int32, kept
+    between units: unit and number of the chunk whose copy starts next, number of this chunk.
+    """
+    part, i = pl.program_id(0), pl.program_id(1)
+    first, end = part * per_part, (part + 1) * per_part
+    row = (first + i) // kv_heads
+    chunk = key_ring.shape[1]
+
+    def start_of(number):
+        return pl.multiple_of(jnp.minimum(number * chunk, length - chunk), ALIGNED)  # the last may overlap
+
+    def start_next(slot):
+        """Starts the copies of the chunk at `walk` and moves on; past the end of the part, copies its last unit's."""
+        unit = jnp.minimum(walk[0], end - 1)
+        place = where[0], unit // kv_heads, where[1] + unit % kv_heads, pl.ds(start_of(walk[1]), chunk)
+        for source, ring, done in ((cached_key, key_ring, key_done), (cached_value, value_ring, value_done)):
+            pltpu.make_async_copy(source.at[place], ring.at[slot], done.at[slot]).start()
+        more = (walk[1] + 1 < chunks[unit // kv_heads]) & (walk[0] < end)
+        walk[0], walk[1] = jnp.where(more, walk[0], jnp.minimum(walk[0] + 1, end)), jnp.where(more, walk[1] + 1, 0)
+
+    def wait(source, ring, done, slot):
+        pltpu.make_async_copy(source.at[0, 0, 0, pl.ds(0, chunk)], ring.at[slot], done.at[slot]).wait()
+
+    @pl.when(i == 0)
+    def _():
+        walk[0], walk[1], walk[2] = first, 0, 0
+        for slot in range(AHEAD):
+            start_next(slot)
+
+    def visit(keys, values, visible):
+        scores = dot(keys, rows[...], 1, 1)
+        scores = scores if visible is None else jnp.where(visible, scores, HIDDEN)
+        old = maximum[...]
+        new = jnp.maximum(old, jnp.max(scores, axis=0, keepdims=True))
+        weights, decay = jnp.exp2(scores - new), jnp.exp2(old - new)
+        maximum[...] = new
+        denominator[...] = denominator[...] * decay + jnp.sum(weights, axis=0, keepdims=True)
+        accumulator[...] = accumulator[...] * decay + dot(values, weights.astype(values.dtype), 0, 0)
+
+    def inside(start, end, count):
+        position = lax.broadcasted_iota(jnp.int32, (count, start.shape[1]), 0)
+        return (position >= start) & (position < end)
+
+    queries, head_dim = key.shape[2], query.shape[3] * key.shape[2] // rows.shape[0]
+    scale = head_dim**-0.5 * math.log2(math.e)
+    if head_dim < rows.shape[1]:
+        rows[...] = jnp.zeros_like(rows)
+    for h in range(rows.shape[0] // queries):
+        part_of_group = query[0, 0, :, h * head_dim : (h + 1) * head_dim].astype(jnp.float32)
+        rows[h * queries : (h + 1) * queries, :head_dim] = (part_of_group * scale).astype(rows.dtype)
+    maximum[...] = jnp.full_like(maximum, HIDDEN)
+    denominator[...], accumulator[...] = jnp.zeros_like(denominator), jnp.zeros_like(accumulator)
+    visit(key[0, 0], value[0, 0], inside(bounds[0, 0:1], bounds[0, 1:2], queries))
+
+    def body(number, _):
+        slot = walk[2] % RING
+        start_next((walk[2] + AHEAD) % RING)
+        walk[2] = walk[2] + 1
+        wait(cached_key, key_ring, key_done, slot)
+        wait(cached_value, value_ring, value_done, slot)
+
+        def masked():
+            base = start_of(number)
+            start = jnp.maximum(bounds[0, 2:3], number * chunk) - base
+            visit(key_ring[slot], value_ring[slot], inside(start, bounds[0, 3:4] - base, chunk))
+
+        lax.cond(number < whole[row], lambda: visit(key_ring[slot], value_ring[slot], None), masked)
+
+    lax.fori_loop(0, chunks[row], body, None)
+    saw = maximum[...] > HIDDEN / 2
+    weighted = (accumulator[...] * jnp.where(saw, 1 / denominator[...], 0)).T.astype(output.dtype)
+    for h in range(rows.shape[0] // queries):
+        output[0, 0, :, h * head_dim : (h + 1) * head_dim] = weighted[h * queries : (h + 1) * queries, :head_dim]
+
+    @pl.when(i == per_part - 1)
+    def _():
+        for ahead in range(AHEAD):
+            for source, ring, done in ((cached_key, key_ring, key_done), (cached_value, value_ring, value_done)):
+                wait(source, ring, done, (walk[2] + ahead) % RING)
