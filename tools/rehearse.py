@@ -10,11 +10,13 @@ when the step does not fit. Attention must be the kernel or dense, experts megab
 the data say, so they have no estimate.
 
 --decode compiles a pass of decoding instead (weights and caches in bfloat16): --rows requests over all chips, of
---canvas positions, --filled of them in the caches; blocks are of config.schedule.block_size.
+--canvas positions, --filled of them in the caches; blocks are of config.schedule.block_size. With --mesh=auto it tries
+the meshes worth trying, one after the other, and names the fastest.
 """
 
 import json
 import os
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -38,19 +40,53 @@ _DECODE = flags.DEFINE_bool("decode", False, "Of a pass of decoding, not of a tr
 _ROWS = flags.DEFINE_integer("rows", 64, "--decode: requests in the batch, over all chips.", lower_bound=1)
 _CANVAS = flags.DEFINE_integer("canvas", 4096, "--decode: positions of the longest request.", lower_bound=1)
 _FILLED = flags.DEFINE_integer("filled", 2048, "--decode: positions in the caches.", lower_bound=0)
+_MESH = flags.DEFINE_enum("mesh", "config", ["config", "auto"], "--decode: auto tries several, and names the fastest.")
 _SAVE = flags.DEFINE_string("save", None, "File for the compiled step: --config.compiled_step=FILE of the trainer.")
 _JSON = flags.DEFINE_string("json", None, "File for all numbers, every operation included.")
 _OF_A_STEP = (_HALVES, _DOCUMENTS, _BLOCK_SIZE, _BUSIEST, _SAVE)
-_OF_DECODING = (_ROWS, _CANVAS, _FILLED)
+_OF_DECODING = (_ROWS, _CANVAS, _FILLED, _MESH)
 
 
 def main(argv) -> None:
-    del argv
     if _CONFIG.value is None or not _TOPOLOGY.value:
         raise InputError("--config=FILE.py:MODEL and --topology=CHIP:SHAPE are required; see --help")
     _check_flags()
+    if _MESH.value == "auto":
+        return _try_meshes(sys.argv[1:])
     with tempfile.TemporaryDirectory(prefix="llada_jax_") as dumps:
         _rehearse(Path(dumps))
+
+
+def _try_meshes(given: list[str]) -> None:
+    """Each mesh in a process of its own: the compiler dumps all programs of a process into one folder."""
+    from llada_jax.chips import parse_topology
+    from llada_jax.pod.decoding import meshes
+    from llada_jax.training import run_model
+
+    topology = parse_topology(_TOPOLOGY.value)
+    model = run_model.named(run_model.fitted(resolved(_CONFIG)))
+    results = []
+    tried = meshes.candidates(model, topology.num_devices * _SLICES.value, _ROWS.value)
+    for i, fields in enumerate(tried, 1):
+        print(f"{i} of {len(tried)}: {meshes.name_of(fields)}", flush=True)
+        with tempfile.TemporaryDirectory(prefix="llada_jax_") as folder:
+            out = Path(folder, "out.json")
+            command = [sys.executable, __file__, *given, *meshes.arguments(fields), "--mesh=config", f"--json={out}"]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if not out.exists():
+                raise InputError(f"{meshes.name_of(fields)}: {_reason(done)}")
+            results.append((fields, json.loads(out.read_text())))
+    if not any(values["fits"] for _, values in results):
+        sys.exit(f"no mesh of {len(tried)} fits a chip of {topology.name}; try fewer --rows or a larger slice")
+    print(meshes.table(results, _ROWS.value))
+    if _JSON.value:
+        _write([{"fields": fields} | values for fields, values in results])
+
+
+def _reason(done: subprocess.CompletedProcess) -> str:
+    """Why a rehearsal failed, in one line."""
+    (*_, last) = done.stderr.strip().splitlines() or [f"died with code {done.returncode}"]
+    return last.removeprefix("error: ")
 
 
 def _rehearse(dumps: Path) -> None:
@@ -100,7 +136,7 @@ def _check_flags() -> None:
             raise InputError(f"--{flag.name}={flag.value}: no such folder")
 
 
-def _write(values: dict) -> None:
+def _write(values: dict | list) -> None:
     Path(_JSON.value).write_text(json.dumps(values, indent=1) + "\n")
 
 

@@ -8,7 +8,8 @@ sorts its own tokens; how experts and tokens meet is `Execution.expert_parallel`
                   sums, and the parts are reduced and scattered back. Buffers are those of the worst case, in which
                   every token goes to one rank; the work is that of the tokens that do.
 
-The tensor axis splits every expert, and the shared one, along its hidden width.
+The tensor axis splits every expert, and the shared one, along its hidden width. Passes of decoding, which read the
+weights in place, run fused_experts.py instead of the sorted matmuls where their tokens fit fast memory.
 """
 
 import functools
@@ -22,6 +23,8 @@ from llada_jax import sharding
 from llada_jax.errors import InputError
 from llada_jax.model.activation import swiglu_matmul, weighted_swiglu
 from llada_jax.model.config import ModelConfig
+from llada_jax.model.fused_experts import fits as fused_fits
+from llada_jax.model.fused_experts import fused_experts
 from llada_jax.model.grouped_matmul import grouped_matmul, stack_matmul
 from llada_jax.model.layers import swiglu
 from llada_jax.model.router import route
@@ -75,8 +78,8 @@ def _routed(x, experts, expert_weights, weights, shards, execution):
     [experts]: that of this rank's tokens or, if tokens are gathered, that of all ranks' tokens on this rank's experts.
     """
     gather_tokens = execution.expert_parallel == "gather_tokens" and shards.size("expert") > 1
-    how = execution.experts, execution.interpret
-    if "layer" in weights:
+    how, in_place = (execution.experts, execution.interpret), "layer" in weights
+    if in_place:
         experts_here = weights["gate"].shape[1]
         combine = functools.partial(combine_in_stacks, weights=weights)
     else:
@@ -86,19 +89,33 @@ def _routed(x, experts, expert_weights, weights, shards, execution):
         gate_up = shards.gather(jnp.concatenate([gate, up], axis=2), "gate", keep)
         experts_here = gate_up.shape[0]
         combine = functools.partial(combine_experts, gate_up=gate_up, down=shards.gather(down, "down", keep))
-    if not gather_tokens:
-        move = sort_by_expert(experts, experts_here, False, *how)
+
+    def sums(x, experts, expert_weights):
+        """Of the experts on this rank, and the rows that each got."""
+        if in_place and _can_fuse(x, experts, weights, execution):
+            return fused_experts(x, experts, expert_weights, weights, execution.interpret)
+        move = sort_by_expert(experts, experts_here, gather_tokens, *how)
         return combine(x, move, expert_weights, kernel=how[0], interpret=how[1]), move.group_sizes
+
+    if not gather_tokens:
+        return sums(x, experts, expert_weights)
     x, experts, expert_weights = (
         jax.lax.all_gather(part, "expert", axis=axis, tiled=True)
         for part, axis in ((x, 0), (experts, 1), (expert_weights, 1))
     )
     first = jax.lax.axis_index("expert") * experts_here
-    move = sort_by_expert(experts - first, experts_here, True, *how)
-    y = combine(x, move, expert_weights, kernel=how[0], interpret=how[1])
+    y, sizes = sums(x, experts - first, expert_weights)
     load = jnp.zeros(weights["router"].shape[1], jnp.int32)
-    load = jax.lax.dynamic_update_slice_in_dim(load, move.group_sizes, first, 0)
+    load = jax.lax.dynamic_update_slice_in_dim(load, sizes, first, 0)
     return jax.lax.psum_scatter(y, "expert", scatter_dimension=0, tiled=True), load
+
+
+def _can_fuse(x, experts, weights, execution) -> bool:
+    """Whether the kernel for few tokens can run."""
+    _, num_experts, embed, width = weights["gate"].shape
+    per_expert = experts.size / weights["router"].shape[1]
+    fits = functools.partial(fused_fits, len(x), embed, width, per_expert, x.dtype, execution.interpret)
+    return execution.experts == "megablox" and fits()
 
 
 def read_in_place(stacks: dict[str, jax.Array], axes: dict[str, tuple], execution, dtype) -> bool:

@@ -21,7 +21,7 @@ from llada_jax.errors import InputError
 from llada_jax.model import parameters
 from llada_jax.model.config import ModelConfig
 from llada_jax.pod import aot, hlo, operations, routing_cost
-from llada_jax.pod.decoding import cached_attention_cost
+from llada_jax.pod.decoding import cached_attention_cost, fused_experts_cost
 from llada_jax.pod.lower import Slices, check_experts, compile_step, model_of, with_shardings
 from llada_jax.pod.rehearse import Memory, memory_of, physical_devices, rows_of_device
 from llada_jax.pod.step_cost import Line, part_seconds, step_lines
@@ -106,7 +106,9 @@ def rehearse_decode(
     module = hlo.parse(compiled.as_text())
     local = rows_of_device(rows, mesh)
     trips = _trips(round(local), block, canvas, filled)
-    kernels = _expert_kernels(config, model, mesh, slices.topology, round(local * block)) if model.is_moe else {}
+    kernels = {}
+    if model.is_moe:
+        kernels = _expert_kernels(config, model, mesh, slices.topology, round(2 * local * block))
     if on_tpu.attention == "kernel":
         kernels |= cached_attention_cost.kernel_costs(
             _attention_shape(model, mesh, round(local), block, canvas), filled, slices.topology
@@ -175,8 +177,14 @@ def _expert_kernels(config: ConfigDict, model: ModelConfig, mesh, topology: Topo
         seconds = sum(x.bytes for x in (*result, *operands)) / bandwidth
         return "experts", operations.OperationCost(seconds, from_bytes=seconds)
 
-    routing = routing_cost.kernel_costs(model, tokens, ranks, topology)
-    return {"gmm": gmm, "expert_activation": activation} | routing
+    costs = {"gmm": gmm, "expert_activation": activation} | routing_cost.kernel_costs(model, tokens, ranks, topology)
+    width, experts = model.moe_intermediate_size // mesh.shape["tensor"], model.num_experts // ranks
+    shape = fused_experts_cost.Shape(
+        tokens * ranks, model.hidden_size, width, experts, model.num_experts, model.num_experts_per_token
+    )
+    with jax.set_mesh(mesh):
+        fused = shape.fits()
+    return costs | (fused_experts_cost.kernel_costs(shape, topology) if fused else {})
 
 
 def _trips(rows: int, block: int, length: int, filled: int) -> dict[str, int]:

@@ -1,0 +1,135 @@
+"""The experts' kernel of decoding against the sorted matmuls, and against what it refuses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llada_jax.attention.visibility import block_window
+from llada_jax.chips import parse_topology
+from llada_jax.model import fused_experts, parameters
+from llada_jax.model.config import preset
+from llada_jax.model.experts import combine_in_stacks, sort_by_expert
+from llada_jax.model.forward import Execution, hidden_states
+from llada_jax.pod.topology import one_device
+
+
+def layer(rng, experts, embed, width=128, dtype=jnp.float32):
+    """Weights of two layers, of which the second is used."""
+    shapes = {"gate": (embed, width), "up": (embed, width), "down": (width, embed)}
+    weights = {
+        name: jnp.asarray(rng.normal(size=(2, experts, *shape)) / shape[0] ** 0.5, dtype)
+        for name, shape in shapes.items()
+    }
+    return weights | {"layer": jnp.int32(1), "router": jnp.zeros((embed, experts))}
+
+
+def choices(rng, tokens, k, experts):
+    """Different experts for each token, int32 [k, tokens], and weights."""
+    experts = np.stack([rng.permutation(experts)[:k] for _ in range(tokens)], axis=1)
+    return jnp.asarray(experts, jnp.int32), jnp.asarray(rng.random((k, tokens)), jnp.float32)
+
+
+def sorted_sums(x, experts, expert_weights, weights, elsewhere=False):
+    move = sort_by_expert(experts, weights["gate"].shape[1], elsewhere)
+    return combine_in_stacks(x, move, expert_weights, weights), move.group_sizes
+
+
+@pytest.mark.parametrize(
+    ("dtype", "embed", "tokens", "tolerance"),
+    [(jnp.float32, 1024, 48, 1e-5), (jnp.float32, 2048, 16, 1e-5), (jnp.bfloat16, 2048, 32, 2e-2)],
+)
+def test_equals_sorted_matmuls(dtype, embed, tokens, tolerance):
+    rng = np.random.default_rng(0)
+    weights, x = layer(rng, 8, embed, dtype=dtype), jnp.asarray(rng.normal(size=(tokens, embed)), dtype)
+    routed = choices(rng, tokens, 3, 8)
+    expected, load = sorted_sums(x, *routed, weights)
+    found, own_load = fused_experts.fused_experts(x, *routed, weights, interpret=True)
+    assert found.dtype == dtype and np.array_equal(load, own_load)
+    difference = np.abs(np.asarray(found, np.float32) - np.asarray(expected, np.float32))
+    assert difference.max() <= tolerance * np.abs(np.asarray(expected, np.float32)).max()
+
+
+def test_one_expert_for_all_and_none_for_most():
+    """Expert 5 gets several tiles; of 8 experts, two get rows."""
+    rng = np.random.default_rng(1)
+    weights, x = layer(rng, 8, 1024), jnp.asarray(rng.normal(size=(48, 1024)), jnp.float32)
+    experts = jnp.stack([jnp.full(48, 5), jnp.full(48, 2)]).astype(jnp.int32)
+    routed = experts, jnp.asarray(rng.random((2, 48)), jnp.float32)
+    assert fused_experts.tile_rows(experts.size / 8) < 48
+    found, load = fused_experts.fused_experts(x, *routed, weights, interpret=True)
+    assert load.tolist() == [0, 0, 48, 0, 0, 48, 0, 0]
+    assert np.allclose(found, sorted_sums(x, *routed, weights)[0], atol=1e-5)
+
+
+def test_experts_on_other_ranks_add_nothing():
+    rng = np.random.default_rng(2)
+    weights, x = layer(rng, 4, 1024), jnp.asarray(rng.normal(size=(16, 1024)), jnp.float32)
+    experts, expert_weights = choices(rng, 16, 3, 8)
+    routed = experts - 2, expert_weights
+    found, load = fused_experts.fused_experts(x, *routed, weights, interpret=True)
+    expected, sizes = sorted_sums(x, *routed, weights, elsewhere=True)
+    assert np.array_equal(load, sizes) and load.sum() < experts.size
+    assert np.allclose(found, expected, atol=1e-5)
+    nobody = jnp.full_like(experts, -1)
+    found, load = fused_experts.fused_experts(x, nobody, expert_weights, weights, interpret=True)
+    assert not load.any() and not found.any()
+
+
+@pytest.mark.parametrize("experts", ["megablox", "xla"])
+def test_a_pass_of_decoding_uses_it_where_it_is_asked_for(experts, monkeypatch):
+    config = preset("tiny_moe").replace(hidden_size=1024, num_layers=2, moe_intermediate_size=128)
+    params = parameters.initialize(config, jax.random.key(0))
+
+    def cached(key, layers):
+        return jax.random.normal(jax.random.key(key), (layers, 2, config.num_kv_heads, 32, config.head_dim))
+
+    groups = config.layer_groups.items()
+    cache = {group: {"key": cached(1, len(layers)), "value": cached(2, len(layers))} for group, layers in groups}
+    tokens, positions = jnp.arange(16).reshape(2, 8), jnp.broadcast_to(16 + jnp.arange(8), (2, 8))
+    visibility, calls, kernel = block_window(jnp.array([16, 8]), 8), [], fused_experts.fused_experts
+    monkeypatch.setattr("llada_jax.model.experts.fused_experts", lambda *a: calls.append(1) or kernel(*a))
+
+    def run(execution):
+        return hidden_states(params, config, tokens, positions, visibility, execution, cache)[0]
+
+    found = run(Execution(experts=experts, interpret=True))
+    assert bool(calls) == (experts == "megablox")
+    assert np.allclose(found, run(Execution()), atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("chip", "tokens", "fits"),
+    [("v5p", 4096, True), ("v5p", 8192, False), ("v4", 256, True), ("v4", 4096, False), ("v6e", 8192, True)],
+)
+def test_tokens_must_fit_fast_memory(chip, tokens, fits):
+    """LLaDA2.0-mini, its experts split over four chips."""
+    topology = {"v5p": "v5p:2x2x1", "v4": "v4:2x2x1", "v6e": "v6e:2x2"}[chip]
+    with jax.set_mesh(one_device(parse_topology(topology))):
+        assert fused_experts.fits(tokens, 2048, 128, tokens * 8 / 256, jnp.bfloat16) == fits
+
+
+def test_tokens_must_be_whole_registers():
+    assert fused_experts.fits(32, 2048, 128, 1.0, jnp.bfloat16, interpret=True)
+    for tokens, embed, width in ((8, 2048, 128), (32, 1024, 128), (32, 2048, 64)):
+        assert not fused_experts.fits(tokens, embed, width, 1.0, jnp.bfloat16, interpret=True)
+
+
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+def test_it_compiles_and_reads_weights_in_place(topology):
+    tokens, experts, embed = 128, 16, 2048
+    mesh = one_device(parse_topology(topology))
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+    def shape(*sizes, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=replicated)
+
+    def run(x, experts, expert_weights, gate, up, down):
+        weights = dict(gate=gate, up=up, down=down, layer=1, router=jnp.zeros((embed, 16)))
+        return fused_experts.fused_experts(x, experts, expert_weights, weights)[0]
+
+    into, out = shape(3, experts, embed, 128), shape(3, experts, 128, embed)
+    routed = (shape(4, tokens, dtype=dtype) for dtype in (jnp.int32, jnp.float32))
+    with jax.set_mesh(mesh):
+        program = jax.jit(run).lower(shape(tokens, embed), *routed, into, into, out).compile()
+    assert program.memory_analysis().temp_size_in_bytes < experts * embed * 128 * 2 / 2
