@@ -23,8 +23,7 @@ from llada_jax import sharding
 from llada_jax.errors import InputError
 from llada_jax.model.activation import swiglu_matmul, weighted_swiglu
 from llada_jax.model.config import ModelConfig
-from llada_jax.model.fused_experts import fits as fused_fits
-from llada_jax.model.fused_experts import fused_experts
+from llada_jax.model.fused_experts import fused_experts, fused_parts
 from llada_jax.model.grouped_matmul import grouped_matmul, stack_matmul
 from llada_jax.model.layers import swiglu
 from llada_jax.model.router import route
@@ -79,6 +78,7 @@ def _routed(x, experts, expert_weights, weights, shards, execution):
     """
     gather_tokens = execution.expert_parallel == "gather_tokens" and shards.size("expert") > 1
     how, in_place = (execution.experts, execution.interpret), "layer" in weights
+    num_experts = weights["router"].shape[1]
     if in_place:
         experts_here = weights["gate"].shape[1]
         combine = functools.partial(combine_in_stacks, weights=weights)
@@ -92,8 +92,10 @@ def _routed(x, experts, expert_weights, weights, shards, execution):
 
     def sums(x, experts, expert_weights):
         """Of the experts on this rank, and the rows that each got."""
-        if in_place and _can_fuse(x, experts, weights, execution):
-            return fused_experts(x, experts, expert_weights, weights, execution.interpret)
+        if in_place and execution.experts == "megablox":
+            parts = fused_parts(len(x), *weights["gate"].shape[2:], experts.size / num_experts, x.dtype, how[1])
+            if parts:
+                return fused_experts(x, experts, expert_weights, weights, parts, how[1])
         move = sort_by_expert(experts, experts_here, gather_tokens, *how)
         return combine(x, move, expert_weights, kernel=how[0], interpret=how[1]), move.group_sizes
 
@@ -105,17 +107,9 @@ def _routed(x, experts, expert_weights, weights, shards, execution):
     )
     first = jax.lax.axis_index("expert") * experts_here
     y, sizes = sums(x, experts - first, expert_weights)
-    load = jnp.zeros(weights["router"].shape[1], jnp.int32)
+    load = jnp.zeros(num_experts, jnp.int32)
     load = jax.lax.dynamic_update_slice_in_dim(load, sizes, first, 0)
     return jax.lax.psum_scatter(y, "expert", scatter_dimension=0, tiled=True), load
-
-
-def _can_fuse(x, experts, weights, execution) -> bool:
-    """Whether the kernel for few tokens can run."""
-    _, num_experts, embed, width = weights["gate"].shape
-    per_expert = experts.size / weights["router"].shape[1]
-    fits = functools.partial(fused_fits, len(x), embed, width, per_expert, x.dtype, execution.interpret)
-    return execution.experts == "megablox" and fits()
 
 
 def read_in_place(stacks: dict[str, jax.Array], axes: dict[str, tuple], execution, dtype) -> bool:

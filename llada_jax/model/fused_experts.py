@@ -30,23 +30,30 @@ LANES = 128
 SUBLANES = 8
 GROUP = 16  # rows that are taken together: of a tile of bfloat16
 MOST_GROUPS = 16  # of a tile
+MOST_PARTS = 8
 STAGE = 128  # tokens that are brought in, and out, together, at most
 AHEAD = 2  # experts whose weights are on their way
 FOR_SPILLS = 6 << 20  # bytes of fast memory for the compiler
 
 
-def fits(tokens: int, embed: int, width: int, pairs_per_expert: float, dtype, interpret: bool = False) -> bool:
-    """Whether the kernel can run: tokens in whole registers, and all it keeps in the fast memory of this chip.
+def fused_parts(
+    tokens: int, embed: int, width: int, pairs_per_expert: float, dtype, interpret: bool = False
+) -> int | None:
+    """Into how many parts the tokens must be cut so that one fits the fast memory of this chip; the weights stream
+    through it once per part. None if no cut of MOST_PARTS or fewer fits, or tokens are no whole registers.
 
     width: of an expert, on this device. interpret: fast memory has no end.
     """
     words = embed * jnp.dtype(dtype).itemsize // 4
-    if words % (SUBLANES * LANES) or width % LANES or tokens % GROUP:
-        return False
-    if interpret:
-        return True
-    buffers = _scratch(tokens, embed, width, tile_rows(pairs_per_expert), dtype)
-    return scratch_bytes(buffers.values()) + FOR_SPILLS <= pltpu.get_tpu_info().vmem_capacity_bytes
+    if words % (SUBLANES * LANES) or width % LANES:
+        return None
+    capacity = None if interpret else pltpu.get_tpu_info().vmem_capacity_bytes - FOR_SPILLS
+    for parts in range(1, MOST_PARTS + 1):
+        if tokens % (parts * GROUP) == 0:
+            buffers = _scratch(tokens // parts, embed, width, tile_rows(pairs_per_expert / parts), dtype)
+            if interpret or scratch_bytes(buffers.values()) <= capacity:
+                return parts
+    return None
 
 
 def tile_rows(pairs_per_expert: float) -> int:
@@ -56,19 +63,31 @@ def tile_rows(pairs_per_expert: float) -> int:
 
 
 def fused_experts(
-    x: jax.Array, experts: jax.Array, expert_weights: jax.Array, weights: dict[str, jax.Array], interpret: bool = False
+    x: jax.Array,
+    experts: jax.Array,
+    expert_weights: jax.Array,
+    weights: dict[str, jax.Array],
+    parts: int = 1,
+    interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns sum_k w_k down_k(silu(gate_k x) * up_k x) [tokens, embed], like x, and the rows of each expert, int32.
 
     x [tokens, embed]; experts [k, tokens] int32, of which those outside 0 .. experts - 1 are left out; expert_weights
     [k, tokens] float32. weights: "gate", "up" [layers, experts, embed, width], "down" [layers, experts, width, embed],
     of which those of weights["layer"], an int32 scalar, are read in place; "router" [embed, experts on all ranks].
+    parts: of fused_parts.
     """
+    split = (jnp.split(x, parts), *(jnp.split(array, parts, axis=1) for array in (experts, expert_weights)))
+    sums, loads = zip(*(_fused(*part, weights, interpret) for part in zip(*split, strict=True)), strict=True)
+    return jnp.concatenate(sums), sum(loads)
+
+
+def _fused(x, experts, expert_weights, weights, interpret):
     num_experts, width = weights["gate"].shape[1], weights["gate"].shape[3]
     tokens, embed = x.shape
     token_of_row, weight_of_row, starts, order = work_list(experts, expert_weights, num_experts)
     tile = tile_rows(experts.size / weights["router"].shape[1])
-    parts = 2
+    cores = 2  # at most
     scratch = _scratch(tokens, embed, width, tile, x.dtype)
     buffers = list(scratch.values())
     limit = None if interpret else scratch_bytes(buffers) + FOR_SPILLS
@@ -81,12 +100,12 @@ def fused_experts(
         functools.partial(_kernel, tuple(scratch), tile),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=5,
-            grid=(parts,),
+            grid=(cores,),
             in_specs=[hbm] * 4,
             out_specs=hbm,
             scratch_shapes=[*buffers, *semaphores],
         ),
-        out_shape=jax.ShapeDtypeStruct((parts, tokens, embed), x.dtype),
+        out_shape=jax.ShapeDtypeStruct((cores, tokens, embed), x.dtype),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",), vmem_limit_bytes=limit, disable_bounds_checks=True
         ),

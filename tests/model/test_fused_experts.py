@@ -99,20 +99,34 @@ def test_a_pass_of_decoding_uses_it_where_it_is_asked_for(experts, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("chip", "tokens", "fits"),
-    [("v5p", 4096, True), ("v5p", 8192, False), ("v4", 256, True), ("v4", 4096, False), ("v6e", 8192, True)],
+    ("topology", "tokens", "parts"),
+    [
+        ("v5p:2x2x1", 4096, 1),
+        ("v5p:2x2x1", 8192, 2),
+        ("v4:2x2x1", 256, 1),
+        ("v4:2x2x1", 8192, None),
+        ("v6e:2x2", 8192, 1),
+    ],
 )
-def test_tokens_must_fit_fast_memory(chip, tokens, fits):
+def test_tokens_are_cut_to_fit_fast_memory(topology, tokens, parts):
     """LLaDA2.0-mini, its experts split over four chips."""
-    topology = {"v5p": "v5p:2x2x1", "v4": "v4:2x2x1", "v6e": "v6e:2x2"}[chip]
     with jax.set_mesh(one_device(parse_topology(topology))):
-        assert fused_experts.fits(tokens, 2048, 128, tokens * 8 / 256, jnp.bfloat16) == fits
+        assert fused_experts.fused_parts(tokens, 2048, 128, tokens * 8 / 256, jnp.bfloat16) == parts
 
 
 def test_tokens_must_be_whole_registers():
-    assert fused_experts.fits(32, 2048, 128, 1.0, jnp.bfloat16, interpret=True)
+    assert fused_experts.fused_parts(32, 2048, 128, 1.0, jnp.bfloat16, interpret=True) == 1
     for tokens, embed, width in ((8, 2048, 128), (32, 1024, 128), (32, 2048, 64)):
-        assert not fused_experts.fits(tokens, embed, width, 1.0, jnp.bfloat16, interpret=True)
+        assert fused_experts.fused_parts(tokens, embed, width, 1.0, jnp.bfloat16, interpret=True) is None
+
+
+def test_parts_add_up():
+    rng = np.random.default_rng(3)
+    weights, x = layer(rng, 4, 1024), jnp.asarray(rng.normal(size=(32, 1024)), jnp.float32)
+    routed = choices(rng, 32, 2, 4)
+    whole, load = fused_experts.fused_experts(x, *routed, weights, interpret=True)
+    cut, loads = fused_experts.fused_experts(x, *routed, weights, parts=2, interpret=True)
+    assert np.array_equal(load, loads) and np.allclose(whole, cut, atol=1e-6)
 
 
 @pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])

@@ -17,7 +17,7 @@ from llada_jax.pod.step_cost import KernelCost
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """A layer on one device. experts: on it; all_experts: of which each token takes k."""
+    """A call on one device. experts: on it; all_experts: of which each token takes k."""
 
     tokens: int
     embed: int
@@ -26,13 +26,10 @@ class Shape:
     all_experts: int
     k: int
 
-    @property
-    def rows_per_expert(self) -> float:
-        return self.tokens * self.k / self.all_experts
-
-    def fits(self) -> bool:
-        """On the current device."""
-        return fused_experts.fits(self.tokens, self.embed, self.width, self.rows_per_expert, jnp.bfloat16)
+    def parts(self) -> int | None:
+        """As fused_experts.fused_parts, on the current device."""
+        per_expert = self.tokens * self.k / self.all_experts
+        return fused_experts.fused_parts(self.tokens, self.embed, self.width, per_expert, jnp.bfloat16)
 
 
 def program(shape: dict):
@@ -50,10 +47,10 @@ def program(shape: dict):
 
 
 def kernel_costs(shape: Shape, topology: Topology) -> dict[str, KernelCost]:
-    """{prefix of the kernel's name: cost of a layer}, every expert equally likely."""
+    """{prefix of the kernel's name: cost of a call}, every expert equally likely. shape: of a call, in one part."""
     target = f"{__name__}:program"
     ((_, kernel),) = compile_program(target, {"shape": dataclasses.asdict(shape)}, topology.name).kernels.items()
-    chip, tile = topology.chip, fused_experts.tile_rows(shape.rows_per_expert)
+    chip, tile = topology.chip, fused_experts.tile_rows(shape.tokens * shape.k / shape.all_experts)
     rows, chance = _rows(shape)
     reached = shape.experts * (1 - chance[0])
     cores = chip.cores_per_device if kernel.split else 1

@@ -183,8 +183,11 @@ def _expert_kernels(config: ConfigDict, model: ModelConfig, mesh, topology: Topo
         tokens * ranks, model.hidden_size, width, experts, model.num_experts, model.num_experts_per_token
     )
     with jax.set_mesh(mesh):
-        fused = shape.fits()
-    return costs | (fused_experts_cost.kernel_costs(shape, topology) if fused else {})
+        parts = shape.parts()
+    if parts is None:
+        return costs
+    of_part = dataclasses.replace(shape, tokens=shape.tokens // parts)
+    return costs | fused_experts_cost.kernel_costs(of_part, topology)
 
 
 def _trips(rows: int, block: int, length: int, filled: int) -> dict[str, int]:
