@@ -77,16 +77,11 @@ def fused_experts(
     of which those of weights["layer"], an int32 scalar, are read in place; "router" [embed, experts on all ranks].
     parts: of fused_parts.
     """
-    split = (jnp.split(x, parts), *(jnp.split(array, parts, axis=1) for array in (experts, expert_weights)))
-    sums, loads = zip(*(_fused(*part, weights, interpret) for part in zip(*split, strict=True)), strict=True)
-    return jnp.concatenate(sums), sum(loads)
-
-
-def _fused(x, experts, expert_weights, weights, interpret):
     num_experts, width = weights["gate"].shape[1], weights["gate"].shape[3]
-    tokens, embed = x.shape
-    token_of_row, weight_of_row, starts, order = work_list(experts, expert_weights, num_experts)
-    tile = tile_rows(experts.size / weights["router"].shape[1])
+    tokens, embed = x.shape[0] // parts, x.shape[1]
+    of_parts = (jnp.stack(jnp.split(array, parts, axis=1)) for array in (experts, expert_weights))
+    work = jax.vmap(functools.partial(work_list, num_experts=num_experts))(*of_parts)
+    tile = tile_rows(experts.size / parts / weights["router"].shape[1])
     cores = 2  # at most
     scratch = _scratch(tokens, embed, width, tile, x.dtype)
     buffers = list(scratch.values())
@@ -100,19 +95,19 @@ def _fused(x, experts, expert_weights, weights, interpret):
         functools.partial(_kernel, tuple(scratch), tile),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=5,
-            grid=(cores,),
+            grid=(cores, parts),
             in_specs=[hbm] * 4,
             out_specs=hbm,
             scratch_shapes=[*buffers, *semaphores],
         ),
-        out_shape=jax.ShapeDtypeStruct((cores, tokens, embed), x.dtype),
+        out_shape=jax.ShapeDtypeStruct((cores, *x.shape), x.dtype),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",), vmem_limit_bytes=limit, disable_bounds_checks=True
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=limit, disable_bounds_checks=True
         ),
         interpret=pltpu.InterpretParams() if interpret else False,
         name=NAME,
-    )(jnp.reshape(weights["layer"], 1), token_of_row, weight_of_row, starts, order, *arrays)
-    return sums.astype(jnp.float32).sum(0).astype(x.dtype), jnp.diff(starts)
+    )(jnp.reshape(weights["layer"], 1), *(array.reshape(-1) for array in work), *arrays)
+    return sums.astype(jnp.float32).sum(0).astype(x.dtype), jnp.diff(work[2]).sum(0)
 
 
 def work_list(experts: jax.Array, expert_weights: jax.Array, num_experts: int):
@@ -166,25 +161,39 @@ def _unpack(words: jax.Array) -> tuple[jax.Array, jax.Array]:
     return tuple(lax.bitcast_convert_type(half, jnp.float32) for half in halves)
 
 
+class _Offset:
+    """A list in scalar memory, from `offset` on."""
+
+    def __init__(self, values, offset):
+        self.values, self.offset = values, offset
+
+    def __getitem__(self, i):
+        return self.values[self.offset + i]
+
+
 def _kernel(names, tile_size, layer, tokens, weights, starts, order, x, gate, up, down, output, *buffers):
-    """tokens, weights: of rows. x, gate, up, down, output: in HBM. buffers: those of `names`, then semaphores."""
+    """tokens, weights, starts, order: of work_list, one after the other for each part of the tokens. x, gate, up, down,
+    output: in HBM. buffers: those of `names`, then semaphores.
+    """
     refs = dict(zip(names, buffers, strict=False))
     stage_done, ring_done = buffers[len(names) :]
     stage, words, sums, tile = (refs[name] for name in ("stage", "words", "sums", "tile"))
-    core, cores = pl.program_id(0), pl.num_programs(0)
-    num_tokens, embed = x.shape
+    (core, part), (cores, parts) = map(pl.program_id, (0, 1)), map(pl.num_programs, (0, 1))
+    num_tokens, num_experts = x.shape[0] // parts, gate.shape[1]
+    first_token, first_row = part * num_tokens, part * (tokens.shape[0] // parts)
+    starts, order = (_Offset(list_, part * (num_experts + 1)) for list_ in (starts, order))
     packed = words.dtype == jnp.uint32
-    columns, sublanes = embed // LANES, words.shape[0] // num_tokens
+    columns, sublanes = x.shape[1] // LANES, words.shape[0] // num_tokens
     rows_of_stage = stage.shape[1]
     stages = num_tokens // rows_of_stage
     mine = (order[0] - core + cores - 1) // cores  # experts of this core
 
     def stage_in(i):
-        source = x.at[pl.ds(i * rows_of_stage, rows_of_stage)]
+        source = x.at[pl.ds(first_token + i * rows_of_stage, rows_of_stage)]
         return pltpu.make_async_copy(source, stage.at[i % 2], stage_done.at[i % 2])
 
     def stage_out(i):
-        target = output.at[core, pl.ds(i * rows_of_stage, rows_of_stage)]
+        target = output.at[core, pl.ds(first_token + i * rows_of_stage, rows_of_stage)]
         return pltpu.make_async_copy(stage.at[i % 2], target, stage_done.at[i % 2])
 
     def expert_copies(i):
@@ -261,7 +270,7 @@ def _kernel(names, tile_size, layer, tokens, weights, starts, order, x, gate, up
         start_expert(i + AHEAD)
         for copy in expert_copies(i):
             copy.wait()
-        begin, end = starts[expert], starts[expert + 1]
+        begin, end = (first_row + starts[expert + side] for side in (0, 1))
 
         def of_tile(number, _):
             first = begin + number * tile_size

@@ -46,8 +46,9 @@ def program(shape: dict):
     return run, (*routed, *(jax.ShapeDtypeStruct(sizes, jnp.bfloat16) for sizes in arrays))
 
 
-def kernel_costs(shape: Shape, topology: Topology) -> dict[str, KernelCost]:
-    """{prefix of the kernel's name: cost of a call}, every expert equally likely. shape: of a call, in one part."""
+def kernel_costs(shape: Shape, parts: int, topology: Topology) -> dict[str, KernelCost]:
+    """{prefix of the kernel's name: cost of a call} that cuts its tokens into parts; every expert is equally likely."""
+    shape = dataclasses.replace(shape, tokens=shape.tokens // parts)
     target = f"{__name__}:program"
     ((_, kernel),) = compile_program(target, {"shape": dataclasses.asdict(shape)}, topology.name).kernels.items()
     chip, tile = topology.chip, fused_experts.tile_rows(shape.tokens * shape.k / shape.all_experts)
@@ -59,8 +60,8 @@ def kernel_costs(shape: Shape, topology: Topology) -> dict[str, KernelCost]:
     cycles = rest + (reached * per_expert + tiles * per_tile + groups * per_group) / cores
     moved = reached * 3 * shape.embed * shape.width * 2 + (cores + 1) * shape.tokens * shape.embed * 2
     seconds = max(cycles / chip.bundle_rate, moved / chip.stream_bandwidth)
-    flops = 2.0 * tiles * tile * 3 * shape.embed * shape.width
-    return {fused_experts.NAME: lambda result, operands: ("experts", OperationCost(seconds, flops))}
+    cost = OperationCost(seconds, 2.0 * tiles * tile * 3 * shape.embed * shape.width) * parts
+    return {fused_experts.NAME: lambda result, operands: ("experts", cost)}
 
 
 def _rows(shape: Shape) -> tuple[np.ndarray, np.ndarray]:

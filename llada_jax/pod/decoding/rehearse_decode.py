@@ -184,10 +184,7 @@ def _expert_kernels(config: ConfigDict, model: ModelConfig, mesh, topology: Topo
     )
     with jax.set_mesh(mesh):
         parts = shape.parts()
-    if parts is None:
-        return costs
-    of_part = dataclasses.replace(shape, tokens=shape.tokens // parts)
-    return costs | fused_experts_cost.kernel_costs(of_part, topology)
+    return costs | (fused_experts_cost.kernel_costs(shape, parts, topology) if parts else {})
 
 
 def _trips(rows: int, block: int, length: int, filled: int) -> dict[str, int]:

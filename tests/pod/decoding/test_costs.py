@@ -1,0 +1,43 @@
+"""Costs of the kernels of decoding: they grow with what the kernels do, and are never below their bytes."""
+
+import pytest
+
+from llada_jax.chips import parse_topology
+from llada_jax.pod.decoding import cached_attention_cost, fused_experts_cost
+
+TOPOLOGY = parse_topology("v5p:2x2x1")
+
+
+def cost(costs):
+    ((part, found),) = (of((), ()) for of in costs.values())
+    return part, found
+
+
+def test_attention_costs_the_chunks_that_are_filled():
+    shape = cached_attention_cost.Shape(rows=4, queries=64, length=2048, heads=4, kv_heads=1, head_dim=128)
+    (part, empty), (_, half), (_, full) = (
+        cost(cached_attention_cost.kernel_costs(shape, filled, TOPOLOGY)) for filled in (0, 1024, 2048)
+    )
+    assert part == "attention" and 0 < empty.seconds < half.seconds < full.seconds
+    read = 4 * 2048 * 128 * 2 * 2
+    assert full.seconds >= read / TOPOLOGY.chip.stream_bandwidth
+    assert full.flops == 4 * (4 * 64) * (2048 + 64) * 128 * 4
+
+
+def test_experts_cost_their_weights_once_per_part():
+    shape = fused_experts_cost.Shape(tokens=256, embed=2048, width=128, experts=64, all_experts=64, k=8)
+    part, whole = cost(fused_experts_cost.kernel_costs(shape, 1, TOPOLOGY))
+    weights = 64 * 3 * 2048 * 128 * 2
+    assert part == "experts" and whole.seconds >= weights / TOPOLOGY.chip.stream_bandwidth
+    _, cut = cost(fused_experts_cost.kernel_costs(shape, 2, TOPOLOGY))
+    assert cut.seconds >= 2 * weights / TOPOLOGY.chip.stream_bandwidth
+    # Three products of all rows; the last tile of an expert is not full.
+    assert whole.flops >= 2 * 256 * 8 * 3 * 2048 * 128
+
+
+@pytest.mark.parametrize("tokens", [16, 300])
+def test_rows_of_an_expert_are_binomial(tokens):
+    shape = fused_experts_cost.Shape(tokens=tokens, embed=2048, width=128, experts=8, all_experts=32, k=4)
+    rows, chance = fused_experts_cost._rows(shape)
+    assert chance.sum() == pytest.approx(1) and rows @ chance == pytest.approx(tokens / 8)
+    assert chance[0] == pytest.approx((1 - 4 / 32) ** tokens)
