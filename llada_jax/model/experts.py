@@ -93,8 +93,7 @@ def _routed(x, experts, expert_weights, weights, shards, execution):
     def sums(x, experts, expert_weights):
         """Of the experts on this rank, and the rows that each got."""
         if in_place and execution.experts == "megablox":
-            parts = fused_parts(len(x), *weights["gate"].shape[2:], experts.size / num_experts, x.dtype, how[1])
-            if parts:
+            if parts := fused_parts(len(x), *weights["gate"].shape[2:], experts.size, num_experts, x.dtype, how[1]):
                 return fused_experts(x, experts, expert_weights, weights, parts, how[1])
         move = sort_by_expert(experts, experts_here, gather_tokens, *how)
         return combine(x, move, expert_weights, kernel=how[0], interpret=how[1]), move.group_sizes

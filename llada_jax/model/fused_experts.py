@@ -37,21 +37,25 @@ FOR_SPILLS = 6 << 20  # bytes of fast memory for the compiler
 
 
 def fused_parts(
-    tokens: int, embed: int, width: int, pairs_per_expert: float, dtype, interpret: bool = False
+    tokens: int, embed: int, width: int, pairs: int, experts: int, dtype, interpret: bool = False
 ) -> int | None:
     """Into how many parts the tokens must be cut so that one fits the fast memory of this chip; the weights stream
-    through it once per part. None if no cut of MOST_PARTS or fewer fits, or tokens are no whole registers.
+    through it once per part. None if no cut of MOST_PARTS or fewer fits, the lists of pairs do not fit scalar memory,
+    or tokens are no whole registers.
 
-    width: of an expert, on this device. interpret: fast memory has no end.
+    width: of an expert, on this device. pairs: of a token and one of `experts` experts, on all ranks. interpret: no
+    memory has an end.
     """
     words = embed * jnp.dtype(dtype).itemsize // 4
     if words % (SUBLANES * LANES) or width % LANES:
         return None
-    capacity = None if interpret else pltpu.get_tpu_info().vmem_capacity_bytes - FOR_SPILLS
+    info = None if interpret else pltpu.get_tpu_info()
+    if info and 4 * (2 * pairs + 2 * MOST_PARTS * (experts + 1)) > info.smem_capacity_bytes * 3 // 4:
+        return None
     for parts in range(1, MOST_PARTS + 1):
         if tokens % (parts * GROUP) == 0:
-            buffers = _scratch(tokens // parts, embed, width, tile_rows(pairs_per_expert / parts), dtype)
-            if interpret or scratch_bytes(buffers.values()) <= capacity:
+            buffers = _scratch(tokens // parts, embed, width, tile_rows(pairs / parts / experts), dtype)
+            if not info or scratch_bytes(buffers.values()) + FOR_SPILLS <= info.vmem_capacity_bytes:
                 return parts
     return None
 
@@ -79,10 +83,12 @@ def fused_experts(
     """
     num_experts, width = weights["gate"].shape[1], weights["gate"].shape[3]
     tokens, embed = x.shape[0] // parts, x.shape[1]
-    of_parts = (jnp.stack(jnp.split(array, parts, axis=1)) for array in (experts, expert_weights))
-    work = jax.vmap(functools.partial(work_list, num_experts=num_experts))(*of_parts)
+    of_parts = zip(*(jnp.split(array, parts, axis=1) for array in (experts, expert_weights)), strict=True)
+    lists = zip(*(work_list(*part, num_experts) for part in of_parts), strict=True)
+    work = [jnp.concatenate(each) for each in lists]
+    load = jnp.diff(work[2].reshape(parts, -1)).sum(0)
     tile = tile_rows(experts.size / parts / weights["router"].shape[1])
-    cores = 2  # at most
+    cores = 2 if interpret else pltpu.get_tpu_info().num_cores
     scratch = _scratch(tokens, embed, width, tile, x.dtype)
     buffers = list(scratch.values())
     limit = None if interpret else scratch_bytes(buffers) + FOR_SPILLS
@@ -106,8 +112,8 @@ def fused_experts(
         ),
         interpret=pltpu.InterpretParams() if interpret else False,
         name=NAME,
-    )(jnp.reshape(weights["layer"], 1), *(array.reshape(-1) for array in work), *arrays)
-    return sums.astype(jnp.float32).sum(0).astype(x.dtype), jnp.diff(work[2]).sum(0)
+    )(jnp.reshape(weights["layer"], 1), *work, *arrays)
+    return sums.astype(jnp.float32).sum(0).astype(x.dtype), load
 
 
 def work_list(experts: jax.Array, expert_weights: jax.Array, num_experts: int):

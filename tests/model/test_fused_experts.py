@@ -105,19 +105,20 @@ def test_a_pass_of_decoding_uses_it_where_it_is_asked_for(experts, monkeypatch):
         ("v5p:2x2x1", 8192, 2),
         ("v4:2x2x1", 256, 1),
         ("v4:2x2x1", 8192, None),
-        ("v6e:2x2", 8192, 1),
+        ("v6e:2x2", 4096, 1),
+        ("v6e:2x2", 16384, None),  # its pairs do not fit scalar memory
     ],
 )
 def test_tokens_are_cut_to_fit_fast_memory(topology, tokens, parts):
     """LLaDA2.0-mini, its experts split over four chips."""
     with jax.set_mesh(one_device(parse_topology(topology))):
-        assert fused_experts.fused_parts(tokens, 2048, 128, tokens * 8 / 256, jnp.bfloat16) == parts
+        assert fused_experts.fused_parts(tokens, 2048, 128, tokens * 8, 256, jnp.bfloat16) == parts
 
 
 def test_tokens_must_be_whole_registers():
-    assert fused_experts.fused_parts(32, 2048, 128, 1.0, jnp.bfloat16, interpret=True) == 1
+    assert fused_experts.fused_parts(32, 2048, 128, 64, 8, jnp.bfloat16, interpret=True) == 1
     for tokens, embed, width in ((8, 2048, 128), (32, 1024, 128), (32, 2048, 64)):
-        assert fused_experts.fused_parts(tokens, embed, width, 1.0, jnp.bfloat16, interpret=True) is None
+        assert fused_experts.fused_parts(tokens, embed, width, 64, 8, jnp.bfloat16, interpret=True) is None
 
 
 def test_parts_add_up():

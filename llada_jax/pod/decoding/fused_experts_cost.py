@@ -28,8 +28,8 @@ class Shape:
 
     def parts(self) -> int | None:
         """As fused_experts.fused_parts, on the current device."""
-        per_expert = self.tokens * self.k / self.all_experts
-        return fused_experts.fused_parts(self.tokens, self.embed, self.width, per_expert, jnp.bfloat16)
+        sizes = self.tokens, self.embed, self.width
+        return fused_experts.fused_parts(*sizes, self.tokens * self.k, self.all_experts, jnp.bfloat16)
 
 
 def program(shape: dict):
