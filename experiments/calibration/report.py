@@ -63,14 +63,14 @@ def table(results: list[dict]) -> str:
 
 
 def words(results: list[dict]) -> str:
-    """What the two halves show."""
+    """What the two halves show, and the runs set apart."""
     lines = []
     for half in sorted({result["half"] for result in results}):
         low, median, high, near = band(results, half)
         count = sum(result["half"] == half for result in results)
         total = sum(run.half == half for run in RUNS.values())
         lines.append(
-            f"- {half} half, {count} of {total} runs compiled so far: predicted over measured {low:.2f} to {high:.2f}, "
+            f"- {half}, {count} of {total} runs compiled so far: predicted over measured {low:.2f} to {high:.2f}, "
             f"median {median:.2f}, {near:.0%} within 0.85 to 1.15"
         )
     return "\n".join(lines)
