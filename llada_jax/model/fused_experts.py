@@ -14,6 +14,7 @@ one, is a few vector moves and no shuffle across sublanes:
 The cores of a device share out the experts; their sums are added outside. No gradient.
 """
 
+import collections
 import functools
 import math
 
@@ -89,22 +90,23 @@ def fused_experts(
     load = jnp.diff(work[2].reshape(parts, -1)).sum(0)
     tile = tile_rows(experts.size / parts / weights["router"].shape[1])
     cores = 2 if interpret else pltpu.get_tpu_info().num_cores
-    scratch = _scratch(tokens, embed, width, tile, x.dtype)
-    buffers = list(scratch.values())
-    limit = None if interpret else scratch_bytes(buffers) + FOR_SPILLS
+    buffers = _scratch(tokens, embed, width, tile, x.dtype)
+    limit = None if interpret else scratch_bytes(buffers.values()) + FOR_SPILLS
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
-    arrays = [x, *(weights[name] for name in ("gate", "up", "down"))]
+    operands = dict(x=x) | {name: weights[name] for name in ("gate", "up", "down")}
+    arrays = list(operands.values())
     if not interpret:
         arrays = [pltpu.with_memory_space_constraint(array, pltpu.HBM) for array in arrays]
-    semaphores = [pltpu.SemaphoreType.DMA((2,)), pltpu.SemaphoreType.DMA((AHEAD + 1,))]
+    semaphores = dict(stage_done=2, ring_done=AHEAD + 1)
+    references = collections.namedtuple("References", [*operands, "output", *buffers, *semaphores])
     sums = pl.pallas_call(
-        functools.partial(_kernel, tuple(scratch), tile),
+        lambda layer, *rest: _Part(layer, rest[:4], references(*rest[4:])).run(),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=5,
             grid=(cores, parts),
-            in_specs=[hbm] * 4,
+            in_specs=[hbm] * len(arrays),
             out_specs=hbm,
-            scratch_shapes=[*buffers, *semaphores],
+            scratch_shapes=[*buffers.values(), *(pltpu.SemaphoreType.DMA((n,)) for n in semaphores.values())],
         ),
         out_shape=jax.ShapeDtypeStruct((cores, *x.shape), x.dtype),
         compiler_params=pltpu.CompilerParams(
@@ -138,10 +140,8 @@ def work_list(experts: jax.Array, expert_weights: jax.Array, num_experts: int):
 
 def _scratch(tokens: int, embed: int, width: int, tile: int, dtype) -> dict[str, pltpu.VMEM]:
     """Buffers in fast memory."""
-    packed = jnp.dtype(dtype).itemsize == 2
-    word, sublanes, columns = (jnp.uint32, embed // 2 // LANES, embed // LANES) if packed else (
-        jnp.float32, embed // LANES, embed // LANES,
-    )  # fmt: skip
+    columns = embed // LANES
+    word, sublanes = (jnp.uint32, columns // 2) if jnp.dtype(dtype).itemsize == 2 else (jnp.float32, columns)
     return dict(
         stage=pltpu.VMEM((2, GROUP * math.gcd(STAGE // GROUP, tokens // GROUP), embed), dtype),
         words=pltpu.VMEM((tokens * sublanes, LANES), word),
@@ -167,153 +167,165 @@ def _unpack(words: jax.Array) -> tuple[jax.Array, jax.Array]:
     return tuple(lax.bitcast_convert_type(half, jnp.float32) for half in halves)
 
 
-class _Offset:
-    """A list in scalar memory, from `offset` on."""
-
-    def __init__(self, values, offset):
-        self.values, self.offset = values, offset
-
-    def __getitem__(self, i):
-        return self.values[self.offset + i]
-
-
-def _kernel(names, tile_size, layer, tokens, weights, starts, order, x, gate, up, down, output, *buffers):
-    """tokens, weights, starts, order: of work_list, one after the other for each part of the tokens. x, gate, up, down,
-    output: in HBM. buffers: those of `names`, then semaphores.
+class _Part:
+    """A part of the tokens on one core. lists: of work_list, in scalar memory, one after the other for each part; refs:
+    operands and result in HBM, buffers and semaphores, by name.
     """
-    refs = dict(zip(names, buffers, strict=False))
-    stage_done, ring_done = buffers[len(names) :]
-    stage, words, sums, tile = (refs[name] for name in ("stage", "words", "sums", "tile"))
-    (core, part), (cores, parts) = map(pl.program_id, (0, 1)), map(pl.num_programs, (0, 1))
-    num_tokens, num_experts = x.shape[0] // parts, gate.shape[1]
-    first_token, first_row = part * num_tokens, part * (tokens.shape[0] // parts)
-    starts, order = (_Offset(list_, part * (num_experts + 1)) for list_ in (starts, order))
-    packed = words.dtype == jnp.uint32
-    columns, sublanes = x.shape[1] // LANES, words.shape[0] // num_tokens
-    rows_of_stage = stage.shape[1]
-    stages = num_tokens // rows_of_stage
-    mine = (order[0] - core + cores - 1) // cores  # experts of this core
 
-    def stage_in(i):
-        source = x.at[pl.ds(first_token + i * rows_of_stage, rows_of_stage)]
-        return pltpu.make_async_copy(source, stage.at[i % 2], stage_done.at[i % 2])
+    def __init__(self, layer, lists, refs):
+        self.layer, self.refs = layer[0], refs
+        self.tokens, self.weights, self.starts, self.order = lists
+        self.core, self.cores, part, parts = *_grid(0), *_grid(1)
+        num_tokens = refs.x.shape[0] // parts
+        self.first_token, self.first_row = part * num_tokens, part * (self.tokens.shape[0] // parts)
+        self.first_expert = part * (refs.gate.shape[1] + 1)
+        self.packed = refs.words.dtype == jnp.uint32
+        # Sublanes of a token, as words and as sums.
+        self.sublanes, self.columns = refs.words.shape[0] // num_tokens, refs.x.shape[1] // LANES
+        self.groups_of_stage = refs.stage.shape[1] // GROUP
+        self.stages = num_tokens // refs.stage.shape[1]
 
-    def stage_out(i):
-        target = output.at[core, pl.ds(first_token + i * rows_of_stage, rows_of_stage)]
-        return pltpu.make_async_copy(stage.at[i % 2], target, stage_done.at[i % 2])
+    def run(self):
+        refs, listed = self.refs, self.order[self.first_expert]
+        mine = (listed - self.core + self.cores - 1) // self.cores
+        self.stage_in(0).start()
+        for i in range(AHEAD):
+            pl.when(i < mine)(functools.partial(self.start_expert, i))
+        lax.fori_loop(0, self.stages * self.groups_of_stage, self.clear, None)
+        refs.tile[...] = jnp.zeros_like(refs.tile)  # rows that no token fills yet must be finite
+        lax.fori_loop(0, self.stages, self.bring_in, None)
+        lax.fori_loop(0, mine, functools.partial(self.compute_expert, mine), None)
+        lax.fori_loop(0, self.stages, self.send_out, None)
+        for i in range(max(self.stages - 2, 0), self.stages):
+            self.stage_out(i).wait()
 
-    def expert_copies(i):
-        expert, slot = order[1 + core + i * cores], i % (AHEAD + 1)
+    def stage_rows(self, i):
+        rows = self.refs.stage.shape[1]
+        return pl.ds(self.first_token + i * rows, rows)
+
+    def stage_in(self, i):
+        refs = self.refs
+        return pltpu.make_async_copy(refs.x.at[self.stage_rows(i)], refs.stage.at[i % 2], refs.stage_done.at[i % 2])
+
+    def stage_out(self, i):
+        refs = self.refs
+        target = refs.output.at[self.core, self.stage_rows(i)]
+        return pltpu.make_async_copy(refs.stage.at[i % 2], target, refs.stage_done.at[i % 2])
+
+    def clear(self, group, _):
+        rows = GROUP * self.columns
+        at = pl.ds(pl.multiple_of(group * rows, SUBLANES), rows)
+        self.refs.sums[at, :] = jnp.zeros((rows, LANES), jnp.float32)
+
+    def bring_in(self, i, _):
+        """words <- the tokens of stage i."""
+        refs, sublanes = self.refs, self.sublanes
+        pl.when(i + 1 < self.stages)(lambda: self.stage_in(i + 1).start())
+        self.stage_in(i).wait()
+
+        def of_group(group, _):
+            rows = _group(group)
+            first = (i * self.groups_of_stage + group) * GROUP * sublanes
+            for column in range(sublanes):
+                part = refs.stage[i % 2, rows, _lanes(column)].astype(jnp.float32)
+                if self.packed:
+                    part = _pack(part, refs.stage[i % 2, rows, _lanes(sublanes + column)].astype(jnp.float32))
+                refs.words[pl.ds(first + column, GROUP, stride=sublanes), :] = part
+
+        lax.fori_loop(0, self.groups_of_stage, of_group, None)
+
+    def send_out(self, i, _):
+        """The tokens of stage i <- sums."""
+        refs, columns = self.refs, self.columns
+        pl.when(i >= 2)(lambda: self.stage_out(i - 2).wait())
+
+        def of_group(group, _):
+            first = (i * self.groups_of_stage + group) * GROUP * columns
+            for column in range(columns):
+                part = refs.sums[pl.ds(first + column, GROUP, stride=columns), :]
+                refs.stage[i % 2, _group(group), _lanes(column)] = part.astype(refs.stage.dtype)
+
+        lax.fori_loop(0, self.groups_of_stage, of_group, None)
+        self.stage_out(i).start()
+
+    def expert(self, i):
+        """The i-th expert of this core."""
+        return self.order[self.first_expert + 1 + self.core + i * self.cores]
+
+    def expert_copies(self, i):
+        refs, slot = self.refs, i % (AHEAD + 1)
         return [
-            pltpu.make_async_copy(source.at[layer[0], expert], refs[ring].at[slot], ring_done.at[slot])
-            for source, ring in ((gate, "gate_ring"), (up, "up_ring"), (down, "down_ring"))
+            pltpu.make_async_copy(source.at[self.layer, self.expert(i)], ring.at[slot], refs.ring_done.at[slot])
+            for source, ring in ((refs.gate, refs.gate_ring), (refs.up, refs.up_ring), (refs.down, refs.down_ring))
         ]
 
-    def start_expert(i):
-        @pl.when(i < mine)
-        def _():
-            for copy in expert_copies(i):
-                copy.start()
+    def start_expert(self, i):
+        for copy in self.expert_copies(i):
+            copy.start()
 
-    def lanes(column):
-        return slice(column * LANES, (column + 1) * LANES)
-
-    def clear(group, _):
-        rows = GROUP * columns
-        sums[pl.ds(pl.multiple_of(group * rows, SUBLANES), rows), :] = jnp.zeros((rows, LANES), jnp.float32)
-
-    def spread(i, _):
-        """Brings tokens in."""
-        pl.when(i + 1 < stages)(lambda: stage_in(i + 1).start())
-        stage_in(i).wait()
-
-        def of_group(group, _):
-            rows = pl.ds(pl.multiple_of(group * GROUP, GROUP), GROUP)
-            first = (i * rows_of_stage + group * GROUP) * sublanes
-            for column in range(sublanes):
-                part = stage[i % 2, rows, lanes(column)].astype(jnp.float32)
-                if packed:
-                    part = _pack(part, stage[i % 2, rows, lanes(sublanes + column)].astype(jnp.float32))
-                words[pl.ds(first + column, GROUP, stride=sublanes), :] = part
-
-        lax.fori_loop(0, rows_of_stage // GROUP, of_group, None)
-
-    def take(first, end, groups):
-        """tile <- the tokens of rows first, ..., in `groups` groups; rows from `end` on are any."""
-
-        def of_group(group, _):
-            for r in range(GROUP):
-                row = group * GROUP + r
-                token = tokens[jnp.minimum(first + row, end - 1)]
-                place = pl.ds(pl.multiple_of(token * sublanes, SUBLANES), sublanes)
-                target = pl.ds(pl.multiple_of(row * sublanes, SUBLANES), sublanes)
-                refs["tile_words"][target, :] = words[place, :]
-            rows = pl.ds(pl.multiple_of(group * GROUP, GROUP), GROUP)
-            for column in range(sublanes):
-                part = refs["tile_words"][pl.ds(group * GROUP * sublanes + column, GROUP, stride=sublanes), :]
-                parts = _unpack(part) if packed else (part,)
-                for half, value in enumerate(parts):
-                    tile[rows, lanes(half * sublanes + column)] = value.astype(tile.dtype)
-
-        lax.fori_loop(0, groups, of_group, None)
-
-    def give(first, end, groups):
-        """sums of the rows' tokens += weight * result."""
-
-        def of_group(group, _):
-            for r in range(GROUP):
-                row = group * GROUP + r
-                place = jnp.minimum(first + row, end - 1)
-                weight = jnp.where(first + row < end, weights[place], 0.0)
-                at = pl.ds(pl.multiple_of(tokens[place] * columns, SUBLANES), columns)
-                result = refs["results"][pl.ds(pl.multiple_of(row * columns, SUBLANES), columns), :]
-                sums[at, :] = sums[at, :] + weight * result
-
-        lax.fori_loop(0, groups, of_group, None)
-
-    def of_expert(i, _):
-        slot, expert = i % (AHEAD + 1), order[1 + core + i * cores]
-        start_expert(i + AHEAD)
-        for copy in expert_copies(i):
+    def compute_expert(self, mine, i, _):
+        tile_size, slot = self.refs.tile.shape[0], i % (AHEAD + 1)
+        pl.when(i + AHEAD < mine)(lambda: self.start_expert(i + AHEAD))
+        for copy in self.expert_copies(i):
             copy.wait()
-        begin, end = (first_row + starts[expert + side] for side in (0, 1))
+        begin, end = (self.first_row + self.starts[self.first_expert + self.expert(i) + side] for side in (0, 1))
 
         def of_tile(number, _):
             first = begin + number * tile_size
             groups = (jnp.minimum(end - first, tile_size) + GROUP - 1) // GROUP
-            take(first, end, groups)
-            gated = dot(tile[...], refs["gate_ring"][slot], 1, 0)
-            hidden = gated * lax.logistic(gated) * dot(tile[...], refs["up_ring"][slot], 1, 0)
-            y = dot(hidden.astype(tile.dtype), refs["down_ring"][slot], 1, 0)
-            for group in range(tile_size // SUBLANES):
-                for column in range(columns):
-                    at = pl.ds(group * SUBLANES * columns + column, SUBLANES, stride=columns)
-                    refs["results"][at, :] = y[group * SUBLANES : (group + 1) * SUBLANES, lanes(column)]
-            give(first, end, groups)
+            lax.fori_loop(0, groups, functools.partial(self.take, first, end), None)
+            self.multiply(slot)
+            lax.fori_loop(0, groups, functools.partial(self.give, first, end), None)
 
         lax.fori_loop(0, (end - begin + tile_size - 1) // tile_size, of_tile, None)
 
-    def collect(i, _):
-        """Sends sums out."""
-        pl.when(i >= 2)(lambda: stage_out(i - 2).wait())
+    def take(self, first, end, group, _):
+        """A group of the tile <- the tokens of its rows, which start at `first`; rows from `end` on are any."""
+        refs, sublanes = self.refs, self.sublanes
+        for row in range(GROUP):
+            place = jnp.minimum(first + group * GROUP + row, end - 1)
+            target = _registers(group * GROUP + row, sublanes)
+            refs.tile_words[target, :] = refs.words[_registers(self.tokens[place], sublanes), :]
+        for column in range(sublanes):
+            words = refs.tile_words[pl.ds(group * GROUP * sublanes + column, GROUP, stride=sublanes), :]
+            for half, value in enumerate(_unpack(words) if self.packed else (words,)):
+                refs.tile[_group(group), _lanes(half * sublanes + column)] = value.astype(refs.tile.dtype)
 
-        def of_group(group, _):
-            rows = pl.ds(pl.multiple_of(group * GROUP, GROUP), GROUP)
-            first = (i * rows_of_stage + group * GROUP) * columns
+    def multiply(self, slot):
+        """results <- down(silu(gate tile) * up tile)."""
+        refs, columns = self.refs, self.columns
+        tile = refs.tile[...]
+        gated = dot(tile, refs.gate_ring[slot], 1, 0)
+        hidden = gated * lax.logistic(gated) * dot(tile, refs.up_ring[slot], 1, 0)
+        y = dot(hidden.astype(tile.dtype), refs.down_ring[slot], 1, 0)
+        for first in range(0, len(tile), SUBLANES):
             for column in range(columns):
-                part = sums[pl.ds(first + column, GROUP, stride=columns), :]
-                stage[i % 2, rows, lanes(column)] = part.astype(stage.dtype)
+                at = pl.ds(first * columns + column, SUBLANES, stride=columns)
+                refs.results[at, :] = y[first : first + SUBLANES, _lanes(column)]
 
-        lax.fori_loop(0, rows_of_stage // GROUP, of_group, None)
-        stage_out(i).start()
+    def give(self, first, end, group, _):
+        """sums of the tokens of a group += weight * result."""
+        refs, columns = self.refs, self.columns
+        for row in range(GROUP):
+            inside = first + group * GROUP + row < end
+            place = jnp.minimum(first + group * GROUP + row, end - 1)
+            weight = jnp.where(inside, self.weights[place], 0.0)
+            at = _registers(self.tokens[place], columns)
+            refs.sums[at, :] = refs.sums[at, :] + weight * refs.results[_registers(group * GROUP + row, columns), :]
 
-    stage_in(0).start()
-    for i in range(AHEAD):
-        start_expert(i)
-    lax.fori_loop(0, num_tokens // GROUP, clear, None)
-    tile[...] = jnp.zeros_like(tile)  # rows that no token fills yet must be finite
-    lax.fori_loop(0, stages, spread, None)
-    lax.fori_loop(0, mine, of_expert, None)
-    lax.fori_loop(0, stages, collect, None)
-    for i in range(max(stages - 2, 0), stages):
-        stage_out(i).wait()
+
+def _grid(axis: int):
+    return pl.program_id(axis), pl.num_programs(axis)
+
+
+def _group(group):
+    return pl.ds(pl.multiple_of(group * GROUP, GROUP), GROUP)
+
+
+def _registers(row, sublanes: int):
+    """The registers of a row."""
+    return pl.ds(pl.multiple_of(row * sublanes, SUBLANES), sublanes)
+
+
+def _lanes(column: int) -> slice:
+    return slice(column * LANES, (column + 1) * LANES)

@@ -81,11 +81,11 @@ _MASK = _room(
     ("attention/decoding/cached.py", "visibility.clean_end.min() // chunk", "-(-visibility.clean_end.min() // chunk)",
      _CACHED),
     # Rows past the end of an expert's add the last one's result again.
-    ("model/fused_experts.py", "jnp.where(first + row < end, weights[place], 0.0)", "weights[place]",
+    ("model/fused_experts.py", "jnp.where(inside, self.weights[place], 0.0)", "self.weights[place]",
      "model/test_fused_experts.py"),
     # The chunk that overlaps the one before, in the kernel.
-    ("attention/decoding/cached_kernel.py", "jnp.maximum(bounds[0, 2:3], number * chunk) - base",
-     "bounds[0, 2:3] - base", "attention/decoding/test_cached_kernel.py"),
+    ("attention/decoding/cached_kernel.py", "jnp.maximum(refs.bounds[0, 2:3], number * self.chunk) - base",
+     "refs.bounds[0, 2:3] - base", "attention/decoding/test_cached_kernel.py"),
     ("attention/context.py", "start // stripe != (end - 1) // stripe", "start // stripe == (end - 1) // stripe",
      "attention/test_context.py::test_attention_of_the_ranks_is_that_of_the_row"),
 )  # fmt: skip

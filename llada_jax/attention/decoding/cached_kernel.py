@@ -5,7 +5,7 @@ buffers, filled ahead of the arithmetic and across the units, so that no unit wa
 transposed, [keys, queries], as in kernel_walk.py.
 """
 
-import functools
+import collections
 import math
 
 import flax.struct
@@ -96,7 +96,7 @@ def cached_kernel_attention(
 def _attention(query, key, value, cached_key, cached_value, layer, first_head, plan: CachedPlan, interpret):
     """On one device. first_head: of the cache, which the first of key's heads belongs to."""
     batch, queries, heads, head_dim = query.shape
-    kv_heads, (length, lanes) = key.shape[2], cached_key.shape[3:]
+    kv_heads, lanes = key.shape[2], cached_key.shape[4]
     key, value = (jnp.pad(x.swapaxes(1, 2), [(0, 0)] * 3 + [(0, lanes - head_dim)]) for x in (key, value))
     group = heads // kv_heads
     rows, width, units = group * queries, group * head_dim, batch * kv_heads
@@ -124,31 +124,33 @@ def _attention(query, key, value, cached_key, cached_value, layer, first_head, p
     own = of_unit((1, 1, queries, lanes), lambda row, head: (row, head, 0, 0))
 
     ring = pltpu.VMEM((RING, plan.chunk, lanes), cached_key.dtype)
+    buffers = dict(
+        key_ring=ring,
+        value_ring=ring,
+        rows=pltpu.VMEM((rows, lanes), query.dtype),
+        maximum=pltpu.VMEM((1, rows), jnp.float32),
+        denominator=pltpu.VMEM((1, rows), jnp.float32),
+        accumulator=pltpu.VMEM((lanes, rows), jnp.float32),
+        walk=pltpu.SMEM((3,), jnp.int32),
+        key_done=pltpu.SemaphoreType.DMA((RING,)),
+        value_done=pltpu.SemaphoreType.DMA((RING,)),
+    )
+    hbm = pl.BlockSpec(memory_space=pltpu.HBM)
+    in_specs = [heads_of_group, own, own, of_unit((1, 4, rows), lambda row, head: (row, 0, 0)), hbm, hbm]
+    names = ("query", "key", "value", "bounds", "cached_key", "cached_value", "output", *buffers)
+    references = collections.namedtuple("References", names)
     if not interpret:
         cached_key, cached_value = (
             pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in (cached_key, cached_value)
         )
-    hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     output = pl.pallas_call(
-        functools.partial(_kernel, per_part, kv_heads, length),
+        lambda *refs: _Unit(per_part, kv_heads, *refs[:3], references(*refs[3:])).run(),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(parts, per_part),
-            in_specs=[
-                heads_of_group, own, own, of_unit((1, 4, rows), lambda row, head: (row, 0, 0)), hbm, hbm,
-            ],  # fmt: skip
+            in_specs=in_specs,
             out_specs=heads_of_group,
-            scratch_shapes=[
-                ring,
-                ring,
-                pltpu.VMEM((rows, lanes), query.dtype),
-                pltpu.VMEM((1, rows), jnp.float32),
-                pltpu.VMEM((1, rows), jnp.float32),
-                pltpu.VMEM((lanes, rows), jnp.float32),
-                pltpu.SMEM((3,), jnp.int32),
-                pltpu.SemaphoreType.DMA((RING,)),
-                pltpu.SemaphoreType.DMA((RING,)),
-            ],
+            scratch_shapes=list(buffers.values()),
         ),
         out_shape=jax.ShapeDtypeStruct(query.shape, query.dtype),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), disable_bounds_checks=True),
@@ -161,86 +163,116 @@ def _attention(query, key, value, cached_key, cached_value, layer, first_head, p
     return (output if joined else output.swapaxes(1, 2)).reshape(batch, queries, heads, head_dim)
 
 
-def _kernel(
-    per_part, kv_heads, length, where, chunks, whole, query, key, value, bounds, cached_key, cached_value, output,
-    key_ring, value_ring, rows, maximum, denominator, accumulator, walk, key_done, value_done,
-):  # fmt: skip
-    """rows [group * queries, lanes]: the queries of a unit, times log2(e) / sqrt(head_dim). walk [3] int32, kept
-    between units: unit and number of the chunk whose copy starts next, number of this chunk.
+class _Unit:
+    """The kernel of one unit. where: the layer, and the cache's head of the first of key's heads. refs: operands,
+    result, buffers and semaphores, by name. walk [3] int32, kept between units: unit and number of the chunk whose copy
+    starts next, number of this chunk since the start.
     """
-    part, i = pl.program_id(0), pl.program_id(1)
-    first, end = part * per_part, (part + 1) * per_part
-    row = (first + i) // kv_heads
-    chunk = key_ring.shape[1]
 
-    def start_of(number):
-        return pl.multiple_of(jnp.minimum(number * chunk, length - chunk), ALIGNED)  # the last may overlap
+    def __init__(self, per_part: int, kv_heads: int, where, chunks, whole, refs):
+        self.refs, self.where, self.chunks, self.whole = refs, where, chunks, whole
+        self.per_part, self.kv_heads, self.index = per_part, kv_heads, pl.program_id(1)
+        self.first, self.end = pl.program_id(0) * per_part, (pl.program_id(0) + 1) * per_part
+        self.row = (self.first + self.index) // kv_heads
+        self.chunk, self.length = refs.key_ring.shape[1], refs.cached_key.shape[3]
+        self.streams = (
+            (refs.cached_key, refs.key_ring, refs.key_done), (refs.cached_value, refs.value_ring, refs.value_done),
+        )  # fmt: skip
+        self.queries = refs.key.shape[2]
+        self.heads = refs.rows.shape[0] // self.queries
 
-    def start_next(slot):
-        """Starts the copies of the chunk at `walk` and moves on; past the end of the part, copies its last unit's."""
-        unit = jnp.minimum(walk[0], end - 1)
-        place = where[0], unit // kv_heads, where[1] + unit % kv_heads, pl.ds(start_of(walk[1]), chunk)
-        for source, ring, done in ((cached_key, key_ring, key_done), (cached_value, value_ring, value_done)):
-            pltpu.make_async_copy(source.at[place], ring.at[slot], done.at[slot]).start()
-        more = (walk[1] + 1 < chunks[unit // kv_heads]) & (walk[0] < end)
-        walk[0], walk[1] = jnp.where(more, walk[0], jnp.minimum(walk[0] + 1, end)), jnp.where(more, walk[1] + 1, 0)
+    def run(self):
+        refs = self.refs
+        pl.when(self.index == 0)(self.start)
+        self.load_queries()
+        refs.maximum[...] = jnp.full_like(refs.maximum, HIDDEN)
+        refs.denominator[...] = jnp.zeros_like(refs.denominator)
+        refs.accumulator[...] = jnp.zeros_like(refs.accumulator)
+        own = self.inside(refs.bounds[0, 0:1], refs.bounds[0, 1:2], self.queries)
+        self.visit(refs.key[0, 0], refs.value[0, 0], own)
+        lax.fori_loop(0, self.chunks[self.row], self.read_chunk, None)
+        self.store()
+        pl.when(self.index == self.per_part - 1)(self.finish)
 
-    def wait(source, ring, done, slot):
-        pltpu.make_async_copy(source.at[0, 0, 0, pl.ds(0, chunk)], ring.at[slot], done.at[slot]).wait()
-
-    @pl.when(i == 0)
-    def _():
-        walk[0], walk[1], walk[2] = first, 0, 0
+    def start(self):
+        walk = self.refs.walk
+        walk[0], walk[1], walk[2] = self.first, 0, 0
         for slot in range(AHEAD):
-            start_next(slot)
+            self.start_next(slot)
 
-    def visit(keys, values, visible):
-        scores = dot(keys, rows[...], 1, 1)
-        scores = scores if visible is None else jnp.where(visible, scores, HIDDEN)
-        old = maximum[...]
-        new = jnp.maximum(old, jnp.max(scores, axis=0, keepdims=True))
-        weights, decay = jnp.exp2(scores - new), jnp.exp2(old - new)
-        maximum[...] = new
-        denominator[...] = denominator[...] * decay + jnp.sum(weights, axis=0, keepdims=True)
-        accumulator[...] = accumulator[...] * decay + dot(values, weights.astype(values.dtype), 0, 0)
+    def finish(self):
+        """Waits for the copies that nothing reads."""
+        for ahead in range(AHEAD):
+            self.wait((self.refs.walk[2] + ahead) % RING)
 
+    def start_of(self, number):
+        """The first position of a chunk; the last one may overlap the one before."""
+        return pl.multiple_of(jnp.minimum(number * self.chunk, self.length - self.chunk), ALIGNED)
+
+    def start_next(self, slot):
+        """Starts the copies of the chunk at `walk` and moves on; past the end of the part, copies its last unit's."""
+        walk = self.refs.walk
+        unit, number = jnp.minimum(walk[0], self.end - 1), walk[1]
+        row, head = unit // self.kv_heads, self.where[1] + unit % self.kv_heads
+        place = self.where[0], row, head, pl.ds(self.start_of(number), self.chunk)
+        for source, ring, done in self.streams:
+            pltpu.make_async_copy(source.at[place], ring.at[slot], done.at[slot]).start()
+        more = (number + 1 < self.chunks[row]) & (walk[0] < self.end)
+        walk[0] = jnp.where(more, walk[0], jnp.minimum(walk[0] + 1, self.end))
+        walk[1] = jnp.where(more, number + 1, 0)
+
+    def wait(self, slot):
+        for source, ring, done in self.streams:
+            pltpu.make_async_copy(source.at[0, 0, 0, pl.ds(0, self.chunk)], ring.at[slot], done.at[slot]).wait()
+
+    def load_queries(self):
+        """rows [group * queries, lanes] <- the queries of the group's heads, times log2(e) / sqrt(head_dim)."""
+        refs, head_dim = self.refs, self.refs.query.shape[3] // self.heads
+        if head_dim < refs.rows.shape[1]:
+            refs.rows[...] = jnp.zeros_like(refs.rows)
+        for h in range(self.heads):
+            query = refs.query[0, 0, :, h * head_dim : (h + 1) * head_dim].astype(jnp.float32)
+            scaled = (query * (head_dim**-0.5 * math.log2(math.e))).astype(refs.rows.dtype)
+            refs.rows[h * self.queries : (h + 1) * self.queries, :head_dim] = scaled
+
+    def read_chunk(self, number, _):
+        refs = self.refs
+        slot = refs.walk[2] % RING
+        self.start_next((refs.walk[2] + AHEAD) % RING)
+        refs.walk[2] = refs.walk[2] + 1
+        self.wait(slot)
+
+        def masked():
+            base = self.start_of(number)
+            start = jnp.maximum(refs.bounds[0, 2:3], number * self.chunk) - base
+            visible = self.inside(start, refs.bounds[0, 3:4] - base, self.chunk)
+            self.visit(refs.key_ring[slot], refs.value_ring[slot], visible)
+
+        seen_whole = number < self.whole[self.row]
+        lax.cond(seen_whole, lambda: self.visit(refs.key_ring[slot], refs.value_ring[slot]), masked)
+
+    @staticmethod
     def inside(start, end, count):
+        """bool [count, queries]: positions within each query's interval."""
         position = lax.broadcasted_iota(jnp.int32, (count, start.shape[1]), 0)
         return (position >= start) & (position < end)
 
-    queries, head_dim = key.shape[2], query.shape[3] * key.shape[2] // rows.shape[0]
-    scale = head_dim**-0.5 * math.log2(math.e)
-    if head_dim < rows.shape[1]:
-        rows[...] = jnp.zeros_like(rows)
-    for h in range(rows.shape[0] // queries):
-        part_of_group = query[0, 0, :, h * head_dim : (h + 1) * head_dim].astype(jnp.float32)
-        rows[h * queries : (h + 1) * queries, :head_dim] = (part_of_group * scale).astype(rows.dtype)
-    maximum[...] = jnp.full_like(maximum, HIDDEN)
-    denominator[...], accumulator[...] = jnp.zeros_like(denominator), jnp.zeros_like(accumulator)
-    visit(key[0, 0], value[0, 0], inside(bounds[0, 0:1], bounds[0, 1:2], queries))
+    def visit(self, keys, values, visible=None):
+        """Folds keys and values [count, lanes] into the running maximum, denominator and accumulator."""
+        refs = self.refs
+        scores = dot(keys, refs.rows[...], 1, 1)
+        scores = scores if visible is None else jnp.where(visible, scores, HIDDEN)
+        old = refs.maximum[...]
+        new = jnp.maximum(old, jnp.max(scores, axis=0, keepdims=True))
+        weights, decay = jnp.exp2(scores - new), jnp.exp2(old - new)
+        refs.maximum[...] = new
+        refs.denominator[...] = refs.denominator[...] * decay + jnp.sum(weights, axis=0, keepdims=True)
+        refs.accumulator[...] = refs.accumulator[...] * decay + dot(values, weights.astype(values.dtype), 0, 0)
 
-    def body(number, _):
-        slot = walk[2] % RING
-        start_next((walk[2] + AHEAD) % RING)
-        walk[2] = walk[2] + 1
-        wait(cached_key, key_ring, key_done, slot)
-        wait(cached_value, value_ring, value_done, slot)
-
-        def masked():
-            base = start_of(number)
-            start = jnp.maximum(bounds[0, 2:3], number * chunk) - base
-            visit(key_ring[slot], value_ring[slot], inside(start, bounds[0, 3:4] - base, chunk))
-
-        lax.cond(number < whole[row], lambda: visit(key_ring[slot], value_ring[slot], None), masked)
-
-    lax.fori_loop(0, chunks[row], body, None)
-    saw = maximum[...] > HIDDEN / 2
-    weighted = (accumulator[...] * jnp.where(saw, 1 / denominator[...], 0)).T.astype(output.dtype)
-    for h in range(rows.shape[0] // queries):
-        output[0, 0, :, h * head_dim : (h + 1) * head_dim] = weighted[h * queries : (h + 1) * queries, :head_dim]
-
-    @pl.when(i == per_part - 1)
-    def _():
-        for ahead in range(AHEAD):
-            for source, ring, done in ((cached_key, key_ring, key_done), (cached_value, value_ring, value_done)):
-                wait(source, ring, done, (walk[2] + ahead) % RING)
+    def store(self):
+        refs, head_dim = self.refs, self.refs.output.shape[3] // self.heads
+        scale = jnp.where(refs.maximum[...] > HIDDEN / 2, 1 / refs.denominator[...], 0)
+        output = (refs.accumulator[...] * scale).T.astype(refs.output.dtype)
+        for h in range(self.heads):
+            rows = slice(h * self.queries, (h + 1) * self.queries)
+            refs.output[0, 0, :, h * head_dim : (h + 1) * head_dim] = output[rows, :head_dim]
