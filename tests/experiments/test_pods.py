@@ -49,8 +49,8 @@ def test_an_unknown_name_is_one_line():
     command = [sys.executable, str(ROOT / "experiments" / "pods" / "rehearse.py"), "mini_v4"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr == (
-        "error: mini_v4: no such config here; there are mini_v5p, mini_v6e, mini_tpu7x, flash_v5p, flash_v6e, "
-        "flash_tpu7x\n"
+        "error: mini_v4: no such config here; there are mini_v5p, mini_v6e, mini_v5e, mini_tpu7x, flash_v5p, "
+        "flash_v6e, flash_tpu7x\n"
     )
 
 
