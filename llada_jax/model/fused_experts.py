@@ -6,9 +6,9 @@ one, is a few vector moves and no shuffle across sublanes:
 
     words [tokens * W, 128]       the tokens, W registers' sublanes each
     sums [tokens * C, 128]        float32, C = embed / 128
-    for each expert e of this core, its rows in tiles:
+    for each expert e of this core, piece by piece, and its rows in tiles:
         tile [T, embed] <- words of the rows' tokens
-        y <- down_e(silu(gate_e tile) * up_e tile)
+        y <- down_e(silu(gate_e tile) * up_e tile), of a piece of the expert's width
         sums of the rows' tokens += weight * y
 
 The cores of a device share out the experts; their sums are added outside. No gradient.
@@ -16,7 +16,9 @@ The cores of a device share out the experts; their sums are added outside. No gr
 
 import collections
 import functools
+import itertools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,18 +33,26 @@ LANES = 128
 SUBLANES = 8
 GROUP = 16  # rows that are taken together: of a tile of bfloat16
 MOST_GROUPS = 16  # of a tile
-MOST_PARTS = 8
+MOST_CUTS = 8  # parts, and pieces
 STAGE = 128  # tokens that are brought in, and out, together, at most
-AHEAD = 2  # experts whose weights are on their way
+AHEAD = 2  # pieces of experts that are on their way
 FOR_SPILLS = 6 << 20  # bytes of fast memory for the compiler
 
 
-def fused_parts(
+class Cut(NamedTuple):
+    """Into how many parts the tokens are cut, and into how many pieces the width of an expert, so that a part and a few
+    pieces fit fast memory. The weights stream through it once per part; rows are taken, and added up, once per piece.
+    """
+
+    parts: int = 1
+    pieces: int = 1
+
+
+def fused_cut(
     tokens: int, embed: int, width: int, pairs: int, experts: int, dtype, interpret: bool = False
-) -> int | None:
-    """Into how many parts the tokens must be cut so that one fits the fast memory of this chip; the weights stream
-    through it once per part. None if no cut of MOST_PARTS or fewer fits, the lists of pairs do not fit scalar memory,
-    or tokens are no whole registers.
+) -> Cut | None:
+    """The cut with fewest parts, and then fewest pieces, that fits this chip. None if none does, if the lists of pairs
+    do not fit scalar memory, or if tokens or widths are no whole registers.
 
     width: of an expert, on this device. pairs: of a token and one of `experts` experts, on all ranks. interpret: no
     memory has an end.
@@ -51,13 +61,14 @@ def fused_parts(
     if words % (SUBLANES * LANES) or width % LANES:
         return None
     info = None if interpret else pltpu.get_tpu_info()
-    if info and 4 * (2 * pairs + 2 * MOST_PARTS * (experts + 1)) > info.smem_capacity_bytes * 3 // 4:
+    if info and 4 * (2 * pairs + 2 * MOST_CUTS * (experts + 1)) > info.smem_capacity_bytes * 3 // 4:
         return None
-    for parts in range(1, MOST_PARTS + 1):
-        if tokens % (parts * GROUP) == 0:
-            buffers = _scratch(tokens // parts, embed, width, tile_rows(pairs / parts / experts), dtype)
+    for parts, pieces in itertools.product(range(1, MOST_CUTS + 1), repeat=2):
+        if tokens % (parts * GROUP) == 0 and width % (pieces * LANES) == 0:
+            rows = tile_rows(pairs / parts / experts)
+            buffers = _scratch(tokens // parts, embed, width // pieces, rows, dtype)
             if not info or scratch_bytes(buffers.values()) + FOR_SPILLS <= info.vmem_capacity_bytes:
-                return parts
+                return Cut(parts, pieces)
     return None
 
 
@@ -72,7 +83,7 @@ def fused_experts(
     experts: jax.Array,
     expert_weights: jax.Array,
     weights: dict[str, jax.Array],
-    parts: int = 1,
+    cut: Cut = Cut(),
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns sum_k w_k down_k(silu(gate_k x) * up_k x) [tokens, embed], like x, and the rows of each expert, int32.
@@ -80,9 +91,9 @@ def fused_experts(
     x [tokens, embed]; experts [k, tokens] int32, of which those outside 0 .. experts - 1 are left out; expert_weights
     [k, tokens] float32. weights: "gate", "up" [layers, experts, embed, width], "down" [layers, experts, width, embed],
     of which those of weights["layer"], an int32 scalar, are read in place; "router" [embed, experts on all ranks].
-    parts: of fused_parts.
+    cut: of fused_cut.
     """
-    num_experts, width = weights["gate"].shape[1], weights["gate"].shape[3]
+    num_experts, width, parts = weights["gate"].shape[1], weights["gate"].shape[3], cut.parts
     tokens, embed = x.shape[0] // parts, x.shape[1]
     of_parts = zip(*(jnp.split(array, parts, axis=1) for array in (experts, expert_weights)), strict=True)
     lists = zip(*(work_list(*part, num_experts) for part in of_parts), strict=True)
@@ -90,7 +101,7 @@ def fused_experts(
     load = jnp.diff(work[2].reshape(parts, -1)).sum(0)
     tile = tile_rows(experts.size / parts / weights["router"].shape[1])
     cores = 2 if interpret else pltpu.get_tpu_info().num_cores
-    buffers = _scratch(tokens, embed, width, tile, x.dtype)
+    buffers = _scratch(tokens, embed, width // cut.pieces, tile, x.dtype)
     limit = None if interpret else scratch_bytes(buffers.values()) + FOR_SPILLS
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     operands = dict(x=x) | {name: weights[name] for name in ("gate", "up", "down")}
@@ -168,7 +179,8 @@ def _unpack(words: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 class _Part:
-    """A part of the tokens on one core. lists: of work_list, in scalar memory, one after the other for each part; refs:
+    """A part of the tokens on one core. Weights come in pieces of an expert: piece i is the core's expert i // pieces.
+    lists: of work_list, in scalar memory, one after the other for each part; refs:
     operands and result in HBM, buffers and semaphores, by name.
     """
 
@@ -184,17 +196,19 @@ class _Part:
         self.sublanes, self.columns = refs.words.shape[0] // num_tokens, refs.x.shape[1] // LANES
         self.groups_of_stage = refs.stage.shape[1] // GROUP
         self.stages = num_tokens // refs.stage.shape[1]
+        self.width = refs.gate_ring.shape[2]
+        self.pieces = refs.gate.shape[3] // self.width
 
     def run(self):
         refs, listed = self.refs, self.order[self.first_expert]
-        mine = (listed - self.core + self.cores - 1) // self.cores
+        mine = (listed - self.core + self.cores - 1) // self.cores * self.pieces
         self.stage_in(0).start()
         for i in range(AHEAD):
-            pl.when(i < mine)(functools.partial(self.start_expert, i))
+            pl.when(i < mine)(functools.partial(self.start_piece, i))
         lax.fori_loop(0, self.stages * self.groups_of_stage, self.clear, None)
         refs.tile[...] = jnp.zeros_like(refs.tile)  # rows that no token fills yet must be finite
         lax.fori_loop(0, self.stages, self.bring_in, None)
-        lax.fori_loop(0, mine, functools.partial(self.compute_expert, mine), None)
+        lax.fori_loop(0, mine, functools.partial(self.compute_piece, mine), None)
         lax.fori_loop(0, self.stages, self.send_out, None)
         for i in range(max(self.stages - 2, 0), self.stages):
             self.stage_out(i).wait()
@@ -249,24 +263,29 @@ class _Part:
         self.stage_out(i).start()
 
     def expert(self, i):
-        """The i-th expert of this core."""
-        return self.order[self.first_expert + 1 + self.core + i * self.cores]
+        """Of piece i."""
+        return self.order[self.first_expert + 1 + self.core + i // self.pieces * self.cores]
 
-    def expert_copies(self, i):
+    def piece_copies(self, i):
         refs, slot = self.refs, i % (AHEAD + 1)
+        at, columns = (self.layer, self.expert(i)), slice(None)
+        if self.pieces > 1:
+            columns = pl.ds(pl.multiple_of(i % self.pieces * self.width, LANES), self.width)
+        into, out = (*at, slice(None), columns), (*at, columns)
+        streams = (refs.gate, into, refs.gate_ring), (refs.up, into, refs.up_ring), (refs.down, out, refs.down_ring)
         return [
-            pltpu.make_async_copy(source.at[self.layer, self.expert(i)], ring.at[slot], refs.ring_done.at[slot])
-            for source, ring in ((refs.gate, refs.gate_ring), (refs.up, refs.up_ring), (refs.down, refs.down_ring))
+            pltpu.make_async_copy(source.at[place], ring.at[slot], refs.ring_done.at[slot])
+            for source, place, ring in streams
         ]
 
-    def start_expert(self, i):
-        for copy in self.expert_copies(i):
+    def start_piece(self, i):
+        for copy in self.piece_copies(i):
             copy.start()
 
-    def compute_expert(self, mine, i, _):
+    def compute_piece(self, mine, i, _):
         tile_size, slot = self.refs.tile.shape[0], i % (AHEAD + 1)
-        pl.when(i + AHEAD < mine)(lambda: self.start_expert(i + AHEAD))
-        for copy in self.expert_copies(i):
+        pl.when(i + AHEAD < mine)(lambda: self.start_piece(i + AHEAD))
+        for copy in self.piece_copies(i):
             copy.wait()
         begin, end = (self.first_row + self.starts[self.first_expert + self.expert(i) + side] for side in (0, 1))
 

@@ -99,35 +99,37 @@ def test_a_pass_of_decoding_uses_it_where_it_is_asked_for(experts, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("topology", "tokens", "parts"),
+    ("topology", "tokens", "embed", "width", "cut"),
     [
-        ("v5p:2x2x1", 4096, 1),
-        ("v5p:2x2x1", 8192, 2),
-        ("v4:2x2x1", 256, 1),
-        ("v4:2x2x1", 8192, None),
-        ("v6e:2x2", 4096, 1),
-        ("v6e:2x2", 16384, None),  # its pairs do not fit scalar memory
+        ("v5p:2x2x1", 4096, 2048, 128, (1, 1)),  # LLaDA2.0-mini, its experts split over four chips
+        ("v5p:2x2x1", 8192, 2048, 128, (2, 1)),
+        ("v5p:2x2x1", 4096, 2048, 512, (1, 4)),
+        ("v5p:2x2x1", 1024, 4096, 1024, (1, 4)),  # -flash
+        ("v4:2x2x1", 256, 2048, 128, (1, 1)),
+        ("v4:2x2x1", 8192, 2048, 128, None),
+        ("v6e:2x2", 4096, 2048, 128, (1, 1)),
+        ("v6e:2x2", 16384, 2048, 128, None),  # its pairs do not fit scalar memory
     ],
 )
-def test_tokens_are_cut_to_fit_fast_memory(topology, tokens, parts):
-    """LLaDA2.0-mini, its experts split over four chips."""
+def test_tokens_and_widths_are_cut_to_fit_fast_memory(topology, tokens, embed, width, cut):
     with jax.set_mesh(one_device(parse_topology(topology))):
-        assert fused_experts.fused_parts(tokens, 2048, 128, tokens * 8, 256, jnp.bfloat16) == parts
+        assert fused_experts.fused_cut(tokens, embed, width, tokens * 8, 256, jnp.bfloat16) == cut
 
 
 def test_tokens_must_be_whole_registers():
-    assert fused_experts.fused_parts(32, 2048, 128, 64, 8, jnp.bfloat16, interpret=True) == 1
+    assert fused_experts.fused_cut(32, 2048, 128, 64, 8, jnp.bfloat16, interpret=True) == (1, 1)
     for tokens, embed, width in ((8, 2048, 128), (32, 1024, 128), (32, 2048, 64)):
-        assert fused_experts.fused_parts(tokens, embed, width, 64, 8, jnp.bfloat16, interpret=True) is None
+        assert fused_experts.fused_cut(tokens, embed, width, 64, 8, jnp.bfloat16, interpret=True) is None
 
 
-def test_parts_add_up():
+@pytest.mark.parametrize("cut", [(2, 1), (1, 2), (2, 2)])
+def test_parts_and_pieces_add_up(cut):
     rng = np.random.default_rng(3)
-    weights, x = layer(rng, 4, 1024), jnp.asarray(rng.normal(size=(32, 1024)), jnp.float32)
+    weights, x = layer(rng, 4, 1024, width=256), jnp.asarray(rng.normal(size=(32, 1024)), jnp.float32)
     routed = choices(rng, 32, 2, 4)
     whole, load = fused_experts.fused_experts(x, *routed, weights, interpret=True)
-    cut, loads = fused_experts.fused_experts(x, *routed, weights, parts=2, interpret=True)
-    assert np.array_equal(load, loads) and np.allclose(whole, cut, atol=1e-6)
+    found, loads = fused_experts.fused_experts(x, *routed, weights, fused_experts.Cut(*cut), interpret=True)
+    assert np.array_equal(load, loads) and np.allclose(whole, found, atol=1e-5)
 
 
 @pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])

@@ -26,13 +26,13 @@ class Shape:
     all_experts: int
     k: int
 
-    def parts(self) -> int | None:
-        """As fused_experts.fused_parts, on the current device."""
+    def cut(self) -> fused_experts.Cut | None:
+        """As fused_experts.fused_cut, on the current device."""
         sizes = self.tokens, self.embed, self.width
-        return fused_experts.fused_parts(*sizes, self.tokens * self.k, self.all_experts, jnp.bfloat16)
+        return fused_experts.fused_cut(*sizes, self.tokens * self.k, self.all_experts, jnp.bfloat16)
 
 
-def program(shape: dict):
+def program(shape: dict, pieces: int):
     """(a layer, abstract arguments); called in the compiler's process."""
     shape = Shape(**shape)
     into, out = ((1, shape.experts, *sizes) for sizes in ((shape.embed, shape.width), (shape.width, shape.embed)))
@@ -40,27 +40,27 @@ def program(shape: dict):
 
     def run(experts, expert_weights, x, gate, up, down, router):
         weights = dict(gate=gate, up=up, down=down, layer=jnp.int32(0), router=router)
-        return fused_experts.fused_experts(x, experts, expert_weights, weights)
+        return fused_experts.fused_experts(x, experts, expert_weights, weights, fused_experts.Cut(pieces=pieces))
 
     routed = (jax.ShapeDtypeStruct((shape.k, shape.tokens), dtype) for dtype in (jnp.int32, jnp.float32))
     return run, (*routed, *(jax.ShapeDtypeStruct(sizes, jnp.bfloat16) for sizes in arrays))
 
 
-def kernel_costs(shape: Shape, parts: int, topology: Topology) -> dict[str, KernelCost]:
-    """{prefix of the kernel's name: cost of a call} that cuts its tokens into parts; every expert is equally likely."""
-    shape = dataclasses.replace(shape, tokens=shape.tokens // parts)
-    target = f"{__name__}:program"
-    ((_, kernel),) = compile_program(target, {"shape": dataclasses.asdict(shape)}, topology.name).kernels.items()
+def kernel_costs(shape: Shape, cut: fused_experts.Cut, topology: Topology) -> dict[str, KernelCost]:
+    """{prefix of the kernel's name: cost of a call}; every expert is equally likely."""
+    shape = dataclasses.replace(shape, tokens=shape.tokens // cut.parts)
+    target, arguments = f"{__name__}:program", {"shape": dataclasses.asdict(shape), "pieces": cut.pieces}
+    ((_, kernel),) = compile_program(target, arguments, topology.name).kernels.items()
     chip, tile = topology.chip, fused_experts.tile_rows(shape.tokens * shape.k / shape.all_experts)
     rows, chance = _rows(shape)
     reached = shape.experts * (1 - chance[0])
     cores = chip.cores_per_device if kernel.split else 1
-    per_expert, per_tile, per_group, rest = _cycles(kernel, shape)
+    per_piece, per_tile, per_group, rest = _cycles(kernel, shape)
     tiles, groups = (shape.experts * float(chance @ np.ceil(rows / size)) for size in (tile, fused_experts.GROUP))
-    cycles = rest + (reached * per_expert + tiles * per_tile + groups * per_group) / cores
+    cycles = rest + cut.pieces * (reached * per_piece + tiles * per_tile + groups * per_group) / cores
     moved = reached * 3 * shape.embed * shape.width * 2 + (cores + 1) * shape.tokens * shape.embed * 2
     seconds = max(cycles / chip.bundle_rate, moved / chip.stream_bandwidth)
-    cost = OperationCost(seconds, 2.0 * tiles * tile * 3 * shape.embed * shape.width) * parts
+    cost = OperationCost(seconds, 2.0 * tiles * tile * 3 * shape.embed * shape.width) * cut.parts
     return {fused_experts.NAME: lambda result, operands: ("experts", cost)}
 
 
@@ -73,18 +73,18 @@ def _rows(shape: Shape) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _cycles(kernel: Kernel, shape: Shape) -> tuple[float, float, float, float]:
-    """Of an expert, a tile, a group of rows (in and out) and all else, on a core that has all experts.
+    """Of a piece of an expert, a tile, a group of rows (in and out) and all else.
 
-    The loop over groups is inside that over tiles, which is inside that over experts; beside it are three loops over
+    The loop over groups is inside that over tiles, which is inside that over pieces; beside it are three loops over
     all tokens, a group at a time: clearing, bringing in, sending out.
     """
     loops = [region for region in kernel.program.walk() if region.loop]
     tiles = next(loop for loop in loops if loop.own.mxu_cycles)
-    experts = next(loop for loop in loops if loop is not tiles and tiles in loop.walk())
+    pieces = next(loop for loop in loops if loop is not tiles and tiles in loop.walk())
     groups = [loop for loop in tiles.walk() if loop.loop and loop is not tiles]
-    others = [loop for loop in loops if loop not in experts.walk()]
+    others = [loop for loop in loops if loop not in pieces.walk()]
     innermost = [loop for loop in others if not any(inner.loop for inner in loop.inside)]
     per_group = sum(loop.own.cycles for loop in groups)
-    per_expert = experts.total.bundles - tiles.total.bundles
+    per_piece = pieces.total.bundles - tiles.total.bundles
     rest = sum(loop.own.cycles for loop in innermost) * shape.tokens / fused_experts.GROUP
-    return per_expert, tiles.own.cycles, per_group, rest
+    return per_piece, tiles.own.cycles, per_group, rest

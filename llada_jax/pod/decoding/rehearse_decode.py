@@ -183,8 +183,8 @@ def _expert_kernels(config: ConfigDict, model: ModelConfig, mesh, topology: Topo
         tokens * ranks, model.hidden_size, width, experts, model.num_experts, model.num_experts_per_token
     )
     with jax.set_mesh(mesh):
-        parts = shape.parts()
-    return costs | (fused_experts_cost.kernel_costs(shape, parts, topology) if parts else {})
+        cut = shape.cut()
+    return costs | (fused_experts_cost.kernel_costs(shape, cut, topology) if cut else {})
 
 
 def _trips(rows: int, block: int, length: int, filled: int) -> dict[str, int]:

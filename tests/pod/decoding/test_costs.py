@@ -3,6 +3,7 @@
 import pytest
 
 from llada_jax.chips import parse_topology
+from llada_jax.model.fused_experts import Cut
 from llada_jax.pod.decoding import cached_attention_cost, fused_experts_cost
 
 TOPOLOGY = parse_topology("v5p:2x2x1")
@@ -26,10 +27,10 @@ def test_attention_costs_the_chunks_that_are_filled():
 
 def test_experts_cost_their_weights_once_per_part():
     shape = fused_experts_cost.Shape(tokens=256, embed=2048, width=128, experts=64, all_experts=64, k=8)
-    part, whole = cost(fused_experts_cost.kernel_costs(shape, 1, TOPOLOGY))
+    part, whole = cost(fused_experts_cost.kernel_costs(shape, Cut(), TOPOLOGY))
     weights = 64 * 3 * 2048 * 128 * 2
     assert part == "experts" and whole.seconds >= weights / TOPOLOGY.chip.stream_bandwidth
-    _, cut = cost(fused_experts_cost.kernel_costs(shape, 2, TOPOLOGY))
+    _, cut = cost(fused_experts_cost.kernel_costs(shape, Cut(parts=2), TOPOLOGY))
     assert cut.seconds >= 2 * weights / TOPOLOGY.chip.stream_bandwidth
     # Three products of all rows; the last tile of an expert is not full.
     assert whole.flops >= 2 * 256 * 8 * 3 * 2048 * 128
