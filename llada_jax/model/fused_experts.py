@@ -51,8 +51,8 @@ class Cut(NamedTuple):
 def fused_cut(
     tokens: int, embed: int, width: int, pairs: int, experts: int, dtype, interpret: bool = False
 ) -> Cut | None:
-    """The cut with fewest parts, and then fewest pieces, that fits this chip. None if none does, if the lists of pairs
-    do not fit scalar memory, or if tokens or widths are no whole registers.
+    """The cut with fewest parts times pieces, and then fewest parts, that fits this chip. None if none does, if the
+    lists of pairs do not fit scalar memory, or if tokens or widths are no whole registers.
 
     width: of an expert, on this device. pairs: of a token and one of `experts` experts, on all ranks. interpret: no
     memory has an end.
@@ -63,7 +63,8 @@ def fused_cut(
     info = None if interpret else pltpu.get_tpu_info()
     if info and 4 * (2 * pairs + 2 * MOST_CUTS * (experts + 1)) > info.smem_capacity_bytes * 3 // 4:
         return None
-    for parts, pieces in itertools.product(range(1, MOST_CUTS + 1), repeat=2):
+    cuts = itertools.product(range(1, MOST_CUTS + 1), repeat=2)
+    for parts, pieces in sorted(cuts, key=lambda cut: (math.prod(cut), cut)):
         if tokens % (parts * GROUP) == 0 and width % (pieces * LANES) == 0:
             rows = tile_rows(pairs / parts / experts)
             buffers = _scratch(tokens // parts, embed, width // pieces, rows, dtype)

@@ -103,7 +103,7 @@ def test_a_pass_of_decoding_uses_it_where_it_is_asked_for(experts, monkeypatch):
     [
         ("v5p:2x2x1", 4096, 2048, 128, (1, 1)),  # LLaDA2.0-mini, its experts split over four chips
         ("v5p:2x2x1", 8192, 2048, 128, (2, 1)),
-        ("v5p:2x2x1", 4096, 2048, 512, (1, 4)),
+        ("v5p:2x2x1", 4096, 2048, 512, (2, 1)),
         ("v5p:2x2x1", 1024, 4096, 1024, (1, 4)),  # -flash
         ("v4:2x2x1", 256, 2048, 128, (1, 1)),
         ("v4:2x2x1", 8192, 2048, 128, None),
