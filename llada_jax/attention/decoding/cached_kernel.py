@@ -68,8 +68,9 @@ def cached_kernel_attention(
     """Equals cached_attention with the visibility that the plan was made from; operands are as there.
 
     The last axis of the cache may be longer than head_dim, and should be a multiple of LANES: XLA lays shorter ones
-    out another way, and would copy the whole cache. What is beyond head_dim is zero. Under a mesh every device runs
-    its own rows and heads. interpret=True runs on any device, slowly, for tests.
+    out another way, and would copy the whole cache (findings/libtpu_copies_caches_of_short_heads.sh). What is
+    beyond head_dim is zero. Under a mesh every device runs its own rows and heads. interpret=True runs on any
+    device, slowly, for tests.
     """
     layer = jnp.asarray(layer, jnp.int32)
     interpret = pltpu.InterpretParams() if interpret else False
