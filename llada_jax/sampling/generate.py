@@ -174,9 +174,9 @@ def decode_settings(
 
 
 def prefill_execution(longest: int) -> Execution:
-    """How to prefill prompts of up to `longest` tokens on this device, and how to attend in the passes after it."""
+    """How to prefill prompts of up to `longest` tokens on this device, and by which kernels the passes after it run."""
     if jax.default_backend() == "tpu":
-        return Execution(attention="kernel")
+        return Execution(attention="kernel", experts="megablox")
     return Execution(attention="blockwise" if longest > 1024 else "dense")  # dense holds [longest, longest] scores
 
 

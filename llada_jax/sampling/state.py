@@ -22,8 +22,8 @@ KEYS = "threefry2x32"  # whatever the default is: a draw is the same everywhere
 class DecodeSettings:
     """Static settings of a decoding program: one is compiled for each. Everything else of a request is data.
 
-    sample, cut: whether any request has a temperature, or a top-k or top-p. execution: of the prefill; its dtype is
-    that of all passes, and where its attention is "kernel", theirs is too.
+    sample, cut: whether any request has a temperature, or a top-k or top-p. execution: of the prefill; its dtype and
+    its experts are those of all passes, and so is its attention where that is "kernel".
     """
 
     mask_id: int

@@ -12,7 +12,7 @@ from llada_jax.model.config import preset
 from llada_jax.model.forward import Execution
 from llada_jax.sampling import accept
 from llada_jax.sampling.decode import iterate
-from llada_jax.sampling.generate import decode_settings
+from llada_jax.sampling.generate import decode_settings, prefill_execution
 from llada_jax.sampling.state import empty_state
 
 CONFIGS = {
@@ -167,6 +167,16 @@ def test_the_kernel_of_attention_writes_the_same_answer(model):
         assert np.array_equal(a, b)
     for a, b in zip(expected.confidence, found.confidence, strict=True):
         assert np.allclose(a, b, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("backend", "longest", "expected"),
+    [("tpu", 10, ("kernel", "megablox")), ("cpu", 10, ("dense", "xla")), ("gpu", 2000, ("blockwise", "xla"))],
+)
+def test_a_tpu_decodes_by_its_kernels(monkeypatch, backend, longest, expected):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    execution = prefill_execution(longest)
+    assert (execution.attention, execution.experts) == expected
 
 
 def test_a_mesh_decodes_as_one_device_does(model):
