@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from llada_jax import sharding
 from llada_jax.attention.decoding.cached import CACHE_AXES
-from llada_jax.attention.decoding.cached_kernel import ALIGNED, LANES
+from llada_jax.attention.decoding.cached_kernel import cache_sizes
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.forward import Execution
 from llada_jax.sampling.predict import Sampling
@@ -113,8 +113,9 @@ def empty_state(
         sampling=Sampling(f, n, f + 1, jax.vmap(functools.partial(jax.random.key, impl=KEYS))(n)),
     )  # fmt: skip
 
-    tile = (ALIGNED, LANES) if settings.execution.attention == "kernel" else (1, 1)
-    sizes = (-(-size // whole) * whole for size, whole in zip((canvas, config.head_dim), tile, strict=True))
+    sizes = canvas, config.head_dim
+    if settings.execution.attention == "kernel":
+        sizes = cache_sizes(*sizes)
     cached = rows, config.num_kv_heads, *sizes
 
     def keys_or_values(layers):

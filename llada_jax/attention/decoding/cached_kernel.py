@@ -43,6 +43,12 @@ class CachedPlan:
     chunk: int = flax.struct.field(pytree_node=False)
 
 
+def cache_sizes(positions: int, head_dim: int) -> tuple[int, int]:
+    """(positions, lanes) of a head in a cache that the kernel reads in place: whole tiles."""
+    sizes = zip((positions, head_dim), (ALIGNED, LANES), strict=True)
+    return tuple(-(-size // whole) * whole for size, whole in sizes)
+
+
 def make_plan(visibility: Visibility, length: int, group: int) -> CachedPlan:
     """visibility: as cached_attention's; length: positions of the cache; group: query heads of a key/value head, on a
     device. Raises InputError if the kernel cannot read a cache of this length.

@@ -28,7 +28,7 @@ class Shape:
     @property
     def lanes(self) -> int:
         """Of a cached position."""
-        return -(-self.head_dim // cached_kernel.LANES) * cached_kernel.LANES
+        return cached_kernel.cache_sizes(self.length, self.head_dim)[1]
 
 
 def program(shape: dict):
