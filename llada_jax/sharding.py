@@ -115,7 +115,11 @@ def replicated(tree):
 def gathered(w: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     """Returns a weight as matmuls use it: gathered over "fsdp", still split over "tensor". axes: its logical axes."""
     whole = tuple(None if axis == "embed" else axis for axis in axes)
-    return checkpoint_name(constrain(w, whole), GATHERED)
+    mesh = mesh_in_force()
+    # A constraint that changes nothing would still be a copy, between a stack of layers and the matmul that reads it.
+    if mesh is not None and spec(whole, w.shape, mesh) != spec(axes, w.shape, mesh):
+        w = constrain(w, whole)
+    return checkpoint_name(w, GATHERED)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,6 +35,7 @@ from llada_jax.model.alignment import align
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.grouped_matmul import KERNELS
 from llada_jax.model.inputs import block_size_of, checked_inputs
+from llada_jax.model.joined_heads import split_heads
 from llada_jax.model.layers import project, rope_angles, swiglu
 from llada_jax.model.lora import weight_of
 from llada_jax.model.parameters import Params
@@ -221,7 +222,11 @@ def _layer(config, group, execution, attend, cos, sin, shared, counted, x, of_la
     weights, layer = of_layer
     axes = parameters.layer_axes(config, group, weights)
     routed = {k: w for k, w in weights.items() if group == "sparse" and weight_of(k) in EXPERT_WEIGHTS}
-    weights = {k: sharding.gathered(w.astype(x.dtype), axes[k]) for k, w in weights.items() if k not in routed}
+    weights = {k: w.astype(x.dtype) for k, w in weights.items() if k not in routed}
+    weights = {
+        k: sharding.gathered(split_heads(w, axes[k], config.head_dim), axes[k]).reshape(w.shape)
+        for k, w in weights.items()
+    }
     h = rms_norm(x, weights["attention_norm"], config.rms_norm_eps)
     attended, keys_values = _attention(config, attend, weights, h, cos, sin, shared.cache, layer)
     x = context.first(x, attended.shape[1]) + attended
@@ -258,9 +263,11 @@ def _attention(config, attend, weights, x, cos, sin, cache, layer):
 
     def heads(name, x):
         y = project(x, weights, name)
-        y, shape = y.reshape(*y.shape[:2], -1), y.shape
+        if y.ndim == 3:  # of joined heads; or XLA would split them in the weight, and lay it anew
+            y = jax.lax.optimization_barrier(y)
+        y = y.reshape(*y.shape[:2], -1)
         y = y + weights[name + "_bias"].reshape(1, 1, -1) if config.qkv_bias else y
-        return checkpoint_name(y, name).reshape(shape)
+        return checkpoint_name(y, name).reshape(*y.shape[:2], -1, config.head_dim)
 
     query, key, value = heads("query", context.first(x, queries)), heads("key", x), heads("value", x)
     norms = (weights["query_norm"], weights["key_norm"]) if config.qk_norm else (None, None)

@@ -22,7 +22,7 @@ def project(x: jax.Array, weights: dict[str, jax.Array], name: str, contracted: 
 
 def _product(x, w, contracted):
     """x W as a product of matrices, so that heads stay side by side in memory, as the attention kernels take them."""
-    outputs = w.shape[contracted:]
+    outputs = w.shape[min(contracted, w.ndim - 1) :]  # heads of w may be joined
     if w.ndim > 2:  # or XLA would put the heads into the product, and lay them apart
         w = jax.lax.optimization_barrier(w.reshape(-1, math.prod(outputs)))
     y = _matmul(x.reshape(*x.shape[: x.ndim - contracted], -1), w)

@@ -132,6 +132,7 @@ def serve(
     if rows < 1 or admit_every < 1:
         raise InputError(f"rows={rows}, admit_every={admit_every}, expected at least 1")
     usage = Usage() if usage is None else usage
+    params = decode.loop_weights(params, config, execution)
     queue = enumerate(requests)
     running: dict[int, _Running] = {}  # by row
     state = block = None

@@ -20,6 +20,7 @@ from llada_jax.chips import Topology
 from llada_jax.errors import InputError
 from llada_jax.model import parameters
 from llada_jax.model.config import ModelConfig
+from llada_jax.model.joined_heads import join_abstract
 from llada_jax.pod import aot, hlo, operations, routing_cost
 from llada_jax.pod.decoding import cached_attention_cost, fused_experts_cost
 from llada_jax.pod.lower import Slices, check_experts, compile_step, model_of, with_shardings
@@ -126,6 +127,9 @@ def _arguments(model: ModelConfig, decoding: DecodeSettings, rows: int, canvas: 
     """Abstract weights and state, laid out as sharding.RULES say: rows over the batch axes."""
     axes = parameters.logical_axes(model)
     params = with_shardings(parameters.abstract(model, jnp.bfloat16), lambda x: sharding.shardings(x, axes, mesh))
+    if decoding.execution.attention == "kernel":
+        with jax.set_mesh(mesh):
+            params = join_abstract(params, model)
     state = jax.eval_shape(functools.partial(empty_state, model, decoding, rows, canvas, "bfloat16"))
 
     def layout(path, leaf):
