@@ -143,8 +143,7 @@ class WeightShards:
         that of x: each rank accumulated its own part in float32 and rounded it once.
         """
         for dimension, axes in enumerate(self.specs.get(name, ())):
-            axes = (axes,) if isinstance(axes, str) else axes or ()
-            if axes := tuple(axis for axis in axes if axis not in keep):
+            if axes := tuple(axis for axis in axes_of(axes) if axis not in keep):
                 x = gather_axes(x, axes, dimension, self.reduce_dtype)
         return checkpoint_name(x, GATHERED)
 
@@ -239,8 +238,12 @@ def kv_copies(heads: int, kv_heads: int) -> int:
 
 def split_over(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
     """Returns the mesh axes that `spec` of the same arguments names."""
-    entries = spec(axes, shape, mesh)
-    return tuple(name for entry in entries if entry for name in ([entry] if isinstance(entry, str) else entry))
+    return tuple(name for entry in spec(axes, shape, mesh) for name in axes_of(entry))
+
+
+def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes of one entry of a PartitionSpec."""
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
 def tokens_joined(shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:

@@ -1,16 +1,16 @@
 """Predicts a token, its probability and the entropy at the positions that need them: by argmax, or by a draw.
 
-The head runs on the needed positions only, TILE of them at a time and over VOCAB_TILE tokens at a time, with running
-maxima and sums: no float32 [positions, vocab] is ever in memory. With top-k or top-p the logits of one tile of
-positions are. Under a mesh each shard of the vocabulary reduces its own part, and a few scalars per position are
-combined.
+The head runs on the needed positions only, a tile of them at a time and at most VOCAB_TILE tokens at a time, with
+running maxima and sums: no float32 [positions, vocab] is ever in memory. With top-k or top-p the logits of one tile of
+positions are. Under a mesh every device has its own part of the vocabulary, for the positions of all rows, so that the
+head is read once by all devices together; a few scalars per position are combined.
 
 Probabilities are those of the softmax over all logits, the mask token's among them, as HF's `generate`, SGLang and
 dInfer compute them: mass on the mask makes the others less sure. The mask is never predicted: where it is the argmax,
 or is drawn, the best other token (or the next of the draw) stands in with its own probability.
 """
 
-import functools
+import math
 from typing import NamedTuple
 
 import flax.struct
@@ -20,8 +20,10 @@ from jax.sharding import PartitionSpec
 
 from llada_jax import sharding
 
-TILE = 128  # positions; the head is read once for each
+TILE = 128  # positions on one device; the head is read once for each
+MESH_TILE = 256  # on a mesh, whose devices read a part of the head each
 VOCAB_TILE = 16_384
+LANES = 128  # of a register of TPUs: widths of vocabulary tiles are multiples
 TILES = "needed_tiles"  # scope of the loop over them
 _LOWEST = -1e30
 
@@ -74,20 +76,46 @@ def predict(
     not change it.
     """
     if (mesh := sharding.mesh_in_force()) is None:
-        return _predict(head, hidden, needed, sampling, settings, None)
-    rows = sharding.spec(("batch", None, None), hidden.shape, mesh)
+        return _predict(head, hidden, needed, sampling, settings, _Vocabulary(head, ()), TILE)
+    row = PartitionSpec(sharding.spec(("batch",), hidden.shape[:1], mesh)[0])
     vocab = sharding.spec((None, "vocab"), head.shape, mesh)
-    local = functools.partial(_predict, settings=settings, vocab_axis=vocab[1])
-    row = PartitionSpec(rows[0])
-    return jax.shard_map(local, in_specs=(vocab, rows, row, row), out_specs=row, check_vma=False)(
-        head, hidden, needed, sampling
-    )
+    row_axes, vocab_axes = (sharding.axes_of(entry) for entry in (row[0], vocab[1]))
+
+    def local(head, *of_rows):
+        of_rows = jax.tree.map(lambda x: sharding.gather_axes(x, row_axes, 0), of_rows) if row_axes else of_rows
+        prediction = _predict(head, *of_rows, settings, _Vocabulary(head, vocab_axes, row_axes), MESH_TILE)
+        own = needed.shape[0] // math.prod(mesh.shape[axis] for axis in row_axes)
+        first = jax.lax.axis_index(row_axes) * own if row_axes else 0
+        return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, own), prediction)
+
+    run = jax.shard_map(local, in_specs=(vocab, row, row, row), out_specs=row, check_vma=False)
+    return run(head, hidden, needed, sampling)
 
 
-def _predict(head, hidden, needed, sampling, settings, vocab_axis) -> Prediction:
+def num_tiles(positions: int, on_mesh: bool) -> int:
+    """Of so many needed positions of all rows: how often the head is read."""
+    return -(-positions // (MESH_TILE if on_mesh else TILE))
+
+
+class _Vocabulary:
+    """A device's part of the vocabulary: columns `first` .. `end` - 1 of its part of the head, whose token ids start at
+    `offset`. axes: the mesh axes over which the parts are split, in the order of the ids.
+
+    head [embed, vocab / head_axes]: split over head_axes; each part is shared out over `row_axes`.
+    """
+
+    def __init__(self, head: jax.Array, head_axes: tuple[str, ...], row_axes: tuple[str, ...] = ()):
+        columns, self.axes = head.shape[1], head_axes + row_axes
+        self.offset = jax.lax.axis_index(head_axes) * columns if head_axes else 0
+        self.size = -(-columns // (jax.lax.axis_size(row_axes) if row_axes else 1))
+        self.first = jax.lax.axis_index(row_axes) * self.size if row_axes else 0
+        self.end = jnp.minimum(self.first + self.size, columns)
+
+
+def _predict(head, hidden, needed, sampling, settings, vocabulary: _Vocabulary, tile: int) -> Prediction:
     rows, block, embed = hidden.shape
     positions = rows * block
-    tile = min(TILE, positions)
+    tile = min(tile, positions)
     flat = hidden.reshape(positions, embed)
     # Needed positions first; the padding is out of bounds: reads fill, writes drop.
     order = jnp.nonzero(needed.reshape(-1), size=-(-positions // tile) * tile, fill_value=positions)[0]
@@ -100,7 +128,7 @@ def _predict(head, hidden, needed, sampling, settings, vocab_axis) -> Prediction
             keys = jax.vmap(jax.random.fold_in)(tile_sampling.key, index % block)
             tile_sampling = tile_sampling.replace(key=keys)
         tile_hidden = flat.at[index].get(mode="fill", fill_value=0)
-        scored = _score(head, tile_hidden, tile_sampling, settings, vocab_axis)
+        scored = _score(head, tile_hidden, tile_sampling, settings, vocabulary)
         return jax.tree.map(lambda whole, x: whole.at[index].set(x, mode="drop"), prediction, scored)
 
     zeros = jnp.zeros(positions, jnp.float32)
@@ -129,18 +157,18 @@ class _RunningStats(NamedTuple):
     mask: jax.Array
 
 
-def _score(head, hidden, sampling: Sampling, settings: PredictSettings, vocab_axis) -> Prediction:
+def _score(head, hidden, sampling: Sampling, settings: PredictSettings, vocabulary: _Vocabulary) -> Prediction:
     """Predictions [positions] for hidden [positions, embed]; settings' fields are [positions] too."""
-    vocab = head.shape[1]
-    offset = 0 if vocab_axis is None else jax.lax.axis_index(vocab_axis) * vocab
+    columns = head.shape[1]
 
-    def scaled_logits(start, width, seen):
-        """(ids [width] of a tile of the vocabulary, z float32 [positions, width]); -inf for what was seen before."""
-        weights = jax.lax.dynamic_slice_in_dim(head, start, width, axis=1).astype(hidden.dtype)
+    def scaled_logits(start, width):
+        """(ids [width], z float32 [positions, width]) of columns from `start` on; -inf for those of other tiles."""
+        read = jnp.minimum(start, columns - width)
+        weights = jax.lax.dynamic_slice_in_dim(head, read, width, axis=1).astype(hidden.dtype)
         z = jnp.dot(hidden, weights, preferred_element_type=jnp.float32)
-        local = start + jnp.arange(width)
-        z = jnp.where((local < seen)[None], -jnp.inf, z)
-        return offset + local, z / temperature[:, None] if settings.sample else z
+        column = read + jnp.arange(width)
+        z = jnp.where(((column < start) | (column >= vocabulary.end))[None], -jnp.inf, z)
+        return vocabulary.offset + column, z / temperature[:, None] if settings.sample else z
 
     positions = hidden.shape[0]
     temperature = jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)
@@ -148,18 +176,19 @@ def _score(head, hidden, sampling: Sampling, settings: PredictSettings, vocab_ax
     token = jnp.zeros(positions, jnp.int32)
     state = _RunningStats(never, token, lowest, lowest, zeros, zeros, zeros, zeros, never)
     if settings.cut:  # the cut depends on all logits of a position
-        ids, z = scaled_logits(0, vocab, 0)
-        state = _fold(state, ids, z, _cut(z, ids, sampling, settings, vocab_axis), sampling, settings)
+        ids, z = scaled_logits(vocabulary.first, vocabulary.size)
+        state = _fold(state, ids, z, _cut(z, ids, sampling, settings, vocabulary.axes), sampling, settings)
     else:
-        width = min(VOCAB_TILE, vocab)
+        tiles = -(-vocabulary.size // VOCAB_TILE)
+        width = min(-(-vocabulary.size // (tiles * LANES)) * LANES, columns)
 
-        def visit(i, state):  # the last tile may overlap the one before
-            ids, z = scaled_logits(jnp.minimum(i * width, vocab - width), width, i * width)
+        def visit(i, state):
+            ids, z = scaled_logits(vocabulary.first + i * width, width)
             return _fold(state, ids, z, z, sampling, settings)
 
-        state = jax.lax.fori_loop(0, -(-vocab // width), visit, state) if width < vocab else visit(0, state)
-    if vocab_axis is not None:
-        state = _combine(state, temperature, vocab_axis)
+        state = jax.lax.fori_loop(0, tiles, visit, state) if tiles > 1 else visit(0, state)
+    if vocabulary.axes:
+        state = _combine(state, temperature, vocabulary.axes)
     above = state.z - state.highest
     confidence = jnp.exp(above * temperature) / state.raw if settings.raw else jnp.exp(above) / state.total
     entropy = state.highest + jnp.log(state.uncut) - state.weighted / state.uncut if settings.entropy else zeros
@@ -206,9 +235,9 @@ def _fold(state: _RunningStats, ids, z, allowed, sampling, settings: PredictSett
     )
 
 
-def _combine(state: _RunningStats, temperature, vocab_axis) -> _RunningStats:
-    """The state over the whole vocabulary from those of its shards; a tie goes to the lowest shard."""
-    shards = jax.lax.all_gather(state, vocab_axis)
+def _combine(state: _RunningStats, temperature, axes) -> _RunningStats:
+    """The state over the whole vocabulary from those of its parts; a tie goes to the lowest part."""
+    shards = jax.lax.all_gather(state, axes)
     winner = jnp.argmax(shards.best, axis=0)[None]
     best, token, z = (jnp.take_along_axis(x, winner, axis=0)[0] for x in shards[:3])
     highest = shards.highest.max(axis=0)
@@ -229,7 +258,7 @@ def _gumbel(keys: jax.Array, ids: jax.Array) -> jax.Array:
     return -jnp.log(-jnp.log(uniform))
 
 
-def _cut(z: jax.Array, ids: jax.Array, sampling: Sampling, settings: PredictSettings, vocab_axis) -> jax.Array:
+def _cut(z: jax.Array, ids: jax.Array, sampling: Sampling, settings: PredictSettings, axes) -> jax.Array:
     """z [positions, vocab] with -inf outside the top k and, of what that leaves, outside the nucleus p.
 
     The nucleus is the smallest set of most probable tokens whose probability exceeds p. Ties at an edge all stay, and
@@ -237,7 +266,7 @@ def _cut(z: jax.Array, ids: jax.Array, sampling: Sampling, settings: PredictSett
     """
 
     def over_vocab(reduce, x):
-        return x if vocab_axis is None else reduce(x, vocab_axis)
+        return reduce(x, axes) if axes else x
 
     def keep(z, weights, limit):
         """The largest z while their weights add up to at most `limit` [positions], and the one that passes it."""

@@ -1,6 +1,7 @@
 """Tiled predictions against the whole softmax."""
 
 import functools
+import math
 from types import SimpleNamespace
 
 import jax
@@ -35,6 +36,11 @@ def run(sampling, settings, hidden=HIDDEN, needed=NEEDED, mesh=None):
         return jax.device_get(function(HEAD, hidden, needed, sampling))
 
 
+def set_vocabulary_tile(monkeypatch, tile):
+    monkeypatch.setattr("llada_jax.sampling.predict.VOCAB_TILE", tile)
+    monkeypatch.setattr("llada_jax.sampling.predict.LANES", 1)
+
+
 def distribution(temperature=1.0, top_k=0, top_p=1.0) -> np.ndarray:
     """float64 [rows, block, vocab]: temperature, then top-k, then the nucleus; one position at a time, by sorting. The
     mask is a token as any other, but the best other one is never cut.
@@ -58,7 +64,7 @@ def without_mask(p):
 @pytest.mark.parametrize("tile, vocab_tile", [(128, 512), (4, 16), (5, 7)])
 def test_argmax_probability_and_entropy_whatever_the_tiles(monkeypatch, tile, vocab_tile):
     monkeypatch.setattr("llada_jax.sampling.predict.TILE", tile)
-    monkeypatch.setattr("llada_jax.sampling.predict.VOCAB_TILE", vocab_tile)
+    set_vocabulary_tile(monkeypatch, vocab_tile)
     p = distribution()
     prediction = run(sampling_of(), PredictSettings(MASK, entropy=True, raw=True))
     needed = np.asarray(NEEDED)
@@ -115,7 +121,7 @@ def test_a_draw_does_not_depend_on_tiles_or_on_other_rows(monkeypatch):
     settings = PredictSettings(MASK, sample=True)
     whole = run(sampling_of(1.0), settings)
     monkeypatch.setattr("llada_jax.sampling.predict.TILE", 5)
-    monkeypatch.setattr("llada_jax.sampling.predict.VOCAB_TILE", 7)
+    set_vocabulary_tile(monkeypatch, 7)
     tiled = run(sampling_of(1.0), settings)
     assert np.array_equal(whole.token, tiled.token)
     backwards = run(sampling_of(1.0, seeds=range(ROWS)[::-1]), settings, HIDDEN[::-1], NEEDED[::-1])
@@ -137,7 +143,7 @@ def test_argmax_and_draws_share_a_batch():
 
 
 def test_dinfers_probability_is_of_the_logits_as_they_are(monkeypatch):
-    monkeypatch.setattr("llada_jax.sampling.predict.VOCAB_TILE", 7)
+    set_vocabulary_tile(monkeypatch, 7)
     needed = np.asarray(NEEDED)
     for cut in (dict(), dict(top_k=4)):
         prediction = run(sampling_of(1.7, **cut), PredictSettings(MASK, sample=True, cut=bool(cut), raw=True))
@@ -157,9 +163,15 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_shards_of_the_vocabulary_agree_with_the_whole(settings):
+@pytest.mark.parametrize(
+    "mesh", [dict(data=4, tensor=2), dict(fsdp=2, expert=2, tensor=2), dict(expert=4, tensor=1), dict(tensor=5)]
+)
+def test_parts_of_the_vocabulary_agree_with_the_whole(mesh, settings, monkeypatch):
+    """Parts are those of the tensor axis, shared out over the ranks that have rows; 25 columns over 4 of them."""
+    set_vocabulary_tile(monkeypatch, 3)
     sampling = sampling_of(1.0 if settings.sample else 0.0, top_k=6, top_p=0.8)
-    mesh = sharding.make_mesh(data=4, tensor=2)
+    devices = math.prod(mesh.values())
+    mesh = sharding.make_mesh(**{"data": 1} | mesh, devices=jax.devices()[:devices])
     whole, sharded = run(sampling, settings), run(sampling, settings, mesh=mesh)
     needed = np.asarray(NEEDED)
     assert np.array_equal(whole.token, sharded.token) and np.array_equal(whole.mask, sharded.mask)

@@ -106,7 +106,7 @@ def rehearse_decode(
     compiled, seconds = compile_step(lowered, mesh, slices)
     module = hlo.parse(compiled.as_text())
     local = rows_of_device(rows, mesh)
-    trips = _trips(round(local), block, canvas, filled)
+    trips = _trips(round(local), rows, mesh.size > 1, block, canvas, filled)
     kernels = {}
     if model.is_moe:
         kernels = _expert_kernels(config, model, mesh, slices.topology, round(2 * local * block))
@@ -191,15 +191,14 @@ def _expert_kernels(config: ConfigDict, model: ModelConfig, mesh, topology: Topo
     return costs | (fused_experts_cost.kernel_costs(shape, cut, topology) if cut else {})
 
 
-def _trips(rows: int, block: int, length: int, filled: int) -> dict[str, int]:
+def _trips(rows: int, all_rows: int, on_mesh: bool, block: int, length: int, filled: int) -> dict[str, int]:
     """Trip counts, by scope, of loops that depend on the data: half of the positions are masked, and every row has a
-    block to commit.
+    block to commit. rows: of a device.
     """
-    chunk, positions = cached.chunk_of(length), rows * block
-    tile = min(predict.TILE, positions)
+    chunk = cached.chunk_of(length)
     return {
         cached.WHOLE_CHUNKS: filled // chunk,
         cached.OTHER_CHUNKS: math.ceil(filled % chunk / chunk),
-        predict.TILES: math.ceil(positions / 2 / tile),
+        predict.TILES: predict.num_tiles(all_rows * block // 2, on_mesh),
         decode.WRITTEN_ROWS: rows,
     }
