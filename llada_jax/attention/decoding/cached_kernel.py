@@ -1,11 +1,13 @@
 """Attention of decoding on TPUs: one Pallas kernel reads the cached keys of each row once, in place, up to its own end.
 
 A unit is one key/value head of one row. Its own keys come first; then chunks of the cache stream through a ring of
-buffers, filled ahead of the arithmetic and across the units, so that no unit waits for its first chunk. Scores are
-transposed, [keys, queries], as in kernel_walk.py.
+buffers, filled ahead of the arithmetic and across the units, so that no unit waits for its first chunk. A chunk is
+scored while the one before is folded in, so that matrix and vector units work at the same time. Scores are transposed,
+[keys, queries], as in kernel_walk.py.
 """
 
 import collections
+import functools
 import math
 
 import flax.struct
@@ -18,13 +20,15 @@ from jax.sharding import PartitionSpec
 
 from llada_jax import sharding
 from llada_jax.attention.decoding.cached import CACHE_AXES, SCOPE
-from llada_jax.attention.kernel_walk import AHEAD, HIDDEN, RING, dot
+from llada_jax.attention.kernel_walk import HIDDEN, dot
 from llada_jax.attention.visibility import Visibility
 from llada_jax.errors import InputError
 
 NAME = "cached_attention"
 CHUNK = 512  # positions of the cache that are read at a time
 ALIGNED = 16  # rows of a bfloat16 tile: where copies may start
+AHEAD = 4  # chunks that are on their way
+RING = AHEAD + 1
 LANES = 128  # of a register, and of a row of a tile
 
 
@@ -33,13 +37,12 @@ class CachedPlan:
     """The mask of a pass, as the kernel reads it. Made once, outside the layers.
 
     bounds [batch, 4, group * queries] int32: noisy_start, noisy_end, clean_start, clean_end of the queries of a head,
-    repeated for each head of a group. chunks, whole [batch] int32: chunks of the cache that any query of the row sees
-    (at least one, seen or not), and how many of the first ones every query sees whole.
+    repeated for each head of a group. chunks [batch] int32: chunks of the cache that any query of the row sees, at least
+    one, seen or not.
     """
 
     bounds: jax.Array
     chunks: jax.Array
-    whole: jax.Array
     chunk: int = flax.struct.field(pytree_node=False)
 
 
@@ -61,9 +64,8 @@ def make_plan(visibility: Visibility, length: int, group: int) -> CachedPlan:
     chunk = min(CHUNK, length)
     start, end = visibility.clean_start, visibility.clean_end
     seen = jnp.max(jnp.where(start < end, end, 0), axis=1)
-    whole = jnp.where((start == 0).all(axis=1), end.min(axis=1) // chunk, 0)
     bounds = jnp.stack([visibility.noisy_start, visibility.noisy_end, start, end], axis=1)
-    return CachedPlan(jnp.tile(bounds, (1, 1, group)), jnp.maximum(-(-seen // chunk), 1), whole, chunk)
+    return CachedPlan(jnp.tile(bounds, (1, 1, group)), jnp.maximum(-(-seen // chunk), 1), chunk)
 
 
 @jax.named_scope(SCOPE)
@@ -135,6 +137,8 @@ def _attention(query, key, value, cached_key, cached_value, layer, first_head, p
         key_ring=ring,
         value_ring=ring,
         rows=pltpu.VMEM((rows, lanes), query.dtype),
+        scores=pltpu.VMEM((2, plan.chunk, rows), jnp.float32),
+        highest=pltpu.VMEM((2, 1, rows), jnp.float32),
         maximum=pltpu.VMEM((1, rows), jnp.float32),
         denominator=pltpu.VMEM((1, rows), jnp.float32),
         accumulator=pltpu.VMEM((lanes, rows), jnp.float32),
@@ -151,9 +155,9 @@ def _attention(query, key, value, cached_key, cached_value, layer, first_head, p
             pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in (cached_key, cached_value)
         )
     output = pl.pallas_call(
-        lambda *refs: _Unit(per_part, kv_heads, *refs[:3], references(*refs[3:])).run(),
+        lambda *refs: _Unit(per_part, kv_heads, *refs[:2], references(*refs[2:])).run(),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=3,
+            num_scalar_prefetch=2,
             grid=(parts, per_part),
             in_specs=in_specs,
             out_specs=heads_of_group,
@@ -164,8 +168,7 @@ def _attention(query, key, value, cached_key, cached_value, layer, first_head, p
         interpret=interpret,
         name=NAME,
     )(
-        jnp.stack([layer, first_head]), plan.chunks, plan.whole, query, key, value, plan.bounds, cached_key,
-        cached_value,
+        jnp.stack([layer, first_head]), plan.chunks, query, key, value, plan.bounds, cached_key, cached_value,
     )  # fmt: skip
     return (output if joined else output.swapaxes(1, 2)).reshape(batch, queries, heads, head_dim)
 
@@ -176,8 +179,8 @@ class _Unit:
     starts next, number of this chunk since the start.
     """
 
-    def __init__(self, per_part: int, kv_heads: int, where, chunks, whole, refs):
-        self.refs, self.where, self.chunks, self.whole = refs, where, chunks, whole
+    def __init__(self, per_part: int, kv_heads: int, where, chunks, refs):
+        self.refs, self.where, self.chunks = refs, where, chunks
         self.per_part, self.kv_heads, self.index = per_part, kv_heads, pl.program_id(1)
         self.first, self.end = pl.program_id(0) * per_part, (pl.program_id(0) + 1) * per_part
         self.row = (self.first + self.index) // kv_heads
@@ -192,12 +195,21 @@ class _Unit:
         refs = self.refs
         pl.when(self.index == 0)(self.start)
         self.load_queries()
-        refs.maximum[...] = jnp.full_like(refs.maximum, HIDDEN)
-        refs.denominator[...] = jnp.zeros_like(refs.denominator)
-        refs.accumulator[...] = jnp.zeros_like(refs.accumulator)
         own = self.inside(refs.bounds[0, 0:1], refs.bounds[0, 1:2], self.queries)
-        self.visit(refs.key[0, 0], refs.value[0, 0], own)
-        lax.fori_loop(0, self.chunks[self.row], self.read_chunk, None)
+        last = self.chunks[self.row] - 1
+        self.score(0, last % 2)
+        own_scores = jnp.where(own, dot(refs.key[0, 0], refs.rows[...], 1, 1), HIDDEN)
+        self.fold(own_scores, jnp.max(own_scores, axis=0, keepdims=True), refs.value[0, 0], first=True)
+
+        def step(number, _):
+            self.move_on()
+            # Buffers by constants, or the compiler could not know that one is read and the other written.
+            for buffer in (0, 1):
+                pl.when((last - number) % 2 == buffer)(functools.partial(self.pass_chunk, number, buffer))
+
+        lax.fori_loop(0, last, step, None)
+        self.fold_chunk(0)
+        self.move_on()
         self.store()
         pl.when(self.index == self.per_part - 1)(self.finish)
 
@@ -242,21 +254,33 @@ class _Unit:
             scaled = (query * (head_dim**-0.5 * math.log2(math.e))).astype(refs.rows.dtype)
             refs.rows[h * self.queries : (h + 1) * self.queries, :head_dim] = scaled
 
-    def read_chunk(self, number, _):
+    def pass_chunk(self, number, buffer):
+        """Folds in a chunk, whose scores are in `buffer`, and scores the next one into the other buffer."""
+        self.score(number + 1, 1 - buffer)
+        self.fold_chunk(buffer, 1)
+
+    def move_on(self):
+        """To the next chunk: its buffer of the ring is the one after, and that of the chunk before is free."""
+        walk = self.refs.walk
+        self.start_next((walk[2] + AHEAD) % RING)
+        walk[2] = walk[2] + 1
+
+    def score(self, number, buffer):
+        """Scores of the chunk at `walk`, and their maximum."""
         refs = self.refs
         slot = refs.walk[2] % RING
-        self.start_next((refs.walk[2] + AHEAD) % RING)
-        refs.walk[2] = refs.walk[2] + 1
         self.wait(slot)
+        base = self.start_of(number)
+        start = jnp.maximum(refs.bounds[0, 2:3], number * self.chunk) - base
+        visible = self.inside(start, refs.bounds[0, 3:4] - base, self.chunk)
+        scores = jnp.where(visible, dot(refs.key_ring[slot], refs.rows[...], 1, 1), HIDDEN)
+        refs.scores[buffer] = scores
+        refs.highest[buffer] = jnp.max(scores, axis=0, keepdims=True)
 
-        def masked():
-            base = self.start_of(number)
-            start = jnp.maximum(refs.bounds[0, 2:3], number * self.chunk) - base
-            visible = self.inside(start, refs.bounds[0, 3:4] - base, self.chunk)
-            self.visit(refs.key_ring[slot], refs.value_ring[slot], visible)
-
-        seen_whole = number < self.whole[self.row]
-        lax.cond(seen_whole, lambda: self.visit(refs.key_ring[slot], refs.value_ring[slot]), masked)
+    def fold_chunk(self, buffer, ago=0):
+        """Folds in the chunk that is `ago` chunks before that at `walk`."""
+        refs = self.refs
+        self.fold(refs.scores[buffer], refs.highest[buffer], refs.value_ring[(refs.walk[2] + RING - ago) % RING])
 
     @staticmethod
     def inside(start, end, count):
@@ -264,17 +288,21 @@ class _Unit:
         position = lax.broadcasted_iota(jnp.int32, (count, start.shape[1]), 0)
         return (position >= start) & (position < end)
 
-    def visit(self, keys, values, visible=None):
-        """Folds keys and values [count, lanes] into the running maximum, denominator and accumulator."""
+    def fold(self, scores, maximum, values, first=False):
+        """Folds scores [count, rows], their maximum [1, rows] and values [count, lanes] into the running maximum,
+        denominator and accumulator; the first ones start them.
+        """
         refs = self.refs
-        scores = dot(keys, refs.rows[...], 1, 1)
-        scores = scores if visible is None else jnp.where(visible, scores, HIDDEN)
-        old = refs.maximum[...]
-        new = jnp.maximum(old, jnp.max(scores, axis=0, keepdims=True))
-        weights, decay = jnp.exp2(scores - new), jnp.exp2(old - new)
-        refs.maximum[...] = new
-        refs.denominator[...] = refs.denominator[...] * decay + jnp.sum(weights, axis=0, keepdims=True)
-        refs.accumulator[...] = refs.accumulator[...] * decay + dot(values, weights.astype(values.dtype), 0, 0)
+        if not first:
+            maximum = jnp.maximum(refs.maximum[...], maximum)
+        weights = jnp.exp2(scores - maximum)
+        denominator = jnp.sum(weights, axis=0, keepdims=True)
+        accumulator = dot(values, weights.astype(values.dtype), 0, 0)
+        if not first:
+            decay = jnp.exp2(refs.maximum[...] - maximum)
+            denominator += refs.denominator[...] * decay
+            accumulator += refs.accumulator[...] * decay
+        refs.maximum[...], refs.denominator[...], refs.accumulator[...] = maximum, denominator, accumulator
 
     def store(self):
         refs, head_dim = self.refs, self.refs.output.shape[3] // self.heads

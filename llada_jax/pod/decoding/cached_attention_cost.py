@@ -50,12 +50,13 @@ def kernel_costs(shape: Shape, filled: int, topology: Topology) -> dict[str, Ker
     """{prefix of the kernel's name: cost of a layer}, every row with `filled` cached positions to read."""
     target = f"{__name__}:program"
     ((name, kernel),) = compile_program(target, {"shape": dataclasses.asdict(shape)}, topology.name).kernels.items()
-    chip, loop = topology.chip, main_loop(kernel)  # over the chunks of a unit
-    whole, masked = (branch.total.cycles for branch in loop.inside if branch.total.mxu_cycles)
+    chip, loop = topology.chip, main_loop(kernel)  # over the chunks of a unit but one
+    either = [branch.total.cycles for branch in loop.inside if branch.total.mxu_cycles]  # by turns
+    per_chunk = loop.own.cycles + sum(either) / len(either)
     chunk = min(cached_kernel.CHUNK, shape.length)
     chunks, units = max(-(-filled // chunk), 1), shape.rows * shape.kv_heads
-    cycles = filled // chunk * whole + (chunks - filled // chunk) * masked + chunks * loop.own.cycles
-    cycles += kernel.program.total.bundles - loop.total.bundles  # a unit's own keys, its queries and its output
+    # Outside the loop: a unit's own keys, the scores of its first chunk, and what follows its last one.
+    cycles = (chunks - 1) * per_chunk + kernel.program.total.bundles - loop.total.bundles
     cores = chip.cores_per_device if kernel.split else 1
     moved = units * chunks * chunk * shape.lanes * 2 * 2
     seconds = max(units / cores * cycles / chip.bundle_rate, moved / chip.stream_bandwidth)
