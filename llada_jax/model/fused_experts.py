@@ -32,27 +32,30 @@ NAME = "fused_experts"
 LANES = 128
 SUBLANES = 8
 GROUP = 16  # rows that are taken together: of a tile of bfloat16
-MOST_GROUPS = 16  # of a tile
+MOST_GROUPS = 6  # of a tile
 MOST_CUTS = 8  # parts, and pieces
-STAGE = 128  # tokens that are brought in, and out, together, at most
-AHEAD = 2  # pieces of experts that are on their way
-FOR_SPILLS = 6 << 20  # bytes of fast memory for the compiler
+STAGE = 64  # tokens that are brought in, and out, together, at most
+AHEAD = 2  # pieces of experts that are on their way, if there is room
+FOR_SPILLS = 2 << 20  # bytes of fast memory for the compiler
 
 
 class Cut(NamedTuple):
     """Into how many parts the tokens are cut, and into how many pieces the width of an expert, so that a part and a few
-    pieces fit fast memory. The weights stream through it once per part; rows are taken, and added up, once per piece.
+    pieces fit fast memory; how many pieces are on their way. The weights stream through it once per part; rows are
+    taken, and added up, once per piece.
     """
 
     parts: int = 1
     pieces: int = 1
+    ahead: int = AHEAD
 
 
 def fused_cut(
     tokens: int, embed: int, width: int, pairs: int, experts: int, dtype, interpret: bool = False
 ) -> Cut | None:
-    """The cut with fewest parts times pieces, and then fewest parts, that fits this chip. None if none does, if the
-    lists of pairs do not fit scalar memory, or if tokens or widths are no whole registers.
+    """The cheapest cut that fits this chip: a part more costs about as much as two pieces more, a piece less on its way
+    little. None if none fits, if the lists of pairs do not fit scalar memory, or if tokens or widths are no whole
+    registers.
 
     width: of an expert, on this device. pairs: of a token and one of `experts` experts, on all ranks. interpret: no
     memory has an end.
@@ -63,20 +66,20 @@ def fused_cut(
     info = None if interpret else pltpu.get_tpu_info()
     if info and 4 * (2 * pairs + 2 * MOST_CUTS * (experts + 1)) > info.smem_capacity_bytes * 3 // 4:
         return None
-    cuts = itertools.product(range(1, MOST_CUTS + 1), repeat=2)
-    for parts, pieces in sorted(cuts, key=lambda cut: (math.prod(cut), cut)):
-        if tokens % (parts * GROUP) == 0 and width % (pieces * LANES) == 0:
-            rows = tile_rows(pairs / parts / experts)
-            buffers = _scratch(tokens // parts, embed, width // pieces, rows, dtype)
+    cuts = itertools.product(range(1, MOST_CUTS + 1), range(1, MOST_CUTS + 1), (AHEAD, 1))
+    for cut in sorted(itertools.starmap(Cut, cuts), key=lambda cut: (2 * cut.parts + cut.pieces, -cut.ahead)):
+        if tokens % (cut.parts * GROUP) == 0 and width % (cut.pieces * LANES) == 0:
+            buffers = _scratch(cut, tokens, embed, width, tile_rows(pairs / cut.parts / experts), dtype)
             if not info or scratch_bytes(buffers.values()) + FOR_SPILLS <= info.vmem_capacity_bytes:
-                return Cut(parts, pieces)
+                return cut
     return None
 
 
 def tile_rows(pairs_per_expert: float) -> int:
-    """Rows of a tile: nearly all experts should need one, as weights enter the matrix units once per tile."""
-    likely = pairs_per_expert + 2.5 * math.sqrt(pairs_per_expert)
-    return GROUP * min(max(math.ceil(likely / GROUP), 1), MOST_GROUPS)
+    """Rows of a tile: nearly all experts should need one, or as few of at most MOST_GROUPS as can be."""
+    likely = max(pairs_per_expert + 2.5 * math.sqrt(pairs_per_expert), 1)
+    tiles = math.ceil(likely / (GROUP * MOST_GROUPS))
+    return GROUP * math.ceil(likely / tiles / GROUP)
 
 
 def fused_experts(
@@ -95,21 +98,20 @@ def fused_experts(
     cut: of fused_cut.
     """
     num_experts, width, parts = weights["gate"].shape[1], weights["gate"].shape[3], cut.parts
-    tokens, embed = x.shape[0] // parts, x.shape[1]
     of_parts = zip(*(jnp.split(array, parts, axis=1) for array in (experts, expert_weights)), strict=True)
     lists = zip(*(work_list(*part, num_experts) for part in of_parts), strict=True)
     work = [jnp.concatenate(each) for each in lists]
     load = jnp.diff(work[2].reshape(parts, -1)).sum(0)
     tile = tile_rows(experts.size / parts / weights["router"].shape[1])
     cores = 2 if interpret else pltpu.get_tpu_info().num_cores
-    buffers = _scratch(tokens, embed, width // cut.pieces, tile, x.dtype)
+    buffers = _scratch(cut, *x.shape, width, tile, x.dtype)
     limit = None if interpret else scratch_bytes(buffers.values()) + FOR_SPILLS
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     operands = dict(x=x) | {name: weights[name] for name in ("gate", "up", "down")}
     arrays = list(operands.values())
     if not interpret:
         arrays = [pltpu.with_memory_space_constraint(array, pltpu.HBM) for array in arrays]
-    semaphores = dict(stage_done=2, ring_done=AHEAD + 1)
+    semaphores = dict(stage_done=2, ring_done=cut.ahead + 1)
     references = collections.namedtuple("References", [*operands, "output", *buffers, *semaphores])
     sums = pl.pallas_call(
         lambda layer, *rest: _Part(layer, rest[:4], references(*rest[4:])).run(),
@@ -150,9 +152,9 @@ def work_list(experts: jax.Array, expert_weights: jax.Array, num_experts: int):
     return token, weight, starts, jnp.concatenate([(~empty).sum(dtype=jnp.int32)[None], listed])
 
 
-def _scratch(tokens: int, embed: int, width: int, tile: int, dtype) -> dict[str, pltpu.VMEM]:
-    """Buffers in fast memory."""
-    columns = embed // LANES
+def _scratch(cut: Cut, tokens: int, embed: int, width: int, tile: int, dtype) -> dict[str, pltpu.VMEM]:
+    """Buffers in fast memory. tokens, width: before they are cut."""
+    tokens, width, columns, ring = tokens // cut.parts, width // cut.pieces, embed // LANES, cut.ahead + 1
     word, sublanes = (jnp.uint32, columns // 2) if jnp.dtype(dtype).itemsize == 2 else (jnp.float32, columns)
     return dict(
         stage=pltpu.VMEM((2, GROUP * math.gcd(STAGE // GROUP, tokens // GROUP), embed), dtype),
@@ -161,9 +163,9 @@ def _scratch(tokens: int, embed: int, width: int, tile: int, dtype) -> dict[str,
         tile_words=pltpu.VMEM((tile * sublanes, LANES), word),
         tile=pltpu.VMEM((tile, embed), dtype),
         results=pltpu.VMEM((tile * columns, LANES), jnp.float32),
-        gate_ring=pltpu.VMEM((AHEAD + 1, embed, width), dtype),
-        up_ring=pltpu.VMEM((AHEAD + 1, embed, width), dtype),
-        down_ring=pltpu.VMEM((AHEAD + 1, width, embed), dtype),
+        gate_ring=pltpu.VMEM((ring, embed, width), dtype),
+        up_ring=pltpu.VMEM((ring, embed, width), dtype),
+        down_ring=pltpu.VMEM((ring, width, embed), dtype),
     )
 
 
@@ -197,14 +199,14 @@ class _Part:
         self.sublanes, self.columns = refs.words.shape[0] // num_tokens, refs.x.shape[1] // LANES
         self.groups_of_stage = refs.stage.shape[1] // GROUP
         self.stages = num_tokens // refs.stage.shape[1]
-        self.width = refs.gate_ring.shape[2]
+        self.width, self.ahead = refs.gate_ring.shape[2], refs.gate_ring.shape[0] - 1
         self.pieces = refs.gate.shape[3] // self.width
 
     def run(self):
         refs, listed = self.refs, self.order[self.first_expert]
         mine = (listed - self.core + self.cores - 1) // self.cores * self.pieces
         self.stage_in(0).start()
-        for i in range(AHEAD):
+        for i in range(self.ahead):
             pl.when(i < mine)(functools.partial(self.start_piece, i))
         lax.fori_loop(0, self.stages * self.groups_of_stage, self.clear, None)
         refs.tile[...] = jnp.zeros_like(refs.tile)  # rows that no token fills yet must be finite
@@ -268,7 +270,7 @@ class _Part:
         return self.order[self.first_expert + 1 + self.core + i // self.pieces * self.cores]
 
     def piece_copies(self, i):
-        refs, slot = self.refs, i % (AHEAD + 1)
+        refs, slot = self.refs, i % (self.ahead + 1)
         at, columns = (self.layer, self.expert(i)), slice(None)
         if self.pieces > 1:
             columns = pl.ds(pl.multiple_of(i % self.pieces * self.width, LANES), self.width)
@@ -284,8 +286,8 @@ class _Part:
             copy.start()
 
     def compute_piece(self, mine, i, _):
-        tile_size, slot = self.refs.tile.shape[0], i % (AHEAD + 1)
-        pl.when(i + AHEAD < mine)(lambda: self.start_piece(i + AHEAD))
+        tile_size, slot = self.refs.tile.shape[0], i % (self.ahead + 1)
+        pl.when(i + self.ahead < mine)(lambda: self.start_piece(i + self.ahead))
         for copy in self.piece_copies(i):
             copy.wait()
         begin, end = (self.first_row + self.starts[self.first_expert + self.expert(i) + side] for side in (0, 1))

@@ -101,13 +101,13 @@ def test_a_pass_of_decoding_uses_it_where_it_is_asked_for(experts, monkeypatch):
 @pytest.mark.parametrize(
     ("topology", "tokens", "embed", "width", "cut"),
     [
-        ("v5p:2x2x1", 4096, 2048, 128, (1, 1)),  # LLaDA2.0-mini, its experts split over four chips
-        ("v5p:2x2x1", 8192, 2048, 128, (2, 1)),
-        ("v5p:2x2x1", 4096, 2048, 512, (2, 1)),
-        ("v5p:2x2x1", 1024, 4096, 1024, (1, 4)),  # -flash
-        ("v4:2x2x1", 256, 2048, 128, (1, 1)),
+        ("v5p:2x2x1", 4096, 2048, 128, (1, 1, 2)),  # LLaDA2.0-mini, its experts split over four chips
+        ("v5p:2x2x1", 8192, 2048, 128, (2, 1, 2)),
+        ("v5p:2x2x1", 4096, 2048, 512, (1, 1, 1)),  # shared out whole
+        ("v5p:2x2x1", 1024, 4096, 1024, (1, 2, 1)),  # -flash
+        ("v4:2x2x1", 256, 2048, 128, (1, 1, 2)),
         ("v4:2x2x1", 8192, 2048, 128, None),
-        ("v6e:2x2", 4096, 2048, 128, (1, 1)),
+        ("v6e:2x2", 4096, 2048, 128, (1, 1, 2)),
         ("v6e:2x2", 16384, 2048, 128, None),  # its pairs do not fit scalar memory
     ],
 )
@@ -117,12 +117,12 @@ def test_tokens_and_widths_are_cut_to_fit_fast_memory(topology, tokens, embed, w
 
 
 def test_tokens_must_be_whole_registers():
-    assert fused_experts.fused_cut(32, 2048, 128, 64, 8, jnp.bfloat16, interpret=True) == (1, 1)
+    assert fused_experts.fused_cut(32, 2048, 128, 64, 8, jnp.bfloat16, interpret=True) == (1, 1, 2)
     for tokens, embed, width in ((8, 2048, 128), (32, 1024, 128), (32, 2048, 64)):
         assert fused_experts.fused_cut(tokens, embed, width, 64, 8, jnp.bfloat16, interpret=True) is None
 
 
-@pytest.mark.parametrize("cut", [(2, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize("cut", [(2, 1, 2), (1, 2, 2), (2, 2, 1)])
 def test_parts_and_pieces_add_up(cut):
     rng = np.random.default_rng(3)
     weights, x = layer(rng, 4, 1024, width=256), jnp.asarray(rng.normal(size=(32, 1024)), jnp.float32)

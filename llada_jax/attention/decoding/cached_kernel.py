@@ -37,8 +37,8 @@ class CachedPlan:
     """The mask of a pass, as the kernel reads it. Made once, outside the layers.
 
     bounds [batch, 4, group * queries] int32: noisy_start, noisy_end, clean_start, clean_end of the queries of a head,
-    repeated for each head of a group. chunks [batch] int32: chunks of the cache that any query of the row sees, at least
-    one, seen or not.
+    repeated for each head of a group. chunks [batch] int32: chunks of the cache that any query of the row sees; at
+    least one, seen or not.
     """
 
     bounds: jax.Array

@@ -32,15 +32,16 @@ class Shape:
         return fused_experts.fused_cut(*sizes, self.tokens * self.k, self.all_experts, jnp.bfloat16)
 
 
-def program(shape: dict, pieces: int):
+def program(shape: dict, pieces: int, ahead: int):
     """(a layer, abstract arguments); called in the compiler's process."""
     shape = Shape(**shape)
     into, out = ((1, shape.experts, *sizes) for sizes in ((shape.embed, shape.width), (shape.width, shape.embed)))
     arrays = [(shape.tokens, shape.embed), into, into, out, (shape.embed, shape.all_experts)]
 
     def run(experts, expert_weights, x, gate, up, down, router):
+        cut = fused_experts.Cut(pieces=pieces, ahead=ahead)
         weights = dict(gate=gate, up=up, down=down, layer=jnp.int32(0), router=router)
-        return fused_experts.fused_experts(x, experts, expert_weights, weights, fused_experts.Cut(pieces=pieces))
+        return fused_experts.fused_experts(x, experts, expert_weights, weights, cut)
 
     routed = (jax.ShapeDtypeStruct((shape.k, shape.tokens), dtype) for dtype in (jnp.int32, jnp.float32))
     return run, (*routed, *(jax.ShapeDtypeStruct(sizes, jnp.bfloat16) for sizes in arrays))
@@ -49,7 +50,10 @@ def program(shape: dict, pieces: int):
 def kernel_costs(shape: Shape, cut: fused_experts.Cut, topology: Topology) -> dict[str, KernelCost]:
     """{prefix of the kernel's name: cost of a call}; every expert is equally likely."""
     shape = dataclasses.replace(shape, tokens=shape.tokens // cut.parts)
-    target, arguments = f"{__name__}:program", {"shape": dataclasses.asdict(shape), "pieces": cut.pieces}
+    target, arguments = (
+        f"{__name__}:program",
+        {"shape": dataclasses.asdict(shape), "pieces": cut.pieces, "ahead": cut.ahead},
+    )
     ((_, kernel),) = compile_program(target, arguments, topology.name).kernels.items()
     chip, tile = topology.chip, fused_experts.tile_rows(shape.tokens * shape.k / shape.all_experts)
     rows, chance = _rows(shape)
