@@ -5,6 +5,8 @@
     all-to-all                                                       B extent / 8, the bisection of the longest axis
     collective-permute                                               B over one link
 
+An all-reduce in a fusion that keeps a device's slice of it is a reduce-scatter.
+
 n: devices per group. A torus axis that wraps around has two one-way links; one that does not has one, as the ends of a
 line must pass everything. Groups that span slices use the data-centre network. Latency is ignored: a lower bound.
 """
@@ -55,9 +57,18 @@ def kind_of(op: Operation) -> str | None:
     return kind if kind in KINDS else None
 
 
-def collective_cost(module: Module, computation: str, op: Operation, devices: Devices) -> Collective:
-    """The cost of one run. Raises ValueError on replica groups in an unknown format."""
-    kind = kind_of(op)
+def is_scattered(fusion: Operation) -> bool:
+    """Whether the fusion is a reduce-scatter that XLA writes as an all-reduce and the slice that a device keeps."""
+    return "AllReduceScatterFusion" in fusion.attributes
+
+
+def collective_cost(
+    module: Module, computation: str, op: Operation, devices: Devices, scattered: bool = False
+) -> Collective:
+    """The cost of one run. scattered: of an all-reduce, is_scattered of the fusion that it is in. Raises ValueError on
+    replica groups in an unknown format.
+    """
+    kind = "reduce-scatter" if scattered else kind_of(op)
     group = _group(op, kind, len(devices.slices))
     full = sum(array.bytes for name in op.operands for array in module.operand(computation, name).result)
     n = len(group)

@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 
 from llada_jax.chips import Chip
-from llada_jax.pod.collectives import Collective, Devices, collective_cost, kind_of
+from llada_jax.pod.collectives import Collective, Devices, collective_cost, is_scattered, kind_of
 from llada_jax.pod.hlo import HOST, Array, Module, Operation
 from llada_jax.pod.operations import OperationCost, is_matmul, operation_cost
 
@@ -226,7 +226,7 @@ class _Walker:
             fused = inner is not op and chain_id
             key = (channel and channel.group(1), chain_id.group(1)) if fused else (inside, inner.name)
             if key not in self._flights:
-                cost = collective_cost(self.module, inside, inner, self.program.devices)
+                cost = collective_cost(self.module, inside, inner, self.program.devices, is_scattered(op))
                 self._flights[key] = _Flight(self._add_collective(inner, cost, runs), "links")
             flights.append(self._flights[key])
         return flights

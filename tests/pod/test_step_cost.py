@@ -187,6 +187,37 @@ ENTRY %main (x: bf16[4096,4096]) -> bf16[4096,4096] {{
         assert line.seconds == pytest.approx(line.bytes / (2 * topology.chip.ici_bandwidth))
 
 
+def test_an_all_reduce_of_which_each_device_keeps_a_slice_is_a_reduce_scatter():
+    text = """HloModule m, is_scheduled=true
+
+%add (a: bf16[], b: bf16[]) -> bf16[] {
+  %a = bf16[] parameter(0)
+  %b = bf16[] parameter(1)
+  ROOT %sum = bf16[] add(%a, %b)
+}
+
+%all-reduce-scatter (y: bf16[4096,4096]) -> bf16[1024,4096] {
+  %y = bf16[4096,4096]{1,0} parameter(0)
+  %all = bf16[4096,4096]{1,0} all-reduce(%y), channel_id=1, replica_groups=[1,4]<=[4], to_apply=%add
+  %zero = u32[] constant(0)
+  ROOT %own = bf16[1024,4096]{1,0} dynamic-slice(%all, %zero, %zero), dynamic_slice_sizes={1024,4096}
+}
+
+ENTRY %main (x: bf16[4096,4096]) -> bf16[1024,4096] {
+  %x = bf16[4096,4096]{1,0} parameter(0)
+  ROOT %fusion = bf16[1024,4096]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter, ATTRIBUTES
+}
+"""
+    topology = parse_topology("v5p:2x2x1")
+    devices = Devices({"fsdp": 4}, topology, np.array(list(np.ndindex(2, 2, 1))), np.zeros(4, int))
+    sent = {}
+    for emitter in ("SingleInputAllReduceScatterFusion", "other"):
+        attributes = f'backend_config={{"collective_algorithm_config":{{"emitter":"{emitter}"}}}}'
+        lines = step_lines(hlo.parse(text.replace("ATTRIBUTES", attributes)), topology.chip, {}, devices)
+        (sent[emitter],) = (line.bytes for line in lines if line.part == "collectives")
+    assert sent["other"] == 2 * sent["SingleInputAllReduceScatterFusion"] == pytest.approx(2 * 3 / 4 * 2 * 4096**2)
+
+
 HIDDEN = """HloModule m, is_scheduled=true
 
 %matmul (a: bf16[4096,4096]) -> bf16[4096,4096] {
