@@ -6,6 +6,7 @@ share; `forward` and `denoise` are its public forms.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ from jax.typing import ArrayLike
 from llada_jax import sharding
 from llada_jax.attention import context
 from llada_jax.attention.blockwise import blockwise_attention
+from llada_jax.attention.decoding import layer as decoding_layer
 from llada_jax.attention.decoding.cached import cached_attention
 from llada_jax.attention.decoding.cached_kernel import cached_kernel_attention, make_plan
 from llada_jax.attention.dense import dense_attention
@@ -35,10 +37,9 @@ from llada_jax.model.alignment import align
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.grouped_matmul import KERNELS
 from llada_jax.model.inputs import block_size_of, checked_inputs
-from llada_jax.model.joined_heads import split_heads
 from llada_jax.model.layers import project, rope_angles, swiglu
 from llada_jax.model.lora import weight_of
-from llada_jax.model.parameters import Params
+from llada_jax.model.parameters import Params, split_heads
 
 Cache = dict[str, dict[str, jax.Array]]  # {group: {"key", "value": [layers, batch, kv_heads, positions, head_dim]}}
 
@@ -138,7 +139,7 @@ def run_layers(
     cos, sin = jax.lax.optimization_barrier(rope_angles(config, positions))
 
     def layer_of(group, visibility, shared):
-        attend = attention_of(config, execution, visibility, tokens.shape[1], cache)
+        attend = None if shared.attention else attention_of(config, execution, visibility, tokens.shape[1], cache)
         layer = functools.partial(_layer, config, group, execution, attend, cos, sin, shared, counted)
         # Without a mesh there are no gathered weights to drop, and nothing to compute again.
         if execution.remat == "none" and sharding.mesh_in_force() is None:
@@ -150,8 +151,12 @@ def run_layers(
     for group in config.layer_groups:
         weights, shared, layers = params[group], Shared(), None
         if cache is not None:
-            shared = Shared(_experts_in_place(group, weights, config, execution, x.dtype), cache[group])
-            weights = {name: w for name, w in weights.items() if name not in shared.experts}
+            shared = Shared(
+                _experts_in_place(group, weights, config, execution, x.dtype), cache[group],
+                _attention_in_place(weights, config, execution, visibility, cache[group], x),
+            )  # fmt: skip
+            in_place = (*shared.experts, *(decoding_layer.PROJECTIONS if shared.attention else ()))
+            weights = {name: w for name, w in weights.items() if name not in in_place}
             layers = jnp.arange(len(config.layer_groups[group]))
         stacked = weights, layers
         trim_last = num_outputs is not None and group == last
@@ -175,9 +180,7 @@ def attention_of(
     All that depends on the mask alone is made here, once for all layers. rotary: the norm and rotation that query and
     key still need. Raises InputError for dense attention with a context axis.
     """
-    queries = visibility.clean_start.shape[1]
-    heads, kv_heads = config.num_heads, config.num_kv_heads
-    group = heads // (kv_heads * sharding.kv_copies(heads, kv_heads))  # of a device
+    queries, group = visibility.clean_start.shape[1], _group(config)
     if cache is not None:
         attend = functools.partial(cached_attention, visibility=visibility)
         if execution.attention == "kernel":
@@ -197,6 +200,12 @@ def attention_of(
     return attend, queries
 
 
+def _group(config: ModelConfig) -> int:
+    """Query heads per key/value head, on a device."""
+    heads, kv_heads = config.num_heads, config.num_kv_heads
+    return heads // (kv_heads * sharding.kv_copies(heads, kv_heads))
+
+
 def _rotated_first(attention):
     return lambda query, key, *others, rotary=QueryKeyRotary(): attention(*rotary.apply(query, key), *others)
 
@@ -208,6 +217,7 @@ class Shared(NamedTuple):
 
     experts: dict = {}
     cache: dict | None = None
+    attention: Callable | None = None  # attention_layer of the group's stacks, if they can be read in place
 
 
 def _experts_in_place(group, weights, config, execution, dtype):
@@ -216,6 +226,25 @@ def _experts_in_place(group, weights, config, execution, dtype):
     stacks = {name: weights[name] for name in experts.EXPERTS}
     axes = parameters.logical_axes(config)[group]
     return stacks if experts.read_in_place(stacks, axes, execution, dtype) else {}
+
+
+def _attention_in_place(weights, config, execution, visibility, cache, x):
+    """attention_layer without x, the norm's weight, the layer and the rotary; None if the weights are not joined, have
+    biases or adapters, or do not fit.
+    """
+    extras = [name for name in weights if weight_of(name) != name or name.endswith("_bias") and name != "expert_bias"]
+    joined = all(weights[name].ndim == 3 and weights[name].dtype == x.dtype for name in decoding_layer.PROJECTIONS)
+    sizes = decoding_layer.Heads(config.num_heads, config.num_kv_heads, config.head_dim)
+    if execution.attention != "kernel" or extras or not joined:
+        return None
+    if not decoding_layer.fits(sizes, *x.shape, x.dtype, execution.interpret):
+        return None
+    stacks = {name: weights[name] for name in decoding_layer.PROJECTIONS}
+    plan = make_plan(visibility, cache["key"].shape[3], _group(config))
+    return functools.partial(
+        decoding_layer.attention_layer, stacks=stacks, cache=(cache["key"], cache["value"]), plan=plan, sizes=sizes,
+        interpret=execution.interpret,
+    )  # fmt: skip
 
 
 def _layer(config, group, execution, attend, cos, sin, shared, counted, x, of_layer):
@@ -227,8 +256,13 @@ def _layer(config, group, execution, attend, cos, sin, shared, counted, x, of_la
         k: sharding.gathered(split_heads(w, axes[k], config.head_dim), axes[k]).reshape(w.shape)
         for k, w in weights.items()
     }
-    h = rms_norm(x, weights["attention_norm"], config.rms_norm_eps)
-    attended, keys_values = _attention(config, attend, weights, h, cos, sin, shared.cache, layer)
+    if shared.attention:
+        rotary = _rotary(config, weights, cos, sin)
+        attended, *own = shared.attention(x, weights["attention_norm"], layer=layer, rotary=rotary)
+        keys_values = dict(zip(("key", "value"), own, strict=True))
+    else:
+        h = rms_norm(x, weights["attention_norm"], config.rms_norm_eps)
+        attended, keys_values = _attention(config, attend, weights, h, cos, sin, shared.cache, layer)
     x = context.first(x, attended.shape[1]) + attended
     h = rms_norm(x, weights["mlp_norm"], config.rms_norm_eps)
     if group == "sparse":
@@ -270,13 +304,18 @@ def _attention(config, attend, weights, x, cos, sin, cache, layer):
         return checkpoint_name(y, name).reshape(*y.shape[:2], -1, config.head_dim)
 
     query, key, value = heads("query", context.first(x, queries)), heads("key", x), heads("value", x)
-    norms = (weights["query_norm"], weights["key_norm"]) if config.qk_norm else (None, None)
-    angles = tuple(context.first(angle, queries) for angle in (cos, sin)), (cos, sin)
-    pairs = zip(norms, angles, strict=True)
-    rotary = QueryKeyRotary(*(RotaryNorm(norm, *angle, config.rms_norm_eps) for norm, angle in pairs))
+    rotary = _rotary(config, weights, cos, sin, queries)
     own = {name: jnp.moveaxis(x, 2, 1) for name, x in {"key": rotary.key(key), "value": value}.items()}
     cached = () if cache is None else (cache["key"], cache["value"], layer)
     return project(attend(query, key, value, *cached, rotary=rotary), weights, "output", contracted=2), own
+
+
+def _rotary(config, weights, cos, sin, queries=None) -> QueryKeyRotary:
+    """Of a layer; queries: at this many first positions, None: at all."""
+    norms = (weights["query_norm"], weights["key_norm"]) if config.qk_norm else (None, None)
+    of_queries = (cos, sin) if queries is None else tuple(context.first(angle, queries) for angle in (cos, sin))
+    pairs = zip(norms, (of_queries, (cos, sin)), strict=True)
+    return QueryKeyRotary(*(RotaryNorm(norm, *angles, config.rms_norm_eps) for norm, angles in pairs))
 
 
 def _prepare(tokens, segment_ids, positions, block_size, block_origin):

@@ -138,17 +138,18 @@ def work_list(experts: jax.Array, expert_weights: jax.Array, num_experts: int):
     Rows starts[e] .. starts[e + 1] - 1 are expert e's. order: the number of experts with rows, then those, then the
     others.
     """
-    k, tokens = experts.shape
+    k = experts.shape[0]
     here = (experts >= 0) & (experts < num_experts)
     keys = jnp.where(here, experts, num_experts).T.reshape(-1)
-    _, token, weight = lax.sort(
-        (keys, jnp.arange(keys.size, dtype=jnp.int32) // k, expert_weights.astype(jnp.float32).T.reshape(-1)),
-        num_keys=1,
-    )
+    # Expert and pair in one word: fewer operands to sort, and none to keep the order of equals.
+    bits = (keys.size - 1).bit_length()
+    packed = (keys.astype(jnp.uint32) << bits) | jnp.arange(keys.size, dtype=jnp.uint32)
+    packed, weight = lax.sort((packed, expert_weights.astype(jnp.float32).T.reshape(-1)), num_keys=1, is_stable=False)
+    token = (packed & ((1 << bits) - 1)).astype(jnp.int32) // k
     starts = (keys[:, None] < jnp.arange(num_experts + 1)[None]).sum(0, dtype=jnp.int32)
     empty = starts[1:] == starts[:-1]
     number = jnp.arange(num_experts, dtype=jnp.int32)
-    listed = lax.sort(jnp.where(empty, num_experts, 0) + number) % num_experts
+    listed = lax.sort(jnp.where(empty, num_experts, 0) + number, is_stable=False) % num_experts
     return token, weight, starts, jnp.concatenate([(~empty).sum(dtype=jnp.int32)[None], listed])
 
 

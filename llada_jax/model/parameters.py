@@ -1,7 +1,10 @@
-"""The parameters of a model, in their two forms, all made from the declarations of model/declarations.py:
+"""The parameters of a model, in their three forms, all made from the declarations of model/declarations.py:
 
   in memory:     a tree {"embedding", "dense": {...}, "sparse": {...}, "final_norm", "head"}; the layers of a group
                  are stacked along a leading axis, for `lax.scan`.
+  in decoding:   the same tree with attention's weights as matrices (join_heads): query [layers, embed, heads *
+                 head_dim], output [layers, heads * head_dim, embed]. Of such a stack XLA on TPUs reads a layer in
+                 place; of the form in memory, whose tiles are of one input and several heads, it makes a copy.
   in checkpoints: a flat dict with one leaf per layer, "layers.007.query", experts of a layer together [E, in, out].
 Matrices are stored [in, out], ready for `x @ w`; Hugging Face stores [out, in].
 """
@@ -13,7 +16,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
+from llada_jax import sharding
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.declarations import (
     Declarations,
@@ -29,7 +34,8 @@ from llada_jax.model.lora import Lora
 
 __all__ = [
     "Declarations", "Parameter", "Params", "abstract", "adaptable", "count", "declare", "decayed", "initialize",
-    "is_parameter", "layer_axes", "leaf_name", "leaves", "logical_axes", "stack", "stacked_map", "trainable", "unstack",
+    "is_parameter", "join_abstract", "join_heads", "layer_axes", "leaf_name", "leaves", "logical_axes", "split_heads",
+    "stack", "stacked_map", "trainable", "unstack",
 ]  # fmt: skip
 
 Params = dict[str, "jax.Array | dict[str, jax.Array]"]  # weights in memory: the tree of the module's docstring
@@ -116,3 +122,60 @@ def stack(flat: dict, config: ModelConfig | Lora) -> Params:
         names = declare(config)[group]
         tree[group] = {name: jnp.stack([flat[leaf_name(name, layer)] for layer in layers]) for name in names}
     return tree
+
+
+def join_heads(params: Params, config: ModelConfig) -> Params:
+    """Returns the weights with those of attention, and of their adapters, joined. `forward` takes either form."""
+
+    def join(w, axes):
+        shape, entries = _joined(axes, w.shape)
+        joined = w.reshape(shape)
+        return joined if entries is None else jax.lax.with_sharding_constraint(joined, entries)
+
+    return _map_heads(join, params, config)
+
+
+def join_abstract(params: Params, config: ModelConfig) -> Params:
+    """join_heads of jax.ShapeDtypeStruct, laid out over the mesh in force."""
+
+    def join(w, axes):
+        shape, entries = _joined(axes, w.shape)
+        layout = w.sharding if entries is None else NamedSharding(w.sharding.mesh, entries)
+        return jax.ShapeDtypeStruct(shape, w.dtype, sharding=layout)
+
+    return _map_heads(join, params, config)
+
+
+def split_heads(w: jax.Array, axes: tuple[str | None, ...], head_dim: int) -> jax.Array:
+    """The inverse, of one layer's weight with these logical axes; one that is not joined is returned as it is."""
+    if w.ndim == len(axes):
+        return w
+    at = _head_dim_axis(axes)
+    return w.reshape(*w.shape[: at - 1], -1, head_dim, *w.shape[at:])
+
+
+def _map_heads(function: Callable, params: Params, config: ModelConfig) -> Params:
+    """The tree with function(weight, logical axes of the stack) for each weight that has heads beside inputs."""
+    joined = dict(params)
+    for group in config.layer_groups:
+        axes = layer_axes(config, group, params[group])
+        joined[group] = {
+            name: function(w, ("layers", *axes[name])) if len(axes[name]) == 3 and _head_dim_axis(axes[name]) else w
+            for name, w in params[group].items()
+        }
+    return joined
+
+
+def _head_dim_axis(axes: tuple[str | None, ...]) -> int:
+    """The axis after that of the heads; 0 if there are no heads."""
+    return next((i + 1 for i, axis in enumerate(axes) if axis in ("heads", "kv_heads")), 0)
+
+
+def _joined(axes, shape) -> tuple[tuple[int, ...], PartitionSpec | None]:
+    """The joined shape, and its layout on the mesh in force: heads stay whole."""
+    at, mesh = _head_dim_axis(axes), sharding.mesh_in_force()
+    joined = *shape[: at - 1], shape[at - 1] * shape[at], *shape[at + 1 :]
+    if mesh is None:
+        return joined, None
+    entries = sharding.spec(axes, shape, mesh)
+    return joined, PartitionSpec(*entries[:at], *entries[at + 1 :])

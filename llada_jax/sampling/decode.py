@@ -15,25 +15,37 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from llada_jax import sharding
-from llada_jax.attention.decoding.cached import CACHE_AXES, SCOPE
+from llada_jax.attention.decoding.cache_write import write_blocks
+from llada_jax.attention.decoding.cached import CACHE_AXES
 from llada_jax.attention.visibility import block_causal, block_window, make_layout, two_block_window
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.forward import Cache, Execution, hidden_states
 from llada_jax.model.head import head_matrix
-from llada_jax.model.joined_heads import join_heads
-from llada_jax.model.parameters import Params
+from llada_jax.model.parameters import Params, join_heads
+from llada_jax.runtime.xla_options import xla_options
 from llada_jax.sampling import accept
 from llada_jax.sampling.predict import PredictSettings, predict
 from llada_jax.sampling.state import DecodeSettings, Requests, State, empty_state
 
-WRITTEN_ROWS = "written_rows"  # scope of the loop over the rows whose blocks are committed
 PREDICTION = "prediction"  # scope of the head and of what accepts its tokens
 
 
-@functools.partial(jax.jit, static_argnames=("config", "settings", "prefill_length"))
+def _compiled(**options):
+    """jax.jit with XLA's options for the platform, which is not looked at before the first call."""
+
+    def wrap(function):
+        @functools.cache
+        def jitted():
+            return jax.jit(function, compiler_options=xla_options(jax.default_backend()) or None, **options)
+
+        return functools.wraps(function)(lambda *args, **kwargs: jitted()(*args, **kwargs))
+
+    return wrap
+
+
+@_compiled(static_argnames=("config", "settings", "prefill_length"))
 def decode(
     params: Params,
     config: ModelConfig,
@@ -96,7 +108,7 @@ def _admit(params, config, settings, state: State, rows, requests, prompts, pref
     return state.replace(cache=cache, **jax.tree.map(lambda a, b: a.at[rows].set(b, mode="drop"), old, new))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "settings", "prefill_length"), donate_argnames=("state",))
+@_compiled(static_argnames=("config", "settings", "prefill_length"), donate_argnames=("state",))
 def admit(
     params: Params,
     config: ModelConfig,
@@ -116,7 +128,7 @@ def admit(
     return _admit(params, config, settings, state, rows, requests, prompts, prefill_length)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "settings"), donate_argnames=("state",))
+@_compiled(static_argnames=("config", "settings"), donate_argnames=("state",))
 def advance(
     params: Params, config: ModelConfig, settings: DecodeSettings, state: State, iterations: jax.Array
 ) -> State:
@@ -139,7 +151,11 @@ def iterate(params: Params, config: ModelConfig, settings: DecodeSettings, state
     passes = [functools.partial(window_pass, params, config, settings, state, blocks) for blocks in (1, 2)]
     hidden, computed, last_hidden = jax.lax.cond(fused, passes[1], passes[0])
 
-    write = functools.partial(_write, at=state.start - block, selected=committing)
+    execution = settings.execution
+    write = functools.partial(
+        write_blocks, at=state.start - block, selected=committing, kernel=execution.attention == "kernel",
+        interpret=execution.interpret,
+    )  # fmt: skip
     cache = jax.tree.map(write, state.cache, computed)
     last_hidden = jnp.where(committing[:, None], last_hidden, state.last_hidden)
 
@@ -162,34 +178,6 @@ def iterate(params: Params, config: ModelConfig, settings: DecodeSettings, state
 
 def constrain_cache(cache: Cache) -> Cache:
     return jax.tree.map(lambda x: sharding.constrain(x, CACHE_AXES), cache)
-
-
-@jax.named_scope(SCOPE)
-def _write(cache, block, at, selected):
-    """Writes `block` into the cache at position `at` [rows], in the `selected` rows (bool [rows]) only.
-
-    cache [layers, rows, kv_heads, positions, head_dim]; block: with fewer positions, and without the cache's
-    padding. Row by row and in place: an update under vmap is a scatter, for which XLA on TPUs transposes the cache
-    and transposes it back.
-    """
-
-    def write(cache, block, at, selected):
-        rows = jnp.nonzero(selected, size=selected.shape[0], fill_value=0)[0]
-
-        def write_row(i, cache):
-            row = rows[i]
-            part = jax.lax.dynamic_slice_in_dim(block, row, 1, axis=1).astype(cache.dtype)
-            return jax.lax.dynamic_update_slice(cache, part, (0, row, 0, at[row], 0))
-
-        with jax.named_scope(WRITTEN_ROWS):
-            return jax.lax.fori_loop(0, selected.sum(), write_row, cache)
-
-    if (mesh := sharding.mesh_in_force()) is None:
-        return write(cache, block, at, selected)
-    split = sharding.spec(CACHE_AXES, cache.shape, mesh)
-    rows = PartitionSpec(split[1])
-    run = jax.shard_map(write, in_specs=(split, split, rows, rows), out_specs=split, check_vma=False)
-    return run(cache, block, at, selected)
 
 
 def window_pass(

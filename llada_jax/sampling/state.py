@@ -99,7 +99,7 @@ def empty_state(
 ) -> State:
     """Returns a state without requests. canvas: most positions of a request, a multiple of the block length.
 
-    jax.eval_shape of this function gives abstract arguments to lower decode.iterate and decode.advance from.
+    jax.eval_shape of this function gives abstract arguments to lower decode.iterate from.
     """
 
     def zeros(*shape, dtype=jnp.int32):

@@ -80,33 +80,43 @@ def cached_kernel_attention(
     beyond head_dim is zero. Under a mesh every device runs its own rows and heads. interpret=True runs on any
     device, slowly, for tests.
     """
-    layer = jnp.asarray(layer, jnp.int32)
-    interpret = pltpu.InterpretParams() if interpret else False
+    layer, copies = jnp.asarray(layer, jnp.int32), sharding.kv_copies(query.shape[2], key.shape[2])
+
+    def local(query, key, value, cached_key, cached_value, layer, plan):
+        padding = [(0, 0)] * 3 + [(0, cached_key.shape[4] - key.shape[3])]
+        key, value = (jnp.pad(x.swapaxes(1, 2), padding) for x in (key, value))
+        return attention_of_device(query, key, value, cached_key, cached_value, layer, plan, copies, interpret)
+
     if (mesh := sharding.mesh_in_force()) is None:
-        return _attention(query, key, value, cached_key, cached_value, layer, jnp.int32(0), plan, interpret)
-    heads, kv_heads = query.shape[2], key.shape[2]
-    copies = sharding.kv_copies(heads, kv_heads)
+        return local(query, key, value, cached_key, cached_value, layer, plan)
     cache = sharding.spec(CACHE_AXES, cached_key.shape, mesh)
     rows, split = PartitionSpec(cache[1]), "tensor" if copies > 1 else cache[2]
     queries, own = PartitionSpec(cache[1], None, split), PartitionSpec(cache[1], None, cache[2])
-
-    def local(query, key, value, cached_key, cached_value, layer, plan):
-        # Where a head's key/value head is shared by several ranks, each has the whole cache and reads that head of it.
-        head = lax.axis_index("tensor") // copies if copies > 1 else jnp.int32(0)
-        if copies > 1:
-            key, value = (lax.dynamic_slice_in_dim(x, head, 1, axis=2) for x in (key, value))
-        return _attention(query, key, value, cached_key, cached_value, layer, head, plan, interpret)
-
     specs = (queries, own, own, cache, cache, PartitionSpec(), rows)
     run = jax.shard_map(local, in_specs=specs, out_specs=queries, check_vma=False)
     return run(query, key, value, cached_key, cached_value, layer, plan)
 
 
+def attention_of_device(
+    query: jax.Array, key: jax.Array, value: jax.Array, cached_key: jax.Array, cached_value: jax.Array,
+    layer: jax.Array, plan: CachedPlan, copies: int = 1, interpret: bool = False,
+) -> jax.Array:  # fmt: skip
+    """cached_kernel_attention of a device's own rows and heads. key, value [batch, kv_heads, queries, lanes], as a
+    layer of the cache. copies: sharding.kv_copies: above 1, the device has all key/value heads and uses one.
+    """
+    head = jnp.int32(0)
+    if copies > 1:
+        # Where a head's key/value head is shared by several ranks, each has the whole cache and reads that head of it.
+        head = lax.axis_index("tensor") // copies
+        key, value = (lax.dynamic_slice_in_dim(x, head, 1, axis=1) for x in (key, value))
+    return _attention(query, key, value, cached_key, cached_value, layer, head, plan, interpret)
+
+
 def _attention(query, key, value, cached_key, cached_value, layer, first_head, plan: CachedPlan, interpret):
-    """On one device. first_head: of the cache, which the first of key's heads belongs to."""
+    """first_head: of the cache, which the first of key's heads belongs to."""
+    interpret = pltpu.InterpretParams() if interpret else False
     batch, queries, heads, head_dim = query.shape
-    kv_heads, lanes = key.shape[2], cached_key.shape[4]
-    key, value = (jnp.pad(x.swapaxes(1, 2), [(0, 0)] * 3 + [(0, lanes - head_dim)]) for x in (key, value))
+    kv_heads, lanes = key.shape[1], cached_key.shape[4]
     group = heads // kv_heads
     rows, width, units = group * queries, group * head_dim, batch * kv_heads
     # The first axis of the grid may be split over the TensorCores of a device.

@@ -15,18 +15,19 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from llada_jax import sharding
-from llada_jax.attention.decoding import cached
-from llada_jax.chips import Topology
+from llada_jax.attention.decoding import cache_write, cached
+from llada_jax.chips import Chip, Topology
 from llada_jax.errors import InputError
 from llada_jax.model import parameters
 from llada_jax.model.config import ModelConfig
-from llada_jax.model.joined_heads import join_abstract
+from llada_jax.model.parameters import join_abstract
 from llada_jax.pod import aot, hlo, operations, routing_cost
-from llada_jax.pod.decoding import cached_attention_cost, fused_experts_cost
+from llada_jax.pod.decoding import cached_attention_cost, fused_experts_cost, projections_cost
 from llada_jax.pod.lower import Slices, check_experts, compile_step, model_of, with_shardings
 from llada_jax.pod.rehearse import Memory, memory_of, physical_devices, rows_of_device
 from llada_jax.pod.step_cost import Line, part_seconds, step_lines
 from llada_jax.pod.topology import slice_devices
+from llada_jax.runtime.xla_options import xla_options
 from llada_jax.sampling import decode, predict
 from llada_jax.sampling.cost import PassCost, pass_cost, uniform_hits
 from llada_jax.sampling.state import DecodeSettings, empty_state
@@ -101,7 +102,8 @@ def rehearse_decode(
     decoding = DecodeSettings(model.mask_token_id, block_length=block, execution=on_tpu)
     params, state = _arguments(model, decoding, rows, canvas, mesh)
     with jax.set_mesh(mesh):
-        step = jax.jit(functools.partial(decode.iterate, config=model, settings=decoding), donate_argnames=("state",))
+        iterate = functools.partial(decode.iterate, config=model, settings=decoding)
+        step = jax.jit(iterate, donate_argnames=("state",), compiler_options=xla_options("tpu"))
         lowered = step.lower(params, state=state)
     compiled, seconds = compile_step(lowered, mesh, slices)
     module = hlo.parse(compiled.as_text())
@@ -111,9 +113,7 @@ def rehearse_decode(
     if model.is_moe:
         kernels = _expert_kernels(config, model, mesh, slices.topology, round(2 * local * block))
     if on_tpu.attention == "kernel":
-        kernels |= cached_attention_cost.kernel_costs(
-            _attention_shape(model, mesh, round(local), block, canvas), filled, slices.topology
-        )
+        kernels |= _attention_kernels(model, mesh, slices.topology, round(local), block, canvas, filled)
     devices = physical_devices(mesh, slices)
     chip = slices.topology.chip
     cycles = aot.operation_cycles(module, dumps, chip) if dumps else {}
@@ -141,14 +141,31 @@ def _arguments(model: ModelConfig, decoding: DecodeSettings, rows: int, canvas: 
     return params, with_shardings(state, lambda tree: jax.tree_util.tree_map_with_path(layout, tree))
 
 
-def _attention_shape(model: ModelConfig, mesh, rows: int, block: int, canvas: int) -> cached_attention_cost.Shape:
-    """On one device. rows: of it."""
+def _attention_kernels(
+    model: ModelConfig, mesh, topology: Topology, rows: int, block: int, canvas: int, filled: int
+) -> dict:
+    """Costs of the kernels of attention and of its projections on one device. rows: of it."""
     with jax.set_mesh(mesh):
         copies = sharding.kv_copies(model.num_heads, model.num_kv_heads)
         split = sharding.split_over(("kv_heads",), (model.num_kv_heads * copies,), mesh)
     ranks = math.prod(mesh.shape[axis] for axis in split)
-    heads, kv_heads = model.num_heads // ranks, model.num_kv_heads * copies // ranks
-    return cached_attention_cost.Shape(rows, 2 * block, canvas, heads, kv_heads, model.head_dim)
+    heads, kv_heads, head_dim = model.num_heads // ranks, model.num_kv_heads * copies // ranks, model.head_dim
+    shape = cached_attention_cost.Shape(rows, 2 * block, canvas, heads, kv_heads, head_dim)
+    costs = cached_attention_cost.kernel_costs(shape, filled, topology)
+    if copies > 1:
+        kv_heads = model.num_kv_heads  # each device projects all of them
+    shape = projections_cost.Shape(rows, 2 * block, model.hidden_size, heads, kv_heads, head_dim, model.rotary_dim // 2)
+    with jax.set_mesh(mesh):
+        tilings = shape.tilings()
+    costs[cache_write.NAME] = functools.partial(_cache_write, topology.chip)
+    return costs | (projections_cost.kernel_costs(shape, tilings, topology) if all(tilings) else {})
+
+
+def _cache_write(chip: Chip, result, operands):
+    """Every row has a block to write: one read of the blocks, and one write."""
+    (blocks,) = [x for x in operands if len(x.shape) == 5 and x.shape != result[0].shape]
+    seconds = 2 * blocks.bytes / chip.stream_bandwidth
+    return "attention", operations.OperationCost(seconds, from_bytes=seconds)
 
 
 def _expert_kernels(config: ConfigDict, model: ModelConfig, mesh, topology: Topology, tokens: int):
@@ -200,5 +217,5 @@ def _trips(rows: int, all_rows: int, on_mesh: bool, block: int, length: int, fil
         cached.WHOLE_CHUNKS: filled // chunk,
         cached.OTHER_CHUNKS: math.ceil(filled % chunk / chunk),
         predict.TILES: predict.num_tiles(all_rows * block // 2, on_mesh),
-        decode.WRITTEN_ROWS: rows,
+        cache_write.WRITTEN_ROWS: rows,
     }

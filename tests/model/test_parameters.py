@@ -1,4 +1,4 @@
-"""Attention weights as matrices: the same pass, on one device and over a mesh."""
+"""Attention's weights as matrices: the same pass, on one device and over a mesh."""
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,8 @@ from llada_jax.attention.visibility import block_window
 from llada_jax.model import parameters
 from llada_jax.model.config import preset
 from llada_jax.model.forward import forward, hidden_states
-from llada_jax.model.joined_heads import join_abstract, join_heads, split_heads
 from llada_jax.model.lora import Lora
+from llada_jax.model.parameters import join_abstract, join_heads, split_heads
 
 TINY = preset("tiny")
 
@@ -29,9 +29,7 @@ def test_a_pass_is_the_same(config, adapted):
     joined = join_heads(params, config)
     tokens = jnp.arange(24, dtype=jnp.int32)[None] % 50
     assert all(joined[group]["query"].ndim == 3 for group in config.layer_groups)
-    np.testing.assert_allclose(
-        forward(joined, config, tokens), forward(params, config, tokens), atol=1e-6
-    )
+    np.testing.assert_allclose(forward(joined, config, tokens), forward(params, config, tokens), atol=1e-6)
 
 
 def test_split_is_the_inverse():
