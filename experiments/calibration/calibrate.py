@@ -14,7 +14,7 @@ from pathlib import Path
 
 import estimate
 import report
-from runs import COMPILERS, RUNS
+from runs import COMPILERS, RUNS, recorded
 
 from llada_jax import command_line
 from llada_jax.errors import InputError
@@ -42,7 +42,7 @@ def environment(compiler: str) -> Path:
 
 
 def compile_run(name: str) -> None:
-    """Writes compiled/NAME.*; raises InputError with the compiler's own line if it refuses the step."""
+    """Writes compiled/CHIP/NAME.*; raises InputError with the compiler's own line if it refuses the step."""
     python, log = environment(RUNS[name].compiler), WORK / f"{name}.log"
     print(f"{name}: compiling, log in {log}", flush=True)
     start = time.monotonic()
@@ -59,7 +59,7 @@ def compile_run(name: str) -> None:
 def main(argv) -> None:
     if unknown := [name for name in argv[1:] if name not in RUNS]:
         raise InputError(f"{unknown[0]}: no such run; there are {', '.join(RUNS)}")
-    for name in argv[1:] or [name for name in RUNS if not estimate.COMPILED.joinpath(f"{name}.json").exists()]:
+    for name in argv[1:] or [name for name in RUNS if not recorded(name)[1].exists()]:
         compile_run(name)
     estimate.main([""])
     report.main()

@@ -2,8 +2,8 @@
 
     python experiments/calibration/compile.py NAME       # in MaxText's environment, which calibrate.py makes
 
-Writes compiled/NAME.hlo.xz (the scheduled program) and compiled/NAME.json (its kernels' schedules, memory, mesh and
-MaxText's count of FLOPs). Takes 2 to 60 minutes and up to 10 GB.
+Writes compiled/CHIP/NAME.hlo.xz (the scheduled program) and compiled/CHIP/NAME.json (its kernels' schedules, memory,
+mesh and MaxText's count of FLOPs). Takes 2 to 60 minutes and up to 10 GB.
 """
 
 import importlib.metadata
@@ -17,12 +17,11 @@ import time
 from pathlib import Path
 
 import schedules
-from runs import RUNS, Run
+from runs import RUNS, Run, recorded
 
 from llada_jax.chips import parse_topology
 from llada_jax.pod import aot, hlo
 
-FOLDER = Path(__file__).resolve().parent / "compiled"
 _PACKAGES = ("maxtext", "jax", "libtpu")
 _ALWAYS = {"dataset_type": "synthetic", "enable_checkpointing": False, "run_name": "calibration"}
 # The code of kernels, and where the source lies: no estimate reads them.
@@ -98,10 +97,11 @@ def _write(name: str, compiled, mesh, counted, experts: int, dumps: Path, second
         "cycles": aot.operation_cycles(module, dumps, chip),
         "kernels": schedules.record(module, dumps, chip),
     }
-    FOLDER.mkdir(exist_ok=True)
+    program, known = recorded(name)
+    program.parent.mkdir(parents=True, exist_ok=True)
     short = lzma.compress(_UNREAD.sub("", text).encode(), preset=9 | lzma.PRESET_EXTREME)
-    FOLDER.joinpath(f"{name}.hlo.xz").write_bytes(short)
-    FOLDER.joinpath(f"{name}.json").write_text(json.dumps(values) + "\n")
+    program.write_bytes(short)
+    known.write_text(json.dumps(values) + "\n")
 
 
 def mesh_places(mesh) -> dict:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from absl import flags
-from runs import RUNS, Run
+from runs import RUNS, Run, recorded
 
 from llada_jax import command_line
 from llada_jax.chips import parse_topology
@@ -24,34 +24,34 @@ from llada_jax.pod.step_cost import Line, part_seconds, step_lines
 _LARGEST = flags.DEFINE_integer("largest", 0, "Print so many of the largest operations.", lower_bound=0)
 
 FOLDER = Path(__file__).resolve().parent
-COMPILED, RESULTS = FOLDER / "compiled", FOLDER / "results"
+RESULTS = FOLDER / "results"
 
 
 def lines_of(name: str) -> list[Line]:
     """The operations of a recorded step, with their costs on one device."""
     from kernels import costs  # imports JAX
 
-    run, recorded = RUNS[name], json.loads(COMPILED.joinpath(f"{name}.json").read_text())
-    module = hlo.parse(lzma.decompress(COMPILED.joinpath(f"{name}.hlo.xz").read_bytes()).decode())
-    topology, mesh = parse_topology(run.topology), recorded["mesh"]
+    program, known = recorded(name)
+    known, module = json.loads(known.read_text()), hlo.parse(lzma.decompress(program.read_bytes()).decode())
+    topology, mesh = parse_topology(RUNS[name].topology), known["mesh"]
     coordinates = np.array(mesh["coordinates"])[:, : len(topology.shape)]
     devices = Devices(mesh["axes"], topology, coordinates, np.array(mesh["slices"]))
-    kernels = costs(module, recorded["kernels"], topology.chip, recorded["experts"])
-    return step_lines(module, topology.chip, kernels, devices, cycles=recorded["cycles"])
+    kernels = costs(module, known["kernels"], topology.chip, known["experts"])
+    return step_lines(module, topology.chip, kernels, devices, cycles=known["cycles"])
 
 
-def measured_seconds(run: Run, recorded: dict) -> float | None:
+def measured_seconds(run: Run, known: dict) -> float | None:
     """Of a step: as published, or from the published rate and MaxText's count of FLOPs; None if it was not timed."""
     if run.tflops is None:
         return run.seconds
-    tflops = recorded["tflops"] + (recorded["attention_tflops"] if run.attention_in_full else 0.0)
+    tflops = known["tflops"] + (known["attention_tflops"] if run.attention_in_full else 0.0)
     return tflops / run.tflops
 
 
 def result(name: str, lines: list[Line]) -> dict:
     """The content of results/NAME.json. Bytes are of a device."""
-    run, recorded = RUNS[name], json.loads(COMPILED.joinpath(f"{name}.json").read_text())
-    memory = recorded["memory"]
+    run, known = RUNS[name], json.loads(recorded(name)[1].read_text())
+    memory = known["memory"]
     arguments = memory["argument_size_in_bytes"] + memory["output_size_in_bytes"] - memory["alias_size_in_bytes"]
     return {
         "name": name,
@@ -62,17 +62,17 @@ def result(name: str, lines: list[Line]) -> dict:
         "parts": part_seconds(lines),
         "hidden_seconds": sum(line.hidden for line in lines if line.part == "collectives"),
         "predicted_seconds": sum(line.seconds for line in lines),
-        "measured_seconds": measured_seconds(run, recorded),
+        "measured_seconds": measured_seconds(run, known),
         "predicted_bytes": arguments + memory["temp_size_in_bytes"],
         "measured_bytes": run.measured_bytes,
-        "versions": recorded["versions"] | {"measured with jax": run.jax},
+        "versions": known["versions"] | {"measured with jax": run.jax},
         "source": run.source,
         "date": run.date,
     }
 
 
 def main(argv) -> None:
-    compiled = [name for name in RUNS if COMPILED.joinpath(f"{name}.json").exists()]
+    compiled = [name for name in RUNS if recorded(name)[1].exists()]
     for name in argv[1:]:
         if name not in compiled:
             raise InputError(f"{name}: no such recorded step; there are {', '.join(compiled)}")

@@ -25,13 +25,19 @@ from llada_jax.pod.step_cost import KernelCost
 
 def costs(module: Module, recorded: dict[str, dict], chip: Chip, experts: int) -> dict[str, KernelCost]:
     """{call: cost}, longer names first, as the names are taken for prefixes. experts: of a layer, on a device."""
-    by_call = {}
-    for computation, op in sorted(calls(module), key=lambda call: -len(call[1].name)):
+    by_call, listed = {}, {}
+    found = [
+        (op, [x for name in op.operands for x in module.operand(computation, name).result])
+        for computation, op in sorted(calls(module), key=lambda call: -len(call[1].name))
+    ]
+    for op, operands in found:
+        if "splash" in op.op_name and recorded[op.name]["bounds"][-1] is None:
+            listed[_has_mask_tiles(operands)] = _listed_tiles(operands)
+    for op, operands in found:
         kernel = recorded[op.name]
         if "splash" in op.op_name:
-            part, cost = "attention", _splash(op, kernel, chip)
+            part, cost = "attention", _splash(op, kernel, chip, listed.get(_has_mask_tiles(operands)))
         elif "gmm" in op.op_name or "ragged_dot" in op.op_name:
-            operands = [x for name in op.operands for x in module.operand(computation, name).result]
             part, cost = "experts", _grouped(op, operands, kernel, chip, experts)
         else:
             raise ValueError(f"{op.name}: an unknown kernel ({op.op_name})")
@@ -39,7 +45,18 @@ def costs(module: Module, recorded: dict[str, dict], chip: Chip, experts: int) -
     return by_call
 
 
-def _splash(op: Operation, kernel: dict, chip: Chip) -> OperationCost:
+def _has_mask_tiles(operands: list[Array]) -> bool:
+    """Whether the mask is read for some tiles, as that of a sliding window is; a causal one is computed."""
+    return any(x.dtype == "s8" and len(x.shape) == 3 for x in operands)
+
+
+def _listed_tiles(operands: list[Array]) -> int:
+    """Tiles of a head that the kernel's list names."""
+    return max(x.elements for x in operands if x.dtype in ("s8", "s32") and len(x.shape) == 1)
+
+
+def _splash(op: Operation, kernel: dict, chip: Chip, listed: int | None) -> OperationCost:
+    """listed: visible tiles of a head, if a list of them is known for this mask; else the mask is causal."""
     suffix = next((s for s in ("_dkv", "_dq") if f"splash_mha{s}" in op.op_name or f"splash_mqa{s}" in op.op_name), "")
     by_keys = suffix == "_dkv"
     # Older kernels have the sizes in their names.
@@ -47,11 +64,12 @@ def _splash(op: Operation, kernel: dict, chip: Chip) -> OperationCost:
     queries, keys, computed = _splash_blocks(options, suffix)
     arrays = [array.shape for array in op.result]
     length = max(arrays[0][-2:])
-    rows, width = length // (keys if by_keys else queries), kernel["bounds"][-1]
-    visits = causal_tiles(length, queries, keys, by_keys, width)
-    heads = math.prod(kernel["bounds"][:-1]) / rows
+    rows, (*outer, width) = length // (keys if by_keys else queries), kernel["bounds"]
+    heads = math.prod(outer) / (1 if width is None else rows)  # of all sequences
+    steps = listed if width is None else rows * width
+    visits = listed or causal_tiles(length, queries, keys, by_keys, width)
     tile, rest = _tile_and_rest(kernel, keys // computed)
-    cycles = heads * (visits * sum(tile) + rows * sum(rest) + rows * width * kernel["step"])
+    cycles = heads * (visits * sum(tile) + rows * sum(rest) + steps * kernel["step"])
     # Of a tile the side that changes is copied, of a row of tiles the other side, in and out.
     sides = [_bytes(block) for block in kernel["blocks"][:3]]
     moved = heads * (visits * (sides[0] * 2 if by_keys else sides[1] + sides[2]) + rows * 2 * sum(sides))

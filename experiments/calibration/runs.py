@@ -7,6 +7,7 @@ the rate and MaxText's count of FLOPs.
 """
 
 import dataclasses
+from pathlib import Path
 
 from recipes import (
     ALL_REDUCE_LAYOUT,
@@ -400,3 +401,9 @@ RUNS["qwen3_30b_a3b_v5p_64"] = Run(
 )
 for _name in ("deepseek2_16b_v5p_4", "dense_16b_v5e_256"):
     RUNS[f"{_name}_today"] = dataclasses.replace(RUNS[_name], compiler="2026-11", apart=True)
+
+
+def recorded(name: str) -> tuple[Path, Path]:
+    """The files of a compiled run: its scheduled program, and what is known of its kernels. A folder per chip."""
+    folder = Path(__file__).resolve().parent / "compiled" / RUNS[name].topology.partition(":")[0]
+    return folder / f"{name}.hlo.xz", folder / f"{name}.json"

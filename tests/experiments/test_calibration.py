@@ -1,11 +1,13 @@
 """The estimates of public runs: recorded programs give the recorded numbers, and the README has them."""
 
 import json
+import lzma
 
 import numpy as np
 import pytest
 
 from llada_jax.chips import parse_topology
+from llada_jax.pod import hlo
 from llada_jax.pod.hlo import Array
 from tests.helpers.command_lines import run
 from tests.helpers.experiments import EXPERIMENTS, importable
@@ -16,7 +18,7 @@ with importable("calibration"):
     import estimate
     import kernels
     import report
-    from runs import COMPILERS, RUNS
+    from runs import COMPILERS, RUNS, recorded
 
 RESULTS = {result["name"]: result for result in report.read()}
 README = (EXPERIMENTS.parent / "llada_jax" / "pod" / "README.md").read_text()
@@ -61,6 +63,24 @@ def test_causal_tiles_are_those_with_a_visible_pair():
         assert kernels.causal_tiles(length, queries, keys, False, whole) == tiles.sum()
         assert kernels.causal_tiles(length, queries, keys, True, whole) == tiles.sum()
     assert kernels.causal_tiles(4096, 1024, 1024, False, 2) == 1 + 2 + 2 + 2  # a window of two tiles
+
+
+def test_listed_tiles_are_those_of_the_windows_too():
+    """gemma4-26b: 4096 tokens in tiles of 1024; five layers of six see a window of 1024 tokens, the sixth all."""
+    program, _ = recorded("gemma4_26b_tpu7x_64")
+    module = hlo.parse(lzma.decompress(program.read_bytes()).decode())
+    listed = {}
+    for computation, op in kernels.calls(module):
+        if "splash_mha_fwd" in op.op_name:
+            operands = [x for name in op.operands for x in module.operand(computation, name).result]
+            listed.setdefault(kernels._has_mask_tiles(operands), set()).add(kernels._listed_tiles(operands))
+    query, key = np.ogrid[:4096, :4096]
+    causal = key <= query
+
+    def tiles(mask):
+        return int(mask.reshape(4, 1024, 4, 1024).any(axis=(1, 3)).sum())
+
+    assert listed == {False: {tiles(causal)}, True: {tiles(causal & (query - key < 1024))}}
 
 
 def test_grouped_matmuls_cost_their_tiles():
