@@ -17,7 +17,7 @@ from llada_jax.model import parameters
 from llada_jax.model.config import preset
 from llada_jax.tokenizer import load_tokenizer
 from tests.helpers import command_lines
-from tests.helpers.environment import process_environment
+from tests.helpers.environment import process_environment, xla_flags
 from tests.helpers.foreign_tokenizers import llama_like
 
 ROOT = Path(__file__).parent.parent
@@ -30,14 +30,26 @@ def run(tool, *arguments, **options):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A model of one layer with a byte tokenizer."""
-    folder = tmp_path_factory.mktemp("tools")
+    return write_checkpoint(tmp_path_factory.mktemp("tools") / "checkpoint")
+
+
+def write_checkpoint(folder, before_messages=b""):
     config = preset("tiny").replace(num_layers=1)
     params = parameters.initialize(config, jax.random.key(0))
     files = byte_tokenizer(config.eos_token_id, config.mask_token_id).files
-    files |= {"chat_template.jinja": b"{% for m in messages %}{{ m.content }}|{% endfor %}"}
+    files |= {"chat_template.jinja": before_messages + b"{% for m in messages %}{{ m.content }}|{% endfor %}"}
     leaves = parameters.unstack(params, config)
-    write_weights(folder / "checkpoint", config, leaves.items(), files, {})
-    return folder / "checkpoint"
+    write_weights(folder, config, leaves.items(), files, {})
+    return folder
+
+
+def test_generate_takes_the_day_of_the_chat_template(checkpoint, tmp_path):
+    dated = write_checkpoint(tmp_path / "dated", b"{{ strftime_now('%d %b %Y') }}")
+    arguments = "--prompt=a", "--chat", "--gen_length=4", "--block_length=4", "--template_date=2031-01-02"
+    done = run("generate", f"--checkpoint={dated}", *arguments)
+    assert done.returncode == 0, done.stderr
+    done = run("generate", f"--checkpoint={checkpoint}", *arguments)
+    assert done.returncode == 2 and "template_date 2031-01-02: the chat template writes no date" in done.stderr
 
 
 def test_generate_a_prompt_and_draw_how_the_answer_filled(checkpoint, tmp_path):
@@ -87,6 +99,24 @@ def test_generate_from_jsonl_with_settings_of_each_line(checkpoint, tmp_path):
         assert row["tokens"] == len(row["token_ids"]) == len(row["generated_steps"]) == len(row["confidences"])
         passes = row["forward_passes"] + row["commit_passes"] + row["prefill_passes"]
         assert row["tokens_per_forward"] == pytest.approx(row["tokens"] / passes, abs=1e-3)
+
+
+def test_generate_over_a_mesh_answers_as_one_device_does(checkpoint, tmp_path):
+    """Over the devices that there are, unless told; the weights are laid out when they are loaded."""
+    (tmp_path / "in.jsonl").write_text("".join(f'{{"prompt": "{"ab" * i}"}}\n' for i in range(1, 9)))
+    answers = {}
+    for mesh in ("auto", "one", "data=2", "data=3"):
+        arguments = f"--checkpoint={checkpoint}", f"--input={tmp_path / 'in.jsonl'}", "--gen_length=4", "--batch=8"
+        arguments += f"--output={tmp_path / mesh}.jsonl", "--block_length=4", f"--mesh={mesh}"
+        done = run("generate", *arguments, XLA_FLAGS=xla_flags(2))
+        if mesh == "data=3":
+            assert done.returncode == 2 and "--mesh=data=3: 3 devices, there are 2" in done.stderr
+            continue
+        assert done.returncode == 0, done.stderr
+        assert ("mesh: data 2" in done.stderr) == (mesh != "one")
+        rows = (tmp_path / f"{mesh}.jsonl").read_text().splitlines()
+        answers[mesh] = [json.loads(row)["token_ids"] for row in rows]
+    assert answers["auto"] == answers["one"] == answers["data=2"]
 
 
 @pytest.mark.parametrize(

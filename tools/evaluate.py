@@ -64,7 +64,7 @@ _RECORDS = flags.DEFINE_string("records", None, "JSONL file for every question, 
 _OUTPUT = flags.DEFINE_string("output", None, "JSON file for the result.")
 
 _SCORED = ("data", "rows", "block_sizes", "samples", "block_origin", "reference")
-_ANSWERED = ("questions", "batch", "records", *decoding.NAMES)
+_ANSWERED = ("questions", "batch", "records", "mesh", *decoding.NAMES)
 _COMMON = ("checkpoint", "task", "seed", "yarn", "add_bos", "output", "table")
 _DECODED = """Prints the share of right answers, and tokens per denoising forward pass (end of sequence included), with
 standard errors over questions. An answer whose scorer fails is wrong, and counted. Decoding is that of
@@ -182,10 +182,11 @@ def _peak_memory_bytes() -> int:
 
 
 def _answers(task: str, name: str) -> dict:
+    from llada_jax.checkpoint.weights import read_config
     from llada_jax.evaluation import code, needle, tasks
 
     config = decoding.generate_config()
-    settings, count = {}, _QUESTIONS.value
+    settings, count, questions = {}, _QUESTIONS.value, None  # those of needle are made with the tokenizer
     try:
         settings = json.loads(_TASK_SETTINGS.value)
     except json.JSONDecodeError as error:
@@ -196,14 +197,17 @@ def _answers(task: str, name: str) -> dict:
         questions = tasks.file_questions(_DATA.value, count, _EXTRACT.value)
     elif task == "humaneval":
         questions = code.humaneval_questions(count)
-    model = _load(_CHECKPOINT.value)
-    if task == "needle":
-        if model.tokenizer is None:
-            raise InputError(f"{_CHECKPOINT.value}: the checkpoint has no tokenizer")
-        questions = needle.needle_questions(model.tokenizer, _CONTEXT.value, count or 20, _NEEDLES.value, _SEED.value)
-    found, records = tasks.answer_questions(
-        model, questions, config, _BATCH.value, _SEED.value, lambda line: print(line, file=sys.stderr, flush=True)
-    )
+    rows = min(_BATCH.value, len(questions) if questions is not None else count or 20)
+    with decoding.mesh(read_config(_CHECKPOINT.value)[0], rows) as mesh:
+        model = _load(_CHECKPOINT.value, mesh=mesh)
+        if task == "needle":
+            if model.tokenizer is None:
+                raise InputError(f"{_CHECKPOINT.value}: the checkpoint has no tokenizer")
+            wanted = _CONTEXT.value, count or 20, _NEEDLES.value, _SEED.value
+            questions = needle.needle_questions(model.tokenizer, *wanted)
+        found, records = tasks.answer_questions(
+            model, questions, config, _BATCH.value, _SEED.value, lambda line: print(line, file=sys.stderr, flush=True)
+        )
     print(
         f"score {report.with_error(found.score, found.score_stderr)} over {found.questions} questions, "
         f"{report.with_error(found.tokens_per_forward, found.tokens_per_forward_stderr, '.2f')} tokens per forward, "
@@ -223,13 +227,13 @@ def _answers(task: str, name: str) -> dict:
     return asked | dataclasses.asdict(found)
 
 
-def _load(path: str, dataset: dict | None = None):
+def _load(path: str, dataset: dict | None = None, mesh=None):
     from llada_jax.checkpoint.weights import load_checkpoint
     from llada_jax.data.rows import packed_with
 
     for written in (_OUTPUT.value, _RECORDS.value):  # all flags are right by now, and hours of work lie ahead
         jsonl.prepare(written)
-    model = decoding.with_bos(load_checkpoint(path))
+    model = decoding.with_bos(load_checkpoint(path, mesh=mesh))
     if dataset and model.tokenizer is not None and not packed_with(dataset, model.tokenizer):
         raise InputError(f"{_DATA.value}: packed with another tokenizer than that of {path}")
     return model._replace(config=model.config.extended(_YARN.value)) if _YARN.value > 1 else model

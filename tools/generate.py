@@ -79,13 +79,22 @@ def main(argv) -> None:
 
     jsonl.prepare(_OUTPUT.value)
 
-    from llada_jax.checkpoint.weights import load_checkpoint  # after the flags are right: jax takes seconds
+    from llada_jax.checkpoint.weights import (
+        load_checkpoint,
+        read_config,
+    )  # after the flags are right: jax takes seconds
 
-    model = decoding_flags.with_bos(load_checkpoint(_CHECKPOINT.value))
+    together = 1 if rows is None else min(_BATCH.value, len(rows))
+    with decoding_flags.mesh(read_config(_CHECKPOINT.value)[0], together) as mesh:
+        model = decoding_flags.with_bos(load_checkpoint(_CHECKPOINT.value, mesh=mesh))
+        _answer(model, rows, config, configs, conversation)
+
+
+def _answer(model, rows, config, configs, conversation: bool) -> None:
     if model.tokenizer is None:
         raise InputError(f"{_CHECKPOINT.value}: no tokenizer")
     if _TEMPLATE_DATE.value:
-        model = dataclasses.replace(model, tokenizer=model.tokenizer.with_template_date(_TEMPLATE_DATE.value))
+        model = model._replace(tokenizer=model.tokenizer.with_template_date(_TEMPLATE_DATE.value))
     if rows is not None:
         _answer_file(model, rows, configs)
     elif conversation:

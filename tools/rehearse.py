@@ -60,27 +60,28 @@ def main(argv) -> None:
 def _try_meshes(given: list[str]) -> None:
     """Each mesh in a process of its own: the compiler dumps all programs of a process into one folder."""
     from llada_jax.chips import parse_topology
-    from llada_jax.pod.decoding import meshes
+    from llada_jax.pod.decoding.meshes import arguments, fields_of, table
+    from llada_jax.sampling.meshes import candidates, name_of
     from llada_jax.training import run_model
 
     topology = parse_topology(_TOPOLOGY.value)
     model = run_model.named(run_model.fitted(resolved(_CONFIG)))
     results = []
-    tried = meshes.candidates(model, topology.num_devices * _SLICES.value, _ROWS.value)
-    for i, fields in enumerate(tried, 1):
-        print(f"{i} of {len(tried)}: {meshes.name_of(fields)}", flush=True)
+    tried = candidates(model, topology.num_devices * _SLICES.value, _ROWS.value)
+    for i, sizes in enumerate(tried, 1):
+        print(f"{i} of {len(tried)}: {name_of(sizes)}", flush=True)
         with tempfile.TemporaryDirectory(prefix="llada_jax_") as folder:
             out = Path(folder, "out.json")
-            command = [sys.executable, __file__, *given, *meshes.arguments(fields), "--mesh=config", f"--json={out}"]
+            command = [sys.executable, __file__, *given, *arguments(sizes), "--mesh=config", f"--json={out}"]
             done = subprocess.run(command, capture_output=True, text=True)
             if not out.exists():
-                raise InputError(f"{meshes.name_of(fields)}: {_reason(done)}")
-            results.append((fields, json.loads(out.read_text())))
+                raise InputError(f"{name_of(sizes)}: {_reason(done)}")
+            results.append((sizes, json.loads(out.read_text())))
     if not any(values["fits"] for _, values in results):
         sys.exit(f"no mesh of {len(tried)} fits a chip of {topology.name}; try fewer --rows or a larger slice")
-    print(meshes.table(results, _ROWS.value))
+    print(table(results, _ROWS.value))
     if _JSON.value:
-        _write([{"fields": fields} | values for fields, values in results])
+        _write([{"fields": fields_of(sizes)} | values for sizes, values in results])
 
 
 def _reason(done: subprocess.CompletedProcess) -> str:

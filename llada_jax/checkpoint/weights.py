@@ -19,7 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 
+from llada_jax import sharding
 from llada_jax.checkpoint import arrays, files, stream
 from llada_jax.checkpoint.files import DamagedError
 from llada_jax.checkpoint.lora import MergedReader, attached, base_of, levels, read_sharded, stored_entries
@@ -295,8 +297,10 @@ def load_params(path: str | os.PathLike, dtype=None, shardings=None, verify: boo
     return _newest_intact(path, lambda directory: _load_params(directory, dtype, shardings, verify))
 
 
-def load_checkpoint(path: str | os.PathLike, dtype=None, verify: bool = True) -> Model:
+def load_checkpoint(path: str | os.PathLike, dtype=None, verify: bool = True, mesh: Mesh | None = None) -> Model:
     """Loads config, weights (dtype and verify as in load_params), tokenizer (or None) and lineage of a checkpoint.
+
+    mesh: lay the weights out over it as sharding.RULES say; None: whole, on the default device.
 
     Raises InputError naming the file or tensor that is missing or damaged.
 
@@ -312,7 +316,10 @@ def load_checkpoint(path: str | os.PathLike, dtype=None, verify: bool = True) ->
     def load(directory: epath.Path) -> Model:
         config, lineage = _read_config(directory)
         tokenizer = _load_tokenizer(directory)
-        return Model(config, _load_params(directory, dtype, None, verify), tokenizer, lineage)
+        layouts = None
+        if mesh is not None:
+            layouts = sharding.shardings(parameters.abstract(config), parameters.logical_axes(config), mesh)
+        return Model(config, _load_params(directory, dtype, layouts, verify), tokenizer, lineage)
 
     return _newest_intact(path, load)
 

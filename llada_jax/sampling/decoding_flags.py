@@ -1,5 +1,8 @@
 """The flags of decoding, for every command that samples."""
 
+import contextlib
+import sys
+
 from absl import flags
 
 FLAGS = flags.FLAGS
@@ -31,6 +34,28 @@ def define(gen_length: int) -> None:
         "add_bos", None, ["auto", "true", "false"], "Begin texts and prompts without chat template with a beginning of "
         "sequence: auto as the tokenizer's post-processor does. Default: as the checkpoint was trained.",
     )  # fmt: skip
+
+    flags.DEFINE_string(
+        "mesh", "auto", "How the devices of this host share the work: auto, one (device), or axes: expert=2,tensor=2."
+    )
+
+
+@contextlib.contextmanager
+def mesh(config, rows: int):
+    """Sets the mesh that --mesh asks for, for a model of this ModelConfig and batches of `rows`, and yields it; None on
+    one device. Raises InputError naming the flag.
+    """
+    import jax
+
+    from llada_jax.sampling import meshes
+
+    chosen = meshes.from_text(FLAGS.mesh, config, rows, jax.local_devices())
+    if chosen is None:
+        yield None
+        return
+    print(f"mesh: {meshes.name_of(chosen.shape)} (--mesh)", file=sys.stderr, flush=True)
+    with jax.set_mesh(chosen):
+        yield chosen
 
 
 def with_bos(model):

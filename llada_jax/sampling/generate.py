@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from llada_jax import sharding
 from llada_jax.errors import InputError, check_range
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.forward import Execution
@@ -174,10 +175,16 @@ def decode_settings(
 
 
 def prefill_execution(longest: int) -> Execution:
-    """How to prefill prompts of up to `longest` tokens on this device, and by which kernels the passes after it run."""
+    """How to prefill prompts of up to `longest` tokens on this device, and by which kernels the passes after it run; on
+    the mesh in force, tokens meet the experts that are shared out over it.
+    """
+    mesh = sharding.mesh_in_force()
+    how = {} if mesh is None or mesh.shape["expert"] == 1 else {"expert_parallel": "gather_tokens"}
     if jax.default_backend() == "tpu":
-        return Execution(attention="kernel", experts="megablox")
-    return Execution(attention="blockwise" if longest > 1024 else "dense")  # dense holds [longest, longest] scores
+        return Execution(attention="kernel", experts="megablox", **how)
+    return Execution(
+        attention="blockwise" if longest > 1024 else "dense", **how
+    )  # dense holds [longest, longest] scores
 
 
 def requests_of(

@@ -1,10 +1,12 @@
 """Costs of the kernels of decoding: they grow with what the kernels do, and are never below their bytes."""
 
+import jax
 import pytest
 
 from llada_jax.chips import parse_topology
 from llada_jax.model.fused_experts import Cut
-from llada_jax.pod.decoding import cached_attention_cost, fused_experts_cost
+from llada_jax.pod.decoding import cached_attention_cost, fused_experts_cost, projections_cost
+from llada_jax.pod.topology import one_device
 
 TOPOLOGY = parse_topology("v5p:2x2x1")
 
@@ -23,6 +25,24 @@ def test_attention_costs_the_chunks_that_are_filled():
     read = 4 * 2048 * 128 * 2 * 2
     assert full.seconds >= read / TOPOLOGY.chip.stream_bandwidth
     assert full.flops == 4 * (4 * 64) * (2048 + 64) * 128 * 4
+
+
+@pytest.mark.parametrize("name", ["v4:2x2x1", "v5p:2x2x1", "v5e:2x2", "v6e:2x2", "tpu7x:2x2x1"])
+def test_projections_cost_their_weights_once_per_block(name):
+    topology = parse_topology(name)
+    sizes = dict(positions=64, embed=1024, heads=8, kv_heads=2, head_dim=128, rotated=32)
+    costs = {}
+    for rows in (4, 16):
+        shape = projections_cost.Shape(rows=rows, **sizes)
+        with jax.set_mesh(one_device(topology)):
+            tilings = shape.tilings()
+        (of,) = projections_cost.kernel_costs(shape, tilings, topology).values()
+        costs[rows] = [of(result, ()) for result in ((1, 2, 3), (1,))]
+    for which, weights in ((0, 1024 * 12 * 128), (1, 1024 * 8 * 128)):
+        (part, few), (_, many) = (costs[rows][which] for rows in (4, 16))
+        assert part == "dense" and few.flops == 2 * 256 * weights and many.flops == 4 * few.flops
+        assert few.seconds >= 2 * weights / topology.chip.stream_bandwidth
+        assert few.seconds < many.seconds < 4.5 * few.seconds
 
 
 def test_experts_cost_their_weights_once_per_part():

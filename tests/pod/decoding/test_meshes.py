@@ -1,38 +1,20 @@
-"""The meshes tried for decoding."""
+"""The meshes tried for decoding, as a config and as a table."""
 
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from llada_jax.model.config import preset
 from llada_jax.pod.decoding import meshes
 from llada_jax.pod.step_cost import PARTS
+from llada_jax.sampling.meshes import candidates
 
 ROOT = Path(__file__).parents[3]
 
 
-def names(model, devices, rows):
-    return [meshes.name_of(fields) for fields in meshes.candidates(preset(model), devices, rows)]
-
-
-@pytest.mark.parametrize(
-    ("model", "devices", "rows", "expected"),
-    [
-        ("llada2_mini", 4, 16, ["tensor 4", "expert 2, tensor 2", "expert 4"]),
-        ("llada2_mini", 4, 2, ["tensor 4", "expert 2, tensor 2"]),  # each device needs rows of its own
-        ("llada2_mini", 1, 1, ["one device"]),
-        ("smollm2_135m", 4, 8, ["data 4"]),  # nine heads
-    ],
-)
-def test_meshes_split_heads_experts_and_rows_evenly(model, devices, rows, expected):
-    assert names(model, devices, rows) == expected
-
-
 def test_tokens_are_gathered_where_experts_are_shared_out():
-    whole, both, _ = meshes.candidates(preset("llada2_mini"), 4, 16)
-    assert "execution.expert_parallel" not in whole
+    whole, both, _ = candidates(preset("llada2_mini"), 4, 16)
+    assert "execution.expert_parallel" not in meshes.fields_of(whole)
     assert "--config.execution.expert_parallel=gather_tokens" in meshes.arguments(both)
     assert "--config.mesh.expert=2" in meshes.arguments(both) and "--config.mesh.data=1" in meshes.arguments(both)
 
@@ -42,7 +24,7 @@ def test_the_fastest_that_fits_is_named():
         parts = dict.fromkeys(PARTS, 0.0) | {"glue": seconds}
         return {"fits": fits, "seconds": parts, "roofline_seconds": 1e-3, "hbm_bytes": 2**30}
 
-    tried = meshes.candidates(preset("llada2_mini"), 4, 16)
+    tried = candidates(preset("llada2_mini"), 4, 16)
     text = meshes.table(zip(tried, (result(4e-3), result(2e-3), result(1e-3, fits=False)), strict=True), 16)
     lines = text.splitlines()
     assert [line.split("  ")[0] for line in lines[1:-1]] == ["expert 2, tensor 2", "tensor 4"]

@@ -1,0 +1,86 @@
+"""The mesh of decoding over the devices of a slice: those worth trying, and the one that is taken unless told.
+
+    tensor     every device has all rows, and its part of each head's and expert's width: two sums per layer over all
+    expert     every device has its own rows and whole experts; tokens are gathered and their sums scattered back
+    both       groups of devices share the experts out, and split widths within the group
+
+A dense model has rows instead of experts to share out: axis "data", with weights copied.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+from jax.sharding import Mesh
+
+from llada_jax import sharding
+from llada_jax.errors import InputError
+from llada_jax.model.config import ModelConfig
+
+# Rows of a device from which whole experts, or whole rows, are faster than parts of their widths: the passes of
+# llada_jax/pod/README.md.
+ROWS_OF_A_DEVICE = 4
+
+
+def candidates(model: ModelConfig, devices: int, rows: int) -> list[dict[str, int]]:
+    """{axis: size} of each mesh over `devices` devices that splits the model and the rows evenly, most tensor first."""
+    found = []
+    for tensor in (n for n in range(devices, 0, -1) if devices % n == 0):
+        shared = devices // tensor
+        widths = (model.num_heads, model.moe_intermediate_size if model.is_moe else model.intermediate_size)
+        if rows % shared or any(width % tensor for width in widths):
+            continue
+        if model.is_moe and model.num_experts % shared:
+            continue
+        found.append({_shared_axis(model): shared, "tensor": tensor})
+    return found
+
+
+def name_of(sizes: Mapping[str, int]) -> str:
+    """Its axes that are split, e.g. "expert 2, tensor 2"."""
+    return ", ".join(f"{axis} {sizes[axis]}" for axis in sharding.MESH_AXES if sizes.get(axis, 1) > 1) or "one device"
+
+
+def default(model: ModelConfig, devices: int, rows: int) -> dict[str, int]:
+    """The candidate that is taken unless told: as few parts of widths as leave each device ROWS_OF_A_DEVICE rows, else
+    as many as can be; one device where no mesh over all of them is a candidate.
+    """
+    tried = candidates(model, devices, rows)
+    whole = [sizes for sizes in tried if rows // sizes[_shared_axis(model)] >= ROWS_OF_A_DEVICE]
+    if whole:
+        return whole[-1]
+    return tried[0] if tried else {"tensor": 1}
+
+
+def from_text(text: str, model: ModelConfig, rows: int, devices: Sequence[jax.Device]) -> Mesh | None:
+    """The mesh of a flag: "auto" is `default` over all devices, "one" is None, as is any mesh of one device;
+    "expert=2,tensor=2" is that, over the first so many. Raises InputError on another text, or on too few devices.
+    """
+    sizes = _sizes(text, model, rows, len(devices))
+    count = math.prod(sizes.values())
+    if count > len(devices):
+        raise InputError(f"--mesh={text}: {count} devices, there are {len(devices)}")
+    if count == 1:
+        return None
+    return sharding.make_mesh(**{"data": 1} | sizes, devices=list(devices[:count]))
+
+
+def _sizes(text: str, model: ModelConfig, rows: int, devices: int) -> dict[str, int]:
+    if text in ("auto", "one"):
+        return default(model, devices, rows) if text == "auto" else {}
+    sizes = {}
+    for part in text.split(","):
+        axis, _, size = part.partition("=")
+        if axis not in ("data", "expert", "tensor") or axis in sizes or not size.isdecimal() or int(size) < 1:
+            raise InputError(
+                f"mesh={text!r}, expected auto, one, or sizes of data, expert and tensor: expert=2,tensor=2"
+            )
+        sizes[axis] = int(size)
+    for axis, total in (("expert", model.num_experts if model.is_moe else 1), ("tensor", model.num_heads)):
+        if total % sizes.get(axis, 1):
+            raise InputError(f"--mesh={text}: {axis} does not divide {total}")
+    return sizes
+
+
+def _shared_axis(model: ModelConfig) -> str:
+    return "expert" if model.is_moe else "data"

@@ -1,0 +1,63 @@
+"""The meshes of decoding: which split a model evenly, which is taken, and what the flag refuses."""
+
+import jax
+import pytest
+
+from llada_jax.errors import InputError
+from llada_jax.model.config import preset
+from llada_jax.sampling import meshes
+
+
+@pytest.mark.parametrize(
+    ("model", "devices", "rows", "expected"),
+    [
+        ("llada2_mini", 4, 16, ["tensor 4", "expert 2, tensor 2", "expert 4"]),
+        ("llada2_mini", 4, 2, ["tensor 4", "expert 2, tensor 2"]),  # each device needs rows of its own
+        ("llada2_mini", 1, 1, ["one device"]),
+        ("smollm2_135m", 4, 8, ["data 4"]),  # nine heads
+    ],
+)
+def test_candidates_split_heads_experts_and_rows_evenly(model, devices, rows, expected):
+    assert [meshes.name_of(sizes) for sizes in meshes.candidates(preset(model), devices, rows)] == expected
+
+
+@pytest.mark.parametrize(
+    ("model", "devices", "rows", "expected"),
+    [
+        ("llada2_mini", 4, 1, "tensor 4"),
+        ("llada2_mini", 4, 16, "expert 4"),
+        ("llada2_mini", 4, 8, "expert 2, tensor 2"),
+        ("llada2_mini", 4, 18, "expert 2, tensor 2"),  # four do not share eighteen rows
+        ("smollm2_135m", 4, 16, "data 4"),
+        ("smollm2_135m", 4, 1, "one device"),
+        ("llada2_mini", 1, 16, "one device"),
+    ],
+)
+def test_default(model, devices, rows, expected):
+    assert meshes.name_of(meshes.default(preset(model), devices, rows)) == expected
+
+
+def test_from_text():
+    devices, model = jax.devices()[:4], preset("tiny_moe")
+    assert dict(meshes.from_text("auto", model, 16, devices).shape)["expert"] == 4
+    mesh = meshes.from_text("expert=2,tensor=1", model, 16, devices)
+    assert mesh.size == 2 and dict(mesh.shape)["expert"] == 2
+    for text in ("one", "tensor=1"):
+        assert meshes.from_text(text, model, 16, devices) is None
+    assert meshes.from_text("auto", model, 16, devices[:1]) is None
+
+
+@pytest.mark.parametrize("text", ["", "all", "expert", "expert=0", "expert=x", "fsdp=2", "tensor=2,tensor=2"])
+def test_other_texts_are_refused(text):
+    with pytest.raises(InputError, match="expected auto, one, or sizes"):
+        meshes.from_text(text, preset("tiny_moe"), 4, jax.devices())
+
+
+def test_sizes_that_do_not_fit_are_refused():
+    model = preset("tiny_moe")
+    with pytest.raises(InputError, match="16 devices, there are 8"):
+        meshes.from_text("data=16", model, 16, jax.devices())
+    with pytest.raises(InputError, match="tensor does not divide"):
+        meshes.from_text("tensor=3", model, 16, jax.devices())
+    with pytest.raises(InputError, match="expert does not divide"):
+        meshes.from_text("expert=2", preset("tiny"), 16, jax.devices())
