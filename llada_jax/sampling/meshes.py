@@ -15,11 +15,8 @@ from jax.sharding import Mesh
 
 from llada_jax import sharding
 from llada_jax.errors import InputError
+from llada_jax.model import parameters
 from llada_jax.model.config import ModelConfig
-
-# Rows of a device from which whole experts, or whole rows, are faster than parts of their widths: the passes of
-# llada_jax/pod/README.md.
-ROWS_OF_A_DEVICE = 4
 
 
 def candidates(model: ModelConfig, devices: int, rows: int) -> list[dict[str, int]]:
@@ -41,22 +38,30 @@ def name_of(sizes: Mapping[str, int]) -> str:
     return ", ".join(f"{axis} {sizes[axis]}" for axis in sharding.MESH_AXES if sizes.get(axis, 1) > 1) or "one device"
 
 
-def default(model: ModelConfig, devices: int, rows: int) -> dict[str, int]:
-    """The candidate that is taken unless told: as few parts of widths as leave each device ROWS_OF_A_DEVICE rows, else
-    as many as can be; one device where no mesh over all of them is a candidate.
+def default(model: ModelConfig, devices: int, rows: int, memory: int | None = None) -> dict[str, int]:
+    """The candidate that is taken unless told: that with the fewest parts of widths, the fastest where it was estimated
+    (llada_jax/pod/README.md), of those whose bfloat16 weights take at most half of a device's `memory` bytes; if none
+    do, that with the most parts. One device where no mesh over all of them is a candidate.
     """
-    tried = candidates(model, devices, rows)
-    whole = [sizes for sizes in tried if rows // sizes[_shared_axis(model)] >= ROWS_OF_A_DEVICE]
-    if whole:
-        return whole[-1]
-    return tried[0] if tried else {"tensor": 1}
+    tried = candidates(model, devices, rows) or [{"tensor": 1}]
+    fitting = [sizes for sizes in tried if memory is None or _weight_bytes(model, sizes) <= memory / 2]
+    return fitting[-1] if fitting else tried[0]
+
+
+def _weight_bytes(model: ModelConfig, sizes: Mapping[str, int]) -> float:
+    """Of bfloat16 weights, on a device."""
+    leaves = parameters.leaves(model).values()
+    routed = sum(math.prod(declared.shape) for declared, _ in leaves if declared.per_expert)
+    rest = parameters.count(model) - routed
+    return 2 * (rest + routed / sizes.get("expert", 1)) / sizes.get("tensor", 1)
 
 
 def from_text(text: str, model: ModelConfig, rows: int, devices: Sequence[jax.Device]) -> Mesh | None:
     """The mesh of a flag: "auto" is `default` over all devices, "one" is None, as is any mesh of one device;
     "expert=2,tensor=2" is that, over the first so many. Raises InputError on another text, or on too few devices.
     """
-    sizes = _sizes(text, model, rows, len(devices))
+    stats = devices[0].memory_stats() or {}
+    sizes = _sizes(text, model, rows, len(devices), stats.get("bytes_limit"))
     count = math.prod(sizes.values())
     if count > len(devices):
         raise InputError(f"--mesh={text}: {count} devices, there are {len(devices)}")
@@ -65,9 +70,9 @@ def from_text(text: str, model: ModelConfig, rows: int, devices: Sequence[jax.De
     return sharding.make_mesh(**{"data": 1} | sizes, devices=list(devices[:count]))
 
 
-def _sizes(text: str, model: ModelConfig, rows: int, devices: int) -> dict[str, int]:
+def _sizes(text: str, model: ModelConfig, rows: int, devices: int, memory: int | None) -> dict[str, int]:
     if text in ("auto", "one"):
-        return default(model, devices, rows) if text == "auto" else {}
+        return default(model, devices, rows, memory) if text == "auto" else {}
     sizes = {}
     for part in text.split(","):
         axis, _, size = part.partition("=")

@@ -4,6 +4,7 @@ import jax
 import pytest
 
 from llada_jax.errors import InputError
+from llada_jax.model import parameters
 from llada_jax.model.config import preset
 from llada_jax.sampling import meshes
 
@@ -26,7 +27,8 @@ def test_candidates_split_heads_experts_and_rows_evenly(model, devices, rows, ex
     [
         ("llada2_mini", 4, 1, "tensor 4"),
         ("llada2_mini", 4, 16, "expert 4"),
-        ("llada2_mini", 4, 8, "expert 2, tensor 2"),
+        ("llada2_mini", 4, 4, "expert 4"),
+        ("llada2_mini", 4, 2, "expert 2, tensor 2"),
         ("llada2_mini", 4, 18, "expert 2, tensor 2"),  # four do not share eighteen rows
         ("smollm2_135m", 4, 16, "data 4"),
         ("smollm2_135m", 4, 1, "one device"),
@@ -35,6 +37,16 @@ def test_candidates_split_heads_experts_and_rows_evenly(model, devices, rows, ex
 )
 def test_default(model, devices, rows, expected):
     assert meshes.name_of(meshes.default(preset(model), devices, rows)) == expected
+
+
+def test_weights_that_do_not_fit_whole_are_split():
+    """Copied rows need all weights of a dense model on every device: 2.4 MB of the tiny one."""
+    model = preset("tiny").replace(num_heads=4, num_kv_heads=4)
+    size = 2 * parameters.count(model)
+    names = [meshes.name_of(meshes.default(model, 4, 8, memory)) for memory in (2 * size, size, size // 2, 1)]
+    assert names == ["data 4", "data 2, tensor 2", "tensor 4", "tensor 4"]
+    moe = preset("tiny_moe")
+    assert meshes.name_of(meshes.default(moe, 4, 8, 3 * parameters.count(moe))) == "expert 4"
 
 
 def test_from_text():
