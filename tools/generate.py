@@ -16,7 +16,8 @@ An input line is {"prompt": TEXT} or {"messages": [{"role": ..., "content": ...}
 token, its "token_ids", and the "steps" of its block and "confidences" at which it was written. A key that lines of the
 file have themselves stays theirs, and the new one is "generated_answer", "generated_steps" and so on. Requests are
 batched continuously: --batch of them are decoded together, and the next one takes the place of the first that ends.
-DIR: a converted checkpoint, a training step, or a workdir (its newest good step).
+DIR: a converted checkpoint, a training step, or a workdir (its newest good step). Where the host has several devices,
+they share the work out (--mesh).
 """
 
 import dataclasses
