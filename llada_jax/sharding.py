@@ -236,6 +236,11 @@ def kv_copies(heads: int, kv_heads: int) -> int:
     return tensor // kv_heads if tensor % kv_heads == 0 and heads % tensor == 0 and tensor > kv_heads else 1
 
 
+def group_size(heads: int, kv_heads: int) -> int:
+    """Query heads per key/value head, on a device."""
+    return heads // (kv_heads * kv_copies(heads, kv_heads))
+
+
 def split_over(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
     """Returns the mesh axes that `spec` of the same arguments names."""
     return tuple(name for entry in spec(axes, shape, mesh) for name in axes_of(entry))

@@ -41,8 +41,8 @@ def moe(
 
     inputs: x and residual [batch, length, embed], rows of this shard, and optionally bool [batch, length]: tokens that
     count towards the load (None or missing: all). weights: this shard's parts; with "layer", an int32 scalar, the
-    EXPERTS are stacks of all layers (read_in_place). execution: forward.Execution. Returns y, like x, and the load: how
-    many of the counted tokens each expert got, int32 [1, experts]. Raises InputError if the tensor axis does not divide
+    EXPERTS are stacks of all layers (stacks_in_place). execution: forward.Execution. Returns y, like x, and the load:
+    how many of the counted tokens each expert got, int32 [1, experts]. Raises InputError if the tensor axis does not divide
     the experts' width, or routing blocks do not divide the length.
     """
     x, residual, counted = (*inputs, None)[:3]
@@ -111,16 +111,18 @@ def _routed(x, experts, expert_weights, weights, shards, execution):
     return jax.lax.psum_scatter(y, "expert", scatter_dimension=0, tiled=True), load
 
 
-def read_in_place(stacks: dict[str, jax.Array], axes: dict[str, tuple], execution, dtype) -> bool:
-    """Whether a pass without gradients can read experts in place, in the stacks of all layers: if nothing must be cast
-    or gathered. axes: logical axes of the stacks.
+def stacks_in_place(weights: dict[str, jax.Array], axes: dict[str, tuple], execution, dtype) -> dict[str, jax.Array]:
+    """The stacks of all layers' experts that a pass without gradients reads in place: EXPERTS, or none if something
+    must be cast or gathered. axes: logical axes of the stacks.
     """
+    stacks = {name: weights[name] for name in EXPERTS}
     if any(w.dtype != dtype for w in stacks.values()):
-        return False
+        return {}
     if (mesh := sharding.mesh_in_force()) is None:
-        return True
+        return stacks
     allowed_axes = {"tensor", "expert"} if execution.expert_parallel == "gather_tokens" else {"tensor"}
-    return all(allowed_axes.issuperset(sharding.split_over(axes[name], w.shape, mesh)) for name, w in stacks.items())
+    whole = all(allowed_axes.issuperset(sharding.split_over(axes[name], w.shape, mesh)) for name, w in stacks.items())
+    return stacks if whole else {}
 
 
 def combine_experts(

@@ -151,10 +151,10 @@ def run_layers(
     for group in config.layer_groups:
         weights, shared, layers = params[group], Shared(), None
         if cache is not None:
-            shared = Shared(
-                _experts_in_place(group, weights, config, execution, x.dtype), cache[group],
-                _attention_in_place(weights, config, execution, visibility, cache[group], x),
-            )  # fmt: skip
+            axes = parameters.logical_axes(config)[group]
+            stacks = experts.stacks_in_place(weights, axes, execution, x.dtype) if group == "sparse" else {}
+            attend = _attention_in_place(weights, config, execution, visibility, cache[group], x)
+            shared = Shared(stacks, cache[group], attend)
             in_place = (*shared.experts, *(decoding_layer.PROJECTIONS if shared.attention else ()))
             weights = {name: w for name, w in weights.items() if name not in in_place}
             layers = jnp.arange(len(config.layer_groups[group]))
@@ -180,7 +180,7 @@ def attention_of(
     All that depends on the mask alone is made here, once for all layers. rotary: the norm and rotation that query and
     key still need. Raises InputError for dense attention with a context axis.
     """
-    queries, group = visibility.clean_start.shape[1], _group(config)
+    queries, group = visibility.clean_start.shape[1], sharding.group_size(config.num_heads, config.num_kv_heads)
     if cache is not None:
         attend = functools.partial(cached_attention, visibility=visibility)
         if execution.attention == "kernel":
@@ -200,12 +200,6 @@ def attention_of(
     return attend, queries
 
 
-def _group(config: ModelConfig) -> int:
-    """Query heads per key/value head, on a device."""
-    heads, kv_heads = config.num_heads, config.num_kv_heads
-    return heads // (kv_heads * sharding.kv_copies(heads, kv_heads))
-
-
 def _rotated_first(attention):
     return lambda query, key, *others, rotary=QueryKeyRotary(): attention(*rotary.apply(query, key), *others)
 
@@ -220,31 +214,13 @@ class Shared(NamedTuple):
     attention: Callable | None = None  # attention_layer of the group's stacks, if they can be read in place
 
 
-def _experts_in_place(group, weights, config, execution, dtype):
-    if group == "dense":
-        return {}
-    stacks = {name: weights[name] for name in experts.EXPERTS}
-    axes = parameters.logical_axes(config)[group]
-    return stacks if experts.read_in_place(stacks, axes, execution, dtype) else {}
-
-
 def _attention_in_place(weights, config, execution, visibility, cache, x):
-    """attention_layer without x, the norm's weight, the layer and the rotary; None if the weights are not joined, have
-    biases or adapters, or do not fit.
-    """
-    extras = [name for name in weights if weight_of(name) != name or name.endswith("_bias") and name != "expert_bias"]
-    joined = all(weights[name].ndim == 3 and weights[name].dtype == x.dtype for name in decoding_layer.PROJECTIONS)
+    """decoding_layer.reader of a group's weights; None without the kernel, or with biases or adapters to add."""
+    added = (name for name in weights if weight_of(name) != name or name in ("query_bias", "key_bias", "value_bias"))
+    if execution.attention != "kernel" or any(added):
+        return None
     sizes = decoding_layer.Heads(config.num_heads, config.num_kv_heads, config.head_dim)
-    if execution.attention != "kernel" or extras or not joined:
-        return None
-    if not decoding_layer.fits(sizes, *x.shape, x.dtype, execution.interpret):
-        return None
-    stacks = {name: weights[name] for name in decoding_layer.PROJECTIONS}
-    plan = make_plan(visibility, cache["key"].shape[3], _group(config))
-    return functools.partial(
-        decoding_layer.attention_layer, stacks=stacks, cache=(cache["key"], cache["value"]), plan=plan, sizes=sizes,
-        interpret=execution.interpret,
-    )  # fmt: skip
+    return decoding_layer.reader(weights, sizes, visibility, (cache["key"], cache["value"]), x, execution.interpret)
 
 
 def _layer(config, group, execution, attend, cos, sin, shared, counted, x, of_layer):

@@ -3,8 +3,9 @@
 What `forward` computes from the same weights in plain operations, in three: projections, attention, output.
 """
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -13,8 +14,9 @@ from jax.sharding import PartitionSpec
 from llada_jax import sharding
 from llada_jax.attention.decoding import projections
 from llada_jax.attention.decoding.cached import CACHE_AXES, SCOPE
-from llada_jax.attention.decoding.cached_kernel import CachedPlan, attention_of_device
+from llada_jax.attention.decoding.cached_kernel import CachedPlan, attention_of_device, make_plan
 from llada_jax.attention.rotary import QueryKeyRotary
+from llada_jax.attention.visibility import Visibility
 
 PROJECTIONS = ("query", "key", "value", "output")
 
@@ -25,6 +27,21 @@ class Heads(NamedTuple):
     heads: int
     kv_heads: int
     head_dim: int
+
+
+def reader(
+    weights: Mapping[str, jax.Array], sizes: Heads, visibility: Visibility, cache: Sequence[jax.Array], x: jax.Array,
+    interpret: bool = False,
+) -> Callable | None:  # fmt: skip
+    """attention_layer of a group's stacks, which takes x, the norm's weight, `layer` and `rotary`; None if their heads
+    are not joined, if they must be cast, or if the sizes do not fit.
+    """
+    stacks = {name: weights[name] for name in PROJECTIONS}
+    joined = all(stack.ndim == 3 and stack.dtype == x.dtype for stack in stacks.values())
+    if not joined or not fits(sizes, *x.shape, x.dtype, interpret):
+        return None
+    plan = make_plan(visibility, cache[0].shape[3], sharding.group_size(sizes.heads, sizes.kv_heads))
+    return functools.partial(attention_layer, stacks=stacks, cache=cache, plan=plan, sizes=sizes, interpret=interpret)
 
 
 def fits(sizes: Heads, batch: int, positions: int, embed: int, dtype, interpret: bool = False) -> bool:
