@@ -42,8 +42,8 @@ def moe(
     inputs: x and residual [batch, length, embed], rows of this shard, and optionally bool [batch, length]: tokens that
     count towards the load (None or missing: all). weights: this shard's parts; with "layer", an int32 scalar, the
     EXPERTS are stacks of all layers (stacks_in_place). execution: forward.Execution. Returns y, like x, and the load:
-    how many of the counted tokens each expert got, int32 [1, experts]. Raises InputError if the tensor axis does not divide
-    the experts' width, or routing blocks do not divide the length.
+    how many of the counted tokens each expert got, int32 [1, experts]. Raises InputError if the tensor axis does not
+    divide the experts' width, or routing blocks do not divide the length.
     """
     x, residual, counted = (*inputs, None)[:3]
     if config.routing_block and x.shape[1] % config.routing_block:

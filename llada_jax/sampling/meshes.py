@@ -73,17 +73,19 @@ def from_text(text: str, model: ModelConfig, rows: int, devices: Sequence[jax.De
 def _sizes(text: str, model: ModelConfig, rows: int, devices: int, memory: int | None) -> dict[str, int]:
     if text in ("auto", "one"):
         return default(model, devices, rows, memory) if text == "auto" else {}
+    known = (
+        ("data", "expert", "tensor") if model.is_moe else ("data", "tensor")
+    )  # without experts there is no such axis
     sizes = {}
     for part in text.split(","):
         axis, _, size = part.partition("=")
-        if axis not in ("data", "expert", "tensor") or axis in sizes or not size.isdecimal() or int(size) < 1:
-            raise InputError(
-                f"mesh={text!r}, expected auto, one, or sizes of data, expert and tensor: expert=2,tensor=2"
-            )
+        if axis not in known or axis in sizes or not size.isdecimal() or int(size) < 1:
+            example = ",".join(f"{axis}=2" for axis in known[-2:])
+            raise InputError(f"--mesh={text}, expected auto, one, or sizes of {', '.join(known)}: {example}")
         sizes[axis] = int(size)
-    for axis, total in (("expert", model.num_experts if model.is_moe else 1), ("tensor", model.num_heads)):
-        if total % sizes.get(axis, 1):
-            raise InputError(f"--mesh={text}: {axis} does not divide {total}")
+    for axis, total in (("expert", model.num_experts), ("tensor", model.num_heads)):
+        if axis in sizes and total % sizes[axis]:
+            raise InputError(f"--mesh={text}: {axis}={sizes[axis]} does not divide {total}")
     return sizes
 
 

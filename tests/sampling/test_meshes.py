@@ -69,7 +69,9 @@ def test_sizes_that_do_not_fit_are_refused():
     model = preset("tiny_moe")
     with pytest.raises(InputError, match="16 devices, there are 8"):
         meshes.from_text("data=16", model, 16, jax.devices())
-    with pytest.raises(InputError, match="tensor does not divide"):
+    with pytest.raises(InputError, match="tensor=3 does not divide 4"):
         meshes.from_text("tensor=3", model, 16, jax.devices())
-    with pytest.raises(InputError, match="expert does not divide"):
+    with pytest.raises(
+        InputError, match="--mesh=expert=2, expected auto, one, or sizes of data, tensor: data=2,tensor=2"
+    ):
         meshes.from_text("expert=2", preset("tiny"), 16, jax.devices())
