@@ -40,8 +40,9 @@ class _TileRotary:
         """refs: cos, sin [positions of a block, rotary_dim / 2] and the weight [1, head_dim], if any, all float32."""
         cos, sin, *weight = (ref[positions] if i < 2 else ref[...] for i, ref in enumerate(refs))
         self.half, self.eps = cos.shape[1], rotary.eps
-        rest = jnp.zeros((len(cos), head_dim - 2 * self.half), jnp.float32)
-        tables = [_beside(cos, cos, rest + 1), _beside(-sin, sin, rest), _beside(sin, -sin, rest)]
+        shape = len(cos), head_dim - 2 * self.half  # of the channels that are not rotated, if there are any
+        ones, zeros = ([jnp.full(shape, value, jnp.float32)] if shape[1] else [] for value in (1.0, 0.0))
+        tables = [_beside(cos, cos, *ones), _beside(-sin, sin, *zeros), _beside(sin, -sin, *zeros)]
         if weight:
             tables += [tables[0] * weight[0], tables[1] * _halves_exchanged(weight[0], self.half)]
         tables = [jnp.concatenate([table * scale] * group, axis=0) for table in tables]
@@ -91,8 +92,9 @@ def _means(x, dtype):
 
 
 def _halves_exchanged(x, half):
-    return _beside(x[:, half : 2 * half], x[:, :half], jnp.zeros_like(x[:, 2 * half :]))
+    rest = [jnp.zeros_like(x[:, 2 * half :])] if x.shape[1] > 2 * half else []
+    return _beside(x[:, half : 2 * half], x[:, :half], *rest)
 
 
 def _beside(*parts):
-    return jnp.concatenate([part for part in parts if part.shape[1]], axis=1)
+    return jnp.concatenate(parts, axis=1)

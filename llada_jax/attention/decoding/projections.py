@@ -52,13 +52,13 @@ def tiling(
     if positions % ALIGNED or inputs % LANES or unit % LANES:
         return None
     most = math.gcd(*outputs) // unit
-    columns = unit * max((n for n in range(1, most + 1) if most % n == 0 and n * unit <= MOST_COLUMNS), default=1)
+    columns = [unit * n for n in range(most, 0, -1) if most % n == 0 and unit * n <= max(MOST_COLUMNS, unit)]
+    rows = [positions * n for n in range(batch, 0, -1) if batch % n == 0 and positions * n <= max(MOST_ROWS, positions)]
     capacity = math.inf if interpret else pltpu.get_tpu_info().vmem_capacity_bytes
-    for rows in (positions * n for n in range(batch, 0, -1) if batch % n == 0):
-        found = Tiling(rows, columns)
+    for found in (Tiling(row, column) for column in columns for row in rows):
         buffers = scratch_bytes(_scratch(found, inputs, dtype).values())
-        blocks = 2 * rows * (inputs * jnp.dtype(dtype).itemsize + 2 * LANES * 4)
-        if rows <= max(MOST_ROWS, positions) and buffers + blocks + FOR_SPILLS <= capacity:
+        blocks = 2 * found.rows * (inputs * jnp.dtype(dtype).itemsize + 2 * LANES * 4)
+        if buffers + blocks + FOR_SPILLS <= capacity:
             return found
     return None
 

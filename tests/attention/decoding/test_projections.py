@@ -59,7 +59,8 @@ def test_project_heads(batch, rotated, normed, small_blocks):
         ("v5p:2x2x1", 16, 2048, [512, 128, 128], (512, 128)),  # its heads split over four chips
         ("v5p:2x2x2", 2, 4096, [4096, 512, 512], (128, 512)),  # -flash
         ("v4:2x2x1", 4, 2048, [2048, 512, 512], (128, 512)),  # 16 MiB of fast memory
-        ("v4:2x2x1", 4, 8192, [2048, 512, 512], None),
+        ("v4:2x2x1", 4, 4096, [4096, 512, 512], (64, 256)),
+        ("v4:2x2x1", 4, 16384, [2048, 512, 512], None),
     ],
 )
 def test_tilings(topology, batch, inputs, outputs, expected):
