@@ -74,7 +74,7 @@ def attention_layer(
     positions. Keys and values [batch, kv_heads, positions, head_dim] are normalised and rotated. No gradient.
     """
     copies = sharding.kv_copies(sizes.heads, sizes.kv_heads)
-    heads, kv_heads = _per_device(sizes)
+    heads, _ = _per_device(sizes)
     mesh = sharding.mesh_in_force()
     summed = mesh is not None and heads < sizes.heads
 
