@@ -246,6 +246,12 @@ def split_over(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh 
     return tuple(name for entry in spec(axes, shape, mesh) for name in axes_of(entry))
 
 
+def num_parts(axis: str, size: int) -> int:
+    """Into how many parts the mesh in force splits an array's logical axis of this size; 1 without a mesh."""
+    mesh = mesh_in_force()
+    return 1 if mesh is None else math.prod(mesh.shape[name] for name in split_over((axis,), (size,), mesh))
+
+
 def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """The mesh axes of one entry of a PartitionSpec."""
     return (entry,) if isinstance(entry, str) else tuple(entry or ())

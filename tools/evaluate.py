@@ -197,13 +197,14 @@ def _answers(task: str, name: str) -> dict:
         questions = tasks.file_questions(_DATA.value, count, _EXTRACT.value)
     elif task == "humaneval":
         questions = code.humaneval_questions(count)
-    rows = min(_BATCH.value, len(questions) if questions is not None else count or 20)
+    needles = count or 20
+    rows = min(_BATCH.value, needles if questions is None else len(questions))
     with decoding.mesh(read_config(_CHECKPOINT.value)[0], rows) as mesh:
         model = _load(_CHECKPOINT.value, mesh=mesh)
         if task == "needle":
             if model.tokenizer is None:
                 raise InputError(f"{_CHECKPOINT.value}: the checkpoint has no tokenizer")
-            wanted = _CONTEXT.value, count or 20, _NEEDLES.value, _SEED.value
+            wanted = _CONTEXT.value, needles, _NEEDLES.value, _SEED.value
             questions = needle.needle_questions(model.tokenizer, *wanted)
         found, records = tasks.answer_questions(
             model, questions, config, _BATCH.value, _SEED.value, lambda line: print(line, file=sys.stderr, flush=True)

@@ -80,10 +80,8 @@ def main(argv) -> None:
 
     jsonl.prepare(_OUTPUT.value)
 
-    from llada_jax.checkpoint.weights import (
-        load_checkpoint,
-        read_config,
-    )  # after the flags are right: jax takes seconds
+    # After the flags are right: jax takes seconds.
+    from llada_jax.checkpoint.weights import load_checkpoint, read_config
 
     together = 1 if rows is None else min(_BATCH.value, len(rows))
     with decoding_flags.mesh(read_config(_CHECKPOINT.value)[0], together) as mesh:

@@ -68,7 +68,9 @@ def collective_cost(
     """The cost of one run. scattered: of an all-reduce, is_scattered of the fusion that it is in. Raises ValueError on
     replica groups in an unknown format.
     """
-    kind = "reduce-scatter" if scattered else kind_of(op)
+    kind = kind_of(op)
+    if scattered and kind == "all-reduce":
+        kind = "reduce-scatter"
     group = _group(op, kind, len(devices.slices))
     full = sum(array.bytes for name in op.operands for array in module.operand(computation, name).result)
     n = len(group)

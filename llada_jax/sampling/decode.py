@@ -63,10 +63,12 @@ def decode(
     return _advance(params, config, settings, state, jnp.iinfo(jnp.int32).max)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "execution"))
+_joined = jax.jit(join_heads, static_argnames=("config",))
+
+
 def loop_weights(params: Params, config: ModelConfig, execution: Execution) -> Params:
     """The weights as passes of decoding read them fastest: on TPUs with joined heads. To be made once."""
-    return join_heads(params, config) if execution.attention == "kernel" else params
+    return _joined(params, config) if execution.attention == "kernel" else params
 
 
 def _advance(params, config: ModelConfig, settings: DecodeSettings, state: State, iterations) -> State:

@@ -10,7 +10,6 @@ dInfer compute them: mass on the mask makes the others less sure. The mask is ne
 or is drawn, the best other token (or the next of the draw) stands in with its own probability.
 """
 
-import math
 from typing import NamedTuple
 
 import flax.struct
@@ -84,7 +83,7 @@ def predict(
     def local(head, *of_rows):
         of_rows = jax.tree.map(lambda x: sharding.gather_axes(x, row_axes, 0), of_rows) if row_axes else of_rows
         prediction = _predict(head, *of_rows, settings, _Vocabulary(head, vocab_axes, row_axes), MESH_TILE)
-        own = needed.shape[0] // math.prod(mesh.shape[axis] for axis in row_axes)
+        own = len(needed) // sharding.num_parts("batch", len(needed))
         first = jax.lax.axis_index(row_axes) * own if row_axes else 0
         return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, own), prediction)
 

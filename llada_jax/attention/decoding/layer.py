@@ -4,7 +4,6 @@ What `forward` computes from the same weights in plain operations, in three: pro
 """
 
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -54,7 +53,7 @@ def fits(sizes: Heads, batch: int, positions: int, embed: int, dtype, interpret:
         grouped = heads * sizes.kv_heads == kv_heads * sizes.heads
         if mesh.shape["fsdp"] > 1 or not (grouped or sharding.kv_copies(sizes.heads, sizes.kv_heads) > 1):
             return False
-        batch //= _ranks(sharding.spec(("batch",), (batch,), mesh)[0], mesh)
+        batch //= sharding.num_parts("batch", batch)
     d = sizes.head_dim
     outputs = [heads * d, kv_heads * d, kv_heads * d]
     into = projections.tiling(batch, positions, embed, outputs, d, dtype, interpret)
@@ -103,14 +102,5 @@ def attention_layer(
 
 def _per_device(sizes: Heads) -> tuple[int, int]:
     """(heads, kv_heads) of a device; where a key/value head is shared by several, each has all of them."""
-    if (mesh := sharding.mesh_in_force()) is None:
-        return sizes.heads, sizes.kv_heads
-    split = (
-        _ranks(sharding.spec((axis,), (count,), mesh)[0], mesh)
-        for axis, count in (("heads", sizes.heads), ("kv_heads", sizes.kv_heads))
-    )
-    return tuple(count // ranks for count, ranks in zip((sizes.heads, sizes.kv_heads), split, strict=True))
-
-
-def _ranks(entry, mesh) -> int:
-    return math.prod(mesh.shape[axis] for axis in sharding.axes_of(entry))
+    counts = dict(heads=sizes.heads, kv_heads=sizes.kv_heads)
+    return tuple(count // sharding.num_parts(axis, count) for axis, count in counts.items())

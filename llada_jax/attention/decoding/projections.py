@@ -21,13 +21,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from llada_jax.attention.decoding.cached_kernel import ALIGNED, LANES
 from llada_jax.attention.kernel_rotary import tile_rotary
 from llada_jax.attention.kernel_walk import dot, scratch_bytes
 from llada_jax.attention.rotary import QueryKeyRotary
 
 NAME = "decoding_projection"
-LANES = 128
-ALIGNED = 16  # rows of a bfloat16 tile
 MOST_ROWS = 512  # of a block
 MOST_COLUMNS = 512  # of a tile
 AHEAD = 2  # tiles that are on their way
@@ -79,9 +78,8 @@ def project_heads(
     by_head = [jax.ShapeDtypeStruct((batch, width // head_dim, positions, head_dim), x.dtype) for width in widths[1:]]
     results = [jax.ShapeDtypeStruct((batch * positions, widths[0]), x.dtype), *by_head]
     norms = [rotary.query.weight, rotary.key.weight]
-    has_norms = norms[0] is not None
     vectors = dict(norm=norm[None].astype(jnp.float32))
-    if has_norms:
+    if norms[0] is not None:
         vectors["norms"] = jnp.stack(norms).astype(jnp.float32)
     angles = dict(cos=rotary.key.cos, sin=rotary.key.sin)
     angles = {name: angle.reshape(batch * positions, -1) for name, angle in angles.items()}

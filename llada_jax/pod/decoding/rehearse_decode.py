@@ -147,8 +147,7 @@ def _attention_kernels(
     """Costs of the kernels of attention and of its projections on one device. rows: of it."""
     with jax.set_mesh(mesh):
         copies = sharding.kv_copies(model.num_heads, model.num_kv_heads)
-        split = sharding.split_over(("kv_heads",), (model.num_kv_heads * copies,), mesh)
-    ranks = math.prod(mesh.shape[axis] for axis in split)
+        ranks = sharding.num_parts("kv_heads", model.num_kv_heads * copies)
     heads, kv_heads, head_dim = model.num_heads // ranks, model.num_kv_heads * copies // ranks, model.head_dim
     shape = cached_attention_cost.Shape(rows, 2 * block, canvas, heads, kv_heads, head_dim)
     costs = cached_attention_cost.kernel_costs(shape, filled, topology)
