@@ -10,8 +10,9 @@ when the step does not fit. Attention must be the kernel or dense, experts megab
 the data say, so they have no estimate.
 
 --decode compiles a pass of decoding instead (weights and caches in bfloat16): --rows requests over all chips, of
---canvas positions, --filled of them in the caches; blocks are of config.schedule.block_size. With --mesh=auto it tries
-the meshes worth trying, one after the other, and names the fastest.
+--canvas positions, --filled of them in the caches; blocks are of config.schedule.block_size. --prefill=TOKENS compiles
+the pass that computes a chunk of so many tokens of a prompt, after --filled of it, one prompt for each part of the rows.
+With --mesh=auto it tries the meshes worth trying, one after the other, and names the fastest.
 """
 
 import json
@@ -40,11 +41,12 @@ _DECODE = flags.DEFINE_bool("decode", False, "Of a pass of decoding, not of a tr
 _ROWS = flags.DEFINE_integer("rows", 64, "--decode: requests in the batch, over all chips.", lower_bound=1)
 _CANVAS = flags.DEFINE_integer("canvas", 4096, "--decode: positions of the longest request.", lower_bound=1)
 _FILLED = flags.DEFINE_integer("filled", 2048, "--decode: positions in the caches.", lower_bound=0)
+_PREFILL = flags.DEFINE_integer("prefill", None, "--decode: of a chunk of so many tokens of a prompt.", lower_bound=1)
 _MESH = flags.DEFINE_enum("mesh", "config", ["config", "auto"], "--decode: auto tries several, and names the fastest.")
 _SAVE = flags.DEFINE_string("save", None, "File for the compiled step: --config.compiled_step=FILE of the trainer.")
 _JSON = flags.DEFINE_string("json", None, "File for all numbers, every operation included.")
 _OF_A_STEP = (_HALVES, _DOCUMENTS, _BLOCK_SIZE, _BUSIEST, _SAVE)
-_OF_DECODING = (_ROWS, _CANVAS, _FILLED, _MESH)
+_OF_DECODING = (_ROWS, _CANVAS, _FILLED, _PREFILL, _MESH)
 
 
 def main(argv) -> None:
@@ -108,7 +110,8 @@ def _rehearse(dumps: Path) -> None:
     packing = Packing(_DOCUMENTS.value, _BLOCK_SIZE.value, _BUSIEST.value)
     try:
         if _DECODE.value:
-            result = rehearse_decode(resolved(_CONFIG), slices, _ROWS.value, _CANVAS.value, _FILLED.value, dumps)
+            sizes = _ROWS.value, _CANVAS.value, _FILLED.value
+            result = rehearse_decode(resolved(_CONFIG), slices, *sizes, dumps, _PREFILL.value)
         else:
             result = rehearse(resolved(_CONFIG), slices, packing, _HALVES.value, _SAVE.value, dumps)
     except DoesNotFit as error:

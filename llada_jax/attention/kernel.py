@@ -89,7 +89,7 @@ def _attention(query, key, value, plan, rotary, interpret):
 def _forward(query, key, value, plan, rotary, interpret):
     operands = _operands(query, key, value, plan, rotary, interpret)
     output_tiles, log_sum = kernel_forward.forward(*operands, plan, interpret)
-    queries, _ = _sides(plan)
+    queries, _ = sides(plan)
     output, _ = queries.rows(output_tiles, query, "attention_output", interpret=interpret)
     output, log_sum = residuals.named(output.reshape(*output.shape[:2], -1), log_sum)
     # XLA would transpose it for the gradient of the next weights, and back again for our kernels.
@@ -100,7 +100,7 @@ def _forward(query, key, value, plan, rotary, interpret):
 def _backward(interpret, saved, cotangent):
     query, key, value, plan, rotary, output, log_sum = saved
     query_tiles, *keys_values = _operands(query, key, value, plan, rotary, interpret)
-    queries, keys = _sides(plan)
+    queries, keys = sides(plan)
     padded = queries.pad(output), queries.pad(cotangent)
     cotangent_and_sums = cotangent_tiles(*padded, log_sum, queries.tile, interpret)
 
@@ -130,7 +130,7 @@ def _backward(interpret, saved, cotangent):
 
 def _operands(query, key, value, plan, rotary, interpret):
     """In tiles and chunks; the query times log2(e) / sqrt(head_dim)."""
-    queries, keys = _sides(plan)
+    queries, keys = sides(plan)
     scale, kv_heads = query.shape[-1] ** -0.5 * math.log2(math.e), key.shape[2]
     return (
         queries.tiles(query, kv_heads, "attention_query", rotary.query, scale, interpret),
@@ -162,7 +162,7 @@ class _Side(NamedTuple):
         return rotary and rotary.replace(cos=self.pad(rotary.cos), sin=self.pad(rotary.sin))
 
 
-def _sides(plan: Plan) -> tuple[_Side, _Side]:
+def sides(plan: Plan) -> tuple[_Side, _Side]:
     """Of queries, and of keys."""
     queries = _Side(plan.tiles.queries, lambda x: pad_queries(x, plan), lambda x: x[:, : plan.num_queries])
     return queries, _Side(plan.tiles.chunk, lambda x: pad_keys(x, plan), lambda x: cut_keys(x, plan))

@@ -116,13 +116,17 @@ def block_diffusion(layout: Layout) -> Visibility:
     )
 
 
-def block_window(starts: jax.Array, block_size: int) -> Visibility:
-    """Decoding: the queries are one block per row. The block's own keys count as noisy, those of the cache as clean.
+def block_window(starts: jax.Array, block_size: int, length: int | None = None) -> Visibility:
+    """Decoding: the queries are one block per row, or `length` tokens in blocks from the first on, block-causal among
+    themselves: a chunk of a prompt. Their own keys count as noisy, those of the cache as clean.
 
-    starts [batch] int32: number of cached positions that the block may see (all before it).
+    starts [batch] int32: number of cached positions that the queries may see (all before them).
     """
-    zeros = jnp.zeros((starts.shape[0], block_size), jnp.int32)
-    return Visibility(zeros, zeros + starts[:, None], zeros, zeros + block_size, num_noisy=block_size)
+    length = block_size if length is None else length
+    zeros = jnp.zeros((starts.shape[0], length), jnp.int32)
+    block_end = (jnp.arange(length, dtype=jnp.int32) // block_size + 1) * block_size
+    noisy_end = jnp.broadcast_to(jnp.minimum(block_end, length), zeros.shape)
+    return Visibility(zeros, zeros + starts[:, None], zeros, noisy_end, num_noisy=length)
 
 
 def two_block_window(starts: jax.Array, block_size: int, in_cache: jax.Array) -> Visibility:

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 
 from llada_jax import sharding
+from llada_jax.attention.paths import attention_of
 from llada_jax.attention.visibility import block_diffusion
 from llada_jax.bench.timing import least_in_turn
 from llada_jax.data.order import Batch
@@ -90,7 +91,7 @@ def _passes(model: ModelConfig, params, example: Example, execution: Execution):
                   for heads in (model.num_heads, model.num_kv_heads))  # fmt: skip
 
     def attention(query, own):
-        attend, _ = forward.attention_of(model, execution, block_diffusion(example.layout), 2 * length)
+        attend, _ = attention_of(model, execution, block_diffusion(example.layout), 2 * length)
         return attend(query, own, own)
 
     hidden = jax.random.normal(key, (rows, length, model.hidden_size), dtype)

@@ -23,7 +23,7 @@ from llada_jax import sharding
 from llada_jax.errors import InputError
 from llada_jax.model.activation import swiglu_matmul, weighted_swiglu
 from llada_jax.model.config import ModelConfig
-from llada_jax.model.fused_experts import fused_cut, fused_experts
+from llada_jax.model.fused_experts import fused_calls, fused_in_calls
 from llada_jax.model.grouped_matmul import grouped_matmul, stack_matmul
 from llada_jax.model.layers import swiglu
 from llada_jax.model.router import route
@@ -93,8 +93,10 @@ def _routed(x, experts, expert_weights, weights, shards, execution):
     def sums(x, experts, expert_weights):
         """Of the experts on this rank, and the rows that each got."""
         if in_place and execution.experts == "megablox":
-            if cut := fused_cut(len(x), *weights["gate"].shape[2:], experts.size, num_experts, x.dtype, how[1]):
-                return fused_experts(x, experts, expert_weights, weights, cut, how[1])
+            sizes = len(x), *weights["gate"].shape[2:], experts.size, num_experts
+            if fitting := fused_calls(*sizes, x.dtype, how[1]):
+                calls, cut = fitting
+                return fused_in_calls(calls, x, experts, expert_weights, weights, cut, how[1])
         move = sort_by_expert(experts, experts_here, gather_tokens, *how)
         return combine(x, move, expert_weights, kernel=how[0], interpret=how[1]), move.group_sizes
 

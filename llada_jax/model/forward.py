@@ -16,12 +16,9 @@ from jax.typing import ArrayLike
 
 from llada_jax import sharding
 from llada_jax.attention import context
-from llada_jax.attention.blockwise import blockwise_attention
 from llada_jax.attention.decoding import layer as decoding_layer
-from llada_jax.attention.decoding.cached import cached_attention
-from llada_jax.attention.decoding.cached_kernel import cached_kernel_attention, make_plan
-from llada_jax.attention.dense import dense_attention
-from llada_jax.attention.kernel import kernel_attention, kernel_plan
+from llada_jax.attention.decoding import prefix
+from llada_jax.attention.paths import ATTENTIONS, attention_of
 from llada_jax.attention.residuals import NAMES as ATTENTION_RESIDUALS
 from llada_jax.attention.rotary import QueryKeyRotary, RotaryNorm, rms_norm
 from llada_jax.attention.visibility import (
@@ -43,8 +40,6 @@ from llada_jax.model.parameters import Params, split_heads
 
 Cache = dict[str, dict[str, jax.Array]]  # {group: {"key", "value": [layers, batch, kv_heads, positions, head_dim]}}
 
-# "kernel" runs on TPUs, the others anywhere.
-ATTENTIONS = ("dense", "blockwise", "kernel")
 _keep = jax.checkpoint_policies.save_only_these_names
 _ATTENTION = (*ATTENTION_RESIDUALS, "routing")  # which token goes where, and why
 _PROJECTIONS = ("query", "key", "value")
@@ -103,19 +98,21 @@ def hidden_states(
     execution: Execution = Execution(),
     cache: Cache | None = None,
     embedding_noise: jax.Array | None = None,
+    num_outputs: int | None = None,
 ) -> tuple[jax.Array, Cache]:
     """Returns the final normalised hidden states [batch, queries, embed], and the keys and values of the pass.
 
     tokens, positions [batch, queries] int. cache: keys and values of earlier clean tokens. They are the clean keys
     of `visibility`, and the pass's own keys are the noisy ones; attention is then that of attention/decoding, by
     its kernel where execution.attention is "kernel". embedding_noise [batch, queries, embed] is added to the
-    embeddings. Raises InputError on a mesh with a context axis: only denoising_pass splits rows over it.
+    embeddings. num_outputs: as in run_layers. Raises InputError on a mesh with a context axis: only denoising_pass
+    splits rows over it.
     """
     if context.ranks() > 1:
         raise InputError(
             f"mesh.context={context.ranks()}: expected 1, only passes of training and likelihood split rows"
         )
-    return run_layers(params, config, tokens, positions, visibility, execution, cache, embedding_noise)[:2]
+    return run_layers(params, config, tokens, positions, visibility, execution, cache, embedding_noise, num_outputs)[:2]
 
 
 def run_layers(
@@ -127,8 +124,8 @@ def run_layers(
 
     tokens, positions [batch, queries]: in a two-stream pass both halves, noisy first. num_outputs: compute hidden
     states for this many first positions only; for the others, the last layer computes keys and values alone. None: for
-    all. counted bool [batch, queries]: the tokens that the load counts; None: all. With a context axis all arrays are
-    ordered as context.to_ranks orders them.
+    all; 0: the last layer's input is returned, and its experts count nothing. counted bool [batch, queries]: the tokens
+    that the load counts; None: all. With a context axis all arrays are ordered as context.to_ranks orders them.
     """
     dtype = execution.dtype or params["embedding"].dtype
     x = head.embed(params["embedding"], tokens, dtype)
@@ -139,7 +136,9 @@ def run_layers(
     cos, sin = jax.lax.optimization_barrier(rope_angles(config, positions))
 
     def layer_of(group, visibility, shared):
-        attend = None if shared.attention else attention_of(config, execution, visibility, tokens.shape[1], cache)
+        attend = None
+        if not shared.attention and visibility.clean_start.shape[1]:
+            attend = attention_of(config, execution, visibility, tokens.shape[1], shared.cache)
         layer = functools.partial(_layer, config, group, execution, attend, cos, sin, shared, counted)
         # Without a mesh there are no gathered weights to drop, and nothing to compute again.
         if execution.remat == "none" and sharding.mesh_in_force() is None:
@@ -164,44 +163,14 @@ def run_layers(
         x, (computed[group], load) = jax.lax.scan(layer_of(group, visibility, shared), x, all_but_last)
         if trim_last:
             layer = layer_of(group, jax.tree.map(lambda bound: context.first(bound, num_outputs), visibility), shared)
-            x, part = layer(*sharding.gradients_together((x, jax.tree.map(lambda w: w[-1], stacked))))
-            computed[group], load = jax.tree.map(
-                lambda before, own: jnp.concatenate([before, own[None]]), (computed[group], load), part
-            )
+            x, (own, own_load) = layer(*sharding.gradients_together((x, jax.tree.map(lambda w: w[-1], stacked))))
+            computed[group] = jax.tree.map(_append, computed[group], own)
+            load = load if own_load is None else _append(load, own_load)
     return rms_norm(x, params["final_norm"], config.rms_norm_eps), computed, load
 
 
-def attention_of(
-    config: ModelConfig, execution: Execution, visibility: Visibility, num_keys: int, cache: Cache | None = None
-):
-    """Returns (attention(query, key, value, rotary=QueryKeyRotary()), number of queries); with a cache, attention takes
-    also the cached keys, the cached values and the layer.
-
-    All that depends on the mask alone is made here, once for all layers. rotary: the norm and rotation that query and
-    key still need. Raises InputError for dense attention with a context axis.
-    """
-    queries, group = visibility.clean_start.shape[1], sharding.group_size(config.num_heads, config.num_kv_heads)
-    if cache is not None:
-        attend = functools.partial(cached_attention, visibility=visibility)
-        if execution.attention == "kernel":
-            plan = make_plan(visibility, jax.tree.leaves(cache)[0].shape[3], group)
-            attend = functools.partial(cached_kernel_attention, plan=plan, interpret=execution.interpret)
-        return _rotated_first(attend), queries
-    crosses = context.blocks_cross(visibility)
-    if execution.attention == "kernel":
-        plan = kernel_plan(visibility, num_keys, group, config.head_dim, execution.interpret)
-        attend = functools.partial(kernel_attention, plan=plan, interpret=execution.interpret, crosses=crosses)
-    elif execution.attention == "blockwise":
-        attend = _rotated_first(functools.partial(blockwise_attention, visibility=visibility, crosses=crosses))
-    elif crosses is not None:
-        raise InputError(f"attention='dense' with mesh.context={context.ranks()}, expected 'blockwise' or 'kernel'")
-    else:
-        attend = _rotated_first(functools.partial(dense_attention, visibility=visibility))
-    return attend, queries
-
-
-def _rotated_first(attention):
-    return lambda query, key, *others, rotary=QueryKeyRotary(): attention(*rotary.apply(query, key), *others)
+def _append(layers: jax.Array, last: jax.Array) -> jax.Array:
+    return jnp.concatenate([layers, last[None]])
 
 
 class Shared(NamedTuple):
@@ -215,9 +184,11 @@ class Shared(NamedTuple):
 
 
 def _attention_in_place(weights, config, execution, visibility, cache, x):
-    """decoding_layer.reader of a group's weights; None without the kernel, or with biases or adapters to add."""
+    """decoding_layer.reader of a group's weights; None without the kernel, with biases or adapters to add, or for a
+    chunk of a prompt.
+    """
     added = (name for name in weights if weight_of(name) != name or name in ("query_bias", "key_bias", "value_bias"))
-    if execution.attention != "kernel" or any(added):
+    if execution.attention != "kernel" or prefix.is_chunk(visibility) or any(added):
         return None
     sizes = decoding_layer.Heads(config.num_heads, config.num_kv_heads, config.head_dim)
     return decoding_layer.reader(weights, sizes, visibility, (cache["key"], cache["value"]), x, execution.interpret)
@@ -239,6 +210,8 @@ def _layer(config, group, execution, attend, cos, sin, shared, counted, x, of_la
     else:
         h = rms_norm(x, weights["attention_norm"], config.rms_norm_eps)
         attended, keys_values = _attention(config, attend, weights, h, cos, sin, shared.cache, layer)
+        if attended is None:
+            return x, (keys_values, None)
     x = context.first(x, attended.shape[1]) + attended
     h = rms_norm(x, weights["mlp_norm"], config.rms_norm_eps)
     if group == "sparse":
@@ -267,9 +240,9 @@ EXPERT_WEIGHTS = {"router", "expert_bias", "gate", "up", "down", "shared_gate", 
 
 def _attention(config, attend, weights, x, cos, sin, cache, layer):
     """Returns a layer's attention output and its keys and values. `attend` may have fewer queries than x has positions:
-    then the output is that of the first ones.
+    then the output is that of the first ones. None: no output.
     """
-    attend, queries = attend
+    attend, queries = attend or (None, None)
 
     def heads(name, x):
         y = project(x, weights, name)
@@ -279,9 +252,11 @@ def _attention(config, attend, weights, x, cos, sin, cache, layer):
         y = y + weights[name + "_bias"].reshape(1, 1, -1) if config.qkv_bias else y
         return checkpoint_name(y, name).reshape(*y.shape[:2], -1, config.head_dim)
 
-    query, key, value = heads("query", context.first(x, queries)), heads("key", x), heads("value", x)
-    rotary = _rotary(config, weights, cos, sin, queries)
+    key, value, rotary = heads("key", x), heads("value", x), _rotary(config, weights, cos, sin, queries)
     own = {name: jnp.moveaxis(x, 2, 1) for name, x in {"key": rotary.key(key), "value": value}.items()}
+    if attend is None:
+        return None, own
+    query = heads("query", context.first(x, queries))
     cached = () if cache is None else (cache["key"], cache["value"], layer)
     return project(attend(query, key, value, *cached, rotary=rotary), weights, "output", contracted=2), own
 

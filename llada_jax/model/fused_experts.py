@@ -32,8 +32,9 @@ NAME = "fused_experts"
 LANES = 128
 SUBLANES = 8
 GROUP = 16  # rows that are taken together: of a tile of bfloat16
-MOST_GROUPS = 6  # of a tile
+MOST_GROUPS = 6
 MOST_CUTS = 8  # parts, and pieces
+MOST_CALLS = 8
 STAGE = 64  # tokens that are brought in, and out, together, at most
 AHEAD = 2  # pieces of experts that are on their way, if there is room
 FOR_SPILLS = 2 << 20  # bytes of fast memory for the compiler
@@ -75,11 +76,37 @@ def fused_cut(
     return None
 
 
+def fused_calls(
+    tokens: int, embed: int, width: int, pairs: int, experts: int, dtype, interpret: bool = False
+) -> tuple[int, Cut] | None:
+    """(calls, cut of each): the fewest calls among which the tokens can be shared evenly so that each has a fused_cut.
+    More tokens than scalar memory lists go through the kernel in several calls. None if MOST_CALLS are not enough.
+    """
+    calls = 1
+    while calls <= MOST_CALLS and tokens % calls == 0:
+        if cut := fused_cut(tokens // calls, embed, width, pairs // calls, experts, dtype, interpret):
+            return calls, cut
+        calls *= 2
+    return None
+
+
 def tile_rows(pairs_per_expert: float) -> int:
     """Rows of a tile: nearly all experts should need one, or as few of at most MOST_GROUPS as can be."""
     likely = max(pairs_per_expert + 2.5 * math.sqrt(pairs_per_expert), 1)
     tiles = math.ceil(likely / (GROUP * MOST_GROUPS))
     return GROUP * math.ceil(likely / tiles / GROUP)
+
+
+def fused_in_calls(
+    calls: int, x: jax.Array, experts: jax.Array, expert_weights: jax.Array, weights: dict[str, jax.Array],
+    cut: Cut = Cut(), interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """fused_experts of the tokens in `calls` equal parts, one after the other; cut: of a part."""
+    parts = zip(
+        jnp.split(x, calls), *(jnp.split(each, calls, axis=1) for each in (experts, expert_weights)), strict=True
+    )
+    sums, loads = zip(*(fused_experts(*part, weights, cut, interpret) for part in parts), strict=True)
+    return (sums[0], loads[0]) if calls == 1 else (jnp.concatenate(sums), sum(loads))
 
 
 def fused_experts(

@@ -144,7 +144,7 @@ def _pass_costs(shape: Shape, block_size: int, mean: int, compiled: Program, til
         # [row, rank, call]
         counts = [[_counts(plan, name, shape) for plan in of_ranks] for of_ranks in plans]
         regions = attention_program.REGIONS[name]
-        seconds = _per_call(counts, lambda each: _seconds(schedule, each, regions, chip)).mean(axis=2)  # noqa: B023
+        seconds = _per_call(counts, lambda each: kernel_seconds(schedule, each, regions, chip)).mean(axis=2)  # noqa: B023
         computed = _per_call(counts, lambda each: each.regions["full"] + each.regions["partial"]).mean()
         pairs = tiles.queries * shape.heads // shape.kv_heads * getattr(tiles, name) * tiles.chunk
         flops = 2 * _MATMULS[name] * computed * pairs * shape.head_dim
@@ -162,7 +162,7 @@ def _per_call(counts: list[list[list[KernelCounts]]], value) -> np.ndarray:
     return np.array([[[value(each) for each in calls] for calls in of_ranks] for of_ranks in counts])
 
 
-def _seconds(schedule: Kernel, counts: KernelCounts, names, chip: Chip) -> float:
+def kernel_seconds(schedule: Kernel, counts: KernelCounts, names, chip: Chip) -> float:
     """Seconds per row: the busiest core's cycles, or the copies at HBM bandwidth if they take longer."""
     cycles = total_cycles(kernel_regions(schedule, [counts], names, chip)[1])
     return max(cycles / chip.bundle_rate, counts.dma_bytes / chip.stream_bandwidth)

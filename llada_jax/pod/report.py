@@ -40,17 +40,21 @@ def describe_decoding(result: DecodeRehearsal) -> str:
     """The table that tools/rehearse.py --decode prints."""
     chip, memory, seconds = result.slices.topology.chip, result.memory, result.seconds
     total, floor = sum(seconds.values()), result.roofline.seconds(chip) / result.slices.chips
+    if result.chunk is None:
+        what = f"a pass over {result.rows} rows, two blocks of {result.block_size} each"
+        speed = f"{result.rows / total:,.0f} tokens per second for each token that a pass accepts per row"
+    else:
+        what = f"a chunk of {result.chunk} tokens of {result.positions // result.chunk} prompts"
+        speed = f"{result.positions / total:,.0f} tokens of prompts per second, {result.share_of_peak:.0%} of the peak"
     return "\n".join([
         f"compiled in {result.compile_seconds:.0f} s for {_name(result.slices)}, {result.slices.chips} chips; "
         "all that follows is compiler-estimated",
         f"memory of a chip, GiB: parameters {memory.parameters / _GIB:.2f}, caches {memory.optimizer / _GIB:.2f}, "
         f"temporaries {(memory.activations + memory.temporaries) / _GIB:.2f}: "
         f"{memory.total / _GIB:.2f} of {chip.hbm_bytes / _GIB:.0f}",
-        f"a pass over {result.rows} rows, two blocks of {result.block_size} each, {result.filled} cached positions "
-        f"per row: {total * 1e3:.2f} ms",
+        f"{what}, {result.filled} cached positions per row: {total * 1e3:.2f} ms",
         "ms by part: " + ", ".join(f"{part} {seconds[part] * 1e3:.2f}" for part in PARTS),
-        f"{result.roofline.bound(chip)}-bound, {floor * 1e3:.2f} ms if every chip ran at its peaks; "
-        f"{result.rows / total:,.0f} tokens per second for each token that a pass accepts per row",
+        f"{result.roofline.bound(chip)}-bound, {floor * 1e3:.2f} ms if every chip ran at its peaks; {speed}",
     ])  # fmt: skip
 
 

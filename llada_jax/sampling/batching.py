@@ -1,8 +1,9 @@
 """Continuous batching: takes requests from an iterator and yields answers as they finish. A finished row takes the next
 request.
 
-The device runs `admit_every` passes over the batch, then the host collects and admits. An answer depends on its request
-alone: not on the rest of the batch, nor on when it was admitted.
+The device runs `admit_every` passes over the batch, then the host collects and admits. A long prompt is computed in
+chunks, one between two passes, so that the rows that decode go on meanwhile. An answer depends on its request alone:
+not on the rest of the batch, nor on when it was admitted.
 """
 
 import dataclasses
@@ -28,7 +29,8 @@ from llada_jax.sampling.generate import (
     pad,
     requests_of,
 )
-from llada_jax.sampling.state import KEYS, State, empty_state
+from llada_jax.sampling.prefill import is_long, num_parts
+from llada_jax.sampling.state import KEYS, PREFILL_CHUNK, State, empty_state
 from llada_jax.tokenizer import Tokenizer
 
 
@@ -110,14 +112,15 @@ def serve(
     fuse_share: float | None = None,
     usage: Usage | None = None,
     on_tokens: Callable[[int, np.ndarray], None] | None = None,
+    prefill_chunk: int = PREFILL_CHUNK,
 ) -> Iterator[Answer]:
     """Yields an Answer per request, in the order in which they finish (`in_order` restores that of the requests).
 
     requests: read only as rows become free; all must share block_length, mask_id and rule. rows: requests decoded
     together. max_length: most tokens of a prompt and its answer together. tokenizer: decodes Answer.text. admit_every:
-    passes between admissions. execution, fuse_share: as in sampling.generate.generate. usage: updated in place.
-    on_tokens(index, tokens): called with the new tokens whenever a block of an answer is finished. Raises InputError on
-    a request that is too long or cannot join the batch.
+    passes between admissions. execution, fuse_share, prefill_chunk: as in sampling.generate.generate. usage: updated in
+    place. on_tokens(index, tokens): called with the new tokens whenever a block of an answer is finished. Raises
+    InputError on a request that is too long or cannot join the batch.
 
     Example:
         >>> import llada_jax
@@ -136,6 +139,7 @@ def serve(
     queue = enumerate(requests)
     running: dict[int, _Running] = {}  # by row
     state = block = None
+    filling: dict[int, _Running] = {}  # those of `running` whose prompts are being computed in chunks
     while True:
         free = [row for row in range(rows) if row not in running]
         new = list(zip(free, queue, strict=False)) if free else []
@@ -143,7 +147,7 @@ def serve(
         running |= dict(new)
         if not running:
             return
-        settings = decode_settings(config, [r.request.config for r in running.values()], execution)
+        settings = decode_settings(config, [r.request.config for r in running.values()], execution, prefill_chunk)
         if state is None:
             block = settings.block_length
             dtype = execution.dtype or str(params["embedding"].dtype)
@@ -153,9 +157,13 @@ def serve(
             state = empty_state(config, shared, rows, -(-max_length // block) * block, dtype, fuse_share)
         elif settings.block_length != block:
             raise InputError(f"block_length={settings.block_length} beside {block} in one batch, expected one value")
-        state = _admit(params, config, settings, state, new, usage)
-        state = decode.advance(params, config, settings, state, jnp.int32(admit_every))
-        yield from _finished(config, state, running, block, tokenizer, on_tokens, usage, rows)
+        long = {row: run for row, run in new if is_long(len(run.prompt), settings)}
+        filling |= long
+        for group in (list(long.items()), [pair for pair in new if pair[0] not in long]):
+            state = _admit(params, config, settings, state, group, usage)
+        state = _fill(params, config, settings, state, filling, usage)
+        state = decode.advance(params, config, settings, state, jnp.int32(1 if filling else admit_every))
+        yield from _finished(config, state, running, filling, settings, tokenizer, on_tokens, usage)
 
 
 @dataclasses.dataclass
@@ -164,6 +172,7 @@ class _Running:
     request: Request
     prompt: np.ndarray
     told: int = 0  # answer tokens that on_tokens has been given
+    filled: int = 0  # prompt tokens that are computed, of a prompt that is computed in chunks
 
     def tell(self, known: np.ndarray, on_tokens) -> None:
         if len(known) > self.told:
@@ -187,7 +196,9 @@ def _check(config: ModelConfig, index: int, request: Request, max_length: int) -
 
 
 def _admit(params, config, settings, state: State, new, usage: Usage) -> State:
-    """Prefills new requests together. Rounds their number and length up to powers of two, to compile few programs."""
+    """Admits new requests, and prefills them together unless they are long. Rounds their number and length up to powers
+    of two, to compile few programs.
+    """
     if not new:
         return state
     count = 1 << (len(new) - 1).bit_length()
@@ -198,13 +209,33 @@ def _admit(params, config, settings, state: State, new, usage: Usage) -> State:
     keys = jax.random.wrap_key_data(np.array([_key_data(seed) for seed in seeds], np.uint32), impl=KEYS)
     requests = requests_of(config, lengths, [run.request.config for run in runs], keys)
     canvas, blocks = state.tokens.shape[1], int(lengths.max()) // settings.block_length
-    prefill = min((1 << (blocks - 1).bit_length()) * settings.block_length, canvas) if blocks else 0
+    at_once = blocks and not is_long(lengths.max(), settings)
+    prefill = min((1 << (blocks - 1).bit_length()) * settings.block_length, canvas) if at_once else 0
     usage.prefill_passes += prefill > 0
     usage.prefill_positions += prefill * count
     rows = np.array([row for row, _ in padded], np.int32)
     return decode.admit(
         params, config, settings, state, rows, requests, pad([run.prompt for run in runs], canvas), prefill
     )
+
+
+def _fill(params, config, settings, state: State, filling: dict[int, _Running], usage: Usage) -> State:
+    """Computes the next chunk of a prompt in each part of the batch: of the row that waits longest."""
+    if not filling:
+        return state
+    rows, size = len(state.finished), min(settings.prefill_chunk, state.tokens.shape[1])
+    parts = num_parts(rows)
+    chosen, first = np.full(parts, rows, np.int32), np.zeros(parts, np.int32)  # out of bounds: none
+    for row, run in list(filling.items()):
+        part = row // (rows // parts)
+        if chosen[part] == rows:
+            chosen[part], first[part] = row, run.filled
+            run.filled += size
+            if run.filled + settings.block_length > len(run.prompt):
+                del filling[row]
+    usage.prefill_passes += 1
+    usage.prefill_positions += parts * size
+    return decode.fill(params, config, settings, state, chosen, first)
 
 
 def _key_data(seed: int | tuple[int, int]) -> tuple[int, int]:
@@ -215,14 +246,15 @@ def _key_data(seed: int | tuple[int, int]) -> tuple[int, int]:
     return int(first), int(second)
 
 
-def _finished(config, state: State, running: dict, block: int, tokenizer, on_tokens, usage: Usage, rows: int):
+def _finished(config, state: State, running: dict, filling: dict, settings, tokenizer, on_tokens, usage: Usage):
     """Yields answers of finished rows and frees the rows; reports finished blocks to on_tokens."""
+    rows = len(state.finished)
     finished, start = np.asarray(state.finished), np.asarray(state.start)
     usage.iterations += int(state.iterations)
     usage.row_passes += int(state.iterations) * rows
     usage.running_row_passes += int(state.busy)
     usage.decoding_positions += int(state.batch_positions)
-    done = [row for row in running if finished[row]]
+    done = [row for row in running if finished[row] and row not in filling]
     if on_tokens is not None:
         tokens = np.asarray(state.tokens)
         for row, run in running.items():
@@ -234,7 +266,7 @@ def _finished(config, state: State, running: dict, block: int, tokenizer, on_tok
     runs = [running.pop(row) for row in done]
     configs = [run.request.config for run in runs]
     eos_ids = [eos_ids_of(config, g) for g in configs]
-    out = collect(state, np.array(done), [len(run.prompt) for run in runs], configs, eos_ids, block)
+    out = collect(state, np.array(done), [len(run.prompt) for run in runs], configs, eos_ids, settings)
     for i, run in enumerate(runs):
         if on_tokens is not None:
             run.tell(out.tokens[i], on_tokens)

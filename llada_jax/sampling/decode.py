@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from llada_jax import sharding
 from llada_jax.attention.decoding.cache_write import write_blocks
 from llada_jax.attention.decoding.cached import CACHE_AXES
-from llada_jax.attention.visibility import block_causal, block_window, make_layout, two_block_window
+from llada_jax.attention.visibility import block_window, two_block_window
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.forward import Cache, Execution, hidden_states
 from llada_jax.model.head import head_matrix
@@ -27,6 +27,7 @@ from llada_jax.model.parameters import Params, join_heads
 from llada_jax.runtime.xla_options import xla_options
 from llada_jax.sampling import accept
 from llada_jax.sampling.predict import PredictSettings, predict
+from llada_jax.sampling.prefill import prefill_chunk, prefill_long, prefill_whole
 from llada_jax.sampling.state import DecodeSettings, Requests, State, empty_state
 
 PREDICTION = "prediction"  # scope of the head and of what accepts its tokens
@@ -59,7 +60,12 @@ def decode(
     dtype = settings.execution.dtype or params["embedding"].dtype
     params = loop_weights(params, config, settings.execution)
     state = empty_state(config, settings, *prompts.shape, dtype, fuse_share)
-    state = _admit(params, config, settings, state, jnp.arange(prompts.shape[0]), requests, prompts, prefill_length)
+    long = prefill_length > settings.prefill_chunk
+    at_once, rows = 0 if long else prefill_length, jnp.arange(prompts.shape[0])
+    state = _admit(params, config, settings, state, rows, requests, prompts, at_once)
+    if long:
+        fill = functools.partial(prefill_chunk, params, config, settings)
+        state = prefill_long(fill, state, settings.prefill_chunk)
     return _advance(params, config, settings, state, jnp.iinfo(jnp.int32).max)
 
 
@@ -86,10 +92,7 @@ def _admit(params, config, settings, state: State, rows, requests, prompts, pref
     start = requests.prompt_length // block * block
     cache, last_hidden = state.cache, jnp.zeros((len(rows), state.last_hidden.shape[1]), state.last_hidden.dtype)
     if prefill_length:
-        prompt = prompts[:, :prefill_length]
-        visibility = block_causal(make_layout(jnp.ones_like(prompt), block))
-        positions = jnp.broadcast_to(jnp.arange(prefill_length), prompt.shape)
-        hidden, computed = hidden_states(params, config, prompt, positions, visibility, settings.execution)
+        hidden, computed = prefill_whole(params, config, prompts[:, :prefill_length], block, settings.execution)
 
         def put(whole, part):
             place = whole.at[:, rows, :, :prefill_length, : part.shape[-1]]
@@ -104,7 +107,8 @@ def _admit(params, config, settings, state: State, rows, requests, prompts, pref
     new = dict(
         requests=requests, tokens=jnp.where(inside, prompts, settings.mask_id), written_at=jnp.zeros_like(prompts),
         confidence=jnp.zeros(prompts.shape), masked=masked, start=start, step=zeros, post_steps=zeros, pending=no,
-        finished=no, denoising_passes=zeros, commit_passes=zeros, positions_evaluated=zeros, last_hidden=last_hidden,
+        finished=start > prefill_length, denoising_passes=zeros, commit_passes=zeros, positions_evaluated=zeros,
+        last_hidden=last_hidden,
     )  # fmt: skip
     old = {name: getattr(state, name) for name in new}
     return state.replace(cache=cache, **jax.tree.map(lambda a, b: a.at[rows].set(b, mode="drop"), old, new))
@@ -124,10 +128,18 @@ def admit(
     """Puts requests into `rows` [n] of a state (out of bounds: dropped) and prefills them. Donates the state.
 
     requests: Requests with arrays [n]. prompts [n, canvas] int32: anything may follow each prompt. prefill_length
-    (static): tokens in whole blocks of the longest prompt, computed in one block-causal pass. The tail of a prompt is
-    part of its first decoded block.
+    (static): tokens in whole blocks of the longest prompt, computed in one block-causal pass. Prompts with more wait,
+    as rows that are finished, until `fill` has computed them. The tail of a prompt is part of its first decoded block.
     """
     return _admit(params, config, settings, state, rows, requests, prompts, prefill_length)
+
+
+@_compiled(static_argnames=("config", "settings"), donate_argnames=("state",))
+def fill(
+    params: Params, config: ModelConfig, settings: DecodeSettings, state: State, rows: jax.Array, first: jax.Array
+) -> State:
+    """prefill.prefill_chunk, compiled. Donates the state."""
+    return prefill_chunk(params, config, settings, state, rows, first)
 
 
 @_compiled(static_argnames=("config", "settings"), donate_argnames=("state",))

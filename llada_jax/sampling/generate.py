@@ -17,7 +17,8 @@ from llada_jax.model.parameters import Params
 from llada_jax.sampling.cost import second_block_price
 from llada_jax.sampling.decode import decode
 from llada_jax.sampling.predict import Sampling
-from llada_jax.sampling.state import KEYS, RULES, DecodeSettings, Requests, State
+from llada_jax.sampling.prefill import num_passes
+from llada_jax.sampling.state import KEYS, PREFILL_CHUNK, RULES, DecodeSettings, Requests, State
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,14 +117,16 @@ def generate(
     key: jax.Array | None = None,
     execution: Execution = Execution(),
     fuse_share: float | None = None,
+    prefill_chunk: int = PREFILL_CHUNK,
 ) -> Generation:
     """Decodes an answer to each prompt by block diffusion (Section 5.4), the whole batch in one compiled loop.
 
     prompts: 1-D int arrays of any length. generate_config: one for all prompts, or one per prompt. key: of draws at
     temperature > 0; None is jax.random.key(0). execution: as in DecodeSettings. fuse_share: 0 always commits finished
     blocks in two-block windows, above 1 never does; None takes what is cheaper for this batch on this device
-    (sampling/cost.py). A row's answer does not depend on the other rows. Raises InputError if the checkpoint has no
-    mask token or the configs cannot share a batch, ValueError on a bad prompt.
+    (sampling/cost.py). prefill_chunk: most tokens of a prompt that are computed at once, rounded down to whole blocks;
+    longer prompts are computed in chunks. A row's answer does not depend on the other rows. Raises InputError if the
+    checkpoint has no mask token or the configs cannot share a batch, ValueError on a bad prompt.
 
     Example:
         >>> import llada_jax
@@ -138,7 +141,7 @@ def generate(
     configs = [generate_config] * max(len(prompts), 1) if one else list(generate_config)
     if not one and len(configs) != len(prompts):
         raise InputError(f"{len(configs)} configs for {len(prompts)} prompts, expected one for each")
-    settings = decode_settings(config, configs, execution)
+    settings = decode_settings(config, configs, execution, prefill_chunk)
     if not prompts:
         empty = np.zeros(0, np.int32)
         return Generation([], empty, empty, empty, [], [], empty)
@@ -151,13 +154,16 @@ def generate(
     if fuse_share is None:
         fuse_share = second_block_price(config, len(prompts), settings.block_length)
     state = decode(params, config, settings, requests, pad(prompts, canvas), fuse_share, prefill_length)
-    return collect(state, np.arange(len(prompts)), lengths, configs, requests.eos_ids, settings.block_length)
+    return collect(state, np.arange(len(prompts)), lengths, configs, requests.eos_ids, settings)
 
 
 def decode_settings(
-    config: ModelConfig, configs: Sequence[GenerateConfig], execution: Execution = Execution()
-) -> DecodeSettings:
+    config: ModelConfig, configs: Sequence[GenerateConfig], execution: Execution = Execution(),
+    prefill_chunk: int = PREFILL_CHUNK,
+) -> DecodeSettings:  # fmt: skip
     """The static settings for requests with these configs. Raises InputError if they cannot share a batch."""
+    if prefill_chunk < 1:
+        raise InputError(f"prefill_chunk={prefill_chunk}, expected at least 1")
     first = configs[0]
     for other in configs:
         for field in ("block_length", "mask_id", "rule"):
@@ -170,6 +176,7 @@ def decode_settings(
         block_length=first.block_length,
         sample=any(g.temperature > 0 for g in configs),
         cut=any(g.temperature > 0 and (g.top_k is not None or (g.top_p or 1) < 1) for g in configs),
+        prefill_chunk=max(prefill_chunk // first.block_length, 1) * first.block_length,
         execution=execution,
     )
 
@@ -230,7 +237,7 @@ def collect(
     lengths: Sequence[int],
     configs: Sequence[GenerateConfig],
     eos_ids: Sequence[Sequence[int]],
-    block_length: int,
+    settings: DecodeSettings,
 ) -> Generation:
     """Returns the answers of the finished `rows` [n]. lengths [n]: of their prompts; eos_ids [n, ends]."""
     canvas = jax.device_get((state.tokens, state.written_at, state.confidence))
@@ -243,8 +250,8 @@ def collect(
         written_at.append(canvas[1][row, span])
         confidence.append(canvas[2][row, span])
     denoising, commit, positions = (count[rows] for count in counts)
-    prefilled = np.asarray(lengths) // block_length * block_length
-    prefill = (prefilled > 0).astype(np.int32)
+    prefilled = np.asarray(lengths) // settings.block_length * settings.block_length
+    prefill = np.array([num_passes(length, settings) for length in lengths], np.int32)
     positions = (positions + prefilled).astype(np.int32)
     return Generation(tokens, denoising, commit, prefill, written_at, confidence, positions)
 

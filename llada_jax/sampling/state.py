@@ -15,6 +15,7 @@ from llada_jax.model.forward import Execution
 from llada_jax.sampling.predict import Sampling
 
 RULES = ("llada2", "llada2.1", "sglang", "dinfer", "entropy", "fixed")
+PREFILL_CHUNK = 1024
 KEYS = "threefry2x32"  # whatever the default is: a draw is the same everywhere
 
 
@@ -22,8 +23,9 @@ KEYS = "threefry2x32"  # whatever the default is: a draw is the same everywhere
 class DecodeSettings:
     """Static settings of a decoding program: one is compiled for each. Everything else of a request is data.
 
-    sample, cut: whether any request has a temperature, or a top-k or top-p. execution: of the prefill; its dtype and
-    its experts are those of all passes, and so is its attention where that is "kernel".
+    sample, cut: whether any request has a temperature, or a top-k or top-p. prefill_chunk: tokens, of whole blocks; a
+    longer prompt is computed in chunks of so many. execution: of the prefill; its dtype and its experts are those of
+    all passes, and so is its attention where that is "kernel".
     """
 
     mask_id: int
@@ -31,6 +33,7 @@ class DecodeSettings:
     block_length: int = 32
     sample: bool = False
     cut: bool = False
+    prefill_chunk: int = PREFILL_CHUNK
     execution: Execution = Execution()
 
 

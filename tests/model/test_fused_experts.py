@@ -88,7 +88,7 @@ def test_a_pass_of_decoding_uses_it_where_it_is_asked_for(experts, monkeypatch):
     cache = {group: {"key": cached(1, len(layers)), "value": cached(2, len(layers))} for group, layers in groups}
     tokens, positions = jnp.arange(16).reshape(2, 8), jnp.broadcast_to(16 + jnp.arange(8), (2, 8))
     visibility, calls, kernel = block_window(jnp.array([16, 8]), 8), [], fused_experts.fused_experts
-    monkeypatch.setattr("llada_jax.model.experts.fused_experts", lambda *a: calls.append(1) or kernel(*a))
+    monkeypatch.setattr(fused_experts, "fused_experts", lambda *a: calls.append(1) or kernel(*a))
 
     def run(execution):
         return hidden_states(params, config, tokens, positions, visibility, execution, cache)[0]
@@ -150,3 +150,16 @@ def test_it_compiles_and_reads_weights_in_place(topology):
     with jax.set_mesh(mesh):
         program = jax.jit(run).lower(shape(tokens, embed), *routed, into, into, out).compile()
     assert program.memory_analysis().temp_size_in_bytes < experts * embed * 128 * 2 / 2
+
+
+def test_more_tokens_than_scalar_memory_lists_go_in_several_calls():
+    with jax.set_mesh(one_device(parse_topology("v5p:2x2x1"))):
+        assert fused_experts.fused_calls(8192, 2048, 512, 8192 * 8, 256, jnp.bfloat16) == (1, (2, 1, 1))
+        assert fused_experts.fused_calls(16384, 2048, 512, 16384 * 8, 256, jnp.bfloat16) == (2, (2, 1, 1))
+        assert fused_experts.fused_calls(8192 + 16, 2048, 500, 8192 * 8, 256, jnp.bfloat16) is None
+    rng = np.random.default_rng(4)
+    weights, x = layer(rng, 4, 1024), jnp.asarray(rng.normal(size=(64, 1024)), jnp.float32)
+    routed = choices(rng, 64, 2, 4)
+    whole, load = fused_experts.fused_experts(x, *routed, weights, interpret=True)
+    found, loads = fused_experts.fused_in_calls(2, x, *routed, weights, interpret=True)
+    assert np.array_equal(load, loads) and np.allclose(whole, found, atol=1e-5)

@@ -17,7 +17,7 @@ from llada_jax.pod.step_cost import KernelCost
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """A call on one device. experts: on it; all_experts: of which each token takes k."""
+    """A call, or several, on one device. experts: on it; all_experts: of which each token takes k."""
 
     tokens: int
     embed: int
@@ -26,10 +26,10 @@ class Shape:
     all_experts: int
     k: int
 
-    def cut(self) -> fused_experts.Cut | None:
-        """As fused_experts.fused_cut, on the current device."""
+    def calls(self) -> tuple[int, fused_experts.Cut] | None:
+        """As fused_experts.fused_calls, on the current device."""
         sizes = self.tokens, self.embed, self.width
-        return fused_experts.fused_cut(*sizes, self.tokens * self.k, self.all_experts, jnp.bfloat16)
+        return fused_experts.fused_calls(*sizes, self.tokens * self.k, self.all_experts, jnp.bfloat16)
 
 
 def program(shape: dict, pieces: int, ahead: int):

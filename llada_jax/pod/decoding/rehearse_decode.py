@@ -1,7 +1,8 @@
 """Compiles a decoding pass for a TPU slice, without the slice: that of sampling/decode.py, on all devices of the mesh.
 
 The pass denoises one block per row against caches filled to a given length, and commits the previous block in the same
-window (the more expensive of the two passes of decoding). Compiler-estimated, not measured.
+window (the more expensive of the two passes of decoding); or it is that of sampling/prefill.py, which computes a chunk
+of a prompt. Compiler-estimated, not measured.
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ from llada_jax.model import parameters
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.parameters import join_abstract
 from llada_jax.pod import aot, hlo, operations, routing_cost
-from llada_jax.pod.decoding import cached_attention_cost, fused_experts_cost, projections_cost
+from llada_jax.pod.decoding import cached_attention_cost, fused_experts_cost, prefix_cost, projections_cost
 from llada_jax.pod.lower import Slices, check_experts, compile_step, model_of, with_shardings
 from llada_jax.pod.rehearse import Memory, memory_of, physical_devices, rows_of_device
 from llada_jax.pod.step_cost import Line, part_seconds, step_lines
@@ -30,6 +31,7 @@ from llada_jax.pod.topology import slice_devices
 from llada_jax.runtime.xla_options import xla_options
 from llada_jax.sampling import decode, predict
 from llada_jax.sampling.cost import PassCost, pass_cost, uniform_hits
+from llada_jax.sampling.prefill import prefill_chunk
 from llada_jax.sampling.state import DecodeSettings, empty_state
 from llada_jax.training import run_model
 from llada_jax.training.config import check, execution
@@ -39,7 +41,9 @@ SCOPES = {cached.SCOPE: "attention", decode.PREDICTION: "head"}  # the parts of 
 
 @dataclasses.dataclass(frozen=True)
 class DecodeRehearsal:
-    """The estimate of a pass on one device. memory.optimizer: the caches and the rest of a batch's state."""
+    """The estimate of a pass on one device. memory.optimizer: the caches and the rest of a batch's state. positions: of
+    all rows that the pass computes. chunk: of a prompt, of which each part of the batch has one; None: a decoding pass.
+    """
 
     lines: list[Line]
     memory: Memory
@@ -49,6 +53,14 @@ class DecodeRehearsal:
     rows: int
     block_size: int
     filled: int
+    positions: int
+    chunk: int | None = None
+
+    @property
+    def share_of_peak(self) -> float:
+        """The FLOPs that the model needs, over those of all chips at their peak."""
+        chips = self.slices.chips * self.slices.topology.chip.peak_bf16
+        return self.roofline.flops / sum(self.seconds.values()) / chips
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -68,59 +80,79 @@ class DecodeRehearsal:
             "chip_peak_flops": chip.peak_bf16,
             "rows": self.rows,
             "filled": self.filled,
+            "chunk": self.chunk,
+            "positions": self.positions,
             "seconds": self.seconds,
             "passes_per_second": 1 / seconds,
             "roofline_seconds": self.roofline.seconds(chip) / self.slices.chips,
+            "share_of_peak": self.share_of_peak,
             "compile_seconds": self.compile_seconds,
             "per_op": [dataclasses.asdict(line) for line in sorted(self.lines, key=lambda line: -line.seconds)],
         }
 
 
 def rehearse_decode(
-    config: ConfigDict, slices: Slices, rows: int, canvas: int, filled: int, dumps: Path | None = None
+    config: ConfigDict,
+    slices: Slices,
+    rows: int,
+    canvas: int,
+    filled: int,
+    dumps: Path | None = None,
+    chunk: int | None = None,
 ) -> DecodeRehearsal:
     """Compiles a decoding pass of the config's model for `slices` and estimates its memory and time.
 
     rows: of the batch, over all chips. canvas: the most positions per request; filled: how many of them are in the
-    caches. Weights and caches are bfloat16. dumps: as in pod/rehearse.rehearse. Raises InputError on bad input, and
-    DoesNotFit as pod/rehearse.rehearse.
+    caches. chunk: instead, the pass that computes so many tokens of a prompt, in one row of each part of the batch.
+    Weights and caches are bfloat16. dumps: as in pod/rehearse.rehearse. Raises InputError on bad input, and DoesNotFit
+    as pod/rehearse.rehearse.
     """
     check(config)
     config = run_model.fitted(config)
     on_tpu = dataclasses.replace(execution(config, platform="tpu"), dtype="bfloat16", remat="none")
     check_experts(on_tpu, run_model.named(config))
     block = config.schedule.block_size
-    for field, value in (("canvas", canvas), ("filled", filled)):
-        if value % block or not 0 <= value <= canvas:
+    for field, value, most in (("canvas", canvas, canvas), ("filled", filled, canvas), ("prefill", chunk or 0, canvas)):
+        if value % block or not 0 <= value <= most:
             raise InputError(f"--{field}={value}, expected a multiple of {block}, at most --canvas={canvas}")
+    if filled + (chunk or 0) > canvas:
+        raise InputError(f"--filled={filled} and --prefill={chunk} are more than --canvas={canvas}")
     mesh = sharding.make_mesh(**config.mesh, devices=list(slice_devices(slices.topology, slices.count).reshape(-1)))
     if mesh.shape["context"] > 1:
         raise InputError(f"config.mesh.context={mesh.shape['context']}: decoding does not split rows, expected 1")
     if rows % (mesh.size // mesh.shape["tensor"]):
         raise InputError(f"--rows={rows} cannot be shared by {mesh.size} devices")
     model = model_of(config)
-    decoding = DecodeSettings(model.mask_token_id, block_length=block, execution=on_tpu)
+    decoding = DecodeSettings(model.mask_token_id, block_length=block, prefill_chunk=chunk or block, execution=on_tpu)
     params, state = _arguments(model, decoding, rows, canvas, mesh)
+    local = round(rows_of_device(rows, mesh))
+    parts = rows // local
     with jax.set_mesh(mesh):
-        iterate = functools.partial(decode.iterate, config=model, settings=decoding)
-        step = jax.jit(iterate, donate_argnames=("state",), compiler_options=xla_options("tpu"))
-        lowered = step.lower(params, state=state)
+        function = decode.iterate if chunk is None else prefill_chunk
+        function = functools.partial(function, config=model, settings=decoding)
+        step = jax.jit(function, donate_argnames=("state",), compiler_options=xla_options("tpu"))
+        places = {} if chunk is None else dict.fromkeys(("rows", "first"), jax.ShapeDtypeStruct((parts,), jnp.int32))
+        lowered = step.lower(params, state=state, **places)
     compiled, seconds = compile_step(lowered, mesh, slices)
     module = hlo.parse(compiled.as_text())
-    local = rows_of_device(rows, mesh)
-    trips = _trips(round(local), rows, mesh.size > 1, block, canvas, filled)
+    if chunk is None:
+        positions, head, cached_positions, context = 2 * rows * block, rows * block // 2, rows * filled, filled + block
+    else:
+        positions, head, cached_positions, context = parts * chunk, 0, parts * filled, filled + (chunk + block) // 2
     kernels = {}
     if model.is_moe:
-        kernels = _expert_kernels(config, model, mesh, slices.topology, round(2 * local * block))
-    if on_tpu.attention == "kernel":
-        kernels |= _attention_kernels(model, mesh, slices.topology, round(local), block, canvas, filled)
-    devices = physical_devices(mesh, slices)
+        kernels = _expert_kernels(config, model, mesh, slices.topology, positions // parts)
+    if on_tpu.attention == "kernel" and chunk is None:
+        kernels |= _attention_kernels(model, mesh, slices.topology, local, block, canvas, filled)
+    elif on_tpu.attention == "kernel":
+        kernels |= _chunk_kernels(model, mesh, slices.topology, chunk, block, canvas, filled)
+    trips = _trips(local, rows, mesh.size > 1, block, canvas, filled)
     chip = slices.topology.chip
     cycles = aot.operation_cycles(module, dumps, chip) if dumps else {}
-    lines = step_lines(module, chip, kernels, devices, trips, parts=SCOPES, cycles=cycles)
-    cost = pass_cost(model, 2 * rows * block, rows * block // 2, rows * filled, filled + block)
+    lines = step_lines(module, chip, kernels, physical_devices(mesh, slices), trips, parts=SCOPES, cycles=cycles)
+    cost = pass_cost(model, positions, head, cached_positions, context)
     memory = memory_of(compiled, module, params, chip.devices)
-    return DecodeRehearsal(lines, memory, cost, seconds, slices, rows, block, filled)
+    return DecodeRehearsal(lines, memory, cost, seconds, slices, rows, block, filled, positions, chunk)
 
 
 def _arguments(model: ModelConfig, decoding: DecodeSettings, rows: int, canvas: int, mesh):
@@ -145,10 +177,8 @@ def _attention_kernels(
     model: ModelConfig, mesh, topology: Topology, rows: int, block: int, canvas: int, filled: int
 ) -> dict:
     """Costs of the kernels of attention and of its projections on one device. rows: of it."""
-    with jax.set_mesh(mesh):
-        copies = sharding.kv_copies(model.num_heads, model.num_kv_heads)
-        ranks = sharding.num_parts("kv_heads", model.num_kv_heads * copies)
-    heads, kv_heads, head_dim = model.num_heads // ranks, model.num_kv_heads * copies // ranks, model.head_dim
+    heads, kv_heads, copies = _heads_of_device(model, mesh)
+    head_dim = model.head_dim
     shape = cached_attention_cost.Shape(rows, 2 * block, canvas, heads, kv_heads, head_dim)
     costs = cached_attention_cost.kernel_costs(shape, filled, topology)
     if copies > 1:
@@ -158,6 +188,24 @@ def _attention_kernels(
         tilings = shape.tilings()
     costs[cache_write.NAME] = functools.partial(_cache_write, topology.chip)
     return costs | (projections_cost.kernel_costs(shape, tilings, topology) if all(tilings) else {})
+
+
+def _chunk_kernels(
+    model: ModelConfig, mesh, topology: Topology, chunk: int, block: int, canvas: int, filled: int
+) -> dict:
+    """Costs of the kernels of attention on one device, which has a chunk of one prompt."""
+    heads, kv_heads, _ = _heads_of_device(model, mesh)
+    sizes = chunk, canvas, heads, kv_heads, model.head_dim, model.rotary_dim // 2, model.qk_norm
+    costs = prefix_cost.kernel_costs(prefix_cost.Shape(*sizes), filled, block, topology)
+    return costs | {cache_write.NAME: functools.partial(_cache_write, topology.chip)}
+
+
+def _heads_of_device(model: ModelConfig, mesh) -> tuple[int, int, int]:
+    """(heads, key/value heads that it uses, sharding.kv_copies)"""
+    with jax.set_mesh(mesh):
+        copies = sharding.kv_copies(model.num_heads, model.num_kv_heads)
+        ranks = sharding.num_parts("kv_heads", model.num_kv_heads * copies)
+    return model.num_heads // ranks, model.num_kv_heads * copies // ranks, copies
 
 
 def _cache_write(chip: Chip, result, operands):
@@ -203,8 +251,12 @@ def _expert_kernels(config: ConfigDict, model: ModelConfig, mesh, topology: Topo
         tokens * ranks, model.hidden_size, width, experts, model.num_experts, model.num_experts_per_token
     )
     with jax.set_mesh(mesh):
-        cut = shape.cut()
-    return costs | (fused_experts_cost.kernel_costs(shape, cut, topology) if cut else {})
+        fitting = shape.calls()
+    if fitting is None:
+        return costs
+    calls, cut = fitting
+    shape = dataclasses.replace(shape, tokens=shape.tokens // calls)
+    return costs | fused_experts_cost.kernel_costs(shape, cut, topology)
 
 
 def _trips(rows: int, all_rows: int, on_mesh: bool, block: int, length: int, filled: int) -> dict[str, int]:

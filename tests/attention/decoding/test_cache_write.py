@@ -1,11 +1,14 @@
 """Blocks in a cache: by either path, what a loop in numpy writes."""
 
+from contextlib import nullcontext
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from llada_jax import sharding
+from llada_jax.attention.decoding.cache_rows import take_rows
 from llada_jax.attention.decoding.cache_write import write_blocks
 
 
@@ -51,3 +54,25 @@ def test_nothing_to_write():
     cache, block, at, selected = arguments(3, 16, 128, 128)
     for kernel in (False, True):
         assert np.array_equal(write_blocks(cache, block, at, selected & False, kernel, interpret=True), cache)
+
+
+@pytest.mark.parametrize("kernel", [False, True])
+@pytest.mark.parametrize("mesh", [None, dict(data=2, tensor=2)])
+def test_a_chunk_goes_to_one_row_of_each_part(kernel, mesh):
+    """Of six rows over two devices: to row 1 of the first, and to row 2 of the second, which is row 5."""
+    cache, block, _, _ = arguments(6, 32, 128, 128)
+    rows = jnp.array([1] if mesh is None else [1, 5])
+    parts = len(rows)
+    at, block = jnp.array([32, 16][:parts]), block[:, :parts]
+    expected = np.array(cache)
+    for i, row in enumerate(rows):
+        expected[:, row, :, at[i] : at[i] + 32] = block[:, i]
+
+    @jax.jit
+    def run(cache, selected):
+        return write_blocks(cache, block, at, selected, kernel=kernel, interpret=True, rows=rows)
+
+    with nullcontext() if mesh is None else jax.set_mesh(sharding.make_mesh(**mesh, devices=jax.devices()[:4])):
+        assert np.array_equal(run(cache, jnp.ones(parts, bool)), expected)
+        assert np.array_equal(run(cache, jnp.zeros(parts, bool)), cache)
+        assert np.array_equal(jax.jit(take_rows)(cache, rows), cache[:, rows])

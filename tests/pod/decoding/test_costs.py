@@ -5,7 +5,7 @@ import pytest
 
 from llada_jax.chips import parse_topology
 from llada_jax.model.fused_experts import Cut
-from llada_jax.pod.decoding import cached_attention_cost, fused_experts_cost, projections_cost
+from llada_jax.pod.decoding import cached_attention_cost, fused_experts_cost, prefix_cost, projections_cost
 from llada_jax.pod.topology import one_device
 
 TOPOLOGY = parse_topology("v5p:2x2x1")
@@ -25,6 +25,20 @@ def test_attention_costs_the_chunks_that_are_filled():
     read = 4 * 2048 * 128 * 2 * 2
     assert full.seconds >= read / TOPOLOGY.chip.stream_bandwidth
     assert full.flops == 4 * (4 * 64) * (2048 + 64) * 128 * 4
+
+
+def test_a_chunk_of_a_prompt_costs_the_keys_that_it_sees():
+    shape = prefix_cost.Shape(512, 4096, heads=8, kv_heads=2, head_dim=128, rotated=32, qk_norm=True)
+    found = {}
+    for filled in (0, 2048):
+        costs = prefix_cost.kernel_costs(shape, filled, 32, TOPOLOGY)
+        found[filled] = [costs[name]((), ()) for name in ("block_diffusion_attention_forward", "prefix_keys")]
+    for (part, few), (_, many) in zip(found[0], found[2048], strict=True):
+        assert part == "attention" and 0 < few.seconds < many.seconds
+    attention, copied = (cost for _, cost in found[2048])
+    assert attention.flops == 4 * 8 * 128 * 512 * (2048 + (512 + 32) / 2)
+    assert attention.seconds > attention.flops / TOPOLOGY.chip.peak_bf16
+    assert copied.seconds == pytest.approx(2 * 2 * 2560 * 2 * 128 / TOPOLOGY.chip.stream_bandwidth)
 
 
 @pytest.mark.parametrize("name", ["v4:2x2x1", "v5p:2x2x1", "v5e:2x2", "v6e:2x2", "tpu7x:2x2x1"])
