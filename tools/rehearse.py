@@ -11,8 +11,8 @@ the data say, so they have no estimate.
 
 --decode compiles a pass of decoding instead (weights and caches in bfloat16): --rows requests over all chips, of
 --canvas positions, --filled of them in the caches; blocks are of config.schedule.block_size. --prefill=TOKENS compiles
-the pass that computes a chunk of so many tokens of a prompt, after --filled of it, one prompt for each part of the rows.
-With --mesh=auto it tries the meshes worth trying, one after the other, and names the fastest.
+the pass that computes a chunk of so many tokens of a prompt, after --filled of it: one prompt for each part into which
+the mesh splits the rows. With --mesh=auto it tries the meshes worth trying, one after the other, and names the fastest.
 """
 
 import json

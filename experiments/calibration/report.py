@@ -1,4 +1,5 @@
-"""Writes the table and the picture of results/ into llada_jax/pod/README.md, between its marks.
+"""Writes the table and the picture of results/ into llada_jax/pod/README.md, between its marks, and the band that all
+estimates print to llada_jax/pod/calibration.json.
 
 python experiments/calibration/report.py
 """
@@ -16,6 +17,7 @@ FOLDER = Path(__file__).resolve().parent
 RESULTS = FOLDER / "results"
 README = FOLDER.parents[1] / "llada_jax" / "pod" / "README.md"
 PICTURE = RESULTS / "calibration.svg"
+BAND = README.with_name("calibration.json")
 _BEGIN, _END = "<!-- calibration -->\n", "<!-- end of calibration -->"
 _GB = 1e9
 
@@ -35,6 +37,14 @@ def band(results: list[dict], half: str = "test") -> tuple[float, float, float, 
     """Smallest, median and largest ratio of a half, and the share of its points within 0.85 to 1.15."""
     ratios = np.array([ratio(result) for result in results if result["half"] == half])
     return ratios.min(), float(np.median(ratios)), ratios.max(), float(((ratios >= 0.85) & (ratios <= 1.15)).mean())
+
+
+def written_band(results: list[dict]) -> dict:
+    """What pod/report.py prints: of all timed runs, while few of those set aside for testing are compiled."""
+    ratios = np.array([ratio(result) for result in results])
+    chips = sorted({result["topology"].split(":")[0] for result in results})
+    rounded = {"least": ratios.min(), "median": np.median(ratios), "most": ratios.max()}
+    return {"runs": len(ratios), "chips": chips} | {name: round(float(value), 2) for name, value in rounded.items()}
 
 
 def table(results: list[dict]) -> str:
@@ -113,6 +123,7 @@ def main() -> None:
     draw(results, PICTURE)
     new = f"{_BEGIN}{section(results)}{_END}"
     README.write_text(re.sub(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", lambda _: new, text, flags=re.DOTALL))
+    BAND.write_text(json.dumps(written_band(results), indent=1) + "\n")
     print(words(results))
 
 

@@ -1,12 +1,15 @@
 """Formats a rehearsal as text."""
 
+import json
 import math
+from pathlib import Path
 
 from llada_jax.pod.decoding.rehearse_decode import DecodeRehearsal
 from llada_jax.pod.rehearse import Rehearsal, Slices
 from llada_jax.pod.step_cost import PARTS
 
 _GIB = 2**30
+_CALIBRATION = Path(__file__).with_name("calibration.json")  # of experiments/calibration/report.py
 
 
 def describe_step(result: Rehearsal) -> str:
@@ -32,6 +35,7 @@ def describe_step(result: Rehearsal) -> str:
         f"{result.rows * result.length / total / result.slices.chips:,.0f} per chip",
         f"MFU: serial {result.serial_mfu:.1%}, overlapped {result.overlapped_mfu:.1%}"
         + (f"; at most {bound:.1%} if no collective were hidden" if bound < 1 else ""),
+        band(chip.name),
     ]
     return "\n".join(lines)
 
@@ -55,7 +59,18 @@ def describe_decoding(result: DecodeRehearsal) -> str:
         f"{what}, {result.filled} cached positions per row: {total * 1e3:.2f} ms",
         "ms by part: " + ", ".join(f"{part} {seconds[part] * 1e3:.2f}" for part in PARTS),
         f"{result.roofline.bound(chip)}-bound, {floor * 1e3:.2f} ms if every chip ran at its peaks; {speed}",
+        f"{band(chip.name)}; no pass of decoding is among them",
     ])  # fmt: skip
+
+
+def band(chip: str) -> str:
+    """How far estimates were from the steps of public runs that were timed. chip: its name, e.g. "v5p"."""
+    known = json.loads(_CALIBRATION.read_text())
+    here = "" if chip in known["chips"] else f", none on {chip}"
+    return (
+        f"where steps were timed, the estimate was {known['least']:g} to {known['most']:g} times the measured one, "
+        f"median {known['median']:g} ({known['runs']} training runs on {', '.join(known['chips'])}{here})"
+    )
 
 
 def does_not_fit(hbm_bytes: int | None, slices: Slices) -> str:

@@ -9,6 +9,7 @@ import pytest
 from llada_jax.chips import parse_topology
 from llada_jax.pod import hlo
 from llada_jax.pod.hlo import Array
+from llada_jax.pod.report import band
 from tests.helpers.command_lines import run
 from tests.helpers.experiments import EXPERIMENTS, importable
 
@@ -53,6 +54,14 @@ def test_the_compiler_of_the_run_needs_the_memory_of_the_run():
 
 def test_the_readme_has_the_table():
     assert report.section(report.read()) in README
+
+
+def test_estimates_print_the_band_of_the_table():
+    results = report.read()
+    assert json.loads(report.BAND.read_text()) == report.written_band(results)
+    least, most = (f"{end(map(report.ratio, results)):.2f}" for end in (min, max))
+    assert f"{least} to {most} times the measured one" in band("v5p") and f"{len(results)} training runs" in band("v5p")
+    assert "none on v4" in band("v4") and "none on" not in band("v5p")
 
 
 def test_causal_tiles_are_those_with_a_visible_pair():
