@@ -36,7 +36,7 @@ def quantize_experts(params: Params, config: ModelConfig, donate: bool = False) 
     if not config.is_moe:
         raise InputError("experts_dtype=int8: the model is dense, it has no experts")
     sparse = dict(params["sparse"])
-    if SCALES[0] in sparse:
+    if has_int8_experts(params):
         raise InputError("experts_dtype=int8: the experts are int8 already")
     for name in EXPERTS:
         stack = sparse[name]
@@ -45,6 +45,10 @@ def quantize_experts(params: Params, config: ModelConfig, donate: bool = False) 
             jax.block_until_ready(sparse[name])
             stack.delete()
     return params | {"sparse": sparse}
+
+
+def has_int8_experts(params: Params) -> bool:
+    return SCALES[0] in params.get("sparse", {})
 
 
 def _quantized(stack: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -1,5 +1,7 @@
 """Experts in int8: how far the quantiser is off, and passes and decoding with them against their float weights."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,12 +9,14 @@ import pytest
 
 import llada_jax
 from llada_jax import GenerateConfig, sharding
+from llada_jax.data.byte_tokenizer import byte_tokenizer
 from llada_jax.errors import InputError
 from llada_jax.model import experts, parameters
 from llada_jax.model.config import preset
 from llada_jax.model.forward import Execution
 from llada_jax.model.grouped_matmul import dequantized
-from llada_jax.sampling.quantize import quantize_experts
+from llada_jax.sampling.quantize import has_int8_experts, quantize_experts
+from tests.helpers.command_lines import run
 
 CONFIG = preset("tiny_moe").replace(num_layers=3)
 
@@ -59,6 +63,7 @@ def test_donated_experts_are_deleted(params):
     given = jax.tree.map(jnp.copy, params)
     quantize_experts(given, CONFIG, donate=True)
     assert {name for name, w in given["sparse"].items() if w.is_deleted()} == set(experts.EXPERTS)
+    assert not has_int8_experts(params) and has_int8_experts(quantize_experts(params, CONFIG))
 
 
 def test_what_is_refused(params, tmp_path):
@@ -144,3 +149,30 @@ def test_a_mesh_shares_scales_out_with_their_experts(params, sizes, expert_paral
             found, CONFIG, PROMPTS, GENERATION, execution=Execution(expert_parallel=expert_parallel)
         )
     assert all(np.array_equal(a, b) for a, b in zip(out.tokens, answers.tokens, strict=True))
+
+
+def test_the_flag(params, tmp_path):
+    """The command decodes with int8 what Python does; a dense model is refused in one line."""
+    tokenizer = byte_tokenizer(CONFIG.eos_token_id, CONFIG.mask_token_id)
+    llada_jax.save_params(tmp_path / "moe", params, CONFIG, tokenizer)
+    dense = preset("tiny").replace(num_layers=1)
+    llada_jax.save_params(tmp_path / "dense", llada_jax.init(dense, jax.random.key(0)), dense, tokenizer)
+    (tmp_path / "in.jsonl").write_text('{"prompt": "def f("}\n')
+    command = [
+        "tools/generate.py", f"--input={tmp_path / 'in.jsonl'}", f"--output={tmp_path / 'out.jsonl'}", "--mesh=one",
+        "--gen_length=8", "--block_length=4", "--threshold=0.3", "--experts_dtype=int8",
+    ]  # fmt: skip
+    done = run([*command, f"--checkpoint={tmp_path / 'moe'}"])
+    assert done.returncode == 0, done.stderr
+    line = json.loads((tmp_path / "out.jsonl").read_text())
+    settings = GenerateConfig(gen_length=8, block_length=4, threshold=0.3)
+    prompt = np.array(tokenizer.encode("def f("))
+    in_int8, exact = (
+        llada_jax.generate(p, CONFIG, [prompt], settings) for p in (quantize_experts(params, CONFIG), params)
+    )
+    assert line["token_ids"] == in_int8.tokens[0].tolist()
+    found = np.array(line["confidences"])
+    assert np.allclose(found, in_int8.confidence[0], atol=1e-4)
+    assert len(found) != len(exact.confidence[0]) or not np.allclose(found, exact.confidence[0], atol=1e-4)
+    done = run([*command, f"--checkpoint={tmp_path / 'dense'}"])
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].endswith("the model is dense, it has no experts")

@@ -30,6 +30,7 @@ from llada_jax.pod.topology import slice_devices
 from llada_jax.runtime.xla_options import xla_options
 from llada_jax.sampling import decode, predict
 from llada_jax.sampling.cost import PassCost, pass_cost, uniform_hits
+from llada_jax.sampling.quantize import quantize_experts
 from llada_jax.sampling.state import DecodeSettings, empty_state
 from llada_jax.training import run_model
 from llada_jax.training.config import check, execution
@@ -77,13 +78,14 @@ class DecodeRehearsal:
 
 
 def rehearse_decode(
-    config: ConfigDict, slices: Slices, rows: int, canvas: int, filled: int, dumps: Path | None = None
-) -> DecodeRehearsal:
+    config: ConfigDict, slices: Slices, rows: int, canvas: int, filled: int, dumps: Path | None = None,
+    int8_experts: bool = False,
+) -> DecodeRehearsal:  # fmt: skip
     """Compiles a decoding pass of the config's model for `slices` and estimates its memory and time.
 
     rows: of the batch, over all chips. canvas: the most positions per request; filled: how many of them are in the
-    caches. Weights and caches are bfloat16. dumps: as in pod/rehearse.rehearse. Raises InputError on bad input, and
-    DoesNotFit as pod/rehearse.rehearse.
+    caches. Weights and caches are bfloat16, with int8_experts routed experts are int8 (sampling/quantize.py). dumps: as
+    in pod/rehearse.rehearse. Raises InputError on bad input, and DoesNotFit as pod/rehearse.rehearse.
     """
     check(config)
     config = run_model.fitted(config)
@@ -100,7 +102,7 @@ def rehearse_decode(
         raise InputError(f"--rows={rows} cannot be shared by {mesh.size} devices")
     model = model_of(config)
     decoding = DecodeSettings(model.mask_token_id, block_length=block, execution=on_tpu)
-    params, state = _arguments(model, decoding, rows, canvas, mesh)
+    params, state = _arguments(model, decoding, rows, canvas, mesh, int8_experts)
     with jax.set_mesh(mesh):
         iterate = functools.partial(decode.iterate, config=model, settings=decoding)
         step = jax.jit(iterate, donate_argnames=("state",), compiler_options=xla_options("tpu"))
@@ -111,22 +113,28 @@ def rehearse_decode(
     trips = _trips(round(local), rows, mesh.size > 1, block, canvas, filled)
     kernels = {}
     if model.is_moe:
-        kernels = _expert_kernels(config, model, mesh, slices.topology, round(2 * local * block))
+        kernels = _expert_kernels(config, model, mesh, slices.topology, round(2 * local * block), int8_experts)
     if on_tpu.attention == "kernel":
         kernels |= _attention_kernels(model, mesh, slices.topology, round(local), block, canvas, filled)
     devices = physical_devices(mesh, slices)
     chip = slices.topology.chip
     cycles = aot.operation_cycles(module, dumps, chip) if dumps else {}
     lines = step_lines(module, chip, kernels, devices, trips, parts=SCOPES, cycles=cycles)
-    cost = pass_cost(model, 2 * rows * block, rows * block // 2, rows * filled, filled + block)
+    of_experts = 1 if int8_experts else 2
+    sizes = 2 * rows * block, rows * block // 2, rows * filled, filled + block
+    cost = pass_cost(model, *sizes, bytes_per_expert_value=of_experts)
     memory = memory_of(compiled, module, params, chip.devices)
     return DecodeRehearsal(lines, memory, cost, seconds, slices, rows, block, filled)
 
 
-def _arguments(model: ModelConfig, decoding: DecodeSettings, rows: int, canvas: int, mesh):
+def _arguments(model: ModelConfig, decoding: DecodeSettings, rows: int, canvas: int, mesh, int8_experts: bool):
     """Abstract weights and state, laid out as sharding.RULES say: rows over the batch axes."""
-    axes = parameters.logical_axes(model)
-    params = with_shardings(parameters.abstract(model, jnp.bfloat16), lambda x: sharding.shardings(x, axes, mesh))
+    axes, params = parameters.logical_axes(model), parameters.abstract(model, jnp.bfloat16)
+    if int8_experts:
+        params = jax.eval_shape(functools.partial(quantize_experts, config=model), params)
+        of_layer = parameters.layer_axes(model, "sparse", params["sparse"])
+        axes["sparse"] = {name: ("layers", *of_layer[name]) for name in of_layer}
+    params = with_shardings(params, lambda x: sharding.shardings(x, axes, mesh))
     if decoding.execution.attention == "kernel":
         with jax.set_mesh(mesh):
             params = join_abstract(params, model)
@@ -167,7 +175,9 @@ def _cache_write(chip: Chip, result, operands):
     return "attention", operations.OperationCost(seconds, from_bytes=seconds)
 
 
-def _expert_kernels(config: ConfigDict, model: ModelConfig, mesh, topology: Topology, tokens: int):
+def _expert_kernels(
+    config: ConfigDict, model: ModelConfig, mesh, topology: Topology, tokens: int, int8_experts: bool = False
+):
     """Costs of the kernels of the router and the experts. A matmul costs one read of the weights that uniform routing
     reaches, or its arithmetic if that takes longer; the activation costs its bytes.
     """
@@ -200,8 +210,9 @@ def _expert_kernels(config: ConfigDict, model: ModelConfig, mesh, topology: Topo
     costs = {"gmm": gmm, "expert_activation": activation} | routing_cost.kernel_costs(model, tokens, ranks, topology)
     width, experts = model.moe_intermediate_size // mesh.shape["tensor"], model.num_experts // ranks
     shape = fused_experts_cost.Shape(
-        tokens * ranks, model.hidden_size, width, experts, model.num_experts, model.num_experts_per_token
-    )
+        tokens * ranks, model.hidden_size, width, experts, model.num_experts, model.num_experts_per_token,
+        "int8" if int8_experts else "bfloat16",
+    )  # fmt: skip
     with jax.set_mesh(mesh):
         cut = shape.cut()
     return costs | (fused_experts_cost.kernel_costs(shape, cut, topology) if cut else {})
