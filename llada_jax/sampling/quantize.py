@@ -48,6 +48,7 @@ def quantize_experts(params: Params, config: ModelConfig, donate: bool = False) 
 
 
 def has_int8_experts(params: Params) -> bool:
+    """Whether the routed experts of these weights are int8; false for a dense model."""
     return SCALES[0] in params.get("sparse", {})
 
 
