@@ -65,7 +65,7 @@ _OUTPUT = flags.DEFINE_string("output", None, "JSON file for the result.")
 
 _SCORED = ("data", "rows", "block_sizes", "samples", "block_origin", "reference")
 _ANSWERED = ("questions", "batch", "records", "mesh", *decoding.NAMES)
-_COMMON = ("checkpoint", "task", "seed", "yarn", "add_bos", "output", "table")
+_COMMON = ("checkpoint", "task", "seed", "yarn", "add_bos", "experts_dtype", "output", "table")
 _DECODED = """Prints the share of right answers, and tokens per denoising forward pass (end of sequence included), with
 standard errors over questions. An answer whose scorer fails is wrong, and counted. Decoding is that of
 tools/generate.py."""
@@ -223,7 +223,8 @@ def _answers(task: str, name: str) -> dict:
         jsonl.write_values(_RECORDS.value, records)
     source = {"task": _TASK.value, "data": _DATA.value, "settings": settings, "seed": _SEED.value, "yarn": _YARN.value}
     source |= {"extract": _EXTRACT.value, "context": _CONTEXT.value, "needles": _NEEDLES.value}
-    asked = {"checkpoint": _CHECKPOINT.value, **source, "decoding": dataclasses.asdict(config)}
+    asked = {"checkpoint": _CHECKPOINT.value, "experts_dtype": flags.FLAGS.experts_dtype}
+    asked |= {**source, "decoding": dataclasses.asdict(config)}
     asked["model"] = dataclasses.asdict(model.config)
     return asked | dataclasses.asdict(found)
 
@@ -234,7 +235,7 @@ def _load(path: str, dataset: dict | None = None, mesh=None):
 
     for written in (_OUTPUT.value, _RECORDS.value):  # all flags are right by now, and hours of work lie ahead
         jsonl.prepare(written)
-    model = decoding.with_bos(load_checkpoint(path, mesh=mesh))
+    model = decoding.with_experts_dtype(decoding.with_bos(load_checkpoint(path, mesh=mesh)))
     if dataset and model.tokenizer is not None and not packed_with(dataset, model.tokenizer):
         raise InputError(f"{_DATA.value}: packed with another tokenizer than that of {path}")
     return model._replace(config=model.config.extended(_YARN.value)) if _YARN.value > 1 else model

@@ -86,6 +86,7 @@ def main(argv) -> None:
     together = 1 if rows is None else min(_BATCH.value, len(rows))
     with decoding_flags.mesh(read_config(_CHECKPOINT.value)[0], together) as mesh:
         model = decoding_flags.with_bos(load_checkpoint(_CHECKPOINT.value, mesh=mesh))
+        model = decoding_flags.with_experts_dtype(model)
         _answer(model, rows, config, configs, conversation)
 
 

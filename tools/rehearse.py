@@ -9,10 +9,11 @@ where they do not run behind arithmetic; overlapped MFU is that of the larger of
 when the step does not fit. Attention must be the kernel or dense, experts megablox: loops of plain XLA run as long as
 the data say, so they have no estimate.
 
---decode compiles a pass of decoding instead (weights and caches in bfloat16): --rows requests over all chips, of
---canvas positions, --filled of them in the caches; blocks are of config.schedule.block_size. --prefill=TOKENS compiles
-the pass that computes a chunk of so many tokens of a prompt, after --filled of it: one prompt for each part into which
-the mesh splits the rows. With --mesh=auto it tries the meshes worth trying, one after the other, and names the fastest.
+--decode compiles a pass of decoding instead (weights and caches in bfloat16, or experts in int8): --rows requests over
+all chips, of --canvas positions, --filled of them in the caches; blocks are of config.schedule.block_size.
+--prefill=TOKENS compiles the pass that computes a chunk of so many tokens of a prompt, after --filled of it: one prompt
+for each part into which the mesh splits the rows. With --mesh=auto it tries the meshes worth trying, one after the
+other, and names the fastest.
 """
 
 import json
@@ -43,10 +44,13 @@ _CANVAS = flags.DEFINE_integer("canvas", 4096, "--decode: positions of the longe
 _FILLED = flags.DEFINE_integer("filled", 2048, "--decode: positions in the caches.", lower_bound=0)
 _PREFILL = flags.DEFINE_integer("prefill", None, "--decode: of a chunk of so many tokens of a prompt.", lower_bound=1)
 _MESH = flags.DEFINE_enum("mesh", "config", ["config", "auto"], "--decode: auto tries several, and names the fastest.")
+_EXPERTS_DTYPE = flags.DEFINE_enum(
+    "experts_dtype", "bfloat16", ["bfloat16", "int8"], "--decode: of the weights of routed experts."
+)
 _SAVE = flags.DEFINE_string("save", None, "File for the compiled step: --config.compiled_step=FILE of the trainer.")
 _JSON = flags.DEFINE_string("json", None, "File for all numbers, every operation included.")
 _OF_A_STEP = (_HALVES, _DOCUMENTS, _BLOCK_SIZE, _BUSIEST, _SAVE)
-_OF_DECODING = (_ROWS, _CANVAS, _FILLED, _PREFILL, _MESH)
+_OF_DECODING = (_ROWS, _CANVAS, _FILLED, _PREFILL, _MESH, _EXPERTS_DTYPE)
 
 
 def main(argv) -> None:
@@ -111,7 +115,8 @@ def _rehearse(dumps: Path) -> None:
     try:
         if _DECODE.value:
             sizes = _ROWS.value, _CANVAS.value, _FILLED.value
-            result = rehearse_decode(resolved(_CONFIG), slices, *sizes, dumps, _PREFILL.value)
+            how = dict(chunk=_PREFILL.value, int8_experts=_EXPERTS_DTYPE.value == "int8")
+            result = rehearse_decode(resolved(_CONFIG), slices, *sizes, dumps, **how)
         else:
             result = rehearse(resolved(_CONFIG), slices, packing, _HALVES.value, _SAVE.value, dumps)
     except DoesNotFit as error:

@@ -51,6 +51,9 @@ def _num_inputs(axes: tuple[str | None, ...]) -> int:
     return 1 if axes[0] == "embed" else len(axes) - 1
 
 
+EXPERTS = ("gate", "up", "down")  # matrices of a routed expert
+SCALE = "_scale"
+SCALES = tuple(name + SCALE for name in EXPERTS)  # beside experts in int8 (sampling/quantize.py)
 Declarations = dict[str, "Parameter | dict[str, Parameter]"]
 
 
@@ -196,10 +199,15 @@ def _adapter_axes(axes: tuple[str | None, ...]) -> tuple[tuple, tuple]:
 
 
 def layer_axes(config: ModelConfig, group: str, names: Iterable[str]) -> dict[str, tuple[str | None, ...]]:
-    """Returns the logical axes of the named weights of one layer of a group; names may be those of adapters."""
+    """Returns the logical axes of the named weights of one layer of a group; names may be those of adapters, or
+    SCALES.
+    """
     declared = declare(config)[group]
 
     def axes(name):
+        if name in SCALES:
+            experts, _, out = declared[name.removesuffix(SCALE)].axes
+            return experts, None, out
         weight = weight_of(name)
         return declared[weight].axes if name == weight else _adapter_axes(declared[weight].axes)[name.endswith("_b")]
 

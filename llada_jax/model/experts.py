@@ -23,14 +23,14 @@ from llada_jax import sharding
 from llada_jax.errors import InputError
 from llada_jax.model.activation import swiglu_matmul, weighted_swiglu
 from llada_jax.model.config import ModelConfig
+from llada_jax.model.declarations import EXPERTS, SCALE, SCALES
 from llada_jax.model.fused_experts import fused_calls, fused_in_calls
-from llada_jax.model.grouped_matmul import grouped_matmul, stack_matmul
+from llada_jax.model.grouped_matmul import dequantized, grouped_matmul, stack_matmul
 from llada_jax.model.layers import swiglu
 from llada_jax.model.router import route
 from llada_jax.model.rows_kernel import rows_by_expert
 
 EXPERT_PARALLEL = ("gather_weights", "gather_tokens")
-EXPERTS = ("gate", "up", "down")
 
 
 def moe(
@@ -40,10 +40,10 @@ def moe(
     """Routed experts plus the shared one, added to the residual: y = residual + (sum_k w_k E_k(x) + S(x)).
 
     inputs: x and residual [batch, length, embed], rows of this shard, and optionally bool [batch, length]: tokens that
-    count towards the load (None or missing: all). weights: this shard's parts; with "layer", an int32 scalar, the
-    EXPERTS are stacks of all layers (stacks_in_place). execution: forward.Execution. Returns y, like x, and the load:
-    how many of the counted tokens each expert got, int32 [1, experts]. Raises InputError if the tensor axis does not
-    divide the experts' width, or routing blocks do not divide the length.
+    count towards the load (None or missing: all). weights: this shard's parts, with SCALES if EXPERTS are int8; with
+    "layer", an int32 scalar, these are stacks of all layers (stacks_in_place). execution: forward.Execution. Returns y,
+    like x, and the load: how many of the counted tokens each expert got, int32 [1, experts]. Raises InputError if the
+    tensor axis does not divide the experts' width, or routing blocks do not divide the length.
     """
     x, residual, counted = (*inputs, None)[:3]
     if config.routing_block and x.shape[1] % config.routing_block:
@@ -84,7 +84,7 @@ def _routed(x, experts, expert_weights, weights, shards, execution):
         combine = functools.partial(combine_in_stacks, weights=weights)
     else:
         keep = ("expert", "tensor") if gather_tokens else ("tensor",)
-        gate, up, down = (weights[name].astype(x.dtype) for name in EXPERTS)
+        gate, up, down = (_in_dtype(weights, name, x.dtype) for name in EXPERTS)
         # Side by side they are one matmul of twice the columns. Joined before they are gathered, this moves nothing.
         gate_up = shards.gather(jnp.concatenate([gate, up], axis=2), "gate", keep)
         experts_here = gate_up.shape[0]
@@ -94,7 +94,7 @@ def _routed(x, experts, expert_weights, weights, shards, execution):
         """Of the experts on this rank, and the rows that each got."""
         if in_place and execution.experts == "megablox":
             sizes = len(x), *weights["gate"].shape[2:], experts.size, num_experts
-            if fitting := fused_calls(*sizes, x.dtype, how[1]):
+            if fitting := fused_calls(*sizes, x.dtype, how[1], weights["gate"].dtype):
                 calls, cut = fitting
                 return fused_in_calls(calls, x, experts, expert_weights, weights, cut, how[1])
         move = sort_by_expert(experts, experts_here, gather_tokens, *how)
@@ -113,12 +113,17 @@ def _routed(x, experts, expert_weights, weights, shards, execution):
     return jax.lax.psum_scatter(y, "expert", scatter_dimension=0, tiled=True), load
 
 
+def _in_dtype(weights, name, dtype):
+    scale = weights.get(name + SCALE)
+    return weights[name].astype(dtype) if scale is None else dequantized(weights[name], scale, dtype)
+
+
 def stacks_in_place(weights: dict[str, jax.Array], axes: dict[str, tuple], execution, dtype) -> dict[str, jax.Array]:
-    """The stacks of all layers' experts that a pass without gradients reads in place: EXPERTS, or none if something
-    must be cast or gathered. axes: logical axes of the stacks.
+    """The stacks of all layers' experts that a pass without gradients reads in place: EXPERTS, and SCALES if they are
+    int8; none if something must be cast or gathered. axes: logical axes of the stacks.
     """
-    stacks = {name: weights[name] for name in EXPERTS}
-    if any(w.dtype != dtype for w in stacks.values()):
+    stacks = {name: weights[name] for name in (*EXPERTS, *SCALES) if name in weights}
+    if SCALES[0] not in stacks and any(w.dtype != dtype for w in stacks.values()):
         return {}
     if (mesh := sharding.mesh_in_force()) is None:
         return stacks
@@ -155,11 +160,12 @@ def combine_in_stacks(
     interpret: bool = False,
 ) -> jax.Array:
     """combine_experts with layer weights["layer"] of the stacks "gate", "up" and "down" [layers, experts, in, out],
-    which are read in place. No gradient.
+    which are read in place; with SCALES [layers, experts, 1, out] if they are int8. No gradient.
     """
 
     def times(rows, name):
-        return stack_matmul(rows, weights[name], weights["layer"], move.group_sizes, kernel, interpret)
+        stack, scale = weights[name], weights.get(name + SCALE)
+        return stack_matmul(rows, stack, weights["layer"], move.group_sizes, kernel, interpret, scale)
 
     rows = rows_of_tokens(x, move)
     gate_up_x = jnp.concatenate([times(rows, "gate"), times(rows, "up")], axis=1)

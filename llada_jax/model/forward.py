@@ -150,7 +150,7 @@ def run_layers(
     for group in config.layer_groups:
         weights, shared, layers = params[group], Shared(), None
         if cache is not None:
-            axes = parameters.logical_axes(config)[group]
+            axes = {k: ("layers", *axes) for k, axes in parameters.layer_axes(config, group, weights).items()}
             stacks = experts.stacks_in_place(weights, axes, execution, x.dtype) if group == "sparse" else {}
             attend = _attention_in_place(weights, config, execution, visibility, cache[group], x)
             shared = Shared(stacks, cache[group], attend)
@@ -217,8 +217,8 @@ def _layer(config, group, execution, attend, cos, sin, shared, counted, x, of_la
     if group == "sparse":
         moe = functools.partial(_moe, config=config, execution=execution)
         if shared.experts:
-            stacked_axes = parameters.logical_axes(config)[group]
-            axes |= {name: stacked_axes[name] for name in shared.experts} | {"layer": ()}
+            stacked = parameters.layer_axes(config, group, shared.experts)
+            axes |= {name: ("layers", *stacked[name]) for name in stacked} | {"layer": ()}
             routed |= shared.experts | {"layer": layer}
         if counted is not None:
             counted = context.first(counted, x.shape[1])
@@ -235,7 +235,7 @@ def _moe(inputs, weights, shards, config, execution):
     return y, load[None]
 
 
-EXPERT_WEIGHTS = {"router", "expert_bias", "gate", "up", "down", "shared_gate", "shared_up", "shared_down"}
+EXPERT_WEIGHTS = {"router", "expert_bias", *experts.EXPERTS, "shared_gate", "shared_up", "shared_down", *experts.SCALES}
 
 
 def _attention(config, attend, weights, x, cos, sin, cache, layer):

@@ -27,6 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from llada_jax.attention.kernel_walk import dot, scratch_bytes
+from llada_jax.model.declarations import EXPERTS, SCALE, SCALES
 
 NAME = "fused_experts"
 LANES = 128
@@ -52,14 +53,14 @@ class Cut(NamedTuple):
 
 
 def fused_cut(
-    tokens: int, embed: int, width: int, pairs: int, experts: int, dtype, interpret: bool = False
+    tokens: int, embed: int, width: int, pairs: int, experts: int, dtype, interpret: bool = False, stored=None
 ) -> Cut | None:
     """The cheapest cut that fits this chip: a part more costs about as much as two pieces more, a piece less on its way
     little. None if none fits, if the lists of pairs do not fit scalar memory, or if tokens or widths are no whole
     registers.
 
-    width: of an expert, on this device. pairs: of a token and one of `experts` experts, on all ranks. interpret: no
-    memory has an end.
+    width: of an expert, on this device. pairs: of a token and one of `experts` experts, on all ranks. dtype: of tokens.
+    interpret: no memory has an end. stored: dtype of the weights, None: that of tokens.
     """
     words = embed * jnp.dtype(dtype).itemsize // 4
     if words % (SUBLANES * LANES) or width % LANES:
@@ -70,21 +71,24 @@ def fused_cut(
     cuts = itertools.product(range(1, MOST_CUTS + 1), range(1, MOST_CUTS + 1), (AHEAD, 1))
     for cut in sorted(itertools.starmap(Cut, cuts), key=lambda cut: (2 * cut.parts + cut.pieces, -cut.ahead)):
         if tokens % (cut.parts * GROUP) == 0 and width % (cut.pieces * LANES) == 0:
-            buffers = _scratch(cut, tokens, embed, width, tile_rows(pairs / cut.parts / experts), dtype)
+            buffers = _scratch(
+                cut, tokens, embed, width, tile_rows(pairs / cut.parts / experts), dtype, stored or dtype
+            )
             if not info or scratch_bytes(buffers.values()) + FOR_SPILLS <= info.vmem_capacity_bytes:
                 return cut
     return None
 
 
 def fused_calls(
-    tokens: int, embed: int, width: int, pairs: int, experts: int, dtype, interpret: bool = False
+    tokens: int, embed: int, width: int, pairs: int, experts: int, dtype, interpret: bool = False, stored=None
 ) -> tuple[int, Cut] | None:
     """(calls, cut of each): the fewest calls among which the tokens can be shared evenly so that each has a fused_cut.
     More tokens than scalar memory lists go through the kernel in several calls. None if MOST_CALLS are not enough.
+    Arguments are fused_cut's.
     """
     calls = 1
     while calls <= MOST_CALLS and tokens % calls == 0:
-        if cut := fused_cut(tokens // calls, embed, width, pairs // calls, experts, dtype, interpret):
+        if cut := fused_cut(tokens // calls, embed, width, pairs // calls, experts, dtype, interpret, stored):
             return calls, cut
         calls *= 2
     return None
@@ -121,8 +125,8 @@ def fused_experts(
 
     x [tokens, embed]; experts [k, tokens] int32, of which those outside 0 .. experts - 1 are left out; expert_weights
     [k, tokens] float32. weights: "gate", "up" [layers, experts, embed, width], "down" [layers, experts, width, embed],
-    of which those of weights["layer"], an int32 scalar, are read in place; "router" [embed, experts on all ranks].
-    cut: of fused_cut.
+    of which those of weights["layer"], an int32 scalar, are read in place; "router" [embed, experts on all ranks]. Of
+    int8, with their scales "gate_scale", "up_scale", "down_scale" [layers, experts, 1, out] float32. cut: of fused_cut.
     """
     num_experts, width, parts = weights["gate"].shape[1], weights["gate"].shape[3], cut.parts
     of_parts = zip(*(jnp.split(array, parts, axis=1) for array in (experts, expert_weights)), strict=True)
@@ -131,10 +135,10 @@ def fused_experts(
     load = jnp.diff(work[2].reshape(parts, -1)).sum(0)
     tile = tile_rows(experts.size / parts / weights["router"].shape[1])
     cores = 2 if interpret else pltpu.get_tpu_info().num_cores
-    buffers = _scratch(cut, *x.shape, width, tile, x.dtype)
+    buffers = _scratch(cut, *x.shape, width, tile, x.dtype, weights["gate"].dtype)
     limit = None if interpret else scratch_bytes(buffers.values()) + FOR_SPILLS
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
-    operands = dict(x=x) | {name: weights[name] for name in ("gate", "up", "down")}
+    operands = dict(x=x) | {name: weights[name] for name in (*EXPERTS, *SCALES) if name in weights}
     arrays = list(operands.values())
     if not interpret:
         arrays = [pltpu.with_memory_space_constraint(array, pltpu.HBM) for array in arrays]
@@ -180,21 +184,25 @@ def work_list(experts: jax.Array, expert_weights: jax.Array, num_experts: int):
     return token, weight, starts, jnp.concatenate([(~empty).sum(dtype=jnp.int32)[None], listed])
 
 
-def _scratch(cut: Cut, tokens: int, embed: int, width: int, tile: int, dtype) -> dict[str, pltpu.VMEM]:
-    """Buffers in fast memory. tokens, width: before they are cut."""
+def _scratch(cut: Cut, tokens: int, embed: int, width: int, tile: int, dtype, stored) -> dict[str, pltpu.VMEM]:
+    """Buffers in fast memory. tokens, width: before they are cut. dtype, stored: of tokens and of weights."""
     tokens, width, columns, ring = tokens // cut.parts, width // cut.pieces, embed // LANES, cut.ahead + 1
     word, sublanes = (jnp.uint32, columns // 2) if jnp.dtype(dtype).itemsize == 2 else (jnp.float32, columns)
-    return dict(
+    buffers = dict(
         stage=pltpu.VMEM((2, GROUP * math.gcd(STAGE // GROUP, tokens // GROUP), embed), dtype),
         words=pltpu.VMEM((tokens * sublanes, LANES), word),
         sums=pltpu.VMEM((tokens * columns, LANES), jnp.float32),
         tile_words=pltpu.VMEM((tile * sublanes, LANES), word),
         tile=pltpu.VMEM((tile, embed), dtype),
         results=pltpu.VMEM((tile * columns, LANES), jnp.float32),
-        gate_ring=pltpu.VMEM((ring, embed, width), dtype),
-        up_ring=pltpu.VMEM((ring, embed, width), dtype),
-        down_ring=pltpu.VMEM((ring, width, embed), dtype),
+        gate_ring=pltpu.VMEM((ring, embed, width), stored),
+        up_ring=pltpu.VMEM((ring, embed, width), stored),
+        down_ring=pltpu.VMEM((ring, width, embed), stored),
     )
+    if jnp.dtype(stored) == jnp.int8:
+        outs = zip(SCALES, (width, width, embed), strict=True)
+        buffers |= {f"{name}_ring": pltpu.VMEM((ring, 1, out), jnp.float32) for name, out in outs}
+    return buffers
 
 
 def _pack(left: jax.Array, right: jax.Array) -> jax.Array:
@@ -229,6 +237,7 @@ class _Part:
         self.stages = num_tokens // refs.stage.shape[1]
         self.width, self.ahead = refs.gate_ring.shape[2], refs.gate_ring.shape[0] - 1
         self.pieces = refs.gate.shape[3] // self.width
+        self.scaled = refs.gate.dtype == jnp.int8
 
     def run(self):
         refs, listed = self.refs, self.order[self.first_expert]
@@ -303,7 +312,10 @@ class _Part:
         if self.pieces > 1:
             columns = pl.ds(pl.multiple_of(i % self.pieces * self.width, LANES), self.width)
         into, out = (*at, slice(None), columns), (*at, columns)
-        streams = (refs.gate, into, refs.gate_ring), (refs.up, into, refs.up_ring), (refs.down, out, refs.down_ring)
+        streams = [(refs.gate, into, refs.gate_ring), (refs.up, into, refs.up_ring), (refs.down, out, refs.down_ring)]
+        if self.scaled:
+            streams += (refs.gate_scale, into, refs.gate_scale_ring), (refs.up_scale, into, refs.up_scale_ring)
+            streams += ((refs.down_scale, at, refs.down_scale_ring),)
         return [
             pltpu.make_async_copy(source.at[place], ring.at[slot], refs.ring_done.at[slot])
             for source, place, ring in streams
@@ -345,13 +357,20 @@ class _Part:
         """results <- down(silu(gate tile) * up tile)."""
         refs, columns = self.refs, self.columns
         tile = refs.tile[...]
-        gated = dot(tile, refs.gate_ring[slot], 1, 0)
-        hidden = gated * lax.logistic(gated) * dot(tile, refs.up_ring[slot], 1, 0)
-        y = dot(hidden.astype(tile.dtype), refs.down_ring[slot], 1, 0)
+        gated = self.times(tile, "gate", slot)
+        hidden = gated * lax.logistic(gated) * self.times(tile, "up", slot)
+        y = self.times(hidden.astype(tile.dtype), "down", slot)
         for first in range(0, len(tile), SUBLANES):
             for column in range(columns):
                 at = pl.ds(first * columns + column, SUBLANES, stride=columns)
                 refs.results[at, :] = y[first : first + SUBLANES, _lanes(column)]
+
+    def times(self, x, name, slot):
+        """x times the piece of a weight in a slot of its ring, float32."""
+        ring = getattr(self.refs, f"{name}_ring")
+        if not self.scaled:
+            return dot(x, ring[slot], 1, 0)
+        return dot(x, ring[slot].astype(x.dtype), 1, 0) * getattr(self.refs, f"{name}{SCALE}_ring")[slot]
 
     def give(self, first, end, group, _):
         """sums of the tokens of a group += weight * result."""

@@ -55,15 +55,25 @@ grouped_matmul.defvjp(_forward, _backward)
 
 def stack_matmul(
     x: jax.Array, stack: jax.Array, layer: jax.Array, group_sizes: jax.Array, kernel: str = "xla",
-    interpret: bool = False,
+    interpret: bool = False, scale: jax.Array | None = None,
 ) -> jax.Array:  # fmt: skip
     """grouped_matmul with the matrices of one layer of a stack [layers, groups, in, out], read in place. (lax.scan
     would copy them for a kernel.) No gradient.
+
+    scale [layers, groups, 1, out] float32: of a stack in int8. "megablox" takes none: the layer is dequantised for it.
     """
     flat, first = stack.reshape(-1, *stack.shape[2:]), layer * stack.shape[1]
     if kernel == "xla":
-        return _rows_times_groups(x, flat, group_sizes, first)
+        scales = None if scale is None else scale.reshape(-1, *scale.shape[2:])
+        return _rows_times_groups(x, flat, group_sizes, first, scales)
+    if scale is not None:
+        return rows_times_groups(x, dequantized(stack[layer], scale[layer], x.dtype), group_sizes, interpret)
     return rows_times_groups(x, flat, group_sizes, interpret, first=first)
+
+
+def dequantized(w: jax.Array, scale: jax.Array, dtype) -> jax.Array:
+    """The matrices w int8 [..., in, out] with their scales float32 [..., 1, out], in this dtype."""
+    return (w.astype(jnp.float32) * scale).astype(dtype)
 
 
 def gradient_of_rows(dy: jax.Array, w: jax.Array, group_sizes: jax.Array, kernel: str, interpret: bool) -> jax.Array:
@@ -145,16 +155,19 @@ def _pad_rows(x: jax.Array, tile: int) -> jax.Array:
 
 
 @functools.partial(jax.jit, inline=True)
-def _rows_times_groups(x, w, group_sizes, first=0):
+def _rows_times_groups(x, w, group_sizes, first=0, scale=None):
     rows = x.shape[0]
     tile, used, group, start, _ = _tiles(rows, group_sizes)
     padded = _pad_rows(x, tile)
 
     def one_tile(t, y):
         part = jax.lax.dynamic_slice_in_dim(padded, start[t], tile)
-        product = jnp.dot(part, w[first + group[t]], preferred_element_type=jnp.float32).astype(y.dtype)
+        matrix = w[first + group[t]] if scale is None else w[first + group[t]].astype(x.dtype)
+        product = jnp.dot(part, matrix, preferred_element_type=jnp.float32)
+        if scale is not None:
+            product *= scale[first + group[t]]
         # Rows past the group's end are wrong here; the next tile, or the cut below, overwrites them.
-        return jax.lax.dynamic_update_slice_in_dim(y, product, start[t], 0)
+        return jax.lax.dynamic_update_slice_in_dim(y, product.astype(y.dtype), start[t], 0)
 
     y = jax.lax.fori_loop(0, used, one_tile, jnp.zeros((rows + tile, w.shape[2]), x.dtype))
     return y[:rows]

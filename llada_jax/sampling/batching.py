@@ -30,6 +30,7 @@ from llada_jax.sampling.generate import (
     requests_of,
 )
 from llada_jax.sampling.prefill import is_long, num_parts
+from llada_jax.sampling.quantize import has_int8_experts
 from llada_jax.sampling.state import KEYS, PREFILL_CHUNK, State, empty_state
 from llada_jax.tokenizer import Tokenizer
 
@@ -152,7 +153,7 @@ def serve(
             block = settings.block_length
             dtype = execution.dtype or str(params["embedding"].dtype)
             if fuse_share is None:
-                fuse_share = second_block_price(config, rows, block)
+                fuse_share = second_block_price(config, rows, block, int8_experts=has_int8_experts(params))
             shared = dataclasses.replace(settings, sample=False, cut=False)
             state = empty_state(config, shared, rows, -(-max_length // block) * block, dtype, fuse_share)
         elif settings.block_length != block:

@@ -1,6 +1,7 @@
 """What a decoding pass costs: bytes read and FLOPs as a function of the tokens in it, and what bounds it."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -43,11 +44,12 @@ def pass_cost(
     context: int = 0,
     hits: Callable[[ModelConfig, int], float] = uniform_hits,
     bytes_per_value: int = 2,
+    bytes_per_expert_value: int | None = None,
 ) -> PassCost:
     """Cost of a pass over `tokens` window tokens, `head_positions` of which need logits.
 
     cached_tokens: tokens in the caches of all rows together. context: keys that each token sees. hits(config, tokens):
-    distinct experts that a layer reads.
+    distinct experts that a layer reads. bytes_per_expert_value: of routed experts, None: as all else.
     """
     d, sparse = config.hidden_size, len(config.layer_groups.get("sparse", ()))
     dense = config.num_layers - sparse
@@ -56,21 +58,25 @@ def pass_cost(
     attention = d * (2 * head_values + 2 * kv_values)
     expert = 3 * d * config.moe_intermediate_size
     per_token = config.num_layers * attention + dense * 3 * d * config.intermediate_size
-    read = per_token
+    read, routed = per_token, 0
     if sparse:
         shared = d * config.num_experts + config.num_shared_experts * expert
         per_token += sparse * (shared + config.num_experts_per_token * expert)
-        read += sparse * (shared + hits(config, tokens) * expert)
+        read += sparse * shared
+        routed = sparse * hits(config, tokens) * expert
     head = d * config.vocab_size
     cache = 2 * config.num_layers * kv_values * cached_tokens
     scores = 4 * config.num_layers * head_values * context * tokens
+    read += (head if head_positions else 0) + tokens * d + cache
     return PassCost(
-        bytes=(read + (head if head_positions else 0) + tokens * d + cache) * bytes_per_value,
+        bytes=read * bytes_per_value + routed * (bytes_per_expert_value or bytes_per_value),
         flops=2 * per_token * tokens + 2 * head * head_positions + scores,
     )
 
 
-def second_block_price(config: ModelConfig, rows: int, block_length: int, device_kind: str | None = None) -> float:
+def second_block_price(
+    config: ModelConfig, rows: int, block_length: int, device_kind: str | None = None, int8_experts: bool = False
+) -> float:
     """Returns the cost of a window's second block as a share of a pass, 0 to 1: little while reading weights dominates.
 
     device_kind: None is that of the first device. The roofline of the chip gives the share; UNKNOWN_PRICE if chips.py
@@ -81,7 +87,8 @@ def second_block_price(config: ModelConfig, rows: int, block_length: int, device
     if chip is None:
         return UNKNOWN_PRICE
     tokens = rows * block_length
-    one, two = (pass_cost(config, n * tokens, tokens // 2).seconds(chip) for n in (1, 2))
+    price = functools.partial(pass_cost, config, bytes_per_expert_value=1 if int8_experts else 2)
+    one, two = (price(n * tokens, tokens // 2).seconds(chip) for n in (1, 2))
     return two / one - 1
 
 

@@ -35,6 +35,10 @@ def define(gen_length: int) -> None:
         "sequence: auto as the tokenizer's post-processor does. Default: as the checkpoint was trained.",
     )  # fmt: skip
 
+    flags.DEFINE_enum(
+        "experts_dtype", None, ["int8"], "Keep the weights of routed experts in int8 (llada_jax/sampling/quantize.py). "
+        "Default: as they are stored.",
+    )  # fmt: skip
     flags.DEFINE_string(
         "mesh", "auto", "How the devices of this host share the work: auto, one (device), or axes: expert=2,tensor=2."
     )
@@ -63,6 +67,17 @@ def with_bos(model):
     if FLAGS.add_bos is None or model.tokenizer is None:
         return model
     return model._replace(tokenizer=model.tokenizer.with_bos(FLAGS.add_bos))
+
+
+def with_experts_dtype(model):
+    """Returns a checkpoint.weights.Model with the experts that --experts_dtype asks for; the given one's are deleted.
+    Raises InputError for a dense model.
+    """
+    if FLAGS.experts_dtype is None:
+        return model
+    from llada_jax.sampling.quantize import quantize_experts  # after the flags are parsed: jax takes seconds
+
+    return model._replace(params=quantize_experts(model.params, model.config, donate=True))
 
 
 def generate_config():

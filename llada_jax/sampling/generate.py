@@ -18,6 +18,7 @@ from llada_jax.sampling.cost import second_block_price
 from llada_jax.sampling.decode import decode
 from llada_jax.sampling.predict import Sampling
 from llada_jax.sampling.prefill import num_passes
+from llada_jax.sampling.quantize import has_int8_experts
 from llada_jax.sampling.state import KEYS, PREFILL_CHUNK, RULES, DecodeSettings, Requests, State
 
 
@@ -152,7 +153,8 @@ def generate(
     canvas = int(requests.row_end.max())
     prefill_length = int(lengths.max()) // settings.block_length * settings.block_length
     if fuse_share is None:
-        fuse_share = second_block_price(config, len(prompts), settings.block_length)
+        in_int8 = has_int8_experts(params)
+        fuse_share = second_block_price(config, len(prompts), settings.block_length, int8_experts=in_int8)
     state = decode(params, config, settings, requests, pad(prompts, canvas), fuse_share, prefill_length)
     return collect(state, np.arange(len(prompts)), lengths, configs, requests.eos_ids, settings)
 

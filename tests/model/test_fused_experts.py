@@ -12,6 +12,7 @@ from llada_jax.model.config import preset
 from llada_jax.model.experts import combine_in_stacks, sort_by_expert
 from llada_jax.model.forward import Execution, hidden_states
 from llada_jax.pod.topology import one_device
+from llada_jax.sampling.quantize import quantize_experts
 
 
 def layer(rng, experts, embed, width=128, dtype=jnp.float32):
@@ -22,6 +23,22 @@ def layer(rng, experts, embed, width=128, dtype=jnp.float32):
         for name, shape in shapes.items()
     }
     return weights | {"layer": jnp.int32(1), "router": jnp.zeros((embed, experts))}
+
+
+def in_int8(rng, weights):
+    """The same shapes in int8, with a scale of its own for each channel of an expert."""
+    stacks = {name: weights[name] for name in ("gate", "up", "down")}
+    scales = {
+        f"{name}_scale": jnp.asarray((0.5 + rng.random((*w.shape[:2], 1, w.shape[3]))) / 127 / w.shape[2] ** 0.5)
+        for name, w in stacks.items()
+    }
+    integers = {name: jnp.asarray(rng.integers(-127, 128, w.shape), jnp.int8) for name, w in stacks.items()}
+    return weights | integers | jax.tree.map(lambda scale: scale.astype(jnp.float32), scales)
+
+
+def dequantized(weights, dtype):
+    stacks = {name: weights[name].astype(jnp.float32) * weights[f"{name}_scale"] for name in ("gate", "up", "down")}
+    return {name: weights[name] for name in ("layer", "router")} | {name: w.astype(dtype) for name, w in stacks.items()}
 
 
 def choices(rng, tokens, k, experts):
@@ -50,6 +67,33 @@ def test_equals_sorted_matmuls(dtype, embed, tokens, tolerance):
     assert difference.max() <= tolerance * np.abs(np.asarray(expected, np.float32)).max()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "cut", "tolerance"),
+    [(jnp.float32, (1, 1, 2), 1e-5), (jnp.float32, (1, 2, 1), 1e-5), (jnp.bfloat16, (1, 1, 2), 2e-2)],
+)
+def test_int8_equals_sorted_matmuls_and_the_float_weights(dtype, cut, tolerance):
+    rng = np.random.default_rng(4)
+    embed = 1024 * 4 // jnp.dtype(dtype).itemsize
+    weights = in_int8(rng, layer(rng, 4, embed, width=256))
+    x, routed = jnp.asarray(rng.normal(size=(16, embed)), dtype), choices(rng, 16, 2, 4)
+    found, load = fused_experts.fused_experts(x, *routed, weights, fused_experts.Cut(*cut), interpret=True)
+    assert found.dtype == dtype
+    for expected, sizes in (sorted_sums(x, *routed, w) for w in (weights, dequantized(weights, dtype))):
+        assert np.array_equal(load, sizes)
+        difference = np.abs(np.asarray(found, np.float32) - np.asarray(expected, np.float32))
+        assert difference.max() <= tolerance * np.abs(np.asarray(expected, np.float32)).max()
+
+
+@pytest.mark.parametrize("kernel", ["xla", "megablox"])
+def test_sorted_matmuls_of_int8_equal_those_of_the_float_weights(kernel):
+    rng = np.random.default_rng(5)
+    weights = in_int8(rng, layer(rng, 4, 64, width=32))
+    x, routed = jnp.asarray(rng.normal(size=(24, 64)), jnp.float32), choices(rng, 24, 2, 4)
+    move = sort_by_expert(routed[0], 4, False, kernel, True)
+    found = combine_in_stacks(x, move, routed[1], weights, kernel, True)
+    assert np.allclose(found, sorted_sums(x, *routed, dequantized(weights, jnp.float32))[0], atol=1e-5)
+
+
 def test_one_expert_for_all_and_none_for_most():
     """Expert 5 gets several tiles; of 8 experts, two get rows."""
     rng = np.random.default_rng(1)
@@ -76,10 +120,11 @@ def test_experts_on_other_ranks_add_nothing():
     assert not load.any() and not found.any()
 
 
-@pytest.mark.parametrize("experts", ["megablox", "xla"])
-def test_a_pass_of_decoding_uses_it_where_it_is_asked_for(experts, monkeypatch):
+@pytest.mark.parametrize(("experts", "stored"), [("megablox", "float32"), ("xla", "float32"), ("megablox", "int8")])
+def test_a_pass_of_decoding_uses_it_where_it_is_asked_for(experts, stored, monkeypatch):
     config = preset("tiny_moe").replace(hidden_size=1024, num_layers=2, moe_intermediate_size=128)
     params = parameters.initialize(config, jax.random.key(0))
+    params = quantize_experts(params, config) if stored == "int8" else params
 
     def cached(key, layers):
         return jax.random.normal(jax.random.key(key), (layers, 2, config.num_kv_heads, 32, config.head_dim))
@@ -116,6 +161,20 @@ def test_tokens_and_widths_are_cut_to_fit_fast_memory(topology, tokens, embed, w
         assert fused_experts.fused_cut(tokens, embed, width, tokens * 8, 256, jnp.bfloat16) == cut
 
 
+@pytest.mark.parametrize(
+    ("topology", "tokens", "embed", "width", "cut"),
+    [
+        ("v5p:2x2x1", 4096, 2048, 512, (1, 1, 2)),  # two pieces ahead where bfloat16 has room for one
+        ("v5p:2x2x1", 1024, 4096, 1024, (1, 1, 1)),  # whole experts where bfloat16 has halves
+    ],
+)
+def test_int8_takes_half_of_the_room(topology, tokens, embed, width, cut):
+    with jax.set_mesh(one_device(parse_topology(topology))):
+        sizes = tokens, embed, width, tokens * 8, 256, jnp.bfloat16
+        assert fused_experts.fused_cut(*sizes, stored=jnp.int8) == cut
+        assert fused_experts.fused_cut(*sizes, stored=jnp.bfloat16) == fused_experts.fused_cut(*sizes) != cut
+
+
 def test_tokens_must_be_whole_registers():
     assert fused_experts.fused_cut(32, 2048, 128, 64, 8, jnp.bfloat16, interpret=True) == (1, 1, 2)
     for tokens, embed, width in ((8, 2048, 128), (32, 1024, 128), (32, 2048, 64)):
@@ -132,8 +191,9 @@ def test_parts_and_pieces_add_up(cut):
     assert np.array_equal(load, loads) and np.allclose(whole, found, atol=1e-5)
 
 
+@pytest.mark.parametrize("stored", ["bfloat16", "int8"])
 @pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
-def test_it_compiles_and_reads_weights_in_place(topology):
+def test_it_compiles_and_reads_weights_in_place(topology, stored):
     tokens, experts, embed = 128, 16, 2048
     mesh = one_device(parse_topology(topology))
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -141,15 +201,19 @@ def test_it_compiles_and_reads_weights_in_place(topology):
     def shape(*sizes, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=replicated)
 
-    def run(x, experts, expert_weights, gate, up, down):
-        weights = dict(gate=gate, up=up, down=down, layer=1, router=jnp.zeros((embed, 16)))
+    def run(x, experts, expert_weights, stacks):
+        weights = stacks | dict(layer=1, router=jnp.zeros((embed, 16)))
         return fused_experts.fused_experts(x, experts, expert_weights, weights)[0]
 
-    into, out = shape(3, experts, embed, 128), shape(3, experts, 128, embed)
+    into, out = shape(3, experts, embed, 128, dtype=stored), shape(3, experts, 128, embed, dtype=stored)
+    stacks = dict(gate=into, up=into, down=out)
+    if stored == "int8":
+        scales = {f"{name}_scale": shape(3, experts, 1, w.shape[3], dtype=jnp.float32) for name, w in stacks.items()}
+        stacks |= scales
     routed = (shape(4, tokens, dtype=dtype) for dtype in (jnp.int32, jnp.float32))
     with jax.set_mesh(mesh):
-        program = jax.jit(run).lower(shape(tokens, embed), *routed, into, into, out).compile()
-    assert program.memory_analysis().temp_size_in_bytes < experts * embed * 128 * 2 / 2
+        program = jax.jit(run).lower(shape(tokens, embed), *routed, stacks).compile()
+    assert program.memory_analysis().temp_size_in_bytes < experts * embed * 128 * into.dtype.itemsize / 2
 
 
 def test_more_tokens_than_scalar_memory_lists_go_in_several_calls():

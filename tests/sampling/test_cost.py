@@ -34,6 +34,16 @@ def test_the_head_and_the_cache_are_counted_apart():
     assert cached.flops - without.flops == 4 * 20 * 16 * 128 * 1000 * 32
 
 
+def test_experts_in_int8_are_half_of_their_bytes():
+    both, in_int8 = (cost.pass_cost(MINI, 32, 0, bytes_per_expert_value=size) for size in (None, 1))
+    experts = 19 * cost.uniform_hits(MINI, 32) * 3 * MINI.hidden_size * MINI.moe_intermediate_size
+    assert both.bytes - in_int8.bytes == pytest.approx(experts) and both.flops == in_int8.flops
+    # Sooner bound by arithmetic, it pays for the second block.
+    kind = CHIPS["v5p"].device_kind
+    prices = [cost.second_block_price(MINI, 32, 32, kind, int8_experts=int8) for int8 in (False, True)]
+    assert prices[0] < prices[1]
+
+
 def test_a_second_block_is_nearly_free_until_compute_bounds_the_pass():
     kind = CHIPS["v5p"].device_kind
     prices = [cost.second_block_price(MINI, rows, 32, kind) for rows in (1, 8, 64, 1024)]

@@ -9,6 +9,7 @@ import numpy as np
 
 from llada_jax.chips import Topology
 from llada_jax.model import fused_experts
+from llada_jax.model.declarations import SCALE
 from llada_jax.pod.aot import compile_program
 from llada_jax.pod.operations import OperationCost
 from llada_jax.pod.schedule_reader import Kernel
@@ -17,7 +18,9 @@ from llada_jax.pod.step_cost import KernelCost
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """A call, or several, on one device. experts: on it; all_experts: of which each token takes k."""
+    """A call, or several, on one device. experts: on it; all_experts: of which each token takes k. stored: dtype of the
+    weights.
+    """
 
     tokens: int
     embed: int
@@ -25,26 +28,36 @@ class Shape:
     experts: int
     all_experts: int
     k: int
+    stored: str = "bfloat16"
 
     def calls(self) -> tuple[int, fused_experts.Cut] | None:
         """As fused_experts.fused_calls, on the current device."""
         sizes = self.tokens, self.embed, self.width
-        return fused_experts.fused_calls(*sizes, self.tokens * self.k, self.all_experts, jnp.bfloat16)
+        pairs = self.tokens * self.k
+        return fused_experts.fused_calls(*sizes, pairs, self.all_experts, jnp.bfloat16, stored=jnp.dtype(self.stored))
 
 
 def program(shape: dict, pieces: int, ahead: int):
     """(a layer, abstract arguments); called in the compiler's process."""
     shape = Shape(**shape)
     into, out = ((1, shape.experts, *sizes) for sizes in ((shape.embed, shape.width), (shape.width, shape.embed)))
-    arrays = [(shape.tokens, shape.embed), into, into, out, (shape.embed, shape.all_experts)]
+    arrays = [(shape.tokens, shape.embed), (shape.embed, shape.all_experts)]
+    stacks = {
+        name: jax.ShapeDtypeStruct(sizes, shape.stored) for name, sizes in dict(gate=into, up=into, down=out).items()
+    }
+    if shape.stored == "int8":
+        stacks |= {
+            name + SCALE: jax.ShapeDtypeStruct((1, shape.experts, 1, stack.shape[-1]), jnp.float32)
+            for name, stack in stacks.items()
+        }
 
-    def run(experts, expert_weights, x, gate, up, down, router):
+    def run(experts, expert_weights, x, router, stacks):
         cut = fused_experts.Cut(pieces=pieces, ahead=ahead)
-        weights = dict(gate=gate, up=up, down=down, layer=jnp.int32(0), router=router)
+        weights = stacks | dict(layer=jnp.int32(0), router=router)
         return fused_experts.fused_experts(x, experts, expert_weights, weights, cut)
 
     routed = (jax.ShapeDtypeStruct((shape.k, shape.tokens), dtype) for dtype in (jnp.int32, jnp.float32))
-    return run, (*routed, *(jax.ShapeDtypeStruct(sizes, jnp.bfloat16) for sizes in arrays))
+    return run, (*routed, *(jax.ShapeDtypeStruct(sizes, jnp.bfloat16) for sizes in arrays), stacks)
 
 
 def kernel_costs(shape: Shape, cut: fused_experts.Cut, topology: Topology) -> dict[str, KernelCost]:
@@ -62,7 +75,8 @@ def kernel_costs(shape: Shape, cut: fused_experts.Cut, topology: Topology) -> di
     per_piece, per_tile, per_group, rest = _cycles(kernel, shape)
     tiles, groups = (shape.experts * float(chance @ np.ceil(rows / size)) for size in (tile, fused_experts.GROUP))
     cycles = rest + cut.pieces * (reached * per_piece + tiles * per_tile + groups * per_group) / cores
-    moved = reached * 3 * shape.embed * shape.width * 2 + (cores + 1) * shape.tokens * shape.embed * 2
+    itemsize = jnp.dtype(shape.stored).itemsize
+    moved = reached * 3 * shape.embed * shape.width * itemsize + (cores + 1) * shape.tokens * shape.embed * 2
     seconds = max(cycles / chip.bundle_rate, moved / chip.stream_bandwidth)
     cost = OperationCost(seconds, 2.0 * tiles * tile * 3 * shape.embed * shape.width) * cut.parts
     return {fused_experts.NAME: lambda result, operands: ("experts", cost)}

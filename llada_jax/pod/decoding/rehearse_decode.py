@@ -32,6 +32,7 @@ from llada_jax.runtime.xla_options import xla_options
 from llada_jax.sampling import decode, predict
 from llada_jax.sampling.cost import PassCost, pass_cost, uniform_hits
 from llada_jax.sampling.prefill import prefill_chunk
+from llada_jax.sampling.quantize import quantize_experts
 from llada_jax.sampling.state import DecodeSettings, empty_state
 from llada_jax.training import run_model
 from llada_jax.training.config import check, execution
@@ -92,20 +93,15 @@ class DecodeRehearsal:
 
 
 def rehearse_decode(
-    config: ConfigDict,
-    slices: Slices,
-    rows: int,
-    canvas: int,
-    filled: int,
-    dumps: Path | None = None,
-    chunk: int | None = None,
-) -> DecodeRehearsal:
+    config: ConfigDict, slices: Slices, rows: int, canvas: int, filled: int, dumps: Path | None = None,
+    chunk: int | None = None, int8_experts: bool = False,
+) -> DecodeRehearsal:  # fmt: skip
     """Compiles a decoding pass of the config's model for `slices` and estimates its memory and time.
 
     rows: of the batch, over all chips. canvas: the most positions per request; filled: how many of them are in the
     caches. chunk: instead, the pass that computes so many tokens of a prompt, in one row of each part of the batch.
-    Weights and caches are bfloat16. dumps: as in pod/rehearse.rehearse. Raises InputError on bad input, and DoesNotFit
-    as pod/rehearse.rehearse.
+    Weights and caches are bfloat16, with int8_experts routed experts are int8 (sampling/quantize.py). dumps: as in
+    pod/rehearse.rehearse. Raises InputError on bad input, and DoesNotFit as pod/rehearse.rehearse.
     """
     check(config)
     config = run_model.fitted(config)
@@ -124,7 +120,7 @@ def rehearse_decode(
         raise InputError(f"--rows={rows} cannot be shared by {mesh.size} devices")
     model = model_of(config)
     decoding = DecodeSettings(model.mask_token_id, block_length=block, prefill_chunk=chunk or block, execution=on_tpu)
-    params, state = _arguments(model, decoding, rows, canvas, mesh)
+    params, state = _arguments(model, decoding, rows, canvas, mesh, int8_experts)
     local = round(rows_of_device(rows, mesh))
     parts = rows // local
     with jax.set_mesh(mesh):
@@ -141,7 +137,7 @@ def rehearse_decode(
         positions, head, cached_positions, context = parts * chunk, 0, parts * filled, filled + (chunk + block) // 2
     kernels = {}
     if model.is_moe:
-        kernels = _expert_kernels(config, model, mesh, slices.topology, positions // parts)
+        kernels = _expert_kernels(config, model, mesh, slices.topology, positions // parts, int8_experts)
     if on_tpu.attention == "kernel" and chunk is None:
         kernels |= _attention_kernels(model, mesh, slices.topology, local, block, canvas, filled)
     elif on_tpu.attention == "kernel":
@@ -150,15 +146,20 @@ def rehearse_decode(
     chip = slices.topology.chip
     cycles = aot.operation_cycles(module, dumps, chip) if dumps else {}
     lines = step_lines(module, chip, kernels, physical_devices(mesh, slices), trips, parts=SCOPES, cycles=cycles)
-    cost = pass_cost(model, positions, head, cached_positions, context)
+    of_experts = 1 if int8_experts else 2
+    cost = pass_cost(model, positions, head, cached_positions, context, bytes_per_expert_value=of_experts)
     memory = memory_of(compiled, module, params, chip.devices)
     return DecodeRehearsal(lines, memory, cost, seconds, slices, rows, block, filled, positions, chunk)
 
 
-def _arguments(model: ModelConfig, decoding: DecodeSettings, rows: int, canvas: int, mesh):
+def _arguments(model: ModelConfig, decoding: DecodeSettings, rows: int, canvas: int, mesh, int8_experts: bool):
     """Abstract weights and state, laid out as sharding.RULES say: rows over the batch axes."""
-    axes = parameters.logical_axes(model)
-    params = with_shardings(parameters.abstract(model, jnp.bfloat16), lambda x: sharding.shardings(x, axes, mesh))
+    axes, params = parameters.logical_axes(model), parameters.abstract(model, jnp.bfloat16)
+    if int8_experts:
+        params = jax.eval_shape(functools.partial(quantize_experts, config=model), params)
+        of_layer = parameters.layer_axes(model, "sparse", params["sparse"])
+        axes["sparse"] = {name: ("layers", *of_layer[name]) for name in of_layer}
+    params = with_shardings(params, lambda x: sharding.shardings(x, axes, mesh))
     if decoding.execution.attention == "kernel":
         with jax.set_mesh(mesh):
             params = join_abstract(params, model)
@@ -215,7 +216,9 @@ def _cache_write(chip: Chip, result, operands):
     return "attention", operations.OperationCost(seconds, from_bytes=seconds)
 
 
-def _expert_kernels(config: ConfigDict, model: ModelConfig, mesh, topology: Topology, tokens: int):
+def _expert_kernels(
+    config: ConfigDict, model: ModelConfig, mesh, topology: Topology, tokens: int, int8_experts: bool = False
+):
     """Costs of the kernels of the router and the experts. A matmul costs one read of the weights that uniform routing
     reaches, or its arithmetic if that takes longer; the activation costs its bytes.
     """
@@ -248,8 +251,9 @@ def _expert_kernels(config: ConfigDict, model: ModelConfig, mesh, topology: Topo
     costs = {"gmm": gmm, "expert_activation": activation} | routing_cost.kernel_costs(model, tokens, ranks, topology)
     width, experts = model.moe_intermediate_size // mesh.shape["tensor"], model.num_experts // ranks
     shape = fused_experts_cost.Shape(
-        tokens * ranks, model.hidden_size, width, experts, model.num_experts, model.num_experts_per_token
-    )
+        tokens * ranks, model.hidden_size, width, experts, model.num_experts, model.num_experts_per_token,
+        "int8" if int8_experts else "bfloat16",
+    )  # fmt: skip
     with jax.set_mesh(mesh):
         fitting = shape.calls()
     if fitting is None:

@@ -11,6 +11,7 @@ from llada_jax.attention.decoding import cached
 from llada_jax.chips import parse_topology
 from llada_jax.errors import InputError
 from llada_jax.model.config import preset
+from llada_jax.model.parameters import count
 from llada_jax.pod import report, step_cost
 from llada_jax.pod.decoding import rehearse_decode as rehearse_decode_module
 from llada_jax.pod.decoding.rehearse_decode import rehearse_decode
@@ -88,6 +89,16 @@ def test_attention_and_head_are_parts(model, layers, monkeypatch):
         heads = values.head_dim * 2 * (values.num_heads + values.num_kv_heads)
         weights = layers * values.hidden_size * (heads + 3 * values.intermediate_size)
         assert flops["dense"] == pytest.approx(2 * tokens * weights)
+
+
+def test_experts_in_int8_take_half_of_the_memory():
+    """Experts too narrow for the kernel: megablox gets a layer dequantised."""
+    found, values = rehearse_decode(config("tiny_moe"), SLICES, 8, 512, 288, int8_experts=True), preset("tiny_moe")
+    layers, width = len(values.layer_groups["sparse"]), values.moe_intermediate_size
+    stacks = 3 * layers * values.num_experts * values.hidden_size * width
+    scales = 4 * layers * values.num_experts * (2 * width + values.hidden_size)
+    assert found.memory.parameters == 2 * (count(values) - stacks) + stacks + scales
+    assert found.seconds["experts"] > 0
 
 
 def test_words_and_numbers(results):
