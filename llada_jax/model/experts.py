@@ -90,27 +90,46 @@ def _routed(x, experts, expert_weights, weights, shards, execution):
         experts_here = gate_up.shape[0]
         combine = functools.partial(combine_experts, gate_up=gate_up, down=shards.gather(down, "down", keep))
 
-    def sums(x, experts, expert_weights):
-        """Of the experts on this rank, and the rows that each got."""
-        if in_place and execution.experts == "megablox":
-            sizes = len(x), *weights["gate"].shape[2:], experts.size, num_experts
-            if fitting := fused_calls(*sizes, x.dtype, how[1], weights["gate"].dtype):
-                calls, cut = fitting
-                return fused_in_calls(calls, x, experts, expert_weights, weights, cut, how[1])
-        move = sort_by_expert(experts, experts_here, gather_tokens, *how)
-        return combine(x, move, expert_weights, kernel=how[0], interpret=how[1]), move.group_sizes
+    def fused(tokens):
+        """fused_calls for so many tokens; None: the sorted matmuls run."""
+        if not in_place or execution.experts != "megablox":
+            return None
+        sizes = tokens, *weights["gate"].shape[2:], tokens * len(experts), num_experts
+        return fused_calls(*sizes, x.dtype, how[1], weights["gate"].dtype)
+
+    def sums(fitting, x, experts, expert_weights):
+        """Of the experts on this rank, and the rows that each got. fitting: of `fused`."""
+        if fitting is None:
+            move = sort_by_expert(experts, experts_here, gather_tokens, *how)
+            return combine(x, move, expert_weights, kernel=how[0], interpret=how[1]), move.group_sizes
+        calls, cut = fitting
+        return fused_in_calls(calls, x, experts, expert_weights, weights, cut, how[1])
 
     if not gather_tokens:
-        return sums(x, experts, expert_weights)
-    x, experts, expert_weights = (
-        jax.lax.all_gather(part, "expert", axis=axis, tiled=True)
-        for part, axis in ((x, 0), (experts, 1), (expert_weights, 1))
-    )
+        return sums(fused(len(x)), x, experts, expert_weights)
+    fitting, groups = fused(len(x) * shards.size("expert")), 1
+    if fitting is not None:
+        # The kernel streams the weights once for each call and part anyway. With tokens exchanged group by group, one
+        # group is on its way while another is computed.
+        groups, fitting = fitting[0] * fitting[1].parts, (1, fitting[1]._replace(parts=1))
     first = jax.lax.axis_index("expert") * experts_here
-    y, sizes = sums(x, experts - first, expert_weights)
-    load = jnp.zeros(num_experts, jnp.int32)
-    load = jax.lax.dynamic_update_slice_in_dim(load, sizes, first, 0)
-    return jax.lax.psum_scatter(y, "expert", scatter_dimension=0, tiled=True), load
+
+    def exchanged(*of_tokens):
+        x, experts, expert_weights = (
+            jax.lax.all_gather(part, "expert", axis=axis, tiled=True)
+            for part, axis in zip(of_tokens, (0, 1, 1), strict=True)
+        )
+        y, sizes = sums(fitting, x, experts - first, expert_weights)
+        return jax.lax.psum_scatter(y, "expert", scatter_dimension=0, tiled=True), sizes
+
+    y, sizes = zip(*map(exchanged, *_split(groups, x, experts, expert_weights)), strict=True)
+    load = jax.lax.dynamic_update_slice_in_dim(jnp.zeros(num_experts, jnp.int32), sum(sizes), first, 0)
+    return y[0] if groups == 1 else jnp.concatenate(y), load
+
+
+def _split(groups, x, experts, expert_weights):
+    """Each in `groups` equal parts of its tokens."""
+    return jnp.split(x, groups), jnp.split(experts, groups, axis=1), jnp.split(expert_weights, groups, axis=1)
 
 
 def _in_dtype(weights, name, dtype):

@@ -159,14 +159,25 @@ def run_layers(
             layers = jnp.arange(len(config.layer_groups[group]))
         stacked = weights, layers
         trim_last = num_outputs is not None and group == last
-        all_but_last = jax.tree.map(lambda w: w[:-1], stacked) if trim_last else stacked  # noqa: B023
-        x, (computed[group], load) = jax.lax.scan(layer_of(group, visibility, shared), x, all_but_last)
+        layer = layer_of(group, visibility, shared)
+        if not trim_last:
+            x, (computed[group], load) = jax.lax.scan(layer, x, stacked)
+        elif cache is None:
+            x, (computed[group], load) = jax.lax.scan(layer, x, jax.tree.map(lambda w: w[:-1], stacked))
+        else:  # without a copy of all layers but one
+            x, (computed[group], load) = jax.lax.scan(functools.partial(_at_layer, layer, weights), x, layers[:-1])
         if trim_last:
             layer = layer_of(group, jax.tree.map(lambda bound: context.first(bound, num_outputs), visibility), shared)
             x, (own, own_load) = layer(*sharding.gradients_together((x, jax.tree.map(lambda w: w[-1], stacked))))
             computed[group] = jax.tree.map(_append, computed[group], own)
             load = load if own_load is None else _append(load, own_load)
     return rms_norm(x, params["final_norm"], config.rms_norm_eps), computed, load
+
+
+def _at_layer(layer, weights, x, number):
+    """layer(x, (its part of the stacks, number))"""
+    part = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, number, keepdims=False), weights)
+    return layer(x, (part, number))
 
 
 def _append(layers: jax.Array, last: jax.Array) -> jax.Array:

@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llada_jax import sharding
 from llada_jax.attention.visibility import block_window
 from llada_jax.chips import parse_topology
+from llada_jax.model import experts as experts_module
 from llada_jax.model import fused_experts, parameters
 from llada_jax.model.config import preset
 from llada_jax.model.experts import combine_in_stacks, sort_by_expert
@@ -227,3 +229,39 @@ def test_more_tokens_than_scalar_memory_lists_go_in_several_calls():
     whole, load = fused_experts.fused_experts(x, *routed, weights, interpret=True)
     found, loads = fused_experts.fused_in_calls(2, x, *routed, weights, interpret=True)
     assert np.array_equal(load, loads) and np.allclose(whole, found, atol=1e-5)
+
+
+@pytest.mark.parametrize("fitting", [(2, (1, 1, 2)), (1, (2, 1, 1))])
+def test_ranks_exchange_tokens_group_by_group(fitting, monkeypatch):
+    """Two ranks, as many groups as the kernel takes calls and parts: the sums of one device, and its load."""
+    rng = np.random.default_rng(6)
+    config = preset("tiny_moe").replace(hidden_size=1024, moe_intermediate_size=128, num_shared_experts=0)
+    stacks = layer(rng, config.num_experts, 1024)
+    weights = {name: stacks[name] for name in ("gate", "up", "down")} | {"layer": jnp.int32(1)}
+    weights["router"] = jnp.asarray(rng.normal(size=(1024, config.num_experts)), jnp.float32)
+    weights["expert_bias"] = jnp.zeros(config.num_experts)
+    axes = parameters.layer_axes(config, "sparse", {name: weights[name] for name in weights if name != "layer"})
+    axes |= {name: ("layers", *axes[name]) for name in ("gate", "up", "down")} | {"layer": ()}
+    x = jnp.asarray(rng.normal(size=(2, 32, 1024)), jnp.float32)
+    sizes = []
+
+    def fixed(tokens, *_):
+        sizes.append(tokens)
+        return fitting[0], fused_experts.Cut(*fitting[1])
+
+    monkeypatch.setattr(experts_module, "fused_calls", fixed)
+
+    def run(execution):
+        def moe(inputs, weights, shards):
+            y, load = experts_module.moe(inputs, weights, shards, config, execution)
+            return y, load[None]
+
+        y, load = jax.jit(sharding.over_batch(moe, axes))((x, x), weights)
+        return y, load.sum((0, 1))
+
+    how = dict(experts="megablox", interpret=True)
+    expected, loads = run(Execution())
+    with jax.set_mesh(sharding.make_mesh(data=1, expert=2, devices=jax.devices()[:2])):
+        found, load = run(Execution(**how, expert_parallel="gather_tokens"))
+    assert sizes == [64]
+    assert np.allclose(found, expected, atol=1e-4 * np.abs(expected).max()) and np.array_equal(load, loads)

@@ -259,6 +259,8 @@ def _expert_kernels(
     if fitting is None:
         return costs
     calls, cut = fitting
+    if ranks > 1:  # tokens are exchanged part by part (model/experts.py)
+        calls, cut = calls * cut.parts, cut._replace(parts=1)
     shape = dataclasses.replace(shape, tokens=shape.tokens // calls)
     return costs | fused_experts_cost.kernel_costs(shape, cut, topology)
 
