@@ -124,7 +124,8 @@ def gathered(w: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class WeightShards:
-    """What a function under `over_batch` knows about the mesh: the size of each axis, and how each weight is split.
+    """What a function under `over_batch` knows about the mesh: the size of each axis, how each weight is split, and the
+    axes over which the tokens are.
 
     Without a mesh all sizes are 1 and `gather` returns its argument.
     """
@@ -132,6 +133,7 @@ class WeightShards:
     sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     specs: Mapping[str, PartitionSpec] = dataclasses.field(default_factory=dict)
     reduce_dtype: str | None = None
+    token_axes: tuple[str, ...] = ()
 
     def size(self, axis: str) -> int:
         return self.sizes.get(axis, 1)
@@ -221,9 +223,10 @@ def over_batch(function: Callable, axes: Mapping[str, tuple], reduce_dtype: str 
     def call(x, weights):
         if (mesh := mesh_in_force()) is None:
             return function(x, weights, WeightShards())
-        tokens = spec(("batch", "length"), jax.tree.leaves(x)[0].shape[:2], mesh)
+        shape = jax.tree.leaves(x)[0].shape[:2]
+        tokens, token_axes = spec(("batch", "length"), shape, mesh), split_over(("batch", "length"), shape, mesh)
         specs = {name: spec(axes[name], w.shape, mesh) for name, w in weights.items()}
-        local = functools.partial(function, shards=WeightShards(dict(mesh.shape), specs, reduce_dtype))
+        local = functools.partial(function, shards=WeightShards(dict(mesh.shape), specs, reduce_dtype, token_axes))
         return jax.shard_map(local, in_specs=(tokens, specs), out_specs=tokens, check_vma=False)(x, weights)
 
     return call

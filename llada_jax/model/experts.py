@@ -6,7 +6,8 @@ sorts its own tokens; how experts and tokens meet is `Execution.expert_parallel`
 "gather_weights"  every shard gathers the weights of all experts (FSDP; the expert axis is one more axis of it).
 "gather_tokens"   the ranks of the expert axis gather each other's tokens, each computes its own experts' part of the
                   sums, and the parts are reduced and scattered back. Buffers are those of the worst case, in which
-                  every token goes to one rank; the work is that of the tokens that do.
+                  every token goes to one rank; the work is that of the tokens that do. If the batch is whole on all of
+                  these ranks, nothing is gathered, and the parts are summed.
 
 The tensor axis splits every expert, and the shared one, along its hidden width. Passes of decoding, which read the
 weights in place, run fused_experts.py instead of the sorted matmuls where their tokens fit fast memory.
@@ -107,12 +108,19 @@ def _routed(x, experts, expert_weights, weights, shards, execution):
 
     if not gather_tokens:
         return sums(fused(len(x)), x, experts, expert_weights)
+    first = jax.lax.axis_index("expert") * experts_here
+
+    def load_of(sizes):
+        return jax.lax.dynamic_update_slice_in_dim(jnp.zeros(num_experts, jnp.int32), sizes, first, 0)
+
+    if "expert" not in shards.token_axes:
+        y, sizes = sums(fused(len(x)), x, experts - first, expert_weights)
+        return sharding.sum_over(y, "expert"), jax.lax.psum(load_of(sizes), "expert")
     fitting, groups = fused(len(x) * shards.size("expert")), 1
     if fitting is not None:
         # The kernel streams the weights once for each call and part anyway. With tokens exchanged group by group, one
         # group is on its way while another is computed.
         groups, fitting = fitting[0] * fitting[1].parts, (1, fitting[1]._replace(parts=1))
-    first = jax.lax.axis_index("expert") * experts_here
 
     def exchanged(*of_tokens):
         x, experts, expert_weights = (
@@ -123,8 +131,7 @@ def _routed(x, experts, expert_weights, weights, shards, execution):
         return jax.lax.psum_scatter(y, "expert", scatter_dimension=0, tiled=True), sizes
 
     y, sizes = zip(*map(exchanged, *_split(groups, x, experts, expert_weights)), strict=True)
-    load = jax.lax.dynamic_update_slice_in_dim(jnp.zeros(num_experts, jnp.int32), sum(sizes), first, 0)
-    return y[0] if groups == 1 else jnp.concatenate(y), load
+    return y[0] if groups == 1 else jnp.concatenate(y), load_of(sum(sizes))
 
 
 def _split(groups, x, experts, expert_weights):

@@ -4,6 +4,8 @@
     expert     every device has its own rows and whole experts; tokens are gathered and their sums scattered back
     both       groups of devices share the experts out, and split widths within the group
 
+With fewer rows than groups, all groups have all rows, and sum up what their experts add.
+
 A dense model has rows instead of experts to share out: axis "data", with weights copied.
 """
 
@@ -18,16 +20,22 @@ from llada_jax.errors import InputError
 from llada_jax.model import parameters
 from llada_jax.model.config import ModelConfig
 
+LANES = 128  # of a register
+
 
 def candidates(model: ModelConfig, devices: int, rows: int) -> list[dict[str, int]]:
-    """{axis: size} of each mesh over `devices` devices that splits the model and the rows evenly, most tensor first."""
+    """{axis: size} of each mesh over `devices` devices that splits the model and the rows evenly, most tensor first.
+
+    Of a mixture of experts, no expert into parts that are no whole registers, unless all are so narrow; and fewer rows
+    than groups of devices need not be split.
+    """
     found = []
     for tensor in (n for n in range(devices, 0, -1) if devices % n == 0):
         shared = devices // tensor
         widths = (model.num_heads, model.moe_intermediate_size if model.is_moe else model.intermediate_size)
-        if rows % shared or any(width % tensor for width in widths):
+        if any(width % tensor for width in widths) or (rows % shared and not (model.is_moe and rows < shared)):
             continue
-        if model.is_moe and model.num_experts % shared:
+        if model.is_moe and (model.num_experts % shared or (widths[1] % LANES == 0 and widths[1] // tensor % LANES)):
             continue
         found.append({_shared_axis(model): shared, "tensor": tensor})
     return found
@@ -41,10 +49,12 @@ def name_of(sizes: Mapping[str, int]) -> str:
 def default(model: ModelConfig, devices: int, rows: int, memory: int | None = None) -> dict[str, int]:
     """The candidate that is taken unless told: that with the fewest parts of widths, the fastest where it was estimated
     (llada_jax/pod/README.md), of those whose bfloat16 weights take at most half of a device's `memory` bytes; if none
-    do, that with the most parts. One device where no mesh over all of them is a candidate.
+    do, that with the most parts. Where no mesh splits the rows, that with the most parts, too. One device where no mesh
+    over all of them is a candidate.
     """
     tried = candidates(model, devices, rows) or [{"tensor": 1}]
-    fitting = [sizes for sizes in tried if memory is None or _weight_bytes(model, sizes) <= memory / 2]
+    evenly = [sizes for sizes in tried if rows % sizes.get(_shared_axis(model), 1) == 0]
+    fitting = [sizes for sizes in evenly if memory is None or _weight_bytes(model, sizes) <= memory / 2]
     return fitting[-1] if fitting else tried[0]
 
 

@@ -17,11 +17,11 @@ from llada_jax.errors import InputError
 from llada_jax.model import experts, head, parameters
 from llada_jax.model.alignment import predictable
 from llada_jax.model.config import PRESETS, ModelConfig, RopeScaling, preset
-from llada_jax.model.forward import Execution
+from llada_jax.model.forward import EXPERT_WEIGHTS, Execution
 from llada_jax.model.grouped_matmul import _tiles, grouped_matmul, stack_matmul
 from llada_jax.model.layers import rope_angles, rope_frequencies
 from llada_jax.model.router import balanced_bias, route
-from llada_jax.sharding import WeightShards, make_mesh
+from llada_jax.sharding import WeightShards, make_mesh, over_batch
 
 
 def test_presets_have_the_published_number_of_parameters():
@@ -137,6 +137,32 @@ def test_experts_equal_the_dense_sum_over_all_experts():
     (y, gradients), (plain_y, plain_gradients) = output_and_gradients(ours), output_and_gradients(dense)
     np.testing.assert_allclose(y, plain_y, rtol=1e-4, atol=1e-4)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), gradients, plain_gradients)
+
+
+def test_a_batch_that_is_whole_on_all_ranks_of_the_experts():
+    """One row, two ranks with tokens gathered: sums, load and gradients of one device."""
+    config = preset("tiny_moe").replace(hidden_size=32, moe_intermediate_size=16)
+    weights = jax.tree.map(lambda w: w[0], parameters.initialize(config, jax.random.key(0))["sparse"])
+    weights = {name: w for name, w in weights.items() if name in EXPERT_WEIGHTS}
+    axes, x = parameters.layer_axes(config, "sparse", weights), jax.random.normal(jax.random.key(1), (1, 24, 32))
+
+    def run(execution):
+        def moe(inputs, weights, shards):
+            y, load = experts.moe(inputs, weights, shards, config, execution)
+            return y, load[None]
+
+        def loss(x, weights):
+            y, load = over_batch(moe, axes)((x, x), weights)
+            return jnp.sin(y).sum(), (y, load.sum((0, 1)))
+
+        (_, outputs), gradients = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(x, weights)
+        return outputs, gradients
+
+    expected = run(Execution())
+    with jax.set_mesh(make_mesh(data=1, expert=2, devices=jax.devices()[:2])):
+        found = run(Execution(expert_parallel="gather_tokens"))
+    assert expected[0][1].sum() == 24 * config.num_experts_per_token
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
 
 
 def float_scatters(function, *arguments) -> list[str]:

@@ -1,11 +1,14 @@
 """The meshes of decoding: which split a model evenly, which is taken, and what the flag refuses."""
 
 import jax
+import numpy as np
 import pytest
 
+from llada_jax import GenerateConfig, generate, sharding
 from llada_jax.errors import InputError
 from llada_jax.model import parameters
 from llada_jax.model.config import preset
+from llada_jax.model.forward import Execution
 from llada_jax.sampling import meshes
 
 
@@ -13,7 +16,9 @@ from llada_jax.sampling import meshes
     ("model", "devices", "rows", "expected"),
     [
         ("llada2_mini", 4, 16, ["tensor 4", "expert 2, tensor 2", "expert 4"]),
-        ("llada2_mini", 4, 2, ["tensor 4", "expert 2, tensor 2"]),  # each device needs rows of its own
+        ("llada2_mini", 4, 2, ["tensor 4", "expert 2, tensor 2", "expert 4"]),  # or all have both rows
+        ("llada2_mini", 4, 6, ["tensor 4", "expert 2, tensor 2"]),
+        ("llada2_mini", 8, 1, ["expert 2, tensor 4", "expert 4, tensor 2", "expert 8"]),  # 512 / 8 is too narrow
         ("llada2_mini", 1, 1, ["one device"]),
         ("smollm2_135m", 4, 8, ["data 4"]),  # nine heads
     ],
@@ -29,6 +34,8 @@ def test_candidates_split_heads_experts_and_rows_evenly(model, devices, rows, ex
         ("llada2_mini", 4, 16, "expert 4"),
         ("llada2_mini", 4, 4, "expert 4"),
         ("llada2_mini", 4, 2, "expert 2, tensor 2"),
+        ("llada2_mini", 8, 1, "expert 2, tensor 4"),
+        ("llada2_mini", 8, 4, "expert 4, tensor 2"),
         ("llada2_mini", 4, 18, "expert 2, tensor 2"),  # four do not share eighteen rows
         ("smollm2_135m", 4, 16, "data 4"),
         ("smollm2_135m", 4, 1, "one device"),
@@ -75,3 +82,20 @@ def test_sizes_that_do_not_fit_are_refused():
         InputError, match="--mesh=expert=2, expected auto, one, or sizes of data, tensor: data=2,tensor=2"
     ):
         meshes.from_text("expert=2", preset("tiny"), 16, jax.devices())
+
+
+@pytest.mark.parametrize("sizes", [dict(expert=4), dict(expert=2, tensor=2)])
+def test_one_request_over_several_groups_of_experts(sizes):
+    """Whole on all of them: the answer of one device."""
+    config = preset("tiny_moe").replace(num_layers=2, hidden_size=64)
+    params = jax.tree.map(lambda w: 5 * w if w.ndim > 2 else w, parameters.initialize(config, jax.random.key(0)))
+    arguments = config, [np.arange(21)], GenerateConfig(12, block_length=4, threshold=0.02, eos_id=-1)
+    expected = generate(params, *arguments)
+    mesh = sharding.make_mesh(**{"data": 1} | sizes, devices=jax.devices()[:4])
+    laid = sharding.shardings(parameters.abstract(config), parameters.logical_axes(config), mesh)
+    with jax.set_mesh(mesh):
+        how = Execution(expert_parallel="gather_tokens")
+        found = generate(jax.device_put(params, laid), *arguments, execution=how)
+    assert np.array_equal(found.tokens[0], expected.tokens[0])
+    assert np.array_equal(found.written_at[0], expected.written_at[0])
+    assert np.allclose(found.confidence[0], expected.confidence[0], rtol=1e-4)

@@ -25,7 +25,7 @@ from llada_jax.model.parameters import join_abstract
 from llada_jax.pod import aot, hlo, operations, routing_cost
 from llada_jax.pod.decoding import cached_attention_cost, fused_experts_cost, prefix_cost, projections_cost
 from llada_jax.pod.lower import Slices, check_experts, compile_step, model_of, with_shardings
-from llada_jax.pod.rehearse import Memory, memory_of, physical_devices, rows_of_device
+from llada_jax.pod.rehearse import Memory, memory_of, physical_devices
 from llada_jax.pod.step_cost import Line, part_seconds, step_lines
 from llada_jax.pod.topology import slice_devices
 from llada_jax.runtime.xla_options import xla_options
@@ -116,14 +116,15 @@ def rehearse_decode(
     mesh = sharding.make_mesh(**config.mesh, devices=list(slice_devices(slices.topology, slices.count).reshape(-1)))
     if mesh.shape["context"] > 1:
         raise InputError(f"config.mesh.context={mesh.shape['context']}: decoding does not split rows, expected 1")
-    if rows % (mesh.size // mesh.shape["tensor"]):
+    groups = mesh.size // mesh.shape["tensor"]
+    if rows % groups and rows > groups:
         raise InputError(f"--rows={rows} cannot be shared by {mesh.size} devices")
     model = model_of(config)
     decoding = DecodeSettings(model.mask_token_id, block_length=block, prefill_chunk=chunk or block, execution=on_tpu)
     params, state = _arguments(model, decoding, rows, canvas, mesh, int8_experts)
-    local = round(rows_of_device(rows, mesh))
-    parts = rows // local
     with jax.set_mesh(mesh):
+        parts = sharding.num_parts("batch", rows)
+        local = rows // parts
         function = decode.iterate if chunk is None else prefill_chunk
         function = functools.partial(function, config=model, settings=decoding)
         step = jax.jit(function, donate_argnames=("state",), compiler_options=xla_options("tpu"))
@@ -137,7 +138,7 @@ def rehearse_decode(
         positions, head, cached_positions, context = parts * chunk, 0, parts * filled, filled + (chunk + block) // 2
     kernels = {}
     if model.is_moe:
-        kernels = _expert_kernels(config, model, mesh, slices.topology, positions // parts, int8_experts)
+        kernels = _expert_kernels(config, model, mesh, slices.topology, positions // parts, rows, int8_experts)
     if on_tpu.attention == "kernel" and chunk is None:
         kernels |= _attention_kernels(model, mesh, slices.topology, local, block, canvas, filled)
     elif on_tpu.attention == "kernel":
@@ -217,14 +218,15 @@ def _cache_write(chip: Chip, result, operands):
 
 
 def _expert_kernels(
-    config: ConfigDict, model: ModelConfig, mesh, topology: Topology, tokens: int, int8_experts: bool = False
+    config: ConfigDict, model: ModelConfig, mesh, topology: Topology, tokens: int, rows: int, int8_experts: bool
 ):
     """Costs of the kernels of the router and the experts. A matmul costs one read of the weights that uniform routing
-    reaches, or its arithmetic if that takes longer; the activation costs its bytes.
+    reaches, or its arithmetic if that takes longer; the activation costs its bytes. tokens: of a device; rows: of all.
     """
     chip = topology.chip
     bandwidth = chip.stream_bandwidth
     ranks = mesh.shape["expert"] if config.execution.expert_parallel == "gather_tokens" else 1
+    exchanged = ranks > 1 and "expert" in sharding.split_over(("batch",), (rows,), mesh)
 
     def gmm(result, operands):
         (weights,) = [x for x in operands if len(x.shape) == 3]
@@ -233,11 +235,11 @@ def _expert_kernels(
         # expected here.
         pairs = result[0].shape[0]
         reached = uniform_hits(model, pairs // model.num_experts_per_token) / model.num_experts
-        rows = pairs / ranks
+        pairs_here = pairs / ranks
         # `weights` may be those of all layers, of which one is used.
         one_layer = math.prod(weights.shape[1:]) * model.num_experts // ranks
-        values = reached * one_layer + rows * (product.shape[-1] + result[0].shape[-1])
-        flops = 2 * rows * product.shape[-1] * result[0].shape[-1]
+        values = reached * one_layer + pairs_here * (product.shape[-1] + result[0].shape[-1])
+        flops = 2 * pairs_here * product.shape[-1] * result[0].shape[-1]
         by_bytes = 2 * values / bandwidth
         by_flops = flops / (chip.peak_bf16 / chip.devices)
         return "experts", operations.OperationCost(
@@ -251,15 +253,15 @@ def _expert_kernels(
     costs = {"gmm": gmm, "expert_activation": activation} | routing_cost.kernel_costs(model, tokens, ranks, topology)
     width, experts = model.moe_intermediate_size // mesh.shape["tensor"], model.num_experts // ranks
     shape = fused_experts_cost.Shape(
-        tokens * ranks, model.hidden_size, width, experts, model.num_experts, model.num_experts_per_token,
-        "int8" if int8_experts else "bfloat16",
+        tokens * (ranks if exchanged else 1), model.hidden_size, width, experts, model.num_experts,
+        model.num_experts_per_token, "int8" if int8_experts else "bfloat16",
     )  # fmt: skip
     with jax.set_mesh(mesh):
         fitting = shape.calls()
     if fitting is None:
         return costs
     calls, cut = fitting
-    if ranks > 1:  # tokens are exchanged part by part (model/experts.py)
+    if exchanged:  # part by part (model/experts.py)
         calls, cut = calls * cut.parts, cut._replace(parts=1)
     shape = dataclasses.replace(shape, tokens=shape.tokens // calls)
     return costs | fused_experts_cost.kernel_costs(shape, cut, topology)
