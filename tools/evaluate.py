@@ -229,13 +229,14 @@ def _answers(task: str, name: str) -> dict:
     return asked | dataclasses.asdict(found)
 
 
-def _load(path: str, dataset: dict | None = None, mesh=None):
+def _load(path: str, dataset: dict | None = None, mesh=None, as_stored: bool = False):
     from llada_jax.checkpoint.weights import load_checkpoint
     from llada_jax.data.rows import packed_with
 
     for written in (_OUTPUT.value, _RECORDS.value):  # all flags are right by now, and hours of work lie ahead
         jsonl.prepare(written)
-    model = decoding.with_experts_dtype(decoding.with_bos(load_checkpoint(path, mesh=mesh)))
+    model = decoding.with_bos(load_checkpoint(path, mesh=mesh))
+    model = model if as_stored else decoding.with_experts_dtype(model)
     if dataset and model.tokenizer is not None and not packed_with(dataset, model.tokenizer):
         raise InputError(f"{_DATA.value}: packed with another tokenizer than that of {path}")
     return model._replace(config=model.config.extended(_YARN.value)) if _YARN.value > 1 else model
@@ -290,7 +291,7 @@ def _nelbo() -> dict:
         add("full" if block_size is None else f"block {size}", estimate, model.config.alignment)
     if _REFERENCE.value:
         del model  # one model at a time
-        source = _load(_REFERENCE.value, digest)
+        source = _load(_REFERENCE.value, digest, as_stored=True)
         add("source ar", ar_nll(source.params, source.config, batch), "shifted")
     return result | {"seconds": round(time.perf_counter() - begin, 2)}
 

@@ -47,7 +47,8 @@ def _over_cache(config, execution, visibility, group, length):
     if execution.attention != "kernel":
         return _rotated_first(functools.partial(cached_attention, visibility=visibility))
     how = dict(interpret=execution.interpret)
-    if prefix.is_chunk(visibility):
+    rows, queries = visibility.clean_start.shape
+    if prefix.takes(queries, rows, group):
         plan = prefix.make_plan(visibility, length, group, config.head_dim, **how)
         return functools.partial(prefix.prefix_attention, plan=plan, **how)
     return _rotated_first(functools.partial(cached_kernel_attention, plan=make_plan(visibility, length, group), **how))

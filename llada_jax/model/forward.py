@@ -195,11 +195,13 @@ class Shared(NamedTuple):
 
 
 def _attention_in_place(weights, config, execution, visibility, cache, x):
-    """decoding_layer.reader of a group's weights; None without the kernel, with biases or adapters to add, or for a
-    chunk of a prompt.
+    """decoding_layer.reader of a group's weights; None without the kernel, with biases or adapters to add, or where
+    attention is that of a chunk of a prompt.
     """
     added = (name for name in weights if weight_of(name) != name or name in ("query_bias", "key_bias", "value_bias"))
-    if execution.attention != "kernel" or prefix.is_chunk(visibility) or any(added):
+    rows, queries = visibility.clean_start.shape
+    of_chunk = prefix.takes(queries, rows, sharding.group_size(config.num_heads, config.num_kv_heads))
+    if execution.attention != "kernel" or of_chunk or any(added):
         return None
     sizes = decoding_layer.Heads(config.num_heads, config.num_kv_heads, config.head_dim)
     return decoding_layer.reader(weights, sizes, visibility, (cache["key"], cache["value"]), x, execution.interpret)

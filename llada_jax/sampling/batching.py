@@ -85,7 +85,8 @@ class Answer:
 class Usage:
     """Work of the device so far. Positions are those of all rows, idle rows and the padding of prefills included.
 
-    iterations: decoding passes. row_passes: rows summed over them; running_row_passes: rows with a request.
+    iterations: decoding passes. row_passes: rows summed over them; running_row_passes: rows that decode, which those
+    whose prompts are being computed in chunks do not.
     """
 
     iterations: int = 0
@@ -97,7 +98,7 @@ class Usage:
 
     @property
     def busy(self) -> float:
-        """Share of rows with a request, over all decoding passes."""
+        """Share of rows that decode, over all decoding passes."""
         return self.running_row_passes / max(self.row_passes, 1)
 
 
@@ -119,9 +120,9 @@ def serve(
 
     requests: read only as rows become free; all must share block_length, mask_id and rule. rows: requests decoded
     together. max_length: most tokens of a prompt and its answer together. tokenizer: decodes Answer.text. admit_every:
-    passes between admissions. execution, fuse_share, prefill_chunk: as in sampling.generate.generate. usage: updated in
-    place. on_tokens(index, tokens): called with the new tokens whenever a block of an answer is finished. Raises
-    InputError on a request that is too long or cannot join the batch.
+    passes between admissions; one, while a prompt is computed in chunks. execution, fuse_share, prefill_chunk: as in
+    sampling.generate.generate. usage: updated in place. on_tokens(index, tokens): called with the new tokens whenever a
+    block of an answer is finished. Raises InputError on a request that is too long or cannot join the batch.
 
     Example:
         >>> import llada_jax
@@ -236,6 +237,7 @@ def _fill(params, config, settings, state: State, filling: dict[int, _Running], 
                 del filling[row]
     usage.prefill_passes += 1
     usage.prefill_positions += parts * size
+    settings = dataclasses.replace(settings, sample=False, cut=False)  # a chunk draws nothing: one program for all
     return decode.fill(params, config, settings, state, chosen, first)
 
 

@@ -164,8 +164,8 @@ def decode_settings(
     prefill_chunk: int = PREFILL_CHUNK,
 ) -> DecodeSettings:  # fmt: skip
     """The static settings for requests with these configs. Raises InputError if they cannot share a batch."""
-    if prefill_chunk < 1:
-        raise InputError(f"prefill_chunk={prefill_chunk}, expected at least 1")
+    if not isinstance(prefill_chunk, int | np.integer) or isinstance(prefill_chunk, bool) or prefill_chunk < 1:
+        raise InputError(f"prefill_chunk={prefill_chunk!r}, expected a positive integer")
     first = configs[0]
     for other in configs:
         for field in ("block_length", "mask_id", "rule"):

@@ -23,7 +23,7 @@ def quantize_experts(params: Params, config: ModelConfig, donate: bool = False) 
     and "down_scale" [layers, experts, 1, out] float32, laid out over a mesh as its experts are. All else is shared
     with `params`. donate: each of the three stacks is deleted as soon as its integers are there, so that memory
     peaks at a sixth of the experts' bfloat16 bytes, and a layer, above the weights. Raises InputError for a dense
-    model, and for experts that are int8 already.
+    model, for experts that are int8 already, and for weights that are not finite.
 
     Example:
         >>> import jax, llada_jax
@@ -40,6 +40,8 @@ def quantize_experts(params: Params, config: ModelConfig, donate: bool = False) 
         raise InputError("experts_dtype=int8: the experts are int8 already")
     for name in EXPERTS:
         stack = sparse[name]
+        if not isinstance(stack, jax.core.Tracer) and not _finite(stack):
+            raise InputError(f"experts_dtype=int8: sparse/{name} holds weights that are not finite")
         sparse[name], sparse[name + SCALE] = _quantized(stack)
         if donate and not isinstance(stack, jax.core.Tracer):
             jax.block_until_ready(sparse[name])
@@ -60,6 +62,11 @@ def _quantized(stack: jax.Array) -> tuple[jax.Array, jax.Array]:
     *entries, _, out = (*layout.spec, *(None,) * (stack.ndim - len(layout.spec)))
     of_scale = NamedSharding(layout.mesh, PartitionSpec(*entries, None, out))
     return jax.jit(_by_layer, out_shardings=(layout, of_scale))(stack)
+
+
+@jax.jit
+def _finite(stack):
+    return jnp.isfinite(stack).all()
 
 
 @jax.jit

@@ -25,9 +25,11 @@ LENGTHS = (35, 1, 16, 3, 40, 17, 11, 28)
 
 
 def model_of(config):
-    """(params, config) of a random model whose tokens differ."""
+    """(params, config) of a random model whose tokens differ, with probabilities from 0.01 to nearly 1."""
     params = parameters.initialize(config, jax.random.key(0))
-    return jax.tree.map(lambda w: 5 * w if w.ndim > 2 else w, params), config
+    params = jax.tree.map(lambda w: 5 * w if w.ndim > 2 else w, params)
+    head = "embedding" if config.tie_word_embeddings else "head"
+    return params | {head: 30 * params[head]}, config
 
 
 def requests(lengths=LENGTHS) -> list[Request]:
@@ -120,7 +122,7 @@ def test_over_a_mesh_each_device_fills_its_own_rows():
 
 def test_by_kernels(monkeypatch):
     """Interpreted: the chunk's attention is training's kernel over own and cached keys."""
-    monkeypatch.setattr(prefix, "MOST_OF_A_WINDOW", 16)  # a chunk of 32 is above it, a window of two blocks is not
+    monkeypatch.setattr(prefix, "MOST_OF_A_WINDOW", 32)  # a chunk's 64 are more, a window of two blocks' are not
     params, config = model_of(TINY.replace(num_layers=1))
     prompt = np.random.default_rng(0).integers(0, 500, 75)
     settings = GenerateConfig(8, block_length=8, threshold=0.02, eos_id=-1)
@@ -132,6 +134,20 @@ def test_by_kernels(monkeypatch):
     assert found.prefill_passes.tolist() == [3]
 
 
-def test_refuses_an_empty_chunk():
-    with pytest.raises(InputError, match="prefill_chunk=0, expected at least 1"):
-        llada_jax.generate(*model_of(TINY), [np.arange(3)], GenerateConfig(4), prefill_chunk=0)
+def test_windows_of_several_rows_never_take_the_path_of_chunks(monkeypatch):
+    """However large their blocks are: that path knows one row on each device."""
+    monkeypatch.setattr(prefix, "MOST_OF_A_WINDOW", 8)
+    params, config = model_of(TINY.replace(num_layers=1))
+    rng, settings = np.random.default_rng(1), GenerateConfig(20, block_length=8, threshold=0.3, eos_id=-1)
+    prompts = [rng.integers(0, 500, n) for n in (17, 3)]
+    expected = llada_jax.generate(params, config, prompts, settings, fuse_share=0)
+    kernel = Execution(attention="kernel", interpret=True)
+    found = llada_jax.generate(params, config, prompts, settings, execution=kernel, fuse_share=0)
+    for i in range(2):
+        assert np.array_equal(found.tokens[i], expected.tokens[i])
+
+
+@pytest.mark.parametrize("chunk", [0, -4, 7.5, True, None, "8"])
+def test_refuses_a_chunk_that_is_no_number_of_tokens(chunk):
+    with pytest.raises(InputError, match=f"prefill_chunk={chunk!r}, expected a positive integer"):
+        llada_jax.generate(*model_of(TINY), [np.arange(3)], GenerateConfig(4), prefill_chunk=chunk)

@@ -176,3 +176,12 @@ def test_the_flag(params, tmp_path):
     assert len(found) != len(exact.confidence[0]) or not np.allclose(found, exact.confidence[0], atol=1e-4)
     done = run([*command, f"--checkpoint={tmp_path / 'dense'}"])
     assert done.returncode == 2 and done.stderr.splitlines()[-1].endswith("the model is dense, it has no experts")
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_refuses_weights_that_are_not_finite(bad):
+    config = preset("tiny_moe").replace(num_layers=2, hidden_size=32)
+    params = parameters.initialize(config, jax.random.key(0))
+    sparse = params["sparse"] | {"up": params["sparse"]["up"].at[0, 1, 2, 3].set(bad)}
+    with pytest.raises(InputError, match="sparse/up holds weights that are not finite"):
+        quantize_experts(params | {"sparse": sparse}, config)

@@ -25,7 +25,7 @@ from llada_jax.attention.plan import Plan
 from llada_jax.attention.rotary import QueryKeyRotary
 from llada_jax.attention.visibility import Visibility
 
-MOST_OF_A_WINDOW = 256  # queries: more are a chunk, whose scores cached_kernel.py would not hold in fast memory
+MOST_OF_A_WINDOW = 1024  # queries of a group of heads: the scores of more would not fit fast memory in cached_kernel.py
 JOIN = "prefix_keys"
 
 
@@ -37,8 +37,11 @@ class PrefixPlan:
     filled: jax.Array
 
 
-def is_chunk(visibility: Visibility) -> bool:
-    return visibility.num_noisy > MOST_OF_A_WINDOW
+def takes(queries: int, rows: int, group: int) -> bool:
+    """Whether a pass over so many queries of each row runs prefix_attention: only with one row on each device, as
+    prefill.prefill_chunk has it. rows: of all devices; group: as in make_plan.
+    """
+    return rows == sharding.num_parts("batch", rows) and queries * group > MOST_OF_A_WINDOW
 
 
 def make_plan(visibility: Visibility, length: int, group: int, head_dim: int, interpret: bool = False) -> PrefixPlan:
@@ -53,8 +56,10 @@ def prefix_attention(
     layer: jax.Array | int, plan: PrefixPlan, rotary: QueryKeyRotary = QueryKeyRotary(), interpret: bool = False,
 ) -> jax.Array:  # fmt: skip
     """Equals cached_attention of `rotary.apply(query, key)`; operands are as there, of one row on each device. The last
-    axis of the cache may be longer than head_dim.
+    axis of the cache may be longer than head_dim. Raises ValueError if a device has several rows.
     """
+    if len(query) != sharding.num_parts("batch", len(query)):
+        raise ValueError(f"{len(query)} rows, expected one on each device")
     if rotary.key is not None:  # those of the cache have theirs
         key, rotary = rotary.key(key), rotary._replace(key=None)
     copies = sharding.kv_copies(query.shape[2], key.shape[2])

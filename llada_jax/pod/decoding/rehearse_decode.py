@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from llada_jax import sharding
-from llada_jax.attention.decoding import cache_write, cached
+from llada_jax.attention.decoding import cache_write, cached, prefix
 from llada_jax.chips import Chip, Topology
 from llada_jax.errors import InputError
 from llada_jax.model import parameters
@@ -139,10 +139,9 @@ def rehearse_decode(
     kernels = {}
     if model.is_moe:
         kernels = _expert_kernels(config, model, mesh, slices.topology, positions // parts, rows, int8_experts)
-    if on_tpu.attention == "kernel" and chunk is None:
-        kernels |= _attention_kernels(model, mesh, slices.topology, local, block, canvas, filled)
-    elif on_tpu.attention == "kernel":
-        kernels |= _chunk_kernels(model, mesh, slices.topology, chunk, block, canvas, filled)
+    if on_tpu.attention == "kernel":
+        rows_here, queries = (local, 2 * block) if chunk is None else (1, chunk)
+        kernels |= _attention_kernels(model, mesh, slices.topology, rows_here, queries, block, canvas, filled)
     trips = _trips(local, rows, mesh.size > 1, block, canvas, filled)
     chip = slices.topology.chip
     cycles = aot.operation_cycles(module, dumps, chip) if dumps else {}
@@ -176,30 +175,24 @@ def _arguments(model: ModelConfig, decoding: DecodeSettings, rows: int, canvas: 
 
 
 def _attention_kernels(
-    model: ModelConfig, mesh, topology: Topology, rows: int, block: int, canvas: int, filled: int
+    model: ModelConfig, mesh, topology: Topology, rows: int, queries: int, block: int, canvas: int, filled: int
 ) -> dict:
-    """Costs of the kernels of attention and of its projections on one device. rows: of it."""
+    """Costs of the kernels of attention and of its projections on one device. rows: of it; queries: of each row."""
     heads, kv_heads, copies = _heads_of_device(model, mesh)
     head_dim = model.head_dim
-    shape = cached_attention_cost.Shape(rows, 2 * block, canvas, heads, kv_heads, head_dim)
+    if prefix.takes(queries, rows, heads // kv_heads):
+        sizes = queries, canvas, heads, kv_heads, head_dim, model.rotary_dim // 2, model.qk_norm
+        costs = prefix_cost.kernel_costs(prefix_cost.Shape(*sizes), filled, block, topology)
+        return costs | {cache_write.NAME: functools.partial(_cache_write, topology.chip)}
+    shape = cached_attention_cost.Shape(rows, queries, canvas, heads, kv_heads, head_dim)
     costs = cached_attention_cost.kernel_costs(shape, filled, topology)
     if copies > 1:
         kv_heads = model.num_kv_heads  # each device projects all of them
-    shape = projections_cost.Shape(rows, 2 * block, model.hidden_size, heads, kv_heads, head_dim, model.rotary_dim // 2)
+    shape = projections_cost.Shape(rows, queries, model.hidden_size, heads, kv_heads, head_dim, model.rotary_dim // 2)
     with jax.set_mesh(mesh):
         tilings = shape.tilings()
     costs[cache_write.NAME] = functools.partial(_cache_write, topology.chip)
     return costs | (projections_cost.kernel_costs(shape, tilings, topology) if all(tilings) else {})
-
-
-def _chunk_kernels(
-    model: ModelConfig, mesh, topology: Topology, chunk: int, block: int, canvas: int, filled: int
-) -> dict:
-    """Costs of the kernels of attention on one device, which has a chunk of one prompt."""
-    heads, kv_heads, _ = _heads_of_device(model, mesh)
-    sizes = chunk, canvas, heads, kv_heads, model.head_dim, model.rotary_dim // 2, model.qk_norm
-    costs = prefix_cost.kernel_costs(prefix_cost.Shape(*sizes), filled, block, topology)
-    return costs | {cache_write.NAME: functools.partial(_cache_write, topology.chip)}
 
 
 def _heads_of_device(model: ModelConfig, mesh) -> tuple[int, int, int]:

@@ -81,3 +81,11 @@ def test_the_filled_part_of_the_cache_is_copied_by_one_kernel(kind):
     assert len(re.findall(rf"%\w*{prefix.JOIN}[\w.]* = ", program.as_text())) == 2
     joined = 2 * 2 * (chunk + length) * 128 * 2  # of keys and values
     assert program.memory_analysis().temp_size_in_bytes < joined + 2 * length * 128 * 2
+
+
+def test_refuses_several_rows_on_a_device():
+    query, key, cache = jnp.ones((2, 16, 4, 128)), jnp.ones((2, 16, 2, 128)), jnp.ones((1, 2, 2, 64, 128))
+    plan = prefix.make_plan(block_window(jnp.array([8, 8]), 8, 16), 64, 2, 128, interpret=True)
+    assert prefix.takes(512, 1, 4) and not prefix.takes(512, 2, 4) and not prefix.takes(64, 1, 4)
+    with pytest.raises(ValueError, match="2 rows, expected one on each device"):
+        prefix.prefix_attention(query, key, key, cache, cache, 0, plan)

@@ -138,22 +138,23 @@ def test_from_the_command_line(tmp_path):
     assert "a pass over 4 rows" in done.stdout and json.loads((tmp_path / "out.json").read_text())["filled"] == 128
 
 
-def test_a_chunk_of_a_prompt():
+@pytest.mark.parametrize("chunk", [256, 512])  # one by the kernel of windows, one by that of training
+def test_a_chunk_of_a_prompt(chunk):
     """By kernels. The head, and what follows the last keys, cost nothing."""
     model = config()
     model.execution.attention = "kernel"
     model.mesh.data, model.mesh.fsdp = 4, 1
-    result = rehearse_decode(model, SLICES, 8, 2048, 1024, chunk=512)
-    assert result.positions == 4 * 512 and result.seconds["head"] == 0 < result.seconds["attention"]
+    result = rehearse_decode(model, SLICES, 8, 2048, 1024, chunk=chunk)
+    assert result.positions == 4 * chunk and result.seconds["head"] == 0 < result.seconds["attention"]
     values = preset("smollm2_135m")
     heads = values.head_dim * 2 * (values.num_heads + values.num_kv_heads)
     a_layer = values.hidden_size * (heads + 3 * values.intermediate_size)
     own = values.hidden_size * 2 * values.num_kv_heads * values.head_dim
     flops = sum(line.flops for line in result.lines if line.part == "dense")
-    assert flops == pytest.approx(2 * 512 * (29 * a_layer + own))
+    assert flops == pytest.approx(2 * chunk * (29 * a_layer + own))
     text = report.describe_decoding(result)
-    assert "a chunk of 512 tokens of 4 prompts, 1024 cached positions per row" in text
+    assert f"a chunk of {chunk} tokens of 4 prompts, 1024 cached positions per row" in text
     assert 0 < result.share_of_peak < 1 and f"{result.share_of_peak:.0%} of the peak" in text
-    assert result.to_json()["chunk"] == 512
+    assert result.to_json()["chunk"] == chunk
     with pytest.raises(InputError, match="--filled=1024 and --prefill=1056 are more than --canvas=2048"):
         rehearse_decode(model, SLICES, 8, 2048, 1024, chunk=1056)
