@@ -69,6 +69,16 @@ def test_generate_in_chunks(name, chunk):
     assert np.array_equal(found.positions_evaluated, expected.positions_evaluated)
 
 
+def test_a_chunk_that_would_end_beyond_the_canvas():
+    """42 tokens and 2 more in chunks of 16: the last one begins at 28, not at 32."""
+    params, config = model_of(TINY)
+    arguments = [np.random.default_rng(3).integers(0, 500, 42)], GenerateConfig(2, block_length=B, eos_id=-1)
+    expected = llada_jax.generate(params, config, *arguments)
+    found = llada_jax.generate(params, config, *arguments, prefill_chunk=16)
+    assert np.array_equal(found.tokens[0], expected.tokens[0])
+    assert np.allclose(found.confidence[0], expected.confidence[0], rtol=1e-4)
+
+
 @pytest.mark.parametrize("name,rows,chunk", [("dense", 3, 8), ("shifted", 8, 12)])
 def test_serve_in_chunks(name, rows, chunk):
     model, asked, usage = model_of(CONFIGS[name]), requests(), Usage()
