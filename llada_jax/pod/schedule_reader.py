@@ -154,6 +154,14 @@ def main_loop(kernel: Kernel) -> Region:
     return main
 
 
+def product_loop(kernel: Kernel) -> Region:
+    """The only loop that has matrix products and no other such loop inside; the whole kernel, if no loop has any."""
+    loops = [region for region in kernel.program.walk() if region.loop and region.total.mxu_cycles]
+    inner = [loop for loop in loops if not any(other in loops and other is not loop for other in loop.walk())]
+    (found,) = inner or [kernel.program]
+    return found
+
+
 def counted_cycles(kernel: Kernel, contracted: int = 1) -> float | None:
     """Cycles of one run on a core, of a program whose loops count to constants; None for another.
 

@@ -10,7 +10,7 @@ from llada_jax.attention.visibility import two_block_window
 from llada_jax.chips import Topology
 from llada_jax.pod.aot import compile_program
 from llada_jax.pod.operations import OperationCost
-from llada_jax.pod.schedule_reader import Kernel, Region
+from llada_jax.pod.schedule_reader import product_loop
 from llada_jax.pod.step_cost import KernelCost
 
 
@@ -46,18 +46,11 @@ def program(shape: dict):
     return run, (starts, *(jax.ShapeDtypeStruct(sizes, jnp.bfloat16) for sizes in arrays))
 
 
-def _over_chunks(kernel: Kernel) -> Region:
-    """The loop over the chunks of a unit but one: that with products and no other loop, inside the one over units."""
-    inner = [region for region in kernel.program.walk() if region.loop and region.total.mxu_cycles]
-    (loop,) = [region for region in inner if not any(x.loop for x in region.walk() if x is not region)]
-    return loop
-
-
 def kernel_costs(shape: Shape, filled: int, topology: Topology) -> dict[str, KernelCost]:
     """{prefix of the kernel's name: cost of a layer}, every row with `filled` cached positions to read."""
     target = f"{__name__}:program"
     ((name, kernel),) = compile_program(target, {"shape": dataclasses.asdict(shape)}, topology.name).kernels.items()
-    chip, loop = topology.chip, _over_chunks(kernel)
+    chip, loop = topology.chip, product_loop(kernel)  # over the chunks of a unit but one
     either = [branch.total.cycles for branch in loop.inside if branch.total.mxu_cycles]  # by turns
     per_chunk = loop.own.cycles + sum(either) / len(either)
     chunk = min(cached_kernel.CHUNK, shape.length)

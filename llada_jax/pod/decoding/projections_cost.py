@@ -12,7 +12,7 @@ from llada_jax.attention.rotary import QueryKeyRotary, RotaryNorm
 from llada_jax.chips import Topology
 from llada_jax.pod.aot import compile_program
 from llada_jax.pod.operations import OperationCost
-from llada_jax.pod.schedule_reader import Region, main_loop
+from llada_jax.pod.schedule_reader import Region, product_loop
 from llada_jax.pod.step_cost import KernelCost
 
 
@@ -77,16 +77,18 @@ def kernel_costs(shape: Shape, tilings: Sequence[projections.Tiling], topology: 
 def _cost(shape: Shape, output: bool, tiling, inputs: int, widths: Sequence[int], topology: Topology) -> OperationCost:
     arguments = {"shape": dataclasses.asdict(shape), "output": output}
     ((_, kernel),) = compile_program(f"{__name__}:program", arguments, topology.name).kernels.items()
-    chip, loop = topology.chip, main_loop(kernel)  # over the tiles of a block
+    chip = topology.chip
     cores = chip.cores_per_device if kernel.split else 1
+
+    positions = shape.rows * shape.positions
+    blocks, tiles = positions // tiling.rows, math.ceil(sum(widths) / tiling.columns / cores)
+    loop = product_loop(kernel)  # over the tiles of a block
 
     def outside(region: Region) -> float:
         if region is loop:
             return 0.0
         return (region.own.cycles + sum(map(outside, region.inside))) * (region.trips or 1)
 
-    positions = shape.rows * shape.positions
-    blocks, tiles = positions // tiling.rows, math.ceil(sum(widths) / tiling.columns / cores)
     cycles = blocks * (outside(kernel.program) + tiles * loop.total.cycles)
     weights, tile = 2 * inputs * sum(widths), 2 * inputs * tiling.columns
     moved = blocks * weights + 2 * positions * (inputs + sum(widths))

@@ -65,6 +65,19 @@ def test_projections_cost_their_weights_once_per_block(name):
         assert few.seconds < many.seconds < 4.5 * few.seconds
 
 
+def test_projections_whose_loop_is_less_than_half_of_the_kernel():
+    """LLaDA2.0-flash on v6e:4x4, four requests."""
+    topology = parse_topology("v6e:4x4")
+    shape = projections_cost.Shape(rows=1, positions=64, embed=4096, heads=8, kv_heads=1, head_dim=128, rotated=32)
+    with jax.set_mesh(one_device(topology)):
+        tilings = shape.tilings()
+    (of,) = projections_cost.kernel_costs(shape, tilings, topology).values()
+    for result, weights in (((1, 2, 3), 4096 * 10 * 128), ((1,), 4096 * 8 * 128)):
+        part, found = of(result, ())
+        floor = 2 * weights / topology.chip.stream_bandwidth
+        assert part == "dense" and floor <= found.seconds < 4 * floor
+
+
 def test_experts_cost_their_weights_once_per_part():
     shape = fused_experts_cost.Shape(tokens=256, embed=2048, width=128, experts=64, all_experts=64, k=8)
     part, whole = cost(fused_experts_cost.kernel_costs(shape, Cut(), TOPOLOGY))
