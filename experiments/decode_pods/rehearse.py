@@ -26,23 +26,35 @@ _TABLE = flags.DEFINE_bool("table", False, "Write the tables of what is recorded
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def command(point: Point) -> list[str]:
-    """The rehearsal of a point, over the mesh that generate takes for its requests."""
+def mesh_of(point: Point, rows: int) -> dict[str, int]:
+    """{axis: size} of the mesh that generate takes for so many requests."""
     from llada_jax.chips import parse_topology
     from llada_jax.model.config import preset
-    from llada_jax.pod.decoding.meshes import arguments
     from llada_jax.sampling import meshes
 
-    where = SLICES[point.slice]
-    topology, model = parse_topology(where.topology), preset(where.preset)
-    devices = topology.num_devices
-    sizes = {} if point.before is None else dict(rows=devices, canvas=LONGEST, filled=point.before, prefill=CHUNK)
-    sizes = dict(rows=point.rows, canvas=CANVAS, filled=FILLED) | sizes
-    memory = topology.chip.hbm_bytes // topology.chip.devices
+    topology, model = parse_topology(SLICES[point.slice].topology), preset(SLICES[point.slice].preset)
+    return meshes.default(model, topology.num_devices, rows, topology.chip.hbm_bytes // topology.chip.devices)
+
+
+def sizes_of(point: Point) -> dict[str, int]:
+    """{flag of tools/rehearse.py: value}"""
+    from llada_jax.chips import parse_topology
+
+    if point.before is None:
+        return dict(rows=point.rows, canvas=CANVAS, filled=FILLED)
+    devices = parse_topology(SLICES[point.slice].topology).num_devices
+    return dict(rows=devices, canvas=LONGEST, filled=point.before, prefill=CHUNK)
+
+
+def command(point: Point) -> list[str]:
+    """The rehearsal of a point."""
+    from llada_jax.pod.decoding.meshes import arguments
+
+    where, sizes = SLICES[point.slice], sizes_of(point)
     return [
         "tools/rehearse.py", "--decode", f"--config=configs/wsd.py:{where.preset}", f"--topology={where.topology}",
         *(f"--{name}={value}" for name, value in sizes.items()),
-        *arguments(meshes.default(model, devices, sizes["rows"], memory)),
+        *arguments(mesh_of(point, sizes["rows"])),
     ]  # fmt: skip
 
 
@@ -57,14 +69,9 @@ def rehearse(point: Point) -> None:
         values = json.loads(out.read_text())
     values.pop("per_op", None)
     packages = {package: importlib.metadata.version(package) for package in ("jax", "libtpu")}
-    mesh = {name: int(size) for name, size in (field.split("=") for field in _mesh_fields(line)) if int(size) > 1}
+    mesh = {axis: size for axis, size in mesh_of(point, sizes_of(point)["rows"]).items() if size > 1}
     recorded = report.recorded(point.slice) | {point.key: packages | {"mesh": mesh} | values}
     report.path_of(point.slice).write_text(json.dumps(recorded, indent=1) + "\n")
-
-
-def _mesh_fields(line: list[str]) -> list[str]:
-    prefix = "--config.mesh."
-    return [argument.removeprefix(prefix) for argument in line if argument.startswith(prefix)]
 
 
 def main(argv) -> None:

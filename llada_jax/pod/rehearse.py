@@ -201,11 +201,7 @@ def _attention_shape(config: ConfigDict, step: LoweredStep) -> attention_cost.Sh
 
 def _rows(config: ConfigDict, mesh) -> float:
     """Rows of a micro-batch per device; a split row counts by its share of tokens."""
-    return rows_of_device(config.batch.rows / config.batch.micro_batches, mesh)
-
-
-def rows_of_device(rows: float, mesh) -> float:
-    return rows / (mesh.size // mesh.shape["tensor"])
+    return config.batch.rows / config.batch.micro_batches / (mesh.size // mesh.shape["tensor"])
 
 
 def _kernels(config: ConfigDict, step: LoweredStep, slices: Slices, packing: Packing):

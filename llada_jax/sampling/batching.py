@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llada_jax import sharding
 from llada_jax.errors import InputError
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.forward import Execution
@@ -29,7 +30,7 @@ from llada_jax.sampling.generate import (
     pad,
     requests_of,
 )
-from llada_jax.sampling.prefill import is_long, num_parts
+from llada_jax.sampling.prefill import is_long
 from llada_jax.sampling.quantize import has_int8_experts
 from llada_jax.sampling.state import KEYS, PREFILL_CHUNK, State, empty_state
 from llada_jax.tokenizer import Tokenizer
@@ -226,7 +227,7 @@ def _fill(params, config, settings, state: State, filling: dict[int, _Running], 
     if not filling:
         return state
     rows, size = len(state.finished), min(settings.prefill_chunk, state.tokens.shape[1])
-    parts = num_parts(rows)
+    parts = sharding.num_parts("batch", rows)
     chosen, first = np.full(parts, rows, np.int32), np.zeros(parts, np.int32)  # out of bounds: none
     for row, run in list(filling.items()):
         part = row // (rows // parts)

@@ -63,7 +63,7 @@ class GenerateConfig:
                 raise InputError(f"{field}={getattr(self, field)!r}, expected {expected}")
 
         def whole(value, least):
-            return isinstance(value, int | np.integer) and not isinstance(value, bool) and least <= value < 2**31
+            return _is_integer(value) and least <= value < 2**31
 
         for field in ("gen_length", "block_length", "steps"):
             check(field, whole(getattr(self, field), 1), "a positive integer")
@@ -78,6 +78,10 @@ class GenerateConfig:
         check("eos_early_stop", isinstance(self.eos_early_stop, bool | np.bool_), "true or false")
         check("mask_id", self.mask_id is None or whole(self.mask_id, 0), "a token id")
         check("eos_id", self.eos_id is None or whole(self.eos_id, -1), "a token id, or -1")
+
+
+def _is_integer(value) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 @flax.struct.dataclass
@@ -164,7 +168,7 @@ def decode_settings(
     prefill_chunk: int = PREFILL_CHUNK,
 ) -> DecodeSettings:  # fmt: skip
     """The static settings for requests with these configs. Raises InputError if they cannot share a batch."""
-    if not isinstance(prefill_chunk, int | np.integer) or isinstance(prefill_chunk, bool) or prefill_chunk < 1:
+    if not _is_integer(prefill_chunk) or prefill_chunk < 1:
         raise InputError(f"prefill_chunk={prefill_chunk!r}, expected a positive integer")
     first = configs[0]
     for other in configs:

@@ -71,7 +71,7 @@ def prefill_long(fill: Callable[[State, jax.Array, jax.Array], State], state: St
     """prefill_chunk, as fill(state, rows, first), over the prompts of all rows: those of each part one after the other,
     each from its first token to its last block.
     """
-    parts = num_parts(state.tokens.shape[0])
+    parts = sharding.num_parts("batch", state.tokens.shape[0])
     groups = jnp.arange(state.tokens.shape[0]).reshape(parts, -1).T
 
     def of_rows(i, state):
@@ -86,14 +86,9 @@ def _num_outputs(config: ModelConfig) -> int | None:
     return None if config.alignment == "shifted" else 0
 
 
-def num_parts(rows: int) -> int:
-    """Rows of a chunk's pass: one for each part of the mesh in force."""
-    return sharding.num_parts("batch", rows)
-
-
 def is_long(length: int, settings: DecodeSettings) -> bool:
     """Whether a prompt of this length is computed in chunks."""
-    return length // settings.block_length * settings.block_length > settings.prefill_chunk
+    return num_passes(length, settings) > 1
 
 
 def num_passes(length: int, settings: DecodeSettings) -> int:

@@ -76,22 +76,31 @@ def _write_at_once(cache, block, at, selected, rows, interpret):
         of_rows(lambda copy: copy.start())
         of_rows(lambda copy: copy.wait())
 
+    return launch_copies(kernel, NAME, (at, selected, rows), (block, cache), cache.shape, 1, interpret, {4: 0})
+
+
+def launch_copies(kernel, name, scalars, arrays, shape, semaphores: int, interpret: bool, aliases=None) -> jax.Array:
+    """Runs kernel(*scalars, *arrays, result, semaphores), which copies from arrays in HBM to a result there.
+
+    scalars: integers, in scalar memory. shape: of the result, which has the dtype of the last array. aliases: as
+    pallas_call's input_output_aliases.
+    """
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
-    arrays = block, cache
+    dtype = arrays[-1].dtype
     if not interpret:
-        arrays = (pltpu.with_memory_space_constraint(array, pltpu.HBM) for array in arrays)
+        arrays = [pltpu.with_memory_space_constraint(array, pltpu.HBM) for array in arrays]
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=3,
+            num_scalar_prefetch=len(scalars),
             grid=(1,),
-            in_specs=[hbm, hbm],
+            in_specs=[hbm] * len(arrays),
             out_specs=hbm,
-            scratch_shapes=[pltpu.SemaphoreType.DMA((1,))],
+            scratch_shapes=[pltpu.SemaphoreType.DMA((semaphores,))],
         ),
-        out_shape=jax.ShapeDtypeStruct(cache.shape, cache.dtype),
-        input_output_aliases={4: 0},
+        out_shape=jax.ShapeDtypeStruct(shape, dtype),
+        input_output_aliases=aliases or {},
         compiler_params=pltpu.CompilerParams(disable_bounds_checks=True),
         interpret=pltpu.InterpretParams() if interpret else False,
-        name=NAME,
-    )(*(x.astype(jnp.int32) for x in (at, selected, rows)), *arrays)
+        name=name,
+    )(*(x.astype(jnp.int32) for x in scalars), *arrays)

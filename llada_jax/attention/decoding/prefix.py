@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec
 
 from llada_jax import sharding
 from llada_jax.attention import kernel_forward
+from llada_jax.attention.decoding.cache_write import launch_copies
 from llada_jax.attention.decoding.cached import CACHE_AXES, SCOPE
 from llada_jax.attention.kernel import kernel_plan, sides
 from llada_jax.attention.kernel_operands import tiles_of_rows
@@ -124,20 +125,5 @@ def _join(own, cached, layer, filled, chunk: int, interpret):
         first.wait()
         of_chunks(lambda copy: copy.wait())
 
-    hbm = pl.BlockSpec(memory_space=pltpu.HBM)
-    arrays = (own, cached) if interpret else (pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in (own, cached))
     shape = own.shape[0], own.shape[1] + cached.shape[3], own.shape[2]
-    return pl.pallas_call(
-        kernel,
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
-            grid=(1,),
-            in_specs=[hbm, hbm],
-            out_specs=hbm,
-            scratch_shapes=[pltpu.SemaphoreType.DMA((2,))],
-        ),
-        out_shape=jax.ShapeDtypeStruct(shape, own.dtype),
-        compiler_params=pltpu.CompilerParams(disable_bounds_checks=True),
-        interpret=interpret,
-        name=JOIN,
-    )(layer.reshape(1), filled.astype(jnp.int32), *arrays)
+    return launch_copies(kernel, JOIN, (layer.reshape(1), filled), (own, cached), shape, 2, bool(interpret))

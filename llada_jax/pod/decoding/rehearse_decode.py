@@ -108,8 +108,8 @@ def rehearse_decode(
     on_tpu = dataclasses.replace(execution(config, platform="tpu"), dtype="bfloat16", remat="none")
     check_experts(on_tpu, run_model.named(config))
     block = config.schedule.block_size
-    for field, value, most in (("canvas", canvas, canvas), ("filled", filled, canvas), ("prefill", chunk or 0, canvas)):
-        if value % block or not 0 <= value <= most:
+    for field, value in (("canvas", canvas), ("filled", filled), ("prefill", chunk or 0)):
+        if value % block or not 0 <= value <= canvas:
             raise InputError(f"--{field}={value}, expected a multiple of {block}, at most --canvas={canvas}")
     if filled + (chunk or 0) > canvas:
         raise InputError(f"--filled={filled} and --prefill={chunk} are more than --canvas={canvas}")
@@ -180,18 +180,17 @@ def _attention_kernels(
     """Costs of the kernels of attention and of its projections on one device. rows: of it; queries: of each row."""
     heads, kv_heads, copies = _heads_of_device(model, mesh)
     head_dim = model.head_dim
+    costs = {cache_write.NAME: functools.partial(_cache_write, topology.chip)}
     if prefix.takes(queries, rows, heads // kv_heads):
         sizes = queries, canvas, heads, kv_heads, head_dim, model.rotary_dim // 2, model.qk_norm
-        costs = prefix_cost.kernel_costs(prefix_cost.Shape(*sizes), filled, block, topology)
-        return costs | {cache_write.NAME: functools.partial(_cache_write, topology.chip)}
+        return costs | prefix_cost.kernel_costs(prefix_cost.Shape(*sizes), filled, block, topology)
     shape = cached_attention_cost.Shape(rows, queries, canvas, heads, kv_heads, head_dim)
-    costs = cached_attention_cost.kernel_costs(shape, filled, topology)
+    costs |= cached_attention_cost.kernel_costs(shape, filled, topology)
     if copies > 1:
         kv_heads = model.num_kv_heads  # each device projects all of them
     shape = projections_cost.Shape(rows, queries, model.hidden_size, heads, kv_heads, head_dim, model.rotary_dim // 2)
     with jax.set_mesh(mesh):
         tilings = shape.tilings()
-    costs[cache_write.NAME] = functools.partial(_cache_write, topology.chip)
     return costs | (projections_cost.kernel_costs(shape, tilings, topology) if all(tilings) else {})
 
 
