@@ -150,6 +150,14 @@ class Tokenizer:
         return next((added[name] for name in MASK_NAMES if name in added), None)
 
     @functools.cached_property
+    def text_ids(self) -> frozenset[int]:
+        """Ids of the tokens that texts are made of: not of those marked as special, nor of those with a role."""
+        added = self.backend.get_added_tokens_decoder().items()
+        named = {self._special_id(name) for name in self.special_tokens}
+        special = {token_id for token_id, token in added if token.special} | {*self.eos_ids, self.mask_id} | named
+        return frozenset(self.backend.get_vocab(with_added_tokens=True).values()) - special
+
+    @functools.cached_property
     def digest(self) -> str:
         """sha256 (hex) over the names and contents of the files."""
         digest = hashlib.sha256()

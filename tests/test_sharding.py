@@ -13,6 +13,8 @@ import pytest
 
 from llada_jax import sharding
 from llada_jax.data.order import Batch
+from llada_jax.diffusion.editing import Editing
+from llada_jax.diffusion.noise import NoiseSpec
 from llada_jax.diffusion.objectives import Objective
 from llada_jax.model import parameters
 from llada_jax.model.config import preset
@@ -50,17 +52,25 @@ def batch_of(model) -> Batch:
     return Batch(ids, segments, np.ones((ROWS, LENGTH), bool), index, np.zeros_like(index))
 
 
-def loss_and_gradients(name: str, mesh=None, reduce=None, **execution):
+CAP = Objective(confidence_weight=0.5)  # entropies too
+EDIT = Objective(  # drafts accept all: rounding decides which of equally masked tokens is the most confident one
+    NoiseSpec("chain"), "uniform", normalizer="masked", complementary=True, group_blocks=2,
+    editing=Editing(weight=0.5, replace_high=0.5, turns=2, draft_share=0.6, threshold_low=0.0, threshold_high=0.0),
+)  # fmt: skip
+
+
+def loss_and_gradients(name: str, mesh=None, reduce=None, objective=CAP, **execution):
     """((loss, load of the experts), gradients), as host arrays; on `mesh`, weights and batch lie as the trainer's.
 
     reduce: of the gradients, inside the program.
     """
     model = MODELS[name]
-    objective = Objective(confidence_weight=0.5)  # entropies too
     loss = denoising_loss(model, objective, Execution(**execution), seed=0)
 
     def value(params, batch):
         example = loss.prepare(batch, jnp.int32(8), "both")
+        if loss.draft is not None:
+            example = loss.draft(jax.lax.stop_gradient(params), example, "both")
         value, sums = loss.value(params, None, example, loss.total(example), jnp.float32(0), "both")
         return value, sums.expert_load
 
@@ -86,7 +96,24 @@ def one_device():
 def test_a_mesh_computes_what_one_device_does(one_device, name, sizes, execution):
     mesh = sharding.make_mesh(**{"data": 1} | sizes)
     (loss, load), gradients = loss_and_gradients(name, mesh, **execution)
-    (expected_loss, expected_load), expected = one_device[name]
+    check_same(loss, load, gradients, *one_device[name])
+
+
+@pytest.mark.parametrize(
+    "name,sizes,execution",
+    [
+        ("tiny", dict(fsdp=2, tensor=4), BLOCKWISE),
+        ("tiny_moe", dict(data=2, expert=2, tensor=2), BLOCKWISE | dict(expert_parallel="gather_tokens")),
+    ],
+)
+def test_a_mesh_edits_and_drafts_as_one_device_does(name, sizes, execution):
+    mesh = sharding.make_mesh(**{"data": 1} | sizes)
+    (loss, load), gradients = loss_and_gradients(name, mesh, objective=EDIT, **execution)
+    check_same(loss, load, gradients, *loss_and_gradients(name, objective=EDIT))
+
+
+def check_same(loss, load, gradients, expected_loss_and_load, expected):
+    expected_loss, expected_load = expected_loss_and_load
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
     np.testing.assert_array_equal(load, expected_load)
     scale = max(np.abs(g).max() for g in jax.tree.leaves(expected))

@@ -70,6 +70,11 @@ def test_post_processor_adds_nothing():
     assert 270 not in tok.encode_batch(["the"])[0]
 
 
+def test_ids_of_texts_are_those_without_special_ones():
+    tok = tokenizer.from_files(make_files(("<e>", "<m>"), mask_token="<m>"))
+    assert tok.text_ids == set(range(tok.vocab_size)) - {270, 271}
+
+
 @pytest.mark.parametrize("name", tokenizer.MASK_NAMES)
 def test_mask_by_name(name):
     assert tokenizer.from_files(make_files(("<e>", name))).mask_id == 271

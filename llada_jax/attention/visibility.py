@@ -38,17 +38,19 @@ class Visibility:
 class Layout:
     """Bounds of the document and the block that each position belongs to, half-open row indices, [batch, length] int32.
 
-    No block crosses the end of its document, so the last block of a document may be short.
+    No block crosses the end of its document, so the last block of a document may be short. group_start: of the first of
+    the blocks that are denoised together with this one (diffusion/groups.py); block_start where each is alone.
     """
 
     document_start: jax.Array
     document_end: jax.Array
     block_start: jax.Array
     block_end: jax.Array
+    group_start: jax.Array
 
 
 def make_layout(segment_ids: jax.Array, block_size: jax.Array | int, block_origin: str = "global") -> Layout:
-    """Returns the document and block bounds of each position.
+    """Returns the document and block bounds of each position, each block alone in its group.
 
     segment_ids [batch, length] int. block_size: may be traced. block_origin: see the module's docstring. Raises
     ValueError on an unknown block_origin.
@@ -68,7 +70,8 @@ def make_layout(segment_ids: jax.Array, block_size: jax.Array | int, block_origi
     block = origin + (index - origin) // block_size * block_size
     # block_size may be as large as int32 allows ("one block"): keep the sum in range.
     block_end = jnp.minimum(end, block + jnp.minimum(block_size, length))
-    return Layout(start, end, jnp.maximum(block, start), block_end)
+    block_start = jnp.maximum(block, start)
+    return Layout(start, end, block_start, block_end, group_start=block_start)
 
 
 def block_causal(layout: Layout) -> Visibility:
@@ -100,7 +103,15 @@ def block_diffusion(layout: Layout) -> Visibility:
         c2    . . . .  x x x x
         c3    . . . .  x x x x
 
-    all within one document. There are 2L queries and 2L keys.
+    all within one document. There are 2L queries and 2L keys. Blocks that are denoised together, in groups, see the
+    noisy blocks of their group up to their own, and the clean blocks before the group. L = 4, B = 1, groups of 2:
+
+              noisy    clean
+        q\k   0 1 2 3  0 1 2 3
+        n0    x . . .  . . . .
+        n1    x x . .  . . . .
+        n2    . . x .  x x . .
+        n3    . . x x  x x . .
     """
     nothing = jnp.zeros_like(layout.block_end)
 
@@ -109,8 +120,8 @@ def block_diffusion(layout: Layout) -> Visibility:
 
     return Visibility(
         clean_start=both(layout.document_start, layout.document_start),
-        clean_end=both(layout.block_start, layout.block_end),
-        noisy_start=both(layout.block_start, nothing),
+        clean_end=both(layout.group_start, layout.block_end),
+        noisy_start=both(layout.group_start, nothing),
         noisy_end=both(layout.block_end, nothing),
         num_noisy=layout.block_end.shape[1],
     )

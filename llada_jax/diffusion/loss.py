@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from llada_jax.diffusion import noise, objectives
+from llada_jax.diffusion.drafts import draft
 from llada_jax.diffusion.objectives import Objective
 from llada_jax.errors import InputError
 from llada_jax.model.config import ModelConfig
@@ -57,9 +58,10 @@ def loss(
 @functools.partial(jax.jit, static_argnames=("config", "objective", "halves", "execution"))
 def _loss(params, config, batch, key, block_size, objective, halves, embedding_noise_std, execution):
     keys = noise.keys_from(key, batch.row_ids, batch.epochs)
-    example = objectives.prepare(
-        batch.ids, batch.segment_ids, batch.supervised, keys, block_size, config, objective, halves
-    )
+    example = objectives.prepare_batch(batch, keys, block_size, config, objective, halves)
+    if objective.editing.drafts and halves != "clean":
+        frozen = jax.lax.stop_gradient(params)
+        example = objectives.weighted(draft(frozen, config, example, objective, halves, execution), objective)
     temperature = objective.confidence_temperature if objective.confidence_weight else None
     sums, _ = objectives.score(params, config, example, halves, execution, embedding_noise_std, temperature)
     return objectives.loss(sums, objectives.normalizer(example, objective), objective)

@@ -11,6 +11,11 @@ A key makes either keys or numbers, never both, and every use has its own key. T
     row = fold_in(fold_in(root, row id), draw)        draw: epoch, DPO's epoch * draws + d, or an estimate's draw
         fold_in(row, TIMES), fold_in(row, MASKS)      uniform numbers, one per position
         fold_in(row, EMBEDDING)                       Gaussian numbers on the embeddings of masked tokens
+        fold_in(row, FLOORS)                          uniform numbers, one per position: least rates of groups
+        fold_in(row, REPLACING_TIMES), fold_in(row, REPLACING), fold_in(row, REPLACEMENTS)
+                                                      uniform numbers, one per position: rates, places and ids of
+                                                      wrong tokens (diffusion/editing.py)
+        fold_in(row, DRAFTS)                          uniform numbers of a row: its thresholds (diffusion/drafts.py)
     a complementary pair shares `row`: the two masks are inverse, so each position has noise in only one of them
     a rejected answer (DPO) and a mirrored draw use another's numbers on purpose
     sampling: fold_in of (request, start of the block, step, position, token), bits of the last only
@@ -26,17 +31,24 @@ import jax.numpy as jnp
 from llada_jax.attention.visibility import Layout
 from llada_jax.errors import InputError
 
-TIMES, MASKS, EMBEDDING = range(3)  # what a row's key is folded with
+# What a row's key is folded with.
+TIMES, MASKS, EMBEDDING, FLOORS, REPLACING_TIMES, REPLACING, REPLACEMENTS, DRAFTS = range(8)
+
+TIMES_OF = ("block", "sequence", "chain")
+MASKINGS = ("bernoulli", "fixed_count", "floor_count")
 
 
 @dataclasses.dataclass(frozen=True)
 class NoiseSpec:
     """How times and masks are drawn. Raises InputError naming the field.
 
-    times: one t per "block", or one per "sequence" (document). rate_low, rate_high: t ~ U[rate_low, rate_high], the
-    paper's [alpha_min, alpha_max] band. masking: "bernoulli" masks each token with probability t, independently;
-    "fixed_count" masks ceil(t n) of a block's n tokens, uniformly chosen: same expectation over t ~ U[0, 1], less
-    variance. spread: the times of a row's blocks form a low-discrepancy sequence instead of independent draws.
+    times: one t per "block", or one per "sequence" (document); "chain": one per block, not decreasing along a group of
+    blocks, as a decoder has written more of its first blocks (the chain_uniform of arXiv 2606.29215):
+    L ~ U[rate_low, rate_high], t_0 ~ U[L, rate_high], t_i ~ U[t_{i-1}, rate_high]. rate_low, rate_high: t ~ U[rate_low,
+    rate_high], the paper's [alpha_min, alpha_max] band. masking: "bernoulli" masks each token with probability t,
+    independently; "fixed_count" masks ceil(t n) of a block's n tokens, uniformly chosen: same expectation over
+    t ~ U[0, 1], less variance; "floor_count" masks floor(t n) of them. spread: the times of a row's blocks form a
+    low-discrepancy sequence instead of independent draws.
     """
 
     times: str = "block"
@@ -46,10 +58,11 @@ class NoiseSpec:
     spread: bool = False
 
     def __post_init__(self):
-        if self.times not in ("block", "sequence"):
-            raise InputError(f'times={self.times!r}, expected "block" or "sequence"')
-        if self.masking not in ("bernoulli", "fixed_count"):
-            raise InputError(f'masking={self.masking!r}, expected "bernoulli" or "fixed_count"')
+        for field, choices in (("times", TIMES_OF), ("masking", MASKINGS)):
+            if getattr(self, field) not in choices:
+                raise InputError(f"{field}={getattr(self, field)!r}, expected one of {', '.join(choices)}")
+        if self.spread and self.times == "chain":
+            raise InputError('spread=True: the times of times="chain" depend on each other')
         if not (0 <= self.rate_low <= self.rate_high <= 1 and self.rate_high > 0):  # NaN neither
             raise InputError(f"rate_low={self.rate_low}, rate_high={self.rate_high}, expected 0 <= low <= high <= 1")
 
@@ -99,26 +112,52 @@ def draw_masking(
 
     keys [batch]: one per row (example_keys). eligible [batch, length] bool: tokens that may be masked. source [batch,
     length] int32: position whose random numbers a token uses, by default its own. Documents with the same sources share
-    times and masks; within a document all sources must differ. stratum: None is Stratum().
+    times and masks; within a document all sources must differ. stratum: None is Stratum(); not with times="chain".
     """
     length = eligible.shape[1]
-
-    def unit(use):
-        return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, use), (length,)))(keys)
-
-    group_start = layout.block_start if spec.times == "block" else layout.document_start
-    u = _spread(unit(TIMES), group_start) if spec.spread else unit(TIMES)
-    scores = unit(MASKS)
+    start_of_time = layout.document_start if spec.times == "sequence" else layout.block_start
+    u, scores = uniform(keys, TIMES, length), uniform(keys, MASKS, length)
+    if spec.spread:
+        u = _spread(u, start_of_time)
     if source is not None:
         u, scores = (jnp.take_along_axis(x, source, axis=1) for x in (u, scores))
-    u = jnp.take_along_axis(u, group_start, axis=1)
+    u = jnp.take_along_axis(u, start_of_time, axis=1)
     if stratum is not None:
         u, scores = (jnp.where(stratum.mirrored, 1 - x, x) for x in (u, scores))
         u = (stratum.index + u) / stratum.count
-    rate = spec.rate_low + (spec.rate_high - spec.rate_low) * (1 - u)  # 1 - u is in (0, 1]
+    left = 1 - u  # in (0, 1]
+    if spec.times == "chain":
+        left = 1 - _chain(left, 1 - uniform(keys, FLOORS, length), layout)
+    rate = spec.rate_low + (spec.rate_high - spec.rate_low) * left
     if spec.masking == "bernoulli":
         return Masking(eligible & (scores < rate), rate)
-    return _fixed_count(rate, scores, eligible, layout)
+    return _fixed_count(rate, scores, eligible, layout, spec.masking == "fixed_count")
+
+
+def uniform(keys: jax.Array, use: int, length: int) -> jax.Array:
+    """Uniform numbers of one use of each row's key: float32 [batch, length]."""
+    return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, use), (length,)))(keys)
+
+
+def segmented_scan(operator, first: jax.Array, values: jax.Array) -> jax.Array:
+    """Inclusive scan of `operator` along axis 1 that begins anew wherever `first` [batch, length] bool is set."""
+
+    def join(before, after):
+        begins, value = after
+        return before[0] | begins, jnp.where(begins, value, operator(before[1], value))
+
+    return jax.lax.associative_scan(join, (first, values), axis=1)[1]
+
+
+def _chain(left: jax.Array, floor_left: jax.Array, layout: Layout) -> jax.Array:
+    """(rate_high - t) / (rate_high - rate_low) of times="chain": the product of what each draw of the group, up to the
+    block, leaves of the band above it. left, floor_left [batch, length]: of the draws of blocks and of L, in (0, 1].
+    """
+    index = jnp.arange(left.shape[1])[None]
+    first = layout.group_start == index
+    of_block = jnp.where(layout.block_start == index, left, 1)
+    factors = jnp.where(first, of_block * floor_left, of_block)
+    return segmented_scan(jnp.multiply, first, factors)
 
 
 def _spread(u: jax.Array, group_start: jax.Array) -> jax.Array:
@@ -130,12 +169,14 @@ def _spread(u: jax.Array, group_start: jax.Array) -> jax.Array:
     return jnp.mod(u[:, :1] + fraction, 1.0)
 
 
-def _fixed_count(rate: jax.Array, scores: jax.Array, eligible: jax.Array, layout: Layout) -> Masking:
-    """Masks the ceil(t n) lowest-scored of each block's n eligible tokens."""
+def _fixed_count(
+    rate: jax.Array, scores: jax.Array, eligible: jax.Array, layout: Layout, up: bool
+) -> Masking:  # fmt: skip
+    """Masks the ceil(t n) lowest-scored of each block's n eligible tokens; floor(t n), where not `up`."""
     sums = jnp.pad(jnp.cumsum(eligible, axis=1), ((0, 0), (1, 0)))
     start, end = layout.block_start, layout.block_end
     n = jnp.take_along_axis(sums, end, axis=1) - jnp.take_along_axis(sums, start, axis=1)
-    count = jnp.clip(jnp.ceil(rate * n), 1, jnp.maximum(n, 1))
+    count = jnp.clip(jnp.ceil(rate * n), 1, jnp.maximum(n, 1)) if up else jnp.floor(rate * n)
     # Sorting by score and then, stably, by block leaves each block in its own places, ordered by score.
     by_score = jnp.argsort(jnp.where(eligible, scores, 2.0), axis=1)
     by_block = jnp.argsort(jnp.take_along_axis(start, by_score, axis=1), axis=1, stable=True)

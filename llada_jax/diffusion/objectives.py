@@ -4,9 +4,11 @@
 
 BDLM: noisy block k sees itself and the clean blocks before it, in one pass over [x_t | x_0]. MDLM: one block, no clean
 half. SFT: Eq. 1 with noise on the response only. CAP adds lambda times the mean entropy of the masked tokens that are
-predicted correctly. All share one forward pass and one reduction.
+predicted correctly. Editing (diffusion/editing.py) adds wrong tokens to x_t and a term for the tokens that are not
+masked; groups (diffusion/groups.py) let blocks of an answer be denoised together. All share one forward pass and one
+reduction.
 
-`prepare` draws the noise, `score` runs the pass, `loss` reduces its sums. The normaliser is known before any pass, so
+`prepare` draws the noise, `score` runs the pass, `loss` reduces its sums. The normaliser is known before that pass, so
 micro-batches are weighted exactly.
 """
 
@@ -18,6 +20,8 @@ import jax
 import jax.numpy as jnp
 
 from llada_jax.attention.visibility import BLOCK_ORIGINS, Layout, make_layout
+from llada_jax.diffusion.editing import Editing, replace_tokens
+from llada_jax.diffusion.groups import Groups, grouped, groups_of
 from llada_jax.diffusion.noise import EMBEDDING, Masking, NoiseSpec, Stratum, complement, draw_masking, mask_tokens
 from llada_jax.errors import InputError, check_range
 from llada_jax.model import head
@@ -35,7 +39,8 @@ class Objective:
     number of "tokens" that could be masked, or of those that are "masked". complementary: add each row a second time,
     with the inverse mask. block_origin: "global" (Eq. 3) or "document". confidence_weight: lambda of Eq. 6; the entropy
     is taken at confidence_temperature. document_mask: attention stays within documents (Eq. 3, 4). Without it a row is
-    one document, from its first token to its last, and padding in between is text that is never masked.
+    one document, from its first token to its last, and padding in between is text that is never masked. group_blocks:
+    most blocks of an answer that are denoised together (diffusion/groups.py). editing: wrong tokens and drafts.
 
     Example:
         >>> import llada_jax
@@ -52,8 +57,11 @@ class Objective:
     confidence_weight: float = 0.0
     confidence_temperature: float = 1.0
     document_mask: bool = True
+    group_blocks: int = 1
+    editing: Editing = Editing()
 
     def __post_init__(self):
+        check_range("objective.group_blocks", self.group_blocks, at_least=1)
         check_range("objective.confidence_weight", self.confidence_weight, at_least=0)
         check_range("objective.confidence_temperature", self.confidence_temperature, above=0)
         for field, choices in (
@@ -69,9 +77,11 @@ class Objective:
 class Example:
     """A batch with its noise drawn. All [batch, length], except keys [batch].
 
-    clean int: x_0, the `tokens` of prepare. noisy int: x_t. hidden bool: tokens replaced by the mask in x_t. masked
-    bool: those of them that are scored, all but a document's tail (`tails`). eligible bool: tokens that could be masked
-    and scored. weights float32: factor on each token's negative log-likelihood, zero where not masked, not normalised.
+    clean int: x_0, the `tokens` of prepare. noisy int: x_t. hidden bool: tokens replaced by the mask in x_t; rate
+    float32: with what probability. masked bool: those of them that are scored, all but a document's tail (`tails`).
+    eligible bool: tokens that could be masked and scored; writable bool: and tails. unmasked bool: with Editing.weight
+    the other eligible ones, which are scored too. weights float32: factor on each token's negative log-likelihood, zero
+    where not scored, not normalised.
     segment_ids int: as attention sees them (Objective.document_mask). real bool: tokens of stored documents, not
     padding. positions int: from the start of the document. keys: one per row, of the embedding noise.
     """
@@ -79,8 +89,11 @@ class Example:
     clean: jax.Array
     noisy: jax.Array
     hidden: jax.Array
+    rate: jax.Array
     masked: jax.Array
     eligible: jax.Array
+    writable: jax.Array
+    unmasked: jax.Array
     weights: jax.Array
     segment_ids: jax.Array
     real: jax.Array
@@ -94,8 +107,10 @@ class Sums:
     """Sums over a batch, float32 scalars.
 
     weighted: of weighted nll. nll, correct, correct_entropy: of nll, correctness and the entropy of correct
-    predictions, over the masked tokens. masked, eligible: numbers of tokens, as in Example. expert_load int32 [layers
-    with experts, experts]: real tokens that each expert got, in both halves where there are two; None in a dense model.
+    predictions, over the masked tokens. masked, eligible: numbers of tokens, as in Example. Of the unmasked tokens that
+    are scored: unmasked_nll; wrong, wrong_correct: how many are not x_0 in x_t, and for how many of these x_0 is
+    predicted; right, right_correct: the others. expert_load int32 [layers with experts, experts]: real tokens that each
+    expert got, in both halves where there are two; None in a dense model.
     """
 
     weighted: jax.Array
@@ -104,7 +119,21 @@ class Sums:
     correct_entropy: jax.Array
     masked: jax.Array
     eligible: jax.Array
+    unmasked_nll: jax.Array
+    wrong: jax.Array
+    wrong_correct: jax.Array
+    right: jax.Array
+    right_correct: jax.Array
     expert_load: jax.Array | None = None
+
+
+def prepare_batch(
+    batch, keys: jax.Array, block_size: jax.Array | int, config: ModelConfig, objective: Objective, halves: str
+) -> Example:
+    """`prepare` of a data.order.Batch of arrays, with the groups of its rows."""
+    arrays = batch.ids, batch.segment_ids, batch.supervised
+    groups = groups_of(batch.row_ids, batch.epochs, objective.group_blocks) if objective.group_blocks > 1 else None
+    return prepare(*arrays, keys, block_size, config, objective, halves, groups=groups)
 
 
 def prepare(
@@ -118,6 +147,7 @@ def prepare(
     halves: str = "both",
     noise_source: Callable[[Layout, jax.Array], jax.Array] | None = None,
     stratum: Stratum | None = None,
+    groups: Groups | None = None,
 ) -> Example:
     """Draws the noise of a batch. Returns an Example of `batch` rows; a complementary objective doubles them, the
     inverse masks after the originals.
@@ -125,7 +155,7 @@ def prepare(
     tokens, segment_ids [batch, length] int. supervised [batch, length] bool: tokens that may be masked and scored. (The
     tail of a document is masked with them but not scored: see `tails`.) keys [batch]: noise.example_keys. block_size:
     int, may be traced. halves: as in schedule.Phase. noise_source: a function of (layout, segment_ids) that returns
-    `source` of noise.draw_masking, or None. stratum: as in noise.draw_masking.
+    `source` of noise.draw_masking, or None. stratum: as in noise.draw_masking. groups: None is each block alone.
     """
     real = segment_ids > 0
     supervised = supervised & real
@@ -134,35 +164,68 @@ def prepare(
         segment_ids = one_document(segment_ids)
     layout = make_layout(segment_ids, block_size, objective.block_origin)
     eligible = predictable(layout, segment_ids, config.alignment) & supervised
+    if groups is not None:
+        layout = grouped(layout, groups, eligible)
     if halves == "clean":
         masking = Masking(eligible, jnp.ones(tokens.shape))
     else:
         source = None if noise_source is None else noise_source(layout, segment_ids)
         masking = draw_masking(keys, eligible | tail, layout, objective.noise, source, stratum)
-    if objective.complementary and halves != "clean":
-        inverse = complement(masking, eligible | tail)
-        masking, tokens, segment_ids, real, eligible, layout, keys = jax.tree.map(
-            lambda a, b: jnp.concatenate([a, b]),
-            (masking, tokens, segment_ids, real, eligible, layout, keys),
-            (inverse, tokens, segment_ids, real, eligible, layout, keys),
-        )
-    masked = masking.masked & eligible
-    weights = masked.astype(jnp.float32)
-    if objective.time_weight == "elbo":
-        weights = jnp.where(masked, weights / jnp.where(masked, masking.rate, 1), 0)
-    return Example(
+    example = Example(
         clean=tokens,
-        noisy=tokens if halves == "clean" else mask_tokens(tokens, masking, config.mask_token_id),
+        noisy=tokens,
         hidden=masking.masked,
-        masked=masked,
+        rate=masking.rate,
+        masked=masking.masked,
         eligible=eligible,
-        weights=weights,
+        writable=eligible | tail,
+        unmasked=masking.masked,
+        weights=masking.rate,
         segment_ids=segment_ids,
         real=real,
         positions=jnp.arange(tokens.shape[1])[None] - layout.document_start,
         layout=layout,
         keys=keys,
     )
+    if halves != "clean":
+        example = _noised(example, config, objective)
+    return weighted(example, objective)
+
+
+def _noised(example: Example, config: ModelConfig, objective: Objective) -> Example:
+    """The example with x_t; with the inverse masks behind it if the objective is complementary."""
+    if objective.complementary:
+        inverse = complement(Masking(example.hidden, example.rate), example.writable)
+        inverse = example.replace(hidden=inverse.masked, rate=inverse.rate)
+        example = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), example, inverse)
+    tokens, editing = example.clean, objective.editing
+    if editing.replaces:
+        if editing.vocab_size is None:
+            editing = dataclasses.replace(editing, vocab_size=config.vocab_size)
+        unmasked = example.writable & ~example.hidden
+        barred = (config.mask_token_id, *config.eos_token_ids)
+        tokens = replace_tokens(example.keys, tokens, unmasked, example.layout, editing, barred)
+    return example.replace(noisy=mask_tokens(tokens, Masking(example.hidden, example.rate), config.mask_token_id))
+
+
+def weighted(example: Example, objective: Objective) -> Example:
+    """The example with what follows from its x_t: which tokens are scored, and with what weights."""
+    masked = example.hidden & example.eligible
+    weights = masked.astype(jnp.float32)
+    if objective.time_weight == "elbo":
+        weights = jnp.where(masked, weights / jnp.where(masked, example.rate, 1), 0)
+    unmasked, weight = jnp.zeros_like(masked), objective.editing.weight
+    if weight:
+        unmasked = example.eligible & ~example.hidden
+        if objective.normalizer == "masked":  # each term is a mean of its own
+            weight *= _count(masked) / _count(unmasked)
+        weights = jnp.where(unmasked, weight, weights)
+    return example.replace(masked=masked, unmasked=unmasked, weights=weights)
+
+
+def _count(tokens: jax.Array) -> jax.Array:
+    """How many, float32, at least 1."""
+    return jnp.maximum(tokens.sum().astype(jnp.float32), 1.0)
 
 
 def tails(segment_ids: jax.Array, supervised: jax.Array) -> jax.Array:
@@ -190,8 +253,7 @@ def one_document(segment_ids: jax.Array) -> jax.Array:
 
 def normalizer(example: Example, objective: Objective) -> jax.Array:
     """Returns the divisor of the summed loss, float32: at least 1, so that a step without masked tokens has loss 0."""
-    counted = example.eligible if objective.normalizer == "tokens" else example.masked
-    return jnp.maximum(counted.sum().astype(jnp.float32), 1.0)
+    return _count(example.eligible if objective.normalizer == "tokens" else example.masked)
 
 
 def loss(sums: Sums, total: jax.Array, objective: Objective) -> jax.Array:
@@ -231,15 +293,22 @@ def score(
     )
     matrix = head.head_matrix(params, config)
     scores = head.token_scores(
-        hidden, example.clean, example.masked, matrix, entropy_temperature, execution.reduce_dtype
+        hidden, example.clean, example.masked | example.unmasked, matrix, entropy_temperature, execution.reduce_dtype
     )
+    differs = example.noisy != example.clean
+    wrong, right = example.unmasked & differs, example.unmasked & ~differs
     return Sums(
         weighted=(scores.nll * example.weights).sum(),
-        nll=scores.nll.sum(),
-        correct=scores.correct.sum(),
-        correct_entropy=(scores.correct * scores.entropy).sum(),
+        nll=(scores.nll * example.masked).sum(),
+        correct=(scores.correct * example.masked).sum(),
+        correct_entropy=(scores.correct * scores.entropy * example.masked).sum(),
         masked=example.masked.sum().astype(jnp.float32),
         eligible=example.eligible.sum().astype(jnp.float32),
+        unmasked_nll=(scores.nll * example.unmasked).sum(),
+        wrong=wrong.sum().astype(jnp.float32),
+        wrong_correct=(scores.correct * wrong).sum(),
+        right=right.sum().astype(jnp.float32),
+        right_correct=(scores.correct * right).sum(),
         expert_load=load,
     ), scores
 

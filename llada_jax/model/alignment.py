@@ -1,8 +1,9 @@
 """Which hidden state predicts token i: its own ("same") or its predecessor's ("shifted").
 
 LLaDA2 predicts token i at position i. A converted AR model predicts it at position i - 1, as it was trained to; in the
-two-stream pass that predecessor is read in the noisy half when it lies in token i's own block (and document), else in
-the clean half, which can see the true token i - 1 and all before it. At block size 1 this is the AR model exactly.
+two-stream pass that predecessor is read in the noisy half when it lies in token i's own group of blocks, which is its
+own block where blocks are denoised one by one, else in the clean half, which can see the true token i - 1 and all
+before it. At block size 1 this is the AR model exactly.
 """
 
 import jax
@@ -19,13 +20,13 @@ def align(noisy: jax.Array | None, clean: jax.Array | None, layout: Layout, alig
     """
     if alignment == "same":
         return clean if noisy is None else noisy
-    index = jnp.arange(layout.block_start.shape[1])[None, :, None]
+    index = jnp.arange(layout.group_start.shape[1])[None, :, None]
     previous_noisy = None if noisy is None else jnp.roll(noisy, 1, axis=1)
     previous_clean = None if clean is None else jnp.roll(clean, 1, axis=1)
     if noisy is None or clean is None:
         previous = previous_clean if noisy is None else previous_noisy
     else:
-        previous = jnp.where(layout.block_start[..., None] < index, previous_noisy, previous_clean)
+        previous = jnp.where(layout.group_start[..., None] < index, previous_noisy, previous_clean)
     return jnp.where(layout.document_start[..., None] < index, previous, 0)
 
 

@@ -86,24 +86,84 @@ def token_scores(
 def _local_scores(inputs, weights, shards, temperature, vocab):
     """Returns (nll, correct, entropy) of a shard's rows, each float32 [batch, length]."""
     hidden, targets, masked = inputs
+    head, axis = _head_of_shard(weights, shards, hidden.dtype, vocab)
+
+    def score(chunks, used, ordered):
+        scores = _score_chunks(chunks, head, ordered(targets).reshape(-1, chunks.shape[1]), used, temperature, axis)
+        return jnp.moveaxis(scores, 1, 0).reshape(3, -1)
+
+    return _of_needed(score, hidden, masked)
+
+
+def _head_of_shard(weights, shards, dtype, vocab):
+    """(the head, or the part of its vocabulary that this rank of the tensor axis has; that axis, or None)"""
+    head = shards.gather(weights["head"].astype(dtype), "head", keep=("tensor",))
+    return head, None if head.shape[1] == vocab else "tensor"
+
+
+def _of_needed(function, hidden, needed):
+    """`function` at the needed positions of a shard's rows: a tuple of [batch, length], zero elsewhere.
+
+    function(chunks [chunks, chunk, embed], used, ordered) -> [results, chunks * chunk]: needed positions lie in the
+    first `used` chunks. ordered(x [batch, length]) is x in the order of the chunks. hidden [batch, length, embed];
+    needed [batch, length] bool.
+    """
     batch, length, width = hidden.shape
-    head = shards.gather(weights["head"].astype(hidden.dtype), "head", keep=("tensor",))
-    axis = None if head.shape[1] == vocab else "tensor"
     chunk = min(CHUNK, batch * length)
     padding = -batch * length % chunk
 
     def flat(x):
         return jnp.pad(x.reshape(batch * length, *x.shape[2:]), ((0, padding),) + ((0, 0),) * (x.ndim - 2))
 
-    targets, masked = flat(targets), flat(masked)
-    order = jnp.argsort(~masked, stable=True)  # masked positions first
+    needed = flat(needed)
+    order = jnp.argsort(~needed, stable=True)  # needed positions first
     back = jnp.argsort(order)
     chunks = permute(flat(hidden), order, back).reshape(-1, chunk, width)
-    used = (masked.sum(dtype=jnp.int32) + chunk - 1) // chunk
-    scores = _score_chunks(chunks, head, targets[order].reshape(-1, chunk), used, temperature, axis)
-    scores = jnp.moveaxis(scores, 1, 0).reshape(3, -1)
-    scores = permute(scores.T, back, order).T * masked[None]
-    return tuple(scores[:, : batch * length].reshape(3, batch, length))
+    used = (needed.sum(dtype=jnp.int32) + chunk - 1) // chunk
+    results = function(chunks, used, lambda x: flat(x)[order])
+    results = permute(results.T, back, order).T * needed[None]
+    return tuple(results[:, : batch * length].reshape(-1, batch, length))
+
+
+def best_tokens(hidden: jax.Array, needed: jax.Array, head: jax.Array, mask_id: int) -> tuple[jax.Array, jax.Array]:
+    """The most probable token that is not the mask, and its probability in the softmax over all logits.
+
+    hidden [batch, length, embed], aligned with what it predicts; needed [batch, length] bool. head [embed, vocab].
+    Returns int32 and float32 [batch, length], zero elsewhere; ties go to the lowest id. Not differentiable. Over a mesh
+    as `token_scores`; sampling/predict.py is made for the few positions of decoding.
+    """
+    local = jax.named_scope("head")(functools.partial(_local_best, vocab=head.shape[1], mask_id=mask_id))
+    token, confidence = sharding.over_batch(local, {"head": ("embed", "vocab")})((hidden, needed), {"head": head})
+    return token.astype(jnp.int32), confidence
+
+
+def _local_best(inputs, weights, shards, vocab, mask_id):
+    hidden, needed = inputs
+    head, axis = _head_of_shard(weights, shards, hidden.dtype, vocab)
+
+    def best(chunks, used, ordered):
+        def one(i, results):
+            return results.at[i].set(_best(_logits(chunks[i], head), mask_id, axis))
+
+        results = jax.lax.fori_loop(0, used, one, jnp.zeros((len(chunks), 2, chunks.shape[1])))
+        return jnp.moveaxis(results, 1, 0).reshape(2, -1)
+
+    return _of_needed(best, hidden, needed)
+
+
+def _best(z, mask_id, axis) -> jax.Array:
+    """[2, chunk] float32: the best token's id (exact below 2^24) and probability. z: as in _score."""
+
+    def over_ranks(reduce, x):
+        return x if axis is None else reduce(x, axis)
+
+    index = _indices(z, axis)
+    allowed = jnp.where(index == mask_id, -jnp.inf, z)
+    peak, best = (over_ranks(jax.lax.pmax, x.max(axis=1)) for x in (z, allowed))
+    token = jnp.where(allowed == best[:, None], index, jnp.iinfo(jnp.int32).max).min(axis=1)
+    token = over_ranks(jax.lax.pmin, token)
+    total = over_ranks(jax.lax.psum, jnp.exp(z - peak[:, None]).sum(axis=1))
+    return jnp.stack([token.astype(jnp.float32), jnp.exp(best - peak) / total])
 
 
 @jax.custom_vjp

@@ -183,7 +183,7 @@ def rehearse(
 
 def _blocks_lie_in_stripes(config: ConfigDict, mesh, packing: Packing) -> bool:
     ranks = mesh.shape["context"]
-    if ranks == 1 or config.objective.block_origin != "global":
+    if ranks == 1 or config.objective.block_origin != "global" or config.objective.group_blocks > 1:
         return False
     return context.stripe_size(config.data.length, ranks) % packing.block_size == 0
 

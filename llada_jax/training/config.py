@@ -8,6 +8,7 @@ A stage (training/stages.py) starts from `default_config` and changes fields; fl
 writes their table.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from ml_collections import ConfigDict
 from llada_jax import config_fields, config_renames
 from llada_jax.attention.context import stripe_size
 from llada_jax.diffusion import schedule
+from llada_jax.diffusion.editing import Editing
 from llada_jax.diffusion.noise import NoiseSpec
 from llada_jax.diffusion.objectives import Objective
 from llada_jax.diffusion.preference import Preference
@@ -24,7 +26,8 @@ from llada_jax.errors import InputError
 from llada_jax.model.config import PRESETS, ModelConfig
 from llada_jax.model.forward import Execution
 from llada_jax.monitoring.profiling import parse_steps
-from llada_jax.training.sections import TrainConfig, default_config
+from llada_jax.tokenizer import Tokenizer
+from llada_jax.training.sections import EditingConfig, TrainConfig, default_config
 
 _FIELDS = {each.name: each for each in config_fields.fields_of(TrainConfig)}
 
@@ -63,8 +66,14 @@ def _pairs(phase: str, blocks: tuple[int, ...], steps: tuple[int, ...]) -> list[
     return list(zip(blocks, steps, strict=True))
 
 
-def objective(config: ConfigDict) -> Objective:
+def objective(config: ConfigDict, tokenizer: Tokenizer | None = None) -> Objective:
+    """tokenizer: of the model; ids that are none of its texts' are never written as wrong tokens."""
     c = config.objective
+    ids = {}
+    if tokenizer is not None and config.editing.replace_high:
+        ids["vocab_size"] = max(tokenizer.text_ids, default=0) + 1
+        ids["special_ids"] = tuple(sorted(set(range(ids["vocab_size"])) - tokenizer.text_ids))
+    edits = {each.name: getattr(config.editing, each.name) for each in dataclasses.fields(EditingConfig)}
     noise = NoiseSpec(times=c.times, rate_low=c.rate_low, rate_high=c.rate_high, masking=c.masking, spread=c.spread)
     return Objective(
         noise=noise,
@@ -75,7 +84,24 @@ def objective(config: ConfigDict) -> Objective:
         confidence_weight=c.confidence_weight,
         confidence_temperature=c.confidence_temperature,
         document_mask=c.document_mask,
+        group_blocks=c.group_blocks,
+        editing=Editing(**edits, **ids),
     )
+
+
+def check_editing(config: ConfigDict, editing: Editing) -> None:
+    """Raises InputError where a run does nothing with what its config says of editing."""
+    asked = editing.weight or editing.replaces or editing.turns > 1
+    if asked and (config.preference.enabled or config.schedule.kind == "ar"):
+        other = "preference.enabled" if config.preference.enabled else "schedule.kind"
+        raise InputError(f"config.editing: not with config.{other}={config.preference.enabled or 'ar'}")
+    if (blocks := config.objective.group_blocks) > 1 and (config.preference.enabled or config.schedule.kind == "ar"):
+        raise InputError(f"config.objective.group_blocks={blocks}, expected 1 in a run of DPO or of an AR model")
+    if editing.replaces and config.compiled_step:
+        raise InputError(
+            f"config.compiled_step={config.compiled_step}: it knows no tokenizer, so that config.editing.replace_high="
+            f"{editing.replace_high} would write special tokens; expected 0 or no compiled step"
+        )
 
 
 def preference(config: ConfigDict) -> Preference | None:
@@ -133,7 +159,8 @@ def check(config: ConfigDict) -> None:
     config_fields.check(config, TrainConfig)
     if config.lora.rank and not config.init_from:
         raise InputError(f'config.init_from="": config.lora.rank={config.lora.rank} adapts the model of a checkpoint')
-    phases(config), objective(config), preference(config), execution(config), parse_steps(config.profile.steps)
+    phases(config), preference(config), execution(config), parse_steps(config.profile.steps)
+    check_editing(config, objective(config).editing)
     if config.model in PRESETS:
         check_expert_bias(config, PRESETS[config.model])
     elif not config.init_from:
@@ -216,8 +243,8 @@ def readme() -> str:
 
 _README = """# Configs
 
-Each file here is the command line of a stage of `llada_jax.training.stages`: `ar`, `wsd`, `sft`, `cap`, `dpo`. Its
-docstring holds the command.
+Each file here is the command line of a stage of `llada_jax.training.stages`: `ar`, `wsd`, `sft`, `cap`, `edit`, `dpo`.
+Its docstring holds the command.
 
     python -m llada_jax.train --config=configs/sft.py:MODEL,length=2048 --workdir=DIR --config.batch.rows=32
 

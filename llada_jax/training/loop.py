@@ -38,6 +38,7 @@ from llada_jax.runtime.retry import Retry
 from llada_jax.runtime.watchdog import watched
 from llada_jax.runtime.workdir_lock import claimed
 from llada_jax.runtime.xla_options import xla_options
+from llada_jax.tokenizer import Tokenizer
 from llada_jax.training import compiled_step, held_out, train_state
 from llada_jax.training.config import (
     check,
@@ -280,7 +281,7 @@ def _due(config: ConfigDict, done: int, last_step: int) -> Due:
 
 def _train_step(config, inputs: Inputs, optimizer, mesh):
     """make_train_step's function; where config.compiled_step has its program, that."""
-    loss = train_loss(config, inputs.model, execution(config))
+    loss = train_loss(config, inputs.model, execution(config), inputs.tokenizer)
     options = xla_options(jax.default_backend())
     rate = config.optimizer.expert_bias_rate
     guard = skips_steps(config)
@@ -294,9 +295,11 @@ def _train_step(config, inputs: Inputs, optimizer, mesh):
     )
 
 
-def train_loss(config: ConfigDict, model: ModelConfig, execution: Execution) -> Loss:
-    """What the stage of the config optimises."""
-    common = model, objective(config), execution, config.seed
+def train_loss(
+    config: ConfigDict, model: ModelConfig, execution: Execution, tokenizer: Tokenizer | None = None
+) -> Loss:
+    """What the stage of the config optimises. tokenizer: as in config.objective."""
+    common = model, objective(config, tokenizer), execution, config.seed
     if (dpo := preference(config)) is None:
         return denoising_loss(*common, config.batch.micro_batches)
     return preference_loss(*common, dpo, config.preference.reference == "precomputed")

@@ -67,18 +67,46 @@ class ObjectiveConfig:
 
     time_weight: str = field("elbo", '"elbo" is -alpha\'_t / (1 - alpha_t) = 1 / t; "uniform" is 1.')
     normalizer: str = field("tokens", 'The loss is divided by the "tokens" that could be masked, or by those "masked".')
-    times: str = field("block", 'One t per "block", or per "sequence".')
+    times: str = field(
+        "block", 'One t per "block", or per "sequence"; "chain": per block, rising along a group (group_blocks).'
+    )
     rate_low: float = field(1e-3, "t is uniform in [rate_low, rate_high].")
     rate_high: float = field(1.0, "See rate_low.")
-    masking: str = field("bernoulli", '"bernoulli": each token by itself; "fixed_count": ceil(t n) of n tokens.')
+    masking: str = field(
+        "bernoulli",
+        '"bernoulli": each token by itself; "fixed_count", "floor_count": ceil(t n), floor(t n) of n.',
+    )
     spread: bool = field(False, "The times of a row's blocks are a low-discrepancy sequence, not independent.")
     complementary: bool = field(False, "Each row is trained under its mask and under the inverse mask.")
     block_origin: str = field("global", 'Blocks begin with the row ("global", Eq. 3) or with each "document".')
     document_mask: bool = field(True, "Attention ends where a document does (Eq. 3, 4); else a row is one document.")
+    group_blocks: int = field(
+        1, "Most blocks of an answer that are denoised together, for decoders of several blocks (arXiv 2606.29215).",
+        above=0,
+    )  # fmt: skip
     confidence_weight: float = field(0.0, "lambda of CAP (Eq. 6).")
     confidence_temperature: float = field(1.0, "The temperature of the entropy of CAP.")
     embedding_noise_std: float = field(0.0, "Gaussian noise on masked embeddings (Section 7.1).", at_least=0)
     embedding_noise_steps: int = field(0, "The first steps, which have that noise.", at_least=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class EditingConfig:
+    """Wrong tokens in x_t, which the model learns to correct (diffusion/editing.py, diffusion/drafts.py)."""
+
+    weight: float = field(0.0, "w: of the loss of all unmasked answer tokens, beside that of the masked ones.")
+    replace_low: float = field(
+        0.0, "Per block, a share in [replace_low, replace_high] of the unmasked answer tokens becomes random ones."
+    )
+    replace_high: float = field(0.0, "See replace_low.")
+    turns: int = field(1, "K: passes per step. All but the last write as the decoder does, without a gradient.")
+    draft_share: float = field(1.0, "q: share of the rows that are so drafted.")
+    threshold_low: float = field(0.5, "Each row's threshold of drafting is uniform in [threshold_low, threshold_high].")
+    threshold_high: float = field(0.95, "See threshold_low.")
+    editing_low: float = field(
+        0.0, "Each row's editing threshold of drafting is uniform in [editing_low, editing_high]; 1 edits nothing."
+    )
+    editing_high: float = field(0.9, "See editing_low.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,6 +253,7 @@ class TrainConfig:
     batch: BatchConfig = section(BatchConfig)
     schedule: ScheduleConfig = section(ScheduleConfig)
     objective: ObjectiveConfig = section(ObjectiveConfig)
+    editing: EditingConfig = section(EditingConfig)
     preference: PreferenceConfig = section(PreferenceConfig)
     lora: LoraConfig = section(LoraConfig)
     optimizer: OptimizerConfig = section(OptimizerConfig)

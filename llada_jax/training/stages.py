@@ -93,6 +93,18 @@ def cap(model: str = "init_from", length: int | None = None, steps: int = 1000) 
     return config
 
 
+def edit(model: str = "init_from", length: int | None = None, steps: int = 1000) -> ConfigDict:
+    """`sft` that also trains token editing (LLaDA2.1): wrong tokens, half of the rows drafted by the model itself."""
+    config = sft(model, length, steps)
+    config.stage = "edit"
+    config.editing.weight = 1.0
+    config.editing.replace_high = 0.3
+    config.editing.turns = 2
+    config.editing.draft_share = 0.5
+    config.editing.threshold_low = 0.3
+    return config
+
+
 def dpo(model: str = "init_from", length: int | None = None, steps: int = 1000) -> ConfigDict:
     """Direct preference optimisation on the diffusion ELBO (Eq. 7, 8), at the rate at which the stage before ended."""
     config = sft(model, length, steps)
@@ -107,7 +119,7 @@ def dpo(model: str = "init_from", length: int | None = None, steps: int = 1000) 
     return config
 
 
-STAGES: dict[str, Callable[..., ConfigDict]] = {"ar": ar, "wsd": wsd, "sft": sft, "cap": cap, "dpo": dpo}
+STAGES: dict[str, Callable[..., ConfigDict]] = {"ar": ar, "wsd": wsd, "sft": sft, "cap": cap, "edit": edit, "dpo": dpo}
 
 
 def parse(stage: str, argument: str | None = None) -> ConfigDict:

@@ -14,6 +14,7 @@ import optax
 
 from llada_jax import sharding
 from llada_jax.diffusion import noise, objectives, preference
+from llada_jax.diffusion.drafts import draft
 from llada_jax.diffusion.objectives import Objective
 from llada_jax.diffusion.preference import Preference
 from llada_jax.model import parameters
@@ -29,13 +30,15 @@ _RECENT = 16  # losses, optimizers and steps that a process keeps: equal setting
 class Loss(NamedTuple):
     """prepare(batch, block_size, halves) -> example, rows leading. total(example): what sums are divided by.
     value(params, reference, example, total, noise_std, halves) -> (loss, sums): of a micro-batch; the losses and the
-    sums of micro-batches add up. metrics(sums, total) -> {name: scalar}.
+    sums of micro-batches add up. metrics(sums, total) -> {name: scalar}. draft(params, example, halves) -> example:
+    passes without gradient before all that; None: there are none.
     """
 
     prepare: Callable
     total: Callable
     value: Callable
     metrics: Callable
+    draft: Callable | None = None
 
 
 def make_train_step(
@@ -67,6 +70,8 @@ def _make_train_step(model, loss, optimizer, micro_batches, expert_bias_rate, co
 
     def train_step(state: TrainState, frozen, batch, block_size, embedding_noise_std, halves):
         example = loss.prepare(batch, block_size, halves)
+        if loss.draft is not None:
+            example = loss.draft(whole(state.params, frozen, model), example, halves)
         total = loss.total(example)
 
         def gradient(params, example):
@@ -127,7 +132,7 @@ def _rows_without_document(batch) -> jax.Array:
 def denoising_loss(
     model: ModelConfig, objective: Objective, execution: Execution, seed: int, micro_batches: int = 1
 ) -> Loss:
-    """BDLM, MDLM, AR, SFT and CAP (diffusion/objectives.py).
+    """BDLM, MDLM, AR, SFT, CAP (diffusion/objectives.py) and editing (diffusion/editing.py).
 
     With micro-batches, the confidence term that is optimised is the mean of their means, not the mean over the batch:
     the number of correct tokens of the batch is known only after the forward passes of all of them, and dividing
@@ -139,9 +144,14 @@ def denoising_loss(
 
     def prepare(batch, block_size, halves):
         keys = noise.example_keys(seed, batch.row_ids, batch.epochs)
-        return objectives.prepare(
-            batch.ids, batch.segment_ids, batch.supervised, keys, block_size, model, objective, halves
-        )
+        return objectives.prepare_batch(batch, keys, block_size, model, objective, halves)
+
+    def draft_all(params, example, halves):
+        if halves == "clean":
+            return example
+        of_rows = functools.partial(draft, params, model, objective=objective, halves=halves, execution=execution)
+        drafted = _map_rows(of_rows, example, micro_batches)
+        return objectives.weighted(drafted, objective)
 
     def value(params, reference, example, total, noise_std, halves):
         sums, _ = objectives.score(params, model, example, halves, execution, noise_std, temperature)
@@ -157,12 +167,20 @@ def denoising_loss(
         }
         if temperature is not None:
             named["correct_entropy"] = sums.correct_entropy / jnp.maximum(sums.correct, 1)
+        if objective.editing.weight:
+            named |= {
+                "unmasked_nll": sums.unmasked_nll / jnp.maximum(sums.wrong + sums.right, 1),
+                "wrong_share": sums.wrong / jnp.maximum(sums.eligible, 1),
+                "wrong_accuracy": sums.wrong_correct / jnp.maximum(sums.wrong, 1),
+                "right_accuracy": sums.right_correct / jnp.maximum(sums.right, 1),
+            }
         if sums.expert_load is not None:  # 1 is balanced: of each layer, the busiest expert's tokens over the mean
             busiest = sums.expert_load.max(axis=1) / jnp.maximum(sums.expert_load.mean(axis=1), 1e-6)  # no token: 0
             named |= {"expert_load_mean": busiest.mean(), "expert_load_max": busiest.max()}
         return named
 
-    return Loss(prepare, lambda example: objectives.normalizer(example, objective), value, metrics)
+    total = functools.partial(objectives.normalizer, objective=objective)
+    return Loss(prepare, total, value, metrics, draft_all if objective.editing.drafts else None)
 
 
 class PreferenceExample(NamedTuple):
@@ -217,6 +235,13 @@ def split_rows(tree, micro_batches: int):
 def join_rows(tree):
     """Inverse of split_rows."""
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), tree)
+
+
+def _map_rows(function, example, micro_batches: int):
+    """`function` of each micro-batch, one after the other; the results joined."""
+    if micro_batches == 1:
+        return function(example)
+    return join_rows(jax.lax.map(function, split_rows(example, micro_batches)))
 
 
 def _accumulate(gradient, params, example, micro_batches: int):

@@ -19,6 +19,7 @@ from llada_jax.attention.visibility import (
     dense_mask,
     make_layout,
 )
+from tests.attention.test_kernel import in_groups
 from tests.helpers.environment import examples
 
 
@@ -109,13 +110,13 @@ def test_bad_masks_are_refused(arguments, message):
 @settings(max_examples=examples(5, 50), deadline=None)
 @given(
     st.sampled_from([(1, 20), (3, 130), (2, 256)]), st.sampled_from([(4, 4), (4, 2), (6, 1)]), st.integers(1, 40),
-    st.booleans(), st.integers(0, 100),
+    st.booleans(), st.integers(1, 4), st.integers(0, 100),
 )  # fmt: skip
-def test_blockwise_equals_dense(shape, heads, block_size, two_streams, seed):
+def test_blockwise_equals_dense(shape, heads, block_size, two_streams, group, seed):
     (batch, length), (heads, kv_heads) = shape, heads
     rng = np.random.default_rng(seed)
     segments = np.sort(rng.integers(1, 4, (batch, length)), axis=1)
-    layout = make_layout(jnp.asarray(segments), block_size)
+    layout = in_groups(make_layout(jnp.asarray(segments), block_size), group)
     visibility = block_diffusion(layout) if two_streams else block_causal(layout)
     keys = (1 + two_streams) * length
 

@@ -13,6 +13,7 @@ from llada_jax.attention.kernel import kernel_attention, kernel_plan
 from llada_jax.attention.visibility import block_causal, block_diffusion, make_layout
 from llada_jax.chips import parse_topology
 from llada_jax.data.order import Batch
+from llada_jax.diffusion.groups import Groups, grouped
 from llada_jax.diffusion.objectives import Objective
 from llada_jax.errors import InputError
 from llada_jax.model import forward, parameters
@@ -83,6 +84,7 @@ PACKED = segments_of(LENGTH, 25, 2, 30)
 MASKS = {
     "global": block_diffusion(make_layout(PACKED, 4)),
     "document": block_diffusion(make_layout(PACKED, 4, "document")),
+    "groups": block_diffusion(grouped(make_layout(PACKED, 4), Groups(jnp.int32([4]), jnp.int32([1])), PACKED > 0)),
     "large blocks": block_diffusion(make_layout(PACKED, 32)),
     "one half": block_causal(make_layout(PACKED, LENGTH)),
 }
@@ -91,7 +93,7 @@ MASKS = {
 @pytest.mark.parametrize(
     "kind,name,sizes",
     [("blockwise", name, dict(context=4, tensor=2)) for name in MASKS]
-    + [("kernel", name, dict(context=2)) for name in ("global", "one half")],
+    + [("kernel", name, dict(context=2)) for name in ("global", "groups", "one half")],
 )
 def test_attention_of_the_ranks_is_that_of_the_row(kind, name, sizes):
     visibility = MASKS[name]
@@ -118,7 +120,7 @@ def test_attention_of_the_ranks_is_that_of_the_row(kind, name, sizes):
     with jax.set_mesh(mesh_of(**sizes)):
         out, backward, crosses = jax.jit(lambda *x: jax.vjp(attend, *x, has_aux=True))(query, key, value)
         gradients = jax.jit(lambda f, x: f(x))(backward, cotangent)
-    assert crosses == (name in ("document", "large blocks"))
+    assert crosses == (name in ("document", "groups", "large blocks"))
     expected, of_dense = jax.jit(lambda *x: jax.vjp(of_row, *x))(query, key, value)
     np.testing.assert_allclose(out, expected, atol=1e-5)
     expected = jax.jit(lambda f, x: f(x))(of_dense, cotangent)

@@ -26,6 +26,7 @@ from llada_jax.attention.visibility import (
     block_window,
     make_layout,
 )
+from llada_jax.diffusion.groups import Groups, grouped
 from llada_jax.errors import InputError
 from llada_jax.model import parameters
 from llada_jax.model.config import preset
@@ -70,16 +71,24 @@ def check_against_dense(visibility, tiles, query, key, value, cotangent, parts=1
             assert jnp.linalg.norm(a - b) <= 3e-3 * jnp.linalg.norm(b)
 
 
+def in_groups(layout, size):
+    """The layout with all blocks denoised together in groups of `size`; the first one of each document is alone."""
+    rows = len(layout.block_start)
+    groups = Groups(jnp.full(rows, size, jnp.int32), jnp.full(rows, min(1, size - 1), jnp.int32))
+    return grouped(layout, groups, jnp.ones(layout.block_start.shape, bool))
+
+
 @settings(max_examples=examples(4, 40), deadline=None)
 @given(
     st.sampled_from([3, 17]), st.integers(1, 30), st.sampled_from(BLOCK_ORIGINS), st.booleans(),
-    st.sampled_from([(4, 2), (3, 1), (2, 2)]), st.sampled_from([jnp.float32, jnp.bfloat16]), st.integers(0, 999),
+    st.sampled_from([(4, 2), (3, 1), (2, 2)]), st.sampled_from([jnp.float32, jnp.bfloat16]), st.integers(1, 4),
+    st.integers(0, 999),
 )  # fmt: skip
-def test_kernel_equals_dense(length, block_size, origin, two_streams, heads, dtype, seed):
+def test_kernel_equals_dense(length, block_size, origin, two_streams, heads, dtype, group, seed):
     rng = np.random.default_rng(seed)
     segments = np.sort(rng.integers(1, 4, (2, length)), axis=1)
     segments[:, length - rng.integers(0, 3) :] = 0
-    layout = make_layout(jnp.asarray(segments), block_size, origin)
+    layout = in_groups(make_layout(jnp.asarray(segments), block_size, origin), group)
     visibility = block_diffusion(layout) if two_streams else block_causal(layout)
     size = length * (1 + two_streams)
     check_against_dense(visibility, TILES, *operands(rng, 2, size, size, *heads, head_dim=64, dtype=dtype))

@@ -20,10 +20,11 @@ from llada_jax.attention.plan import (
 )
 from llada_jax.attention.tiles import Tiles
 from llada_jax.attention.visibility import block_causal, block_diffusion, block_window, dense_mask, make_layout
+from llada_jax.diffusion.groups import Groups, grouped
 
 # Row length and tile sizes: few, because each is a compilation.
 SIZES = [(24, Tiles(8, 2, 3, chunk=8)), (37, Tiles(4, 1, 2, chunk=8)), (37, Tiles(16, 3, 4, chunk=4))]
-KINDS = ["two streams", "document origin", "one stream", "window"]
+KINDS = ["two streams", "document origin", "groups", "one stream", "window"]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -36,7 +37,10 @@ def planned(kind, tiles, segments, block_size):
         visibility, num_keys = block_causal(make_layout(segments, block_size)), length
     else:
         origin = "document" if kind == "document origin" else "global"
-        visibility, num_keys = block_diffusion(make_layout(segments, block_size, origin)), 2 * length
+        layout = make_layout(segments, block_size, origin)
+        if kind == "groups":
+            layout = grouped(layout, Groups(jnp.int32([3, 2]), jnp.int32([2, 0])), segments % 3 > 0)
+        visibility, num_keys = block_diffusion(layout), 2 * length
     plan = make_plan(visibility, num_keys, tiles)
     return visibility, plan, *(step_classes(plan, chunks) for chunks in (tiles.forward, tiles.backward))
 

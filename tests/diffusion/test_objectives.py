@@ -142,6 +142,21 @@ def test_shifted_reads_the_noisy_half_inside_a_block_only():
         np.testing.assert_allclose(aligned[0, i], expected, atol=2e-5)
 
 
+def test_shifted_reads_the_noisy_half_inside_a_group_of_blocks():
+    params, ids = params_of(SHIFTED), random_ids(1, 12)
+    objective = Objective(group_blocks=2)
+    b = batch_of(ids)
+    example = objectives.prepare_batch(b, keys_of(1), 3, SHIFTED, objective, "both")  # row 0, epoch 0: size 2, shift 0
+    hidden = {
+        alignment: denoised_hidden(params, SHIFTED.replace(alignment=alignment), example.noisy, example.clean,
+                                   example.layout, example.positions)
+        for alignment in ("shifted", "same")
+    }  # fmt: skip
+    for i in range(1, 12):
+        inside = np.array_equal(hidden["shifted"][0, i], hidden["same"][0, i - 1])
+        assert inside == (i % 6 > 0)
+
+
 # --- E: leaks -------------------------------------------------------------------------------------------------------
 
 

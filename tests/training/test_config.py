@@ -7,6 +7,8 @@ import jax
 import pytest
 
 from llada_jax.config_fields import flat
+from llada_jax.data.byte_tokenizer import byte_tokenizer
+from llada_jax.diffusion.editing import Editing
 from llada_jax.diffusion.noise import NoiseSpec
 from llada_jax.diffusion.objectives import Objective
 from llada_jax.diffusion.preference import Preference
@@ -73,14 +75,41 @@ def test_fields_reach_the_objects_by_name():
     config.objective.update(
         time_weight="uniform", normalizer="masked", times="sequence", rate_low=0.1, rate_high=0.9, spread=True,
         masking="fixed_count", complementary=True, block_origin="document", confidence_weight=2.0,
-        confidence_temperature=0.5, document_mask=False,
+        confidence_temperature=0.5, document_mask=False, group_blocks=3,
     )  # fmt: skip
+    edits = dict(
+        weight=0.5, replace_low=0.1, replace_high=0.2, turns=3, draft_share=0.25, threshold_low=0.3, threshold_high=0.4,
+        editing_low=0.5, editing_high=0.6,
+    )  # fmt: skip
+    config.editing.update(edits)
     noise = NoiseSpec(times="sequence", rate_low=0.1, rate_high=0.9, masking="fixed_count", spread=True)
     expected = Objective(
         noise=noise, time_weight="uniform", normalizer="masked", complementary=True, block_origin="document",
-        confidence_weight=2.0, confidence_temperature=0.5, document_mask=False,
+        confidence_weight=2.0, confidence_temperature=0.5, document_mask=False, group_blocks=3,
+        editing=Editing(**edits),
     )  # fmt: skip
     assert objective(config) == objective(TrainConfig.from_config_dict(config)) == expected
+    editing = objective(config, byte_tokenizer(508, 511)).editing
+    assert editing == Editing(**edits, vocab_size=256)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"editing.weight": -1.0}, "editing.weight=-1.0"),
+        ({"editing.turns": 2, "schedule.kind": "ar"}, "config.editing: not with config.schedule.kind=ar"),
+        ({"editing.weight": 1.0, "preference.enabled": True}, "config.editing: not with config.preference.enabled"),
+        ({"objective.group_blocks": 2, "schedule.kind": "ar"}, "config.objective.group_blocks=2, expected 1"),
+        ({"editing.replace_high": 0.5, "compiled_step": "x"}, "config.compiled_step=x: it knows no tokenizer"),
+    ],
+)
+def test_editing_is_refused_where_it_would_do_nothing(changes, message):
+    config = default_config("tiny")
+    config.init_from = "/some/run"
+    for field, value in changes.items():
+        config.update_from_flattened_dict({field: value})
+    with pytest.raises(InputError, match=message):
+        check(config)
 
 
 def test_a_frozen_config_has_the_values_of_its_dict():

@@ -224,10 +224,16 @@ def test_config_json_is_of_what_has_trained(text, tmp_path, capsys):
     assert "config.schedule.steps was 2, is now 3" in capsys.readouterr().out
 
 
-def test_gradient_accumulation_is_exact(text, tmp_path):
+EDITS = dict(weight=0.5, replace_high=0.3, turns=2, draft_share=0.5, threshold_low=0.0, threshold_high=0.05)
+
+
+@pytest.mark.parametrize("edits", [{}, EDITS])
+def test_gradient_accumulation_is_exact(text, tmp_path, edits):
     runs = {}
     for micro_batches in (1, 4):
         config = config_of(text, objective__complementary=True, batch__micro_batches=micro_batches)
+        config.editing.update(edits)
+        config.objective.normalizer = "masked" if edits else "tokens"
         config.schedule.update(kind="constant", block_size=8, steps=4)
         runs[micro_batches] = [
             row.get("loss", row.get("nelbo")) for row in train(config, tmp_path / str(micro_batches))

@@ -135,9 +135,10 @@ def test_adapters_are_the_merged_model(targets):
     assert np.abs(expected - forward(params, SMALL, TOKENS)).max() > 1e-2
 
 
-def train_step_of(trained, params):
-    """(compiled step, its arguments) of a ModelConfig or a Lora."""
+def train_step_of(trained, params, **edits):
+    """(compiled step, its arguments) of a ModelConfig or a Lora. edits: of config.editing."""
     config = default_config("small_moe")
+    config.editing.update(edits)
     optimizer = make_optimizer(config.optimizer, trained, 3)
     step = make_train_step(trained, denoising_loss(SMALL, objective(config), execution(config), 0), optimizer)
     ids = np.random.default_rng(3).integers(0, 500, (4, 32)).astype(np.int32)
@@ -164,6 +165,24 @@ def test_steps_leave_the_base_alone_and_compute_no_gradient_of_its_size():
     gradient_of_experts = re.compile(r"= b?f\d+\[(1,)?16,(32,16|16,32)\]\S* (broadcast|add|dynamic-update-slice)\(")
     assert not gradient_of_experts.search(step.as_text()) and gradient_of_experts.search(full.as_text())
     np.testing.assert_allclose(full(*arguments)[1]["loss"], losses[0], rtol=1e-6)  # B = 0: the base
+
+
+def test_drafts_are_those_of_base_and_adapters():
+    edits = dict(weight=0.5, replace_high=0.3, turns=2, threshold_low=0.0, threshold_high=0.0)
+    adapters = lora.Lora(SMALL, 3, 7.0, parameters.adaptable(SMALL))
+    values = jax.tree.map(
+        lambda x: 0.2 * jnp.sin(jnp.arange(float(x.size))).reshape(x.shape), parameters.abstract(adapters)
+    )
+    frozen = jax.tree.map(
+        lambda x: x.astype(jnp.float32), parameters.initialize(SMALL, jax.random.key(0), jnp.bfloat16)
+    )
+    merged = explicitly_merged(frozen, values, 7 / 3)
+    step, arguments = train_step_of(adapters, values, **edits)
+    full, of_merged = train_step_of(SMALL, merged, **edits)
+    metrics, expected = step(*arguments)[1], full(*of_merged)[1]
+    for name in ("loss", "unmasked_nll", "wrong_share", "wrong_accuracy"):
+        np.testing.assert_allclose(metrics[name], expected[name], rtol=2e-2)
+    assert metrics["wrong_share"] > 0.3
 
 
 def test_a_step_holds_adapters_and_the_name_of_their_base(trained, base):
