@@ -148,6 +148,7 @@ _MODEL = _room(
 )  # fmt: skip
 
 _NOISE = "diffusion/test_noise.py"
+_GROUPS, _EDITING, _DRAFTS = (f"diffusion/test_{name}.py" for name in ("groups", "editing", "drafts"))
 
 _OBJECTIVE = _room(
     "objectives",
@@ -162,13 +163,14 @@ _OBJECTIVE = _room(
      "diffusion/test_objectives.py::test_complementary_pair_covers_each_token_once"),
     ("diffusion/noise.py", ".index + u) / ", ".index * 0 + u) / ", _NOISE),
     # The ELBO's weight is t instead of 1 / t.
-    ("diffusion/objectives.py", "weights / jnp.where(masked, masking.rate, 1)",
-     "weights * jnp.where(masked, masking.rate, 1)",
+    ("diffusion/objectives.py", "weights / jnp.where(masked, example.rate, 1)",
+     "weights * jnp.where(masked, example.rate, 1)",
      "diffusion/test_objectives.py::test_uniform_model_has_nelbo_log_vocab"),
     ("diffusion/objectives.py", 'if objective.normalizer == "tokens"', 'if objective.normalizer != "tokens"',
      "diffusion/test_objectives.py::test_uniform_weight_and_masked_normalizer"),
     # The confidence term counts tokens that are predicted wrongly.
-    ("diffusion/objectives.py", "(scores.correct * scores.entropy).sum()", "scores.entropy.sum()",
+    ("diffusion/objectives.py", "(scores.correct * scores.entropy * example.masked).sum()",
+     "(scores.entropy * example.masked).sum()",
      "diffusion/test_objectives.py::test_confidence_loss_is_the_mean_entropy_of_correct_tokens_and_moves_nothing_else"),
     ("diffusion/objectives.py", "sums.correct_entropy / jnp.maximum(sums.correct, 1.0)",
      "sums.correct_entropy / jnp.maximum(sums.masked, 1.0)",
@@ -177,6 +179,21 @@ _OBJECTIVE = _room(
     ("diffusion/objectives.py", "(before < end)", "(before <= end)", "diffusion/test_tails.py"),
     ("diffusion/objectives.py", "std * unit, 0.0)", "std * unit, std * unit)",
      "diffusion/test_objectives.py::test_embedding_noise_moves_masked_tokens_only_and_stops_at_zero"),
+    # Groups: the first one is as long as the others; a group reaches into the prompt; rates start anew in each block.
+    ("diffusion/groups.py", "(ordinal - groups.shift[:, None])", "ordinal", _GROUPS),
+    ("diffusion/groups.py", "in_answer & at(in_answer, before)", "in_answer", _GROUPS),
+    ("diffusion/noise.py", "jnp.multiply, first, factors", "jnp.multiply, layout.block_start == index, factors",
+     _GROUPS),
+    # Editing: the right token counts as a wrong one; masked tokens are replaced; a clean token has no label.
+    ("diffusion/editing.py", "(rank >= tokens - at)", "(rank > tokens - at)", _EDITING),
+    ("diffusion/objectives.py", "example.writable & ~example.hidden", "example.writable", _EDITING),
+    ("diffusion/objectives.py", "unmasked = example.eligible & ~example.hidden",
+     "unmasked = example.eligible & ~example.hidden & (example.noisy != example.clean)", _EDITING),
+    ("diffusion/objectives.py", "weight *= _count(masked) / _count(unmasked)", "weight *= 1.0", _EDITING),
+    # Drafts: sure tokens stay masked; the least confident token is forced; the mask may be written.
+    ("diffusion/drafts.py", "confidence > threshold)", "confidence < threshold)", _DRAFTS),
+    ("diffusion/drafts.py", "_over_block(jnp.maximum, scores", "_over_block(jnp.minimum, scores", _DRAFTS),
+    ("model/head.py", "jnp.where(index == mask_id, -jnp.inf, z)", "z", _DRAFTS),
     ("diffusion/preference.py", "-nll * weights", "nll * weights", "diffusion/test_preference.py"),
     ("diffusion/preference.py", "segment_ids % 2 == 0", "segment_ids % 2 == 1", "diffusion/test_preference.py"),
     ("diffusion/preference.py", "gain[..., 0] - gain[..., 1]", "gain[..., 1] - gain[..., 0]",
