@@ -10,12 +10,13 @@ step that wrote it; --save draws that as a picture (pip install -e '.[plot]').
 
 An input line is {"prompt": TEXT} or {"messages": [{"role": ..., "content": ...}, ...]} with "tools" if there are any
 (llada_jax/data/README.md), and may set "seed" and any of "gen_length", "steps", "threshold", "temperature", "top_k",
-"top_p", "eos_early_stop", "editing_threshold", "max_post_steps", "entropy_bound" for itself. Other keys, such as an
-"id", come back with the answer; those that look like a setting are refused. Its answer line is the line with "answer",
-"tokens", "forward_passes", "commit_passes", "prefill_passes", "tokens_per_forward", "positions_evaluated" and, for each
-token, its "token_ids", and the "steps" of its block and "confidences" at which it was written. A key that lines of the
-file have themselves stays theirs, and the new one is "generated_answer", "generated_steps" and so on. Requests are
-batched continuously: --batch of them are decoded together, and the next one takes the place of the first that ends.
+"top_p", "eos_early_stop", "editing_threshold", "max_post_steps", "max_steps_per_block", "entropy_bound" for itself.
+Other keys, such as an "id", come back with the answer; those that look like a setting are refused. Its answer line is
+the line with "answer", "tokens", "forward_passes", "commit_passes", "prefill_passes", "tokens_per_forward",
+"positions_evaluated" and, for each token, its "token_ids", and the "steps" of its block and "confidences" at which it
+was written. A key that lines of the file have themselves stays theirs, and the new one is "generated_answer",
+"generated_steps" and so on. Requests are batched continuously: --batch of them are decoded together, and the next one
+takes the place of the first that ends.
 DIR: a converted checkpoint, a training step, or a workdir (its newest good step). Where the host has several devices,
 they share the work out (--mesh).
 """
@@ -52,11 +53,12 @@ _ELSEWHERE = (
     "max_tokens", "max_new_tokens", "max_length", "max_completion_tokens", "max_gen_toks", "min_tokens", "n", "stop",
     "stop_sequences", "until", "do_sample", "num_beams", "min_p", "repetition_penalty", "presence_penalty",
     "frequency_penalty", "logit_bias", "logprobs", "response_format", "tool_choice", "block_length", "rule", "stream",
+    "delete_id", "insert_id",
 )  # fmt: skip
 
 PER_REQUEST = (
     "gen_length", "steps", "threshold", "temperature", "top_k", "top_p", "eos_early_stop", "editing_threshold",
-    "max_post_steps", "entropy_bound",
+    "max_post_steps", "max_steps_per_block", "entropy_bound",
 )  # fmt: skip
 
 

@@ -73,9 +73,10 @@ class LLaDAJax(TemplateLM):
         self, checkpoint: str | None = None, likelihood_block: int | str = 32, samples: int = 16,
         max_length: int | None = None, gen_length: int = 256, block_length: int = 32, steps: int = 32,
         threshold: float = 0.95, rule: str = "llada2", editing_threshold: float = 0.5, max_post_steps: int = 16,
-        entropy_bound: float = 0.15, eos_early_stop: bool = False, batch_size: int | str = 8,
-        max_batch_size: int | None = None, seed: int = 0, add_bos: str | bool | None = None,
-        add_bos_token: str | bool | None = None, prefix_token_id: int | None = None,
+        max_steps_per_block: int = 1000, entropy_bound: float = 0.15, eos_early_stop: bool = False,
+        batch_size: int | str = 8, max_batch_size: int | None = None, seed: int = 0,
+        add_bos: str | bool | None = None, add_bos_token: str | bool | None = None,
+        prefix_token_id: int | None = None,
         think_end_token: str | int | None = None, enable_thinking: bool | None = None,
         chat_template_args: str | dict | None = None, **others,
     ):  # fmt: skip
@@ -88,8 +89,8 @@ class LLaDAJax(TemplateLM):
         self._block, self._draws = likelihood_block, likelihood.Draws(_whole("samples", samples))
         self._decoding = GenerateConfig(
             gen_length=gen_length, block_length=block_length, steps=steps, threshold=threshold, rule=rule,
-            editing_threshold=editing_threshold, max_post_steps=max_post_steps, entropy_bound=entropy_bound,
-            eos_early_stop=eos_early_stop,
+            editing_threshold=editing_threshold, max_post_steps=max_post_steps,
+            max_steps_per_block=max_steps_per_block, entropy_bound=entropy_bound, eos_early_stop=eos_early_stop,
         )  # fmt: skip
         self._rows, self._auto = _rows(batch_size, max_batch_size)
         self._seed = _whole("seed", seed, 0)

@@ -18,7 +18,8 @@ _NEUTRAL = {
     "use_cache": True,
 }  # fmt: skip
 # Our settings that may differ between requests that are decoded together.
-_OURS = ("steps", "threshold", "eos_early_stop", "editing_threshold", "max_post_steps", "entropy_bound")
+_OURS = ("steps", "threshold", "eos_early_stop", "editing_threshold", "max_post_steps", "max_steps_per_block",
+         "entropy_bound")  # fmt: skip
 _CONTINUED = "CONTINUE_FINAL_MESSAGE_TAG "
 
 

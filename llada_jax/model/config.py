@@ -89,6 +89,9 @@ class ModelConfig:
     eos_token_id: int | None = None  # the first end of sequence ...
     other_eos_token_ids: tuple[int, ...] = ()  # ... and all others; decoding stops at any of them
     pad_token_id: int | None = None
+    # LLaDA2.2: the tokens that delete a position, and insert one before it.
+    delete_token_id: int | None = None
+    insert_token_id: int | None = None
 
     def __post_init__(self):
         if not self.rotary_dim:
@@ -169,7 +172,7 @@ def _check_config(c: ModelConfig) -> None:
     check_range("model config: initializer_range", c.initializer_range, at_least=0)
     _check("rms_norm_eps", c.rms_norm_eps, 0 < c.rms_norm_eps < 1, "between 0 and 1")
     _check("alignment", c.alignment, c.alignment in ("same", "shifted"), '"same" or "shifted"')
-    for field in ("mask_token_id", "eos_token_id", "pad_token_id"):
+    for field in ("mask_token_id", "eos_token_id", "pad_token_id", "delete_token_id", "insert_token_id"):
         value = getattr(c, field)
         _check(field, value, value is None or 0 <= value < c.vocab_size, f"below vocab_size={c.vocab_size}")
     others = c.other_eos_token_ids

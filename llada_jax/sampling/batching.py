@@ -119,9 +119,9 @@ def serve(
 ) -> Iterator[Answer]:
     """Yields an Answer per request, in the order in which they finish (`in_order` restores that of the requests).
 
-    requests: read only as rows become free; all must share block_length, mask_id and rule. rows: requests decoded
-    together. max_length: most tokens of a prompt and its answer together. tokenizer: decodes Answer.text. admit_every:
-    passes between admissions; one, while a prompt is computed in chunks. execution, fuse_share, prefill_chunk: as in
+    requests: read only as rows become free; all must share what GenerateConfig says. rows: requests decoded together.
+    max_length: most tokens of a prompt and its answer together. tokenizer: decodes Answer.text. admit_every: passes
+    between admissions; one, while a prompt is computed in chunks. execution, fuse_share, prefill_chunk: as in
     sampling.generate.generate. usage: updated in place. on_tokens(index, tokens): called with the new tokens whenever a
     block of an answer is finished. Raises InputError on a request that is too long or cannot join the batch.
 
@@ -160,6 +160,8 @@ def serve(
             state = empty_state(config, shared, rows, -(-max_length // block) * block, dtype, fuse_share)
         elif settings.block_length != block:
             raise InputError(f"block_length={settings.block_length} beside {block} in one batch, expected one value")
+        elif (settings.rule == "llada2.2") != (state.edits is not None):
+            raise InputError(f"rule={settings.rule} beside another in one batch, expected one value")
         long = {row: run for row, run in new if is_long(len(run.prompt), settings)}
         filling |= long
         for group in (list(long.items()), [pair for pair in new if pair[0] not in long]):

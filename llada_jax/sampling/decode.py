@@ -25,10 +25,10 @@ from llada_jax.model.forward import Cache, Execution, hidden_states
 from llada_jax.model.head import head_matrix
 from llada_jax.model.parameters import Params, join_heads
 from llada_jax.runtime.xla_options import xla_options
-from llada_jax.sampling import accept
+from llada_jax.sampling import accept, levenshtein
 from llada_jax.sampling.predict import PredictSettings, predict
 from llada_jax.sampling.prefill import prefill_chunk, prefill_long, prefill_whole
-from llada_jax.sampling.state import DecodeSettings, Requests, State, empty_state
+from llada_jax.sampling.state import EDITING, BlockEdits, DecodeSettings, Outcome, Requests, State, Written, empty_state
 
 PREDICTION = "prediction"  # scope of the head and of what accepts its tokens
 
@@ -110,6 +110,8 @@ def _admit(params, config, settings, state: State, rows, requests, prompts, pref
         finished=start > prefill_length, denoising_passes=zeros, commit_passes=zeros, positions_evaluated=zeros,
         last_hidden=last_hidden,
     )  # fmt: skip
+    if state.edits is not None:
+        new["edits"] = BlockEdits(masked, jnp.zeros((len(rows), *state.edits.seen.shape[1:]), jnp.uint32))
     old = {name: getattr(state, name) for name in new}
     return state.replace(cache=cache, **jax.tree.map(lambda a, b: a.at[rows].set(b, mode="drop"), old, new))
 
@@ -219,11 +221,10 @@ def window_pass(
 @jax.named_scope(PREDICTION)
 def _denoise(params, config, settings, state: State, hidden, denoising) -> State:
     """Accepts predictions in the rows that are `denoising` (bool [rows]); rows with a full block go to the next one."""
-    rule, requests, masked, block = settings.rule, state.requests, state.masked, settings.block_length
-    window = state.start[:, None] + jnp.arange(block)[None]
-    old = _get(state.tokens, window)
+    rule, requests, size = settings.rule, state.requests, settings.block_length
+    window = state.start[:, None] + jnp.arange(size)[None]
+    block = Written(*(_get(canvas, window) for canvas in (state.tokens, state.written_at, state.confidence)))
     generated = window >= requests.prompt_length[:, None]
-    needed = (generated if rule == "llada2.1" else masked) & denoising[:, None]
 
     def key_of(key, start, step):  # a draw depends on its request, block and step, not on its batch mates
         return jax.random.fold_in(jax.random.fold_in(key, start), step)
@@ -233,38 +234,48 @@ def _denoise(params, config, settings, state: State, hidden, denoising) -> State
     predict_settings = PredictSettings(
         settings.mask_id, settings.sample, settings.cut, entropy=rule == "entropy", raw=rule == "dinfer"
     )
-    prediction = predict(head_matrix(params, config), hidden, needed, sampling, predict_settings)
 
-    accepted = _accept(settings, state, prediction) & needed & masked
-    edited = jnp.zeros_like(accepted)
-    if rule == "llada2.1":
-        editable = needed & ~masked
-        edited = accept.edits(prediction.confidence, prediction.token, old, editable, requests.editing_threshold)
-    left, written = masked & ~accepted, accepted | edited
-    tokens = jnp.where(written, prediction.token, old)
-    full, step, post_steps = _progress(settings, state, left, edited)
-    full &= denoising
-    ended = _ended(settings, requests, generated, tokens, left, written, full)
-    finished = state.finished | ended | (full & (state.start + block >= requests.row_end))
+    def ask(needed, banned=None):
+        return predict(head_matrix(params, config), hidden, needed, sampling, predict_settings, banned)
+
+    step = levenshtein.step if rule == "llada2.2" else _fill
+    outcome = step(settings, state, block, generated, denoising, ask)
+    full = outcome.full & denoising
+    ended = _ended(settings, requests, generated, outcome.block.tokens, outcome.left, outcome.written, full)
+    finished = state.finished | ended | (full & (state.start + size >= requests.row_end))
 
     moves = full & ~finished
-    start = jnp.where(moves, state.start + block, state.start)
+    edits = outcome.edits
     return state.replace(
-        tokens=_put(state.tokens, tokens, state.start),
-        written_at=_put(
-            state.written_at, jnp.where(written, state.step[:, None], _get(state.written_at, window)), state.start
-        ),
-        confidence=_put(
-            state.confidence, jnp.where(written, prediction.confidence, _get(state.confidence, window)), state.start
-        ),
-        masked=left | moves[:, None],
-        start=start,
-        step=jnp.where(moves, 0, jnp.where(denoising, step, state.step)),
-        post_steps=jnp.where(moves, 0, jnp.where(denoising, post_steps, state.post_steps)),
+        tokens=_put(state.tokens, outcome.block.tokens, state.start),
+        written_at=_put(state.written_at, outcome.block.written_at, state.start),
+        confidence=_put(state.confidence, outcome.block.confidence, state.start),
+        masked=outcome.left | moves[:, None],
+        start=jnp.where(moves, state.start + size, state.start),
+        step=jnp.where(moves, 0, state.step + denoising),
+        post_steps=jnp.where(moves, 0, jnp.where(denoising, outcome.post_steps, state.post_steps)),
         pending=state.pending | moves,
         finished=finished,
         denoising_passes=state.denoising_passes + denoising,
+        edits=edits and edits.replace(original=edits.original | moves[:, None]),
     )
+
+
+def _fill(settings, state: State, block: Written, generated, denoising, ask) -> Outcome:
+    """One step of the rules that keep every token in its place; arguments as in levenshtein.step."""
+    requests, masked = state.requests, state.masked
+    needed = (generated if settings.rule in EDITING else masked) & denoising[:, None]
+    prediction = ask(needed)
+    accepted = _accept(settings, state, prediction) & needed & masked
+    edited = jnp.zeros_like(accepted)
+    if settings.rule in EDITING:
+        editable, threshold = needed & ~masked, requests.editing_threshold
+        edited = accept.edits(prediction.confidence, prediction.token, block.tokens, editable, threshold)
+    left, written = masked & ~accepted, accepted | edited
+    full, post_steps = _progress(settings, state, left, edited)
+    values = prediction.token, state.step[:, None], prediction.confidence
+    block = Written(*(jnp.where(written, new, old) for new, old in zip(values, block, strict=True)))
+    return Outcome(block, left, written, full, post_steps, None)
 
 
 def _get(canvas, window):
@@ -293,15 +304,15 @@ def _accept(settings: DecodeSettings, state: State, prediction) -> jax.Array:
 
 
 def _progress(settings, state: State, left, edited):
-    """(full: the block needs no more steps, step, post_steps), [rows], after a denoising step of each row."""
-    step, was_full = state.step + 1, ~state.masked.any(-1)
-    if settings.rule != "llada2.1":
-        return ~left.any(-1), step, state.post_steps
+    """(full: the block needs no more steps, post_steps), [rows], after a denoising step of each row."""
+    if settings.rule not in EDITING:
+        return ~left.any(-1), state.post_steps
+    was_full = ~state.masked.any(-1)
     # LLaDA2.1: a full block is edited until a pass changes nothing, or max_post_steps are spent.
     post_steps = state.post_steps + was_full
     settled = was_full & ~edited.any(-1)
     spent = ~left.any(-1) & (post_steps + 1 > state.requests.max_post_steps)
-    return settled | spent, step, post_steps
+    return settled | spent, post_steps
 
 
 def _ended(settings, requests: Requests, generated, tokens, left, written, full) -> jax.Array:
@@ -311,7 +322,7 @@ def _ended(settings, requests: Requests, generated, tokens, left, written, full)
     """
     ends = generated & ~left & (tokens[:, :, None] == requests.eos_ids[:, None]).any(-1)
     between_blocks = full & ends.any(-1)
-    if settings.rule == "llada2.1":  # as its reference, only when asked to
+    if settings.rule in EDITING:  # as their references, only when asked to
         return between_blocks & requests.eos_early_stop
     first_end = jnp.argmax(ends, axis=-1)
     gap = (left & (jnp.arange(left.shape[1])[None] < first_end[:, None])).any(-1)

@@ -9,7 +9,7 @@ FLAGS = flags.FLAGS
 # Of generate_config; --add_bos is the tokenizer's.
 NAMES = (
     "gen_length", "block_length", "steps", "threshold", "temperature", "top_k", "top_p", "eos_early_stop", "rule",
-    "editing_threshold", "max_post_steps", "entropy_bound",
+    "editing_threshold", "max_post_steps", "entropy_bound", "max_steps_per_block", "delete_id", "insert_id",
 )  # fmt: skip
 flags.disclaim_key_flags()  # they belong to the command that calls define, whose --help lists them
 
@@ -25,10 +25,16 @@ def define(gen_length: int) -> None:
     flags.DEFINE_float("top_p", None, "Draw from the nucleus of this probability.")
     flags.DEFINE_bool("eos_early_stop", False, "Stop inside a block once the end is written.")
     flags.DEFINE_string(
-        "rule", "llada2", "llada2 | llada2.1 (edits what is written) | sglang | dinfer | entropy | fixed."
+        "rule",
+        "llada2",
+        "llada2 | llada2.1 (edits what is written) | llada2.2 (deletes and inserts, too) | sglang | "
+        "dinfer | entropy | fixed.",
     )
-    flags.DEFINE_float("editing_threshold", 0.5, "llada2.1: probability above which a token is edited.")
-    flags.DEFINE_integer("max_post_steps", 16, "llada2.1: most steps after a block is full.")
+    flags.DEFINE_float("editing_threshold", 0.5, "llada2.1, llada2.2: probability above which a token is edited.")
+    flags.DEFINE_integer("max_post_steps", 16, "llada2.1, llada2.2: most steps after a block is full.")
+    flags.DEFINE_integer("max_steps_per_block", 1000, "llada2.2: most steps for a block, edits included.")
+    flags.DEFINE_integer("delete_id", None, "llada2.2: the token that deletes. Default: the checkpoint's.")
+    flags.DEFINE_integer("insert_id", None, "llada2.2: the token that inserts. Default: the checkpoint's.")
     flags.DEFINE_float("entropy_bound", 0.15, "entropy: nats that a step may write, its largest not counted.")
     flags.DEFINE_enum(
         "add_bos", None, ["auto", "true", "false"], "Begin texts and prompts without chat template with a beginning of "

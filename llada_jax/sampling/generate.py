@@ -19,12 +19,14 @@ from llada_jax.sampling.decode import decode
 from llada_jax.sampling.predict import Sampling
 from llada_jax.sampling.prefill import num_passes
 from llada_jax.sampling.quantize import has_int8_experts
-from llada_jax.sampling.state import KEYS, PREFILL_CHUNK, RULES, DecodeSettings, Requests, State
+from llada_jax.sampling.state import KEYS, MOST_STEPS, PREFILL_CHUNK, RULES, DecodeSettings, Requests, State
+
+_SHARED = ("block_length", "rule", "mask_id", "delete_id", "insert_id")  # by the requests of a batch
 
 
 @dataclasses.dataclass(frozen=True)
 class GenerateConfig:
-    """How to decode a request. Requests of one batch must share block_length, mask_id and rule.
+    """How to decode a request. Requests of one batch must share block_length, rule, mask_id, delete_id and insert_id.
 
     gen_length: most tokens of an answer. block_length: tokens decoded together; the block_size of training, under the
     name that LLaDA2's Hugging Face `generate` gives it (its gen_length and steps keep their names too). steps: most
@@ -34,7 +36,10 @@ class GenerateConfig:
     none. eos_early_stop: stop inside a block once every position before the first end of sequence is written. rule: of
     sampling/accept.py. "llada2.1" also edits written tokens whose prediction changes with probability above
     editing_threshold (0: always), for at most max_post_steps steps after a block is full. entropy_bound: nats that rule
-    "entropy" may write per step, the largest not counted. Raises InputError naming the field.
+    "entropy" may write per step, the largest not counted. "llada2.2" edits as "llada2.1", and its edits may also be
+    the tokens delete_id and insert_id (None: the checkpoint's), which move what follows; it takes at most
+    max_steps_per_block steps for a block (sampling/levenshtein.py; LLaDA2.2's own threshold is 0.5, its
+    editing_threshold 0). Raises InputError naming the field.
 
     Example:
         >>> import llada_jax
@@ -56,6 +61,9 @@ class GenerateConfig:
     editing_threshold: float = 0.5
     max_post_steps: int = 16
     entropy_bound: float = 0.15
+    max_steps_per_block: int = 1000
+    delete_id: int | None = None
+    insert_id: int | None = None
 
     def __post_init__(self):
         def check(field, ok, expected):
@@ -76,7 +84,10 @@ class GenerateConfig:
         check("rule", self.rule in RULES, f"one of {', '.join(RULES)}")
         check("max_post_steps", whole(self.max_post_steps, 0), "an integer of at least 0")
         check("eos_early_stop", isinstance(self.eos_early_stop, bool | np.bool_), "true or false")
-        check("mask_id", self.mask_id is None or whole(self.mask_id, 0), "a token id")
+        capped = whole(self.max_steps_per_block, 1) and self.max_steps_per_block <= MOST_STEPS
+        check("max_steps_per_block", capped, f"an integer from 1 to {MOST_STEPS}")
+        for field in ("mask_id", "delete_id", "insert_id"):
+            check(field, getattr(self, field) is None or whole(getattr(self, field), 0), "a token id")
         check("eos_id", self.eos_id is None or whole(self.eos_id, -1), "a token id, or -1")
 
 
@@ -172,18 +183,22 @@ def decode_settings(
         raise InputError(f"prefill_chunk={prefill_chunk!r}, expected a positive integer")
     first = configs[0]
     for other in configs:
-        for field in ("block_length", "mask_id", "rule"):
+        for field in _SHARED:
             if getattr(other, field) != getattr(first, field):
                 values = f"{getattr(first, field)!r} and {getattr(other, field)!r}"
                 raise InputError(f"{field}: {values} in one batch, expected one value")
+    mask_id = _mask_id(config, first)
+    delete_id, insert_id = _edit_ids(config, first, mask_id) if first.rule == "llada2.2" else (-1, -1)
     return DecodeSettings(
-        mask_id=_mask_id(config, first),
+        mask_id=mask_id,
         rule=first.rule,
         block_length=first.block_length,
         sample=any(g.temperature > 0 for g in configs),
         cut=any(g.temperature > 0 and (g.top_k is not None or (g.top_p or 1) < 1) for g in configs),
         prefill_chunk=max(prefill_chunk // first.block_length, 1) * first.block_length,
         execution=execution,
+        delete_id=delete_id,
+        insert_id=insert_id,
     )
 
 
@@ -217,6 +232,7 @@ def requests_of(
         threshold=field(np.float32, lambda g: g.threshold),
         editing_threshold=field(np.float32, lambda g: g.editing_threshold),
         max_post_steps=field(np.int32, lambda g: g.max_post_steps),
+        max_steps_per_block=field(np.int32, lambda g: g.max_steps_per_block),
         entropy_bound=field(np.float32, lambda g: g.entropy_bound),
         eos_ids=field(np.int32, lambda g: eos_ids_of(config, g)),
         eos_early_stop=field(bool, lambda g: g.eos_early_stop),
@@ -277,6 +293,21 @@ def _mask_id(config: ModelConfig, g: GenerateConfig) -> int:
     if not 0 <= mask_id < config.vocab_size:
         raise InputError(f"mask_id={mask_id}, vocabulary is {config.vocab_size}")
     return mask_id
+
+
+def _edit_ids(config: ModelConfig, g: GenerateConfig, mask_id: int) -> tuple[int, int]:
+    """The tokens that delete and insert. Raises InputError naming the field."""
+    ids = {"mask_id": mask_id}
+    for name in ("delete", "insert"):
+        field, given = f"{name}_id", getattr(g, f"{name}_id")
+        value = getattr(config, f"{name}_token_id") if given is None else given
+        if value is None:
+            raise InputError(f"rule=llada2.2: the checkpoint names no token that {name}s: give {field}")
+        if value >= config.vocab_size or value in ids.values():
+            known = ", ".join(f"{key}={other}" for key, other in ids.items())
+            raise InputError(f"{field}={value}, expected another token than {known}, below {config.vocab_size}")
+        ids[field] = value
+    return ids["delete_id"], ids["insert_id"]
 
 
 def eos_ids_of(config: ModelConfig, g: GenerateConfig) -> list[int]:

@@ -14,6 +14,7 @@ random, loops or breaks off:
     the mask  is never written (sampling/predict.py)
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -21,6 +22,8 @@ import jax
 import jax.numpy as jnp
 
 from llada_jax.sampling import accept
+from llada_jax.sampling.predict import Prediction
+from llada_jax.sampling.state import BlockEdits, DecodeSettings, Outcome, Requests, State, Written
 
 TRIES = 5  # positions that are predicted anew, at most, when a block would repeat itself
 
@@ -86,21 +89,13 @@ class Choice(NamedTuple):
     post_steps: jax.Array
 
 
-class Limits(NamedTuple):
-    """[rows]: those of sampling.generate.GenerateConfig."""
-
-    steps: jax.Array
-    threshold: jax.Array
-    editing_threshold: jax.Array
-    max_post_steps: jax.Array
-    max_steps_per_block: jax.Array
-
-
 def choose(
     confidence: jax.Array, predicted: jax.Array, current: jax.Array, masked: jax.Array, original: jax.Array,
-    generated: jax.Array, step: jax.Array, post_steps: jax.Array, limits: Limits,
+    generated: jax.Array, step: jax.Array, post_steps: jax.Array, requests: Requests,
 ) -> Choice:  # fmt: skip
     """Which predictions a step writes, edits among them.
+
+    requests: max_steps (`steps`), threshold, editing_threshold, max_post_steps and max_steps_per_block are read.
 
     Masks: all with confidence > threshold if they are as many as are due, else the surest that are due; all of them
     once `steps` are over. Due are the block's masks at its beginning, spread over `steps`, and one for every mask that
@@ -114,13 +109,13 @@ def choose(
     unwritten = masked & original
     left, new = unwritten.sum(-1), (masked & ~original).sum(-1)
     post_steps = jnp.where(left > 0, 0, post_steps + 1)
-    due = accept.due(generated.sum(-1), limits.steps, step) + new
-    fill = accept.llada2(confidence, masked, due, limits.threshold)
-    fill = jnp.where((step >= limits.steps)[:, None], masked, fill)
-    edit = accept.edits(confidence, predicted, current, generated & ~masked, limits.editing_threshold)
+    due = accept.due(generated.sum(-1), requests.max_steps, step) + new
+    fill = accept.llada2(confidence, masked, due, requests.threshold)
+    fill = jnp.where((step >= requests.max_steps)[:, None], masked, fill)
+    edit = accept.edits(confidence, predicted, current, generated & ~masked, requests.editing_threshold)
     completes = (left > 0) & ~(unwritten & ~fill).any(-1)
-    final = jnp.where(limits.max_post_steps > 0, post_steps >= limits.max_post_steps, completes)
-    final |= step >= limits.max_steps_per_block - 1
+    final = jnp.where(requests.max_post_steps > 0, post_steps >= requests.max_post_steps, completes)
+    final |= step >= requests.max_steps_per_block - 1
     return Choice(jnp.where(final[:, None], masked, fill) | edit, final, post_steps)
 
 
@@ -186,3 +181,67 @@ def escape(
 
     nowhere = jnp.zeros(first.shape, bool)
     return jax.lax.fori_loop(0, TRIES, one_try, (nowhere, nowhere))[0]
+
+
+# --- a step ---------------------------------------------------------------------------------------------------------
+
+
+def step(
+    settings: DecodeSettings, state: State, block: Written, generated: jax.Array, denoising: jax.Array, ask: Callable
+) -> Outcome:
+    """One step of rule "llada2.2" in the rows that are `denoising` [rows]; the others stay as they are.
+
+    block: the current one of each row. generated [rows, block] bool: not of the prompt. ask: (needed [rows, block],
+    banned as in predict.predict) -> Prediction.
+    """
+    edits, masked = state.edits, state.masked
+    ids = EditIds(settings.mask_id, settings.delete_id, settings.insert_id)
+    prediction = ask(generated & denoising[:, None], None)
+    chosen = choose(
+        prediction.confidence, prediction.token, block.tokens, masked, edits.original, generated, state.step,
+        state.post_steps, state.requests,
+    )  # fmt: skip
+    first = jnp.where(chosen.write & denoising[:, None], prediction.token, block.tokens)
+    repeats = functools.partial(is_seen, seen=edits.seen, step=state.step)
+    tokens, confidence = _second_thoughts(prediction, first, block.tokens, chosen.final, ids, repeats, ask)
+    seen = jnp.where(denoising[:, None, None], remember(tokens, edits.seen, state.step), edits.seen)
+
+    written = (tokens != block.tokens) & (tokens != ids.delete) & (tokens != ids.insert)
+    edited = apply_edits(tokens, block.tokens, edits.original, ~generated, ids)
+    left = generated & (edited.tokens == ids.mask)
+    settled = ~left.any(-1) & (edited.tokens == block.tokens).all(-1)
+    return Outcome(
+        Written(
+            edited.tokens,
+            moved(jnp.where(written, state.step[:, None], block.written_at), edited.source),
+            moved(jnp.where(written, confidence, block.confidence), edited.source),
+        ),
+        left=left,
+        written=moved(written, edited.source) > 0,
+        full=settled | chosen.final,
+        post_steps=chosen.post_steps,
+        edits=BlockEdits(edited.original, seen),
+    )
+
+
+def _second_thoughts(
+    prediction: Prediction, first: jax.Array, current: jax.Array, final: jax.Array, ids: EditIds, repeats, ask
+) -> tuple[jax.Array, jax.Array]:
+    """(tokens, confidence) of a block whose predictions are written in `first`: with the best other token for edits in
+    a final round, and with some second choices where the block would repeat itself.
+
+    The head runs again for these positions, in steps that have some.
+    """
+    scrubbed = final[:, None] & (first != current) & ((first == ids.delete) | (first == ids.insert))
+    loops = ~final & repeats(first)
+    again = scrubbed | (loops[:, None] & (first != current))
+
+    def ask_again():
+        edit = jnp.array([[[ids.delete, ids.insert]]], jnp.int32)
+        other = ask(again, jnp.where(final[:, None, None], edit, prediction.token[..., None]))
+        exchanged = escape(first, other.token, prediction.confidence, current, repeats)
+        exchanged = scrubbed | (exchanged & loops[:, None])
+        confidence = jnp.where(exchanged, other.confidence, prediction.confidence)
+        return jnp.where(exchanged, other.token, first), confidence
+
+    return jax.lax.cond(again.any(), ask_again, lambda: (first, prediction.confidence))

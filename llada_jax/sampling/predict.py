@@ -66,16 +66,18 @@ class PredictSettings(NamedTuple):
 
 
 def predict(
-    head: jax.Array, hidden: jax.Array, needed: jax.Array, sampling: Sampling, settings: PredictSettings
-) -> Prediction:
+    head: jax.Array, hidden: jax.Array, needed: jax.Array, sampling: Sampling, settings: PredictSettings,
+    banned: jax.Array | None = None,
+) -> Prediction:  # fmt: skip
     """Returns predictions for the positions in `needed` [rows, block] bool.
 
-    head [embed, vocab]; hidden [rows, block, embed], aligned with the tokens they predict. A draw is a function of the
-    row's key, the position in the block and the token id alone (Gumbel-max trick): other rows, tiles and the mesh do
-    not change it.
+    head [embed, vocab]; hidden [rows, block, embed], aligned with the tokens they predict. banned [rows, block, ids]
+    int32: tokens that, like the mask, are not predicted at a position, although they count in its softmax; -1 is none.
+    A draw is a function of the row's key, the position in the block and the token id alone (Gumbel-max trick): other
+    rows, tiles and the mesh do not change it. So a draw with the first one banned is a second one without replacement.
     """
     if (mesh := sharding.mesh_in_force()) is None:
-        return _predict(head, hidden, needed, sampling, settings, _Vocabulary(head, ()), TILE)
+        return _predict(head, hidden, needed, sampling, banned, settings, _Vocabulary(head, ()), TILE)
     row = PartitionSpec(sharding.spec(("batch",), hidden.shape[:1], mesh)[0])
     vocab = sharding.spec((None, "vocab"), head.shape, mesh)
     row_axes, vocab_axes = (sharding.axes_of(entry) for entry in (row[0], vocab[1]))
@@ -87,8 +89,8 @@ def predict(
         first = jax.lax.axis_index(row_axes) * own if row_axes else 0
         return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, own), prediction)
 
-    run = jax.shard_map(local, in_specs=(vocab, row, row, row), out_specs=row, check_vma=False)
-    return run(head, hidden, needed, sampling)
+    run = jax.shard_map(local, in_specs=(vocab, row, row, row, row), out_specs=row, check_vma=False)
+    return run(head, hidden, needed, sampling, banned)
 
 
 def num_tiles(positions: int, on_mesh: bool) -> int:
@@ -111,7 +113,7 @@ class _Vocabulary:
         self.end = jnp.minimum(self.first + self.size, columns)
 
 
-def _predict(head, hidden, needed, sampling, settings, vocabulary: _Vocabulary, tile: int) -> Prediction:
+def _predict(head, hidden, needed, sampling, banned, settings, vocabulary: _Vocabulary, tile: int) -> Prediction:
     rows, block, embed = hidden.shape
     positions = rows * block
     tile = min(tile, positions)
@@ -127,7 +129,11 @@ def _predict(head, hidden, needed, sampling, settings, vocabulary: _Vocabulary, 
             keys = jax.vmap(jax.random.fold_in)(tile_sampling.key, index % block)
             tile_sampling = tile_sampling.replace(key=keys)
         tile_hidden = flat.at[index].get(mode="fill", fill_value=0)
-        scored = _score(head, tile_hidden, tile_sampling, settings, vocabulary)
+        tile_banned = jnp.full((tile, 1), settings.mask_id)
+        if banned is not None:
+            of_tile = banned.reshape(positions, -1).at[index].get(mode="fill", fill_value=-1)
+            tile_banned = jnp.concatenate([tile_banned, of_tile], axis=1)
+        scored = _score(head, tile_hidden, tile_sampling, tile_banned, settings, vocabulary)
         return jax.tree.map(lambda whole, x: whole.at[index].set(x, mode="drop"), prediction, scored)
 
     zeros = jnp.zeros(positions, jnp.float32)
@@ -140,7 +146,7 @@ def _predict(head, hidden, needed, sampling, settings, vocabulary: _Vocabulary, 
 class _RunningStats(NamedTuple):
     """Running statistics over the tokens seen so far, each [positions]; z: logits / temperature.
 
-    best, token, z: the largest z + noise among tokens other than the mask, its token and its z. highest: maximum of z.
+    best, token, z: the largest z + noise among tokens that are not banned, its token and its z. highest: maximum of z.
     total: sum of exp(z - highest) over tokens that are not cut off. uncut, weighted, raw: sums over all tokens of
     exp(z - highest), z exp(z - highest) and exp(temperature (z - highest)). mask: z + noise of the mask.
     """
@@ -156,8 +162,10 @@ class _RunningStats(NamedTuple):
     mask: jax.Array
 
 
-def _score(head, hidden, sampling: Sampling, settings: PredictSettings, vocabulary: _Vocabulary) -> Prediction:
-    """Predictions [positions] for hidden [positions, embed]; settings' fields are [positions] too."""
+def _score(head, hidden, sampling: Sampling, banned, settings: PredictSettings, vocabulary: _Vocabulary) -> Prediction:
+    """Predictions [positions] for hidden [positions, embed]; sampling's fields are [positions] too. banned [positions,
+    ids]: the mask, and others.
+    """
     columns = head.shape[1]
 
     def scaled_logits(start, width):
@@ -176,14 +184,15 @@ def _score(head, hidden, sampling: Sampling, settings: PredictSettings, vocabula
     state = _RunningStats(never, token, lowest, lowest, zeros, zeros, zeros, zeros, never)
     if settings.cut:  # the cut depends on all logits of a position
         ids, z = scaled_logits(vocabulary.first, vocabulary.size)
-        state = _fold(state, ids, z, _cut(z, ids, sampling, settings, vocabulary.axes), sampling, settings)
+        allowed = _cut(z, ids, sampling, banned, vocabulary.axes)
+        state = _fold(state, ids, z, allowed, sampling, banned, settings)
     else:
         tiles = -(-vocabulary.size // VOCAB_TILE)
         width = min(-(-vocabulary.size // (tiles * LANES)) * LANES, columns)
 
         def visit(i, state):
             ids, z = scaled_logits(vocabulary.first + i * width, width)
-            return _fold(state, ids, z, z, sampling, settings)
+            return _fold(state, ids, z, z, sampling, banned, settings)
 
         state = jax.lax.fori_loop(0, tiles, visit, state) if tiles > 1 else visit(0, state)
     if vocabulary.axes:
@@ -194,14 +203,14 @@ def _score(head, hidden, sampling: Sampling, settings: PredictSettings, vocabula
     return Prediction(state.token, confidence, entropy, state.mask > state.best)
 
 
-def _fold(state: _RunningStats, ids, z, allowed, sampling, settings: PredictSettings) -> _RunningStats:
+def _fold(state: _RunningStats, ids, z, allowed, sampling, banned, settings: PredictSettings) -> _RunningStats:
     """Returns the state with one more tile of tokens. z [positions, ids]; allowed: z with -inf for tokens cut off."""
     score = allowed
     if settings.sample:
         score = allowed + jnp.where(sampling.temperature > 0, 1.0, 0.0)[:, None] * _gumbel(sampling.key, ids)
     is_mask = (ids == settings.mask_id)[None]
     of_mask = jnp.where(is_mask, score, -jnp.inf).max(axis=-1) if settings.raw else state.mask
-    score = jnp.where(is_mask, -jnp.inf, score)
+    score = jnp.where(_is_among(banned, ids), -jnp.inf, score)
     at = jnp.argmax(score, axis=-1)[:, None]
     best, chosen_z = (jnp.take_along_axis(x, at, -1)[:, 0] for x in (score, z))
     better = best > state.best
@@ -234,6 +243,11 @@ def _fold(state: _RunningStats, ids, z, allowed, sampling, settings: PredictSett
     )
 
 
+def _is_among(banned: jax.Array, ids: jax.Array) -> jax.Array:
+    """bool [positions, vocab]."""
+    return (banned[:, :, None] == ids[None, None]).any(axis=1)
+
+
 def _combine(state: _RunningStats, temperature, axes) -> _RunningStats:
     """The state over the whole vocabulary from those of its parts; a tie goes to the lowest part."""
     shards = jax.lax.all_gather(state, axes)
@@ -257,11 +271,11 @@ def _gumbel(keys: jax.Array, ids: jax.Array) -> jax.Array:
     return -jnp.log(-jnp.log(uniform))
 
 
-def _cut(z: jax.Array, ids: jax.Array, sampling: Sampling, settings: PredictSettings, axes) -> jax.Array:
+def _cut(z: jax.Array, ids: jax.Array, sampling: Sampling, banned: jax.Array, axes) -> jax.Array:
     """z [positions, vocab] with -inf outside the top k and, of what that leaves, outside the nucleus p.
 
     The nucleus is the smallest set of most probable tokens whose probability exceeds p. Ties at an edge all stay, and
-    so does the best token that is not the mask: there would be nothing to write where the mask alone is left.
+    so does the best token that is not banned: there would be nothing to write where the mask alone is left.
     """
 
     def over_vocab(reduce, x):
@@ -280,8 +294,8 @@ def _cut(z: jax.Array, ids: jax.Array, sampling: Sampling, settings: PredictSett
         edge = jax.lax.fori_loop(0, 32, one_bit, jnp.zeros(z.shape[0], jnp.uint32))
         return jnp.where(rank >= edge[:, None], z, -jnp.inf)
 
-    best = jnp.where((ids == settings.mask_id)[None], -jnp.inf, z).max(axis=-1)
-    best = jnp.where(z >= over_vocab(jax.lax.pmax, best)[:, None], z, -jnp.inf)  # and above: of the mask
+    best = jnp.where(_is_among(banned, ids), -jnp.inf, z).max(axis=-1)
+    best = jnp.where(z >= over_vocab(jax.lax.pmax, best)[:, None], z, -jnp.inf)  # and above: banned ones
     greedy = sampling.temperature == 0
     whole = greedy | (sampling.top_k == 0)
     z = keep(z, jnp.ones_like(z), jnp.where(whole, jnp.inf, sampling.top_k - 0.5))

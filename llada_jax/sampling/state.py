@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import flax.struct
 import jax
@@ -14,7 +15,9 @@ from llada_jax.model.config import ModelConfig
 from llada_jax.model.forward import Execution
 from llada_jax.sampling.predict import Sampling
 
-RULES = ("llada2", "llada2.1", "sglang", "dinfer", "entropy", "fixed")
+RULES = ("llada2", "llada2.1", "llada2.2", "sglang", "dinfer", "entropy", "fixed")
+EDITING = ("llada2.1", "llada2.2")  # those that change what is written
+MOST_STEPS = 1024  # of a block, by rule "llada2.2", which remembers them
 PREFILL_CHUNK = 1024
 KEYS = "threefry2x32"  # whatever the default is: a draw is the same everywhere
 
@@ -25,7 +28,7 @@ class DecodeSettings:
 
     sample, cut: whether any request has a temperature, or a top-k or top-p. prefill_chunk: tokens, of whole blocks; a
     longer prompt is computed in chunks of so many. execution: of the prefill; its dtype and its experts are those of
-    all passes, and so is its attention where that is "kernel".
+    all passes, and so is its attention where that is "kernel". delete_id, insert_id: of rule "llada2.2".
     """
 
     mask_id: int
@@ -35,6 +38,8 @@ class DecodeSettings:
     cut: bool = False
     prefill_chunk: int = PREFILL_CHUNK
     execution: Execution = Execution()
+    delete_id: int = -1
+    insert_id: int = -1
 
 
 @flax.struct.dataclass
@@ -50,10 +55,21 @@ class Requests:
     threshold: jax.Array
     editing_threshold: jax.Array
     max_post_steps: jax.Array
+    max_steps_per_block: jax.Array
     entropy_bound: jax.Array
     eos_ids: jax.Array
     eos_early_stop: jax.Array
     sampling: Sampling
+
+
+@flax.struct.dataclass
+class BlockEdits:
+    """What rule "llada2.2" remembers of the current block. original [rows, block] bool: masked positions that no edit
+    has made. seen [rows, 2, MOST_STEPS] uint32: a hash of what each of its steps wrote.
+    """
+
+    original: jax.Array
+    seen: jax.Array
 
 
 @flax.struct.dataclass
@@ -73,6 +89,7 @@ class State:
     rows has one to commit, else in a separate pass; 0 always fuses, above 1 never does.
     iterations, busy, batch_positions [] int32, since the host last looked: passes, running rows summed over passes, and
     positions of all rows, idle ones included, summed over passes.
+    edits: of rule "llada2.2" only.
     """
 
     requests: Requests
@@ -94,6 +111,28 @@ class State:
     iterations: jax.Array
     busy: jax.Array
     batch_positions: jax.Array
+    edits: BlockEdits | None = None
+
+
+class Written(NamedTuple):
+    """A block of each row, [rows, block], with its part of State.written_at and State.confidence."""
+
+    tokens: jax.Array
+    written_at: jax.Array
+    confidence: jax.Array
+
+
+class Outcome(NamedTuple):
+    """What a step makes of a block. left, written [rows, block] bool: masked still, and written by this step. full
+    [rows] bool: the block needs no more steps. post_steps, edits: as in State.
+    """
+
+    block: Written
+    left: jax.Array
+    written: jax.Array
+    full: jax.Array
+    post_steps: jax.Array
+    edits: BlockEdits | None
 
 
 @functools.partial(jax.jit, static_argnames=("config", "settings", "rows", "canvas", "dtype"))
@@ -112,7 +151,8 @@ def empty_state(
     f, no = zeros(rows, dtype=jnp.float32), zeros(rows, dtype=bool)
     requests = Requests(
         prompt_length=n, row_end=n, max_steps=n + 1, threshold=f, editing_threshold=f, max_post_steps=n,
-        entropy_bound=f, eos_ids=zeros(rows, max(len(config.eos_token_ids), 1)), eos_early_stop=no,
+        max_steps_per_block=n + 1, entropy_bound=f, eos_ids=zeros(rows, max(len(config.eos_token_ids), 1)),
+        eos_early_stop=no,
         sampling=Sampling(f, n, f + 1, jax.vmap(functools.partial(jax.random.key, impl=KEYS))(n)),
     )  # fmt: skip
 
@@ -125,6 +165,9 @@ def empty_state(
         shape = len(layers), *cached
         return sharding.constrain(zeros(*shape, dtype=dtype), CACHE_AXES)
 
+    edits = None
+    if settings.rule == "llada2.2":
+        edits = BlockEdits(zeros(rows, b, dtype=bool), zeros(rows, 2, MOST_STEPS, dtype=jnp.uint32))
     return State(
         requests=requests, tokens=zeros(rows, canvas), written_at=zeros(rows, canvas),
         confidence=zeros(rows, canvas, dtype=jnp.float32), masked=zeros(rows, b, dtype=bool),
@@ -135,4 +178,5 @@ def empty_state(
             for group, layers in config.layer_groups.items()
         },
         fuse_share=jnp.asarray(fuse_share, jnp.float32), iterations=zeros(), busy=zeros(), batch_positions=zeros(),
+        edits=edits,
     )  # fmt: skip

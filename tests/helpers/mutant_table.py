@@ -200,11 +200,16 @@ _OBJECTIVE = _room(
      "diffusion/test_preference.py"),
     ("diffusion/preference.py", ">= 2 * (jnp.arange(max_pairs)[None] + 1)", "> 2 * (jnp.arange(max_pairs)[None] + 1)",
      "diffusion/test_preference.py"),
+    # A match that lies beyond the last one is taken.
+    ("diffusion/levenshtein.py", "match & (index < end) & ", "match & ", "diffusion/test_levenshtein.py"),
+    ("diffusion/levenshtein.py", "(aligned >= next_target)", "(aligned > next_target)",
+     "diffusion/test_levenshtein.py"),
     ("diffusion/schedule.py", "if step < phase.steps", "if step <= phase.steps", "diffusion/test_schedule.py"),
     ("diffusion/schedule.py", '"noisy" if block_size == length else "both"', '"both"', "diffusion/test_schedule.py"),
 )  # fmt: skip
 
 _ACCEPT, _PREDICT = "sampling/test_accept.py", "sampling/test_predict.py"
+_LEVENSHTEIN = "sampling/test_levenshtein.py"
 
 _SAMPLING = _room(
     "sampling",
@@ -217,13 +222,21 @@ _SAMPLING = _room(
     ("sampling/accept.py", "rank < count[:, None]", "rank <= count[:, None]", _ACCEPT),
     ("sampling/accept.py", "(predicted != current)", "(predicted == current)", _ACCEPT),
     # The mask token can be predicted.
-    ("sampling/predict.py", "jnp.where(is_mask, -jnp.inf, score)", "jnp.where(is_mask, score, score)", _PREDICT),
+    ("sampling/predict.py", "jnp.where(_is_among(banned, ids), -jnp.inf, score)", "score", _PREDICT),
     ("sampling/predict.py", ".top_k - 0.5", ".top_k + 0.5", _PREDICT),
     # All blocks of an answer are drawn with the same numbers.
     ("sampling/decode.py", "jax.random.fold_in(jax.random.fold_in(key, start), step)", "jax.random.fold_in(key, step)",
      "sampling/test_batching.py::test_blocks_of_an_answer_share_no_draws"),
     ("sampling/decode.py", "post_steps + 1 > state.requests.max", "post_steps > state.requests.max",
      "sampling/test_goldens.py"),
+    ("sampling/levenshtein.py", "end[..., None, :] <= ", "end[..., None, :] < ", _LEVENSHTEIN),
+    # What stood there before an insertion is lost.
+    ("sampling/levenshtein.py", "at(insert), at(before), at(written)", "at(insert), at(written), at(written)",
+     _LEVENSHTEIN),
+    ("sampling/levenshtein.py", "jnp.where(left > 0, 0, post_steps + 1)", "post_steps + 1", _LEVENSHTEIN),
+    ("sampling/levenshtein.py", "tried &= untried", "tried &= True", _LEVENSHTEIN),
+    ("sampling/levenshtein.py", "settled = ~left.any(-1) & (edited", "settled = (edited",
+     "sampling/test_levenshtein_decoding.py"),
     ("sampling/batching.py", "known[self.told :])", "known)",
      "sampling/test_batching.py::test_tells_of_new_tokens_as_blocks_are_finished"),
     # Requests that decode wait until a long prompt is computed.

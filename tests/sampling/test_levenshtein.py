@@ -1,6 +1,7 @@
 """Edits of a block against a scan of lists, which predictions a step writes, and blocks that repeat themselves."""
 
 import itertools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from llada_jax.sampling import levenshtein
-from llada_jax.sampling.levenshtein import EditIds, Limits
+from llada_jax.sampling.levenshtein import EditIds
 
 MASK, DELETE, INSERT = 10, 11, 12
 IDS = EditIds(MASK, DELETE, INSERT)
@@ -55,7 +56,7 @@ def test_a_prompt_stays_whatever_it_holds():
 
 # --- what a step writes ----------------------------------------------------------------------------------------------
 
-DEFAULTS = dict(steps=4, threshold=0.5, editing_threshold=0.4, max_post_steps=3, max_steps_per_block=50)
+DEFAULTS = dict(max_steps=4, threshold=0.5, editing_threshold=0.4, max_post_steps=3, max_steps_per_block=50)
 
 
 def choice(confidence, predicted, current, original=None, generated=None, step=0, post_steps=0, **limits):
@@ -64,10 +65,10 @@ def choice(confidence, predicted, current, original=None, generated=None, step=0
     generated = np.ones_like(current, bool) if generated is None else np.array([generated])
     masked = (current == MASK) & generated
     original = masked if original is None else np.array([original])
-    limits = Limits(*(jnp.array([value]) for value in (DEFAULTS | limits).values()))
+    requests = SimpleNamespace(**{name: jnp.array([value]) for name, value in (DEFAULTS | limits).items()})
     found = levenshtein.choose(
         jnp.array([confidence]), jnp.array([predicted]), current, masked, original, generated, jnp.array([step]),
-        jnp.array([post_steps]), limits,
+        jnp.array([post_steps]), requests,
     )  # fmt: skip
     return np.flatnonzero(found.write[0]).tolist(), bool(found.final[0]), int(found.post_steps[0])
 
@@ -75,15 +76,15 @@ def choice(confidence, predicted, current, original=None, generated=None, step=0
 def test_masks_are_due_by_schedule_or_above_the_threshold():
     sure, block = [0.1, 0.2, 0.3, 0.45], [MASK] * 4
     assert choice(sure, [1] * 4, block)[0] == [3]
-    assert choice(sure, [1] * 4, block, steps=2)[0] == [2, 3]
+    assert choice(sure, [1] * 4, block, max_steps=2)[0] == [2, 3]
     assert choice(sure, [1] * 4, block, threshold=0.15)[0] == [1, 2, 3]
-    assert choice(sure, [1] * 4, block, steps=8, step=4)[0] == []  # the remainder of 4 over 8 came first
-    assert choice(sure, [1] * 4, block, steps=8, step=8)[0] == [0, 1, 2, 3]  # over
+    assert choice(sure, [1] * 4, block, max_steps=8, step=4)[0] == []  # the remainder of 4 over 8 came first
+    assert choice(sure, [1] * 4, block, max_steps=8, step=8)[0] == [0, 1, 2, 3]  # over
     made = [True, True, False, False]
-    assert choice(sure, [1] * 4, block, original=made, steps=8, step=4)[0] == [2, 3]  # one for each that edits made
+    assert choice(sure, [1] * 4, block, original=made, max_steps=8, step=4)[0] == [2, 3]  # one for each that edits made
     prompt = [False, True, True, True]
-    assert choice(sure, [1] * 4, block, generated=prompt, steps=2)[0] == [2, 3]  # 3 over 2 steps: 2, then 1
-    assert choice(sure, [1] * 4, block, generated=prompt, steps=2, step=1)[0] == [3]
+    assert choice(sure, [1] * 4, block, generated=prompt, max_steps=2)[0] == [2, 3]  # 3 over 2 steps: 2, then 1
+    assert choice(sure, [1] * 4, block, generated=prompt, max_steps=2, step=1)[0] == [3]
 
 
 def test_tokens_are_edited_where_they_differ_surely_and_strictly():

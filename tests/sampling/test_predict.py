@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from llada_jax import sharding
-from llada_jax.sampling import accept, decode
+from llada_jax.sampling import accept, decode, levenshtein
 from llada_jax.sampling.predict import PredictSettings, Sampling, predict
 
 ROWS, BLOCK, EMBED, VOCAB, MASK = 4, 3, 8, 50, 17
@@ -27,9 +27,9 @@ def sampling_of(temperature=0.0, top_k=0, top_p=1.0, seeds=range(ROWS)) -> Sampl
     return Sampling(full(temperature, jnp.float32), full(top_k, jnp.int32), full(top_p, jnp.float32), keys)
 
 
-def run(sampling, settings, hidden=HIDDEN, needed=NEEDED, mesh=None):
+def run(sampling, settings, hidden=HIDDEN, needed=NEEDED, mesh=None, banned=None):
     # Nothing is cached between tile sizes: they are read when the function is traced.
-    function = jax.jit(lambda *arguments: predict(*arguments, settings))
+    function = jax.jit(lambda *arguments: predict(*arguments, settings, banned))
     if mesh is None:
         return jax.device_get(function(HEAD, hidden, needed, sampling))
     with jax.set_mesh(mesh):
@@ -128,6 +128,30 @@ def test_a_draw_does_not_depend_on_tiles_or_on_other_rows(monkeypatch):
     assert np.array_equal(whole.token, backwards.token[::-1])
 
 
+@pytest.mark.parametrize("cut", [dict(), dict(top_k=1), dict(top_p=0.6)])
+@pytest.mark.parametrize("mesh", [None, dict(tensor=5)])
+def test_banned_tokens_are_passed_over_and_count_in_the_softmax(monkeypatch, cut, mesh):
+    set_vocabulary_tile(monkeypatch, 7)
+    needed, sampling = np.asarray(NEEDED), sampling_of(1.3, **cut)
+    settings = PredictSettings(MASK, sample=True, cut=bool(cut))
+    first = run(sampling, settings)
+    banned = np.stack([first.token, np.where(np.arange(ROWS) % 2, 3, -1)[:, None].repeat(BLOCK, 1)], axis=-1)
+    if mesh:
+        mesh = sharding.make_mesh(data=1, **mesh, devices=jax.devices()[:5])
+    second = run(sampling, settings, mesh=mesh, banned=jnp.asarray(banned))
+    assert not (second.token[..., None] == banned)[needed].any() and not (second.token[needed] == MASK).any()
+    probability = np.take_along_axis(distribution(1.3, **cut), second.token[..., None], -1)[..., 0]
+    kept = needed & (probability > 0)  # or it stands in, where the cut leaves nothing else
+    assert np.allclose(second.confidence[kept], probability[kept], rtol=1e-3) and (second.confidence[needed] > 0).all()
+    assert kept.any() or cut == dict(top_k=1)
+    if not cut:  # without a draw it is the best that is left
+        z = np.asarray(HIDDEN, np.float64) @ np.asarray(HEAD, np.float64)
+        greedy = run(sampling_of(), PredictSettings(MASK), banned=jnp.asarray(banned))
+        z[..., MASK] = -np.inf
+        np.put_along_axis(z, np.where(banned < 0, MASK, banned), -np.inf, axis=-1)
+        assert np.array_equal(greedy.token[needed], z.argmax(-1)[needed])
+
+
 def test_argmax_and_draws_share_a_batch():
     temperature = jnp.array([0.0, 1.0, 0.0, 1.0])
     mixed = run(
@@ -208,6 +232,19 @@ def step_of(rule, probabilities, **requests):
 def banned(probabilities):
     p = np.asarray(probabilities) * (np.arange(8) < 7)
     return (p / p.sum(-1, keepdims=True)).tolist()
+
+
+def test_mass_on_the_mask_keeps_a_token_below_the_thresholds_of_levenshtein_editing():
+    for block, expected in (([UNSURE, UNSURE, SURE], [2]), (banned([UNSURE, UNSURE, SURE]), [0, 1, 2])):
+        prediction = step_of("sglang", block)[1]
+        current, masked = jnp.array([[5, 7, 7]]), jnp.array([[False, True, True]])
+        requests = SimpleNamespace(max_steps=jnp.array([8]), threshold=jnp.array([0.95]), max_post_steps=jnp.array([9]),
+                                   editing_threshold=jnp.array([0.95]), max_steps_per_block=jnp.array([9]))  # fmt: skip
+        choice = levenshtein.choose(
+            prediction.confidence, prediction.token, current, masked, masked, jnp.ones((1, 3), bool), jnp.array([3]),
+            jnp.array([0]), requests,
+        )  # fmt: skip
+        assert np.flatnonzero(choice.write[0]).tolist() == expected
 
 
 @pytest.mark.parametrize("rule", ["llada2", "llada2.1", "sglang", "dinfer"])
