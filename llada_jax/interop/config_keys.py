@@ -14,12 +14,12 @@ _READ = """
     architectures model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
     num_key_value_heads head_dim rms_norm_eps rope_theta rope_scaling rope_parameters partial_rotary_factor rotary_dim
     original_max_position_embeddings max_position_embeddings tie_word_embeddings initializer_range mask_token_id
-    eos_token_id pad_token_id diffusion_alignment layer_types
+    eos_token_id pad_token_id delete_token_id split_token_id diffusion_alignment layer_types
 """
 _READ_MOE = "num_experts num_local_experts num_experts_per_tok moe_intermediate_size norm_topk_prob"
 _READ_LING = """
     num_shared_experts first_k_dense_replace n_group topk_group routed_scaling_factor moe_router_enable_expert_bias
-    expert_capacity block_size num_nextn_predict_layers delete_token_id split_token_id
+    expert_capacity block_size num_nextn_predict_layers
 """
 # How a model is called, trained, loaded or sampled, which changes no logit. `sliding_window` and `max_window_layers`
 # only count with use_sliding_window; the slices of pretraining_tp add up to the same product.

@@ -142,10 +142,6 @@ def _read_folder(folder: epath.Path) -> ImportedModel:
     if unknown := config_keys.check(hf, config.architecture):
         values = ", ".join(f"{key}={_short(hf[key])}" for key in unknown)
         notices.append(f"config.json: unknown keys, ignored: {values}")
-    if "delete_token_id" in hf:
-        notices.append(
-            "delete_token_id, split_token_id: LLaDA2.2's token editing is not implemented; other decoding works"
-        )
     files = tokenizer.read_files(folder)
     if not files:
         notices.append(f"no tokenizer.json in {folder}: the checkpoint will have no tokenizer")

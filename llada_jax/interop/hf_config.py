@@ -111,6 +111,8 @@ def from_hf(hf: dict) -> ModelConfig:
         eos_token_id=ends[0] if ends else None,
         other_eos_token_ids=tuple(ends[1:]),
         pad_token_id=pad,
+        delete_token_id=_token(hf, "delete_token_id"),
+        insert_token_id=_token(hf, "split_token_id"),
         **_experts(hf, given, architecture),
     )
 
@@ -259,8 +261,12 @@ def to_hf(config: ModelConfig) -> dict:
         "eos_token_id": list(c.eos_token_ids) if c.other_eos_token_ids else c.eos_token_id,
         "pad_token_id": c.pad_token_id,
     }
-    if c.mask_token_id is not None:
-        hf["mask_token_id"] = c.mask_token_id
+    named = {
+        "mask_token_id": c.mask_token_id,
+        "delete_token_id": c.delete_token_id,
+        "split_token_id": c.insert_token_id,
+    }
+    hf |= {key: value for key, value in named.items() if value is not None}
     if c.alignment != _own_alignment(c.architecture):
         hf[_ALIGNMENT] = c.alignment
     return hf | _experts_to_hf(c)

@@ -89,7 +89,7 @@ class ModelConfig:
     eos_token_id: int | None = None  # the first end of sequence ...
     other_eos_token_ids: tuple[int, ...] = ()  # ... and all others; decoding stops at any of them
     pad_token_id: int | None = None
-    # LLaDA2.2: the tokens that delete a position, and insert one before it.
+    # LLaDA2.2: the tokens that delete a position and insert one before it, its delete_token_id and split_token_id.
     delete_token_id: int | None = None
     insert_token_id: int | None = None
 

@@ -10,7 +10,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from llada_jax import tokenizer
+import llada_jax
+from llada_jax import GenerateConfig, tokenizer
 from llada_jax.checkpoint import weights
 from llada_jax.errors import InputError
 from llada_jax.interop import convert
@@ -201,6 +202,23 @@ def test_keys_that_are_not_understood_are_named(llama, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "notice: config.json: unknown keys, ignored: unsloth_version='2026.1', notes='xxxx" in printed
     assert max(map(len, printed.splitlines())) < 200
+
+
+def test_a_model_of_llada2_2_comes_without_a_notice_and_edits(tmp_path):
+    source = tmp_path / "hf"
+    shutil.copytree(GOLDENS / "llada2_tiny", source)
+    config = json.loads((source / "config.json").read_text())
+    config |= {"expert_capacity": 8, "block_size": 8, "delete_token_id": 500, "split_token_id": 501}
+    config |= {"use_qk_norm": True, "rope_theta": 3_000_000}
+    (source / "config.json").write_text(json.dumps(config))
+    assert convert.read_model(str(source)).notices == [
+        f"no tokenizer.json in {source}: the checkpoint will have no tokenizer"
+    ]
+    convert.import_checkpoint(str(source), str(tmp_path / "ours"), mask_token_id=511)
+    model = weights.load_checkpoint(tmp_path / "ours")
+    g = GenerateConfig(gen_length=12, block_length=8, rule="llada2.2", threshold=0.1, editing_threshold=0.0, eos_id=-1)
+    (answer,) = llada_jax.generate(model.params, model.config, [np.arange(5)], g).tokens
+    assert len(answer) == 12 and not np.isin(answer, (500, 501, 511)).any()
 
 
 def test_existing_out_is_kept(llama, tmp_path):

@@ -55,6 +55,15 @@ def test_model_type_decides_without_a_class_name():
     assert hf_config.from_hf(hf).architecture == "bailing_moe"
 
 
+def test_editing_and_block_routing_of_llada2_2():
+    config = hf_config.from_hf(LLADA | {"expert_capacity": 8, "delete_token_id": 90, "split_token_id": 91})
+    assert (config.delete_token_id, config.insert_token_id) == (90, 91)
+    assert (config.routing_block, config.routing_block_experts) == (32, 8)
+    hf = hf_config.to_hf(config)
+    assert (hf["delete_token_id"], hf["split_token_id"], hf["expert_capacity"]) == (90, 91, 8)
+    assert hf_config.from_hf(hf) == config and "delete_token_id" not in hf_config.to_hf(hf_config.from_hf(LLADA))
+
+
 def test_special_ids():
     config = hf_config.from_hf(LLAMA | {"eos_token_id": [7, 9], "pad_token_id": -1})
     assert (config.eos_token_id, config.pad_token_id) == (7, None)
@@ -123,6 +132,8 @@ def test_partial_rotary():
         (LLADA, {"use_qkv_bias": True}, "use_qkv_bias=True"),
         (LLADA, {"score_function": "softmax"}, "score_function='softmax'"),
         (LLADA, {"expert_capacity": 48}, "routing_block_experts=48"),
+        (LLADA, {"delete_token_id": 96}, "delete_token_id=96"),
+        (LLADA, {"split_token_id": "a"}, "split_token_id='a'"),
         (LLADA, {"moe_intermediate_size": None}, "moe_intermediate_size is missing"),
     ],
 )
