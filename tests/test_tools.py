@@ -60,6 +60,12 @@ def test_generate_a_prompt_and_draw_how_the_answer_filled(checkpoint, tmp_path):
     assert "block   2" in done.stdout and "steps" in (tmp_path / "filled.svg").read_text()
 
 
+def test_generate_with_edits_that_delete_and_insert(checkpoint):
+    ids = "--rule=llada2.2", "--delete_id=5", "--insert_id=6", "--editing_threshold=0", "--max_steps_per_block=20"
+    done = run("generate", f"--checkpoint={checkpoint}", "--prompt=a", "--gen_length=6", "--block_length=4", *ids)
+    assert done.returncode == 0 and done.stdout.startswith("a"), done.stderr
+
+
 def test_an_answer_is_printed_as_the_rest_of_its_prompts_text(tmp_path):
     """Of a SentencePiece-like tokenizer, behind a beginning of sequence: when streamed, and of a file of prompts."""
     tokenizer = llama_like(bos=True)
@@ -240,6 +246,7 @@ def test_verify(checkpoint):
         ("generate", ["--checkpoint=/nowhere", "--prompt=x"], "/nowhere"),
         ("generate", ["--prompt=x"], "--checkpoint"),
         ("generate", ["--checkpoint=CHECKPOINT", "--prompt=x", "--rule=best"], "rule='best'"),
+        ("generate", ["--checkpoint=CHECKPOINT", "--prompt=x", "--rule=llada2.2"], "give delete_id"),
         ("generate", ["--checkpoint=CHECKPOINT", "--prompt=x", "--gen_length=0"], "gen_length=0"),
         ("generate", ["--checkpoint=CHECKPOINT", "--input=/nowhere.jsonl", "--output=/tmp/x"], "/nowhere.jsonl"),
         ("generate", ["--checkpoint=CHECKPOINT", "--prompt=x", "--save=picture.txt"], "--save=picture.txt"),
