@@ -232,7 +232,7 @@ def _denoise(params, config, settings, state: State, hidden, denoising) -> State
     sampling = requests.sampling
     sampling = sampling.replace(key=jax.vmap(key_of)(sampling.key, state.start, state.step))
     predict_settings = PredictSettings(
-        settings.mask_id, settings.sample, settings.cut, entropy=rule == "entropy", raw=rule == "dinfer"
+        settings.mask_id, settings.sample, settings.cut, entropy=rule == "entropy", raw=rule in ("dinfer", "llada2.2")
     )
 
     def ask(needed, banned=None):

@@ -12,6 +12,9 @@ random, loops or breaks off:
     the cap   on steps makes the step a final round: no mask is left, as it could be there
     prompts   never move, and the ids of edits in them stay as they are: there they are consumed
     the mask  is never written (sampling/predict.py)
+
+With a temperature, tokens are drawn and confidence stays that of softmax(logits), without temperature or cuts. Whether
+the released code draws edits too, as is done here, its description does not say.
 """
 
 import functools

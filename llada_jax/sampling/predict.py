@@ -56,7 +56,7 @@ class Prediction:
 
 class PredictSettings(NamedTuple):
     """Static settings, compiled in. mask_id: never predicted. sample, cut: whether a row may have a temperature, or a
-    top-k or top-p. entropy: whether to compute it. raw: dInfer's confidence, and where the mask came first."""
+    top-k or top-p. entropy: whether to compute it. raw: confidence as dInfer has it, and where the mask came first."""
 
     mask_id: int
     sample: bool = False

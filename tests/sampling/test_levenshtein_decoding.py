@@ -198,14 +198,18 @@ def test_a_mesh_decodes_as_one_device_does(model, decoded):
 
 
 @one_model
-def test_draws_depend_on_their_request_alone(model):
+def test_draws_depend_on_their_request_alone_and_confidence_on_no_temperature(model, decoded):
     params, config = model
-    requests = [Request(np.arange(n), asked(temperature=0.8, gen_length=9), seed) for seed, n in enumerate((9, 3, 12))]
+    prompts, _, _, out = decoded
+    g = asked(temperature=0.8, top_k=12, gen_length=9)
+    requests = [Request(np.arange(n), g, seed) for seed, n in enumerate((9, 3, 12))]
+    requests.append(Request(prompts[0], asked(temperature=0.8, top_k=1)))  # nothing to draw from, as at temperature 0
     one, two = (
         {answer.index: answer.tokens.tolist() for answer in serve(params, config, requests, rows, CANVAS)}
-        for rows in (1, 3)
+        for rows in (1, 4)
     )
-    assert one == two and len({tuple(tokens) for tokens in one.values()}) == 3
+    assert one == two and len({tuple(tokens) for tokens in one.values()}) == 4
+    assert one[3] == out.tokens[0].tolist()
     assert not {MASK, DELETE, INSERT} & {token for tokens in one.values() for token in tokens}
 
 
