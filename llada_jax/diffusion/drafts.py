@@ -6,9 +6,10 @@ K - 1 passes without gradient, each followed by what the decoder does with its p
     Gamma = {masked, p_i > threshold}, or the most confident masked token of a block where none passes
     Delta = {not masked, argmax_i is not x_i, p_i > editing threshold}                         (Eq. 1 and 2)
 
-write argmax_i on both. p is of the softmax over all logits, and the mask is never written. Of blocks that are denoised
-together only the first has to accept a token. The loss is that of the last draft. Which rows are drafted, and their
-thresholds, are drawn per row (diffusion/editing.Editing); with thresholds of 0 and no edits the draft is OPUT's.
+write argmax_i on both. p is of the softmax over all logits. Neither the mask is written nor LLaDA2.2's tokens that
+delete and insert: drafts move no tokens. Of blocks that are denoised together only the first has to accept one. The
+loss is that of the last draft. Which rows are drafted, and their thresholds, are drawn per row
+(diffusion/editing.Editing); with thresholds of 0 and no edits the draft is OPUT's.
 """
 
 import jax
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 
 from llada_jax.attention.visibility import Layout
 from llada_jax.diffusion.noise import DRAFTS, segmented_scan, uniform
-from llada_jax.diffusion.objectives import Example, Objective
+from llada_jax.diffusion.objectives import Example, Objective, unwritten_ids
 from llada_jax.model import head
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.forward import Execution, denoised_hidden
@@ -26,15 +27,17 @@ from llada_jax.model.parameters import Params
 def draft(
     params: Params, config: ModelConfig, example: Example, objective: Objective, halves: str, execution: Execution
 ) -> Example:  # fmt: skip
-    """Returns the example with `noisy` and `hidden` of the last draft; the rest is as it was (objectives.weighted).
+    """Returns the example with `noisy` and `hidden` of the last draft, and which rows are `drafted`; the rest is as it
+    was (objectives.weighted).
 
     halves: "both" or "noisy", as in schedule.Phase. Nothing of it is differentiated.
     """
     editing = objective.editing
-    drafted, *u = uniform(example.keys, DRAFTS, 3).T[:, :, None]
+    coin, *u = uniform(example.keys, DRAFTS, 3).T[:, :, None]
+    drafted = coin < editing.draft_share
     threshold = editing.threshold_low + (editing.threshold_high - editing.threshold_low) * u[0]
     editing_threshold = editing.editing_low + (editing.editing_high - editing.editing_low) * u[1]
-    writable = example.writable & (drafted < editing.draft_share)
+    writable = example.writable & drafted
     edits = editing.editing_low < 1
 
     def turn(carry, _):
@@ -42,7 +45,7 @@ def draft(
         clean = example.clean if halves == "both" else None
         states = denoised_hidden(params, config, noisy, clean, example.layout, example.positions, execution)
         needed = writable if edits else writable & hidden
-        token, confidence = head.best_tokens(states, needed, head.head_matrix(params, config), config.mask_token_id)
+        token, confidence = head.best_tokens(states, needed, head.head_matrix(params, config), unwritten_ids(config))
         written = accepted(confidence, writable & hidden, threshold, example.layout)
         noisy = jnp.where(written, token, noisy)
         if edits:
@@ -51,7 +54,7 @@ def draft(
         return (noisy, hidden & ~written), None
 
     (noisy, hidden), _ = jax.lax.scan(turn, (example.noisy, example.hidden), length=editing.turns - 1)
-    return example.replace(noisy=noisy, hidden=hidden)
+    return example.replace(noisy=noisy, hidden=hidden, drafted=drafted[:, 0])
 
 
 def accepted(confidence: jax.Array, masked: jax.Array, threshold: jax.Array, layout: Layout) -> jax.Array:

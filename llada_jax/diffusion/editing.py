@@ -22,6 +22,8 @@ from llada_jax.attention.visibility import Layout
 from llada_jax.diffusion.noise import REPLACEMENTS, REPLACING, REPLACING_TIMES, uniform
 from llada_jax.errors import InputError, check_range
 
+LABELS = ("target", "levenshtein")
+
 
 @dataclasses.dataclass(frozen=True)
 class Editing:
@@ -31,8 +33,9 @@ class Editing:
     becomes a wrong one. turns: K, passes per step; all but the last draft (diffusion/drafts.py). draft_share: q, with
     which probability a row is drafted; other rows keep their masks. threshold_low, threshold_high: of drafting; per row
     the decoder's threshold ~ U[low, high]. editing_low, editing_high: as well, for the edits of the drafts; 1 edits
-    nothing. special_ids: never written as wrong tokens, as the mask and the ends of sequence never are; nor is an id
-    from vocab_size on (None: that of the model).
+    nothing. labels: what is predicted in drafted rows, "target", x_0, or "levenshtein", LLaDA2.2's edits that bring the
+    draft nearer to x_0 (diffusion/levenshtein.py), in blocks of block_size tokens. special_ids: never written as wrong
+    tokens, as the mask and the ends of sequence never are; nor is an id from vocab_size on (None: that of the model).
     """
 
     weight: float = 0.0
@@ -44,6 +47,8 @@ class Editing:
     threshold_high: float = 0.95
     editing_low: float = 0.0
     editing_high: float = 0.9
+    labels: str = "target"
+    block_size: int | None = None
     special_ids: tuple[int, ...] = ()
     vocab_size: int | None = None
 
@@ -51,6 +56,10 @@ class Editing:
         check_range("editing.weight", self.weight, at_least=0)
         check_range("editing.turns", self.turns, at_least=1)
         check_range("editing.draft_share", self.draft_share, at_least=0, at_most=1)
+        if self.labels not in LABELS:
+            raise InputError(f"editing.labels={self.labels!r}, expected one of {', '.join(LABELS)}")
+        if self.labels == "levenshtein" and (self.block_size is None or not self.drafts):
+            raise InputError('editing.labels="levenshtein": of drafts (editing.turns above 1), in blocks of one size')
         for name in ("replace", "threshold", "editing"):
             low, high = (getattr(self, f"{name}_{end}") for end in ("low", "high"))
             if not 0 <= low <= high <= 1:  # NaN neither

@@ -15,6 +15,26 @@ import jax
 import jax.numpy as jnp
 
 
+def labels_of_rows(
+    draft: jax.Array, target: jax.Array, writable: jax.Array, segment_ids: jax.Array, block_size: int, **ids: int
+) -> jax.Array:  # fmt: skip
+    """int32 [batch, length]: `labels` of packed rows, whose blocks count from the start of the row; block_size divides
+    their length. A mask of the draft may match any target.
+
+    writable [batch, length] bool: what the decoder writes, the rest being prompts. segment_ids [batch, length] int. A
+    block of several documents, or with a prompt behind an answer, has its target tokens as labels: no edit may move
+    tokens from one answer into another. ids: mask_id, delete_id and insert_id of `labels`.
+    """
+
+    def blocks(x):
+        return x.reshape(len(x), -1, block_size)
+
+    draft, target, writable, segment_ids = (blocks(x) for x in (draft, target, writable, segment_ids))
+    editable = (segment_ids == segment_ids[..., :1]).all(-1) & (writable[..., 1:] >= writable[..., :-1]).all(-1)
+    found = labels(draft, target, fixed=~writable, **ids)
+    return jnp.where(editable[..., None], found, target).reshape(len(draft), -1)
+
+
 def labels(
     draft: jax.Array, target: jax.Array, mask_id: int, delete_id: int, insert_id: int, fixed: jax.Array | None = None,
     masks_match: bool = True,

@@ -61,7 +61,7 @@ def _loss(params, config, batch, key, block_size, objective, halves, embedding_n
     example = objectives.prepare_batch(batch, keys, block_size, config, objective, halves)
     if objective.editing.drafts and halves != "clean":
         frozen = jax.lax.stop_gradient(params)
-        example = objectives.weighted(draft(frozen, config, example, objective, halves, execution), objective)
+        example = objectives.weighted(draft(frozen, config, example, objective, halves, execution), config, objective)
     temperature = objective.confidence_temperature if objective.confidence_weight else None
     sums, _ = objectives.score(params, config, example, halves, execution, embedding_noise_std, temperature)
     return objectives.loss(sums, objectives.normalizer(example, objective), objective)

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from llada_jax.attention.visibility import BLOCK_ORIGINS, Layout, make_layout
 from llada_jax.diffusion.editing import Editing, replace_tokens
 from llada_jax.diffusion.groups import Groups, grouped, groups_of
+from llada_jax.diffusion.levenshtein import labels_of_rows
 from llada_jax.diffusion.noise import EMBEDDING, Masking, NoiseSpec, Stratum, complement, draw_masking, mask_tokens
 from llada_jax.errors import InputError, check_range
 from llada_jax.model import head
@@ -75,19 +76,21 @@ class Objective:
 
 @flax.struct.dataclass
 class Example:
-    """A batch with its noise drawn. All [batch, length], except keys [batch].
+    """A batch with its noise drawn. All [batch, length], except keys and drafted [batch].
 
-    clean int: x_0, the `tokens` of prepare. noisy int: x_t. hidden bool: tokens replaced by the mask in x_t; rate
-    float32: with what probability. masked bool: those of them that are scored, all but a document's tail (`tails`).
-    eligible bool: tokens that could be masked and scored; writable bool: and tails. unmasked bool: with Editing.weight
-    the other eligible ones, which are scored too. weights float32: factor on each token's negative log-likelihood, zero
-    where not scored, not normalised.
+    clean int: x_0, the `tokens` of prepare. noisy int: x_t. targets int: what is predicted, x_0 but for Editing.labels.
+    hidden bool: tokens replaced by the mask in x_t; rate float32: with what probability. masked bool: those of them
+    that are scored, all but a document's tail (`tails`). eligible bool: tokens that could be masked and scored;
+    writable bool: and tails. unmasked bool: with Editing.weight the other eligible ones, which are scored too. weights
+    float32: factor on each token's negative log-likelihood, zero where not scored, not normalised.
     segment_ids int: as attention sees them (Objective.document_mask). real bool: tokens of stored documents, not
-    padding. positions int: from the start of the document. keys: one per row, of the embedding noise.
+    padding. positions int: from the start of the document. keys: one per row, of all noise. drafted bool: rows whose
+    x_t is a draft (diffusion/drafts.py).
     """
 
     clean: jax.Array
     noisy: jax.Array
+    targets: jax.Array
     hidden: jax.Array
     rate: jax.Array
     masked: jax.Array
@@ -100,6 +103,7 @@ class Example:
     positions: jax.Array
     layout: Layout
     keys: jax.Array
+    drafted: jax.Array
 
 
 @flax.struct.dataclass
@@ -174,6 +178,7 @@ def prepare(
     example = Example(
         clean=tokens,
         noisy=tokens,
+        targets=tokens,
         hidden=masking.masked,
         rate=masking.rate,
         masked=masking.masked,
@@ -186,10 +191,11 @@ def prepare(
         positions=jnp.arange(tokens.shape[1])[None] - layout.document_start,
         layout=layout,
         keys=keys,
+        drafted=jnp.zeros(len(tokens), bool),
     )
     if halves != "clean":
         example = _noised(example, config, objective)
-    return weighted(example, objective)
+    return weighted(example, config, objective)
 
 
 def _noised(example: Example, config: ModelConfig, objective: Objective) -> Example:
@@ -202,25 +208,40 @@ def _noised(example: Example, config: ModelConfig, objective: Objective) -> Exam
     if editing.replaces:
         if editing.vocab_size is None:
             editing = dataclasses.replace(editing, vocab_size=config.vocab_size)
-        unmasked = example.writable & ~example.hidden
-        barred = (config.mask_token_id, *config.eos_token_ids)
-        tokens = replace_tokens(example.keys, tokens, unmasked, example.layout, editing, barred)
+        barred = (*config.eos_token_ids, *unwritten_ids(config))
+        tokens = replace_tokens(example.keys, tokens, example.writable, example.layout, editing, barred)
     return example.replace(noisy=mask_tokens(tokens, Masking(example.hidden, example.rate), config.mask_token_id))
 
 
-def weighted(example: Example, objective: Objective) -> Example:
-    """The example with what follows from its x_t: which tokens are scored, and with what weights."""
+def unwritten_ids(config: ModelConfig) -> tuple[int, ...]:
+    """The mask, and the tokens of LLaDA2.2's edits: predicted, but never part of a text."""
+    return tuple(i for i in (config.mask_token_id, config.delete_token_id, config.insert_token_id) if i is not None)
+
+
+def weighted(example: Example, config: ModelConfig, objective: Objective) -> Example:
+    """The example with what follows from its x_t: which tokens are scored, as what, and with what weights."""
     masked = example.hidden & example.eligible
     weights = masked.astype(jnp.float32)
     if objective.time_weight == "elbo":
         weights = jnp.where(masked, weights / jnp.where(masked, example.rate, 1), 0)
-    unmasked, weight = jnp.zeros_like(masked), objective.editing.weight
+    editing = objective.editing
+    unmasked, weight = jnp.zeros_like(masked), editing.weight
     if weight:
         unmasked = example.eligible & ~example.hidden
         if objective.normalizer == "masked":  # each term is a mean of its own
             weight *= _count(masked) / _count(unmasked)
         weights = jnp.where(unmasked, weight, weights)
-    return example.replace(masked=masked, unmasked=unmasked, weights=weights)
+    return example.replace(
+        masked=masked, unmasked=unmasked, weights=weights, targets=_targets(example, config, editing)
+    )
+
+
+def _targets(example: Example, config: ModelConfig, editing: Editing) -> jax.Array:
+    if editing.labels == "target":
+        return example.clean
+    ids = dict(mask_id=config.mask_token_id, delete_id=config.delete_token_id, insert_id=config.insert_token_id)
+    rows = example.noisy, example.clean, example.writable, example.segment_ids
+    return jnp.where(example.drafted[:, None], labels_of_rows(*rows, editing.block_size, **ids), example.clean)
 
 
 def _count(tokens: jax.Array) -> jax.Array:
@@ -293,7 +314,7 @@ def score(
     )
     matrix = head.head_matrix(params, config)
     scores = head.token_scores(
-        hidden, example.clean, example.masked | example.unmasked, matrix, entropy_temperature, execution.reduce_dtype
+        hidden, example.targets, example.masked | example.unmasked, matrix, entropy_temperature, execution.reduce_dtype
     )
     differs = example.noisy != example.clean
     wrong, right = example.unmasked & differs, example.unmasked & ~differs

@@ -125,25 +125,27 @@ def _of_needed(function, hidden, needed):
     return tuple(results[:, : batch * length].reshape(-1, batch, length))
 
 
-def best_tokens(hidden: jax.Array, needed: jax.Array, head: jax.Array, mask_id: int) -> tuple[jax.Array, jax.Array]:
-    """The most probable token that is not the mask, and its probability in the softmax over all logits.
+def best_tokens(
+    hidden: jax.Array, needed: jax.Array, head: jax.Array, barred: tuple[int, ...]
+) -> tuple[jax.Array, jax.Array]:
+    """The most probable token that is not `barred`, and its probability in the softmax over all logits.
 
     hidden [batch, length, embed], aligned with what it predicts; needed [batch, length] bool. head [embed, vocab].
     Returns int32 and float32 [batch, length], zero elsewhere; ties go to the lowest id. Not differentiable. Over a mesh
     as `token_scores`; sampling/predict.py is made for the few positions of decoding.
     """
-    local = jax.named_scope("head")(functools.partial(_local_best, vocab=head.shape[1], mask_id=mask_id))
+    local = jax.named_scope("head")(functools.partial(_local_best, vocab=head.shape[1], barred=barred))
     token, confidence = sharding.over_batch(local, {"head": ("embed", "vocab")})((hidden, needed), {"head": head})
     return token.astype(jnp.int32), confidence
 
 
-def _local_best(inputs, weights, shards, vocab, mask_id):
+def _local_best(inputs, weights, shards, vocab, barred):
     hidden, needed = inputs
     head, axis = _head_of_shard(weights, shards, hidden.dtype, vocab)
 
     def best(chunks, used, ordered):
         def one(i, results):
-            return results.at[i].set(_best(_logits(chunks[i], head), mask_id, axis))
+            return results.at[i].set(_best(_logits(chunks[i], head), barred, axis))
 
         results = jax.lax.fori_loop(0, used, one, jnp.zeros((len(chunks), 2, chunks.shape[1])))
         return jnp.moveaxis(results, 1, 0).reshape(2, -1)
@@ -151,14 +153,14 @@ def _local_best(inputs, weights, shards, vocab, mask_id):
     return _of_needed(best, hidden, needed)
 
 
-def _best(z, mask_id, axis) -> jax.Array:
+def _best(z, barred, axis) -> jax.Array:
     """[2, chunk] float32: the best token's id (exact below 2^24) and probability. z: as in _score."""
 
     def over_ranks(reduce, x):
         return x if axis is None else reduce(x, axis)
 
     index = _indices(z, axis)
-    allowed = jnp.where(index == mask_id, -jnp.inf, z)
+    allowed = jnp.where(jnp.isin(index, jnp.array(barred)), -jnp.inf, z)
     peak, best = (over_ranks(jax.lax.pmax, x.max(axis=1)) for x in (z, allowed))
     token = jnp.where(allowed == best[:, None], index, jnp.iinfo(jnp.int32).max).min(axis=1)
     token = over_ranks(jax.lax.pmin, token)

@@ -69,7 +69,7 @@ def _pairs(phase: str, blocks: tuple[int, ...], steps: tuple[int, ...]) -> list[
 def objective(config: ConfigDict, tokenizer: Tokenizer | None = None) -> Objective:
     """tokenizer: of the model; ids that are none of its texts' are never written as wrong tokens."""
     c = config.objective
-    ids = {}
+    ids = {"block_size": config.schedule.block_size} if config.editing.labels == "levenshtein" else {}
     if tokenizer is not None and config.editing.replace_high:
         ids["vocab_size"] = max(tokenizer.text_ids, default=0) + 1
         ids["special_ids"] = tuple(sorted(set(range(ids["vocab_size"])) - tokenizer.text_ids))
@@ -91,12 +91,18 @@ def objective(config: ConfigDict, tokenizer: Tokenizer | None = None) -> Objecti
 
 def check_editing(config: ConfigDict, editing: Editing) -> None:
     """Raises InputError where a run does nothing with what its config says of editing."""
+    c = config.objective
     asked = editing.weight or editing.replaces or editing.turns > 1
     if asked and (config.preference.enabled or config.schedule.kind == "ar"):
         other = "preference.enabled" if config.preference.enabled else "schedule.kind"
         raise InputError(f"config.editing: not with config.{other}={config.preference.enabled or 'ar'}")
-    if (blocks := config.objective.group_blocks) > 1 and (config.preference.enabled or config.schedule.kind == "ar"):
+    if (blocks := c.group_blocks) > 1 and (config.preference.enabled or config.schedule.kind == "ar"):
         raise InputError(f"config.objective.group_blocks={blocks}, expected 1 in a run of DPO or of an AR model")
+    if editing.labels == "levenshtein" and (config.schedule.kind, c.block_origin) != ("constant", "global"):
+        raise InputError(
+            f'config.editing.labels="levenshtein": not with schedule.kind={config.schedule.kind!r} and objective.'
+            f'block_origin={c.block_origin!r}, expected "constant" and "global": its blocks have one size'
+        )
     if editing.replaces and config.compiled_step:
         raise InputError(
             f"config.compiled_step={config.compiled_step}: it knows no tokenizer, so that config.editing.replace_high="

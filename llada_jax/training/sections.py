@@ -107,6 +107,9 @@ class EditingConfig:
         0.0, "Each row's editing threshold of drafting is uniform in [editing_low, editing_high]; 1 edits nothing."
     )
     editing_high: float = field(0.9, "See editing_low.")
+    labels: str = field(
+        "target", 'Of drafted rows: "target", their tokens, or "levenshtein", edits that delete and insert (LLaDA2.2).'
+    )
 
 
 @dataclasses.dataclass(frozen=True)

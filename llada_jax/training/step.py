@@ -151,7 +151,7 @@ def denoising_loss(
             return example
         of_rows = functools.partial(draft, params, model, objective=objective, halves=halves, execution=execution)
         drafted = _map_rows(of_rows, example, micro_batches)
-        return objectives.weighted(drafted, objective)
+        return objectives.weighted(drafted, model, objective)
 
     def value(params, reference, example, total, noise_std, halves):
         sums, _ = objectives.score(params, model, example, halves, execution, noise_std, temperature)

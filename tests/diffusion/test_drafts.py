@@ -13,12 +13,14 @@ from llada_jax.diffusion import noise, objectives
 from llada_jax.diffusion.drafts import accepted, draft
 from llada_jax.diffusion.editing import Editing
 from llada_jax.diffusion.groups import Groups, grouped
+from llada_jax.diffusion.levenshtein import labels
 from llada_jax.diffusion.noise import NoiseSpec
 from llada_jax.diffusion.objectives import Objective
 from llada_jax.model import head
 from llada_jax.model.forward import Execution
 from llada_jax.sampling import accept
 from tests.diffusion.test_objectives import MOE, SHIFTED, TINY, keys_of, params_of, prepared, random_ids
+from tests.helpers.programs import score
 
 ROWS, LENGTH, BLOCK = 3, 24, 8
 drafted = jax.jit(draft, static_argnames=("config", "objective", "halves", "execution"))
@@ -85,7 +87,7 @@ def test_turns_write_what_the_decoder_would_have_written(config, turns, share, e
     noisy, hidden = by_hand(params, config, example, editing, BLOCK)
     assert np.array_equal(found.noisy, noisy) and np.array_equal(found.hidden, hidden)
     assert (noisy != np.asarray(example.noisy)).any() and hidden.any()
-    found = objectives.weighted(found, objective)
+    found = objectives.weighted(found, config, objective)
     assert np.array_equal(found.masked | found.unmasked, found.eligible)
     assert not np.asarray(found.masked & found.unmasked).any()
 
@@ -102,7 +104,7 @@ def test_oput_is_a_setting():
     logits = llada_jax.denoise(params, config, example.noisy, example.clean, block_size=BLOCK)
     argmax = np.asarray(logits.at[..., config.mask_token_id].set(-jnp.inf).argmax(-1))
     drafts = np.where(np.asarray(example.hidden), argmax, np.asarray(example.clean))
-    found = objectives.weighted(drafted(params, config, example, objective, "both", Execution()), objective)
+    found = objectives.weighted(drafted(params, config, example, objective, "both", Execution()), config, objective)
     assert np.array_equal(found.noisy, drafts) and not np.asarray(found.hidden).any()
     sums, _ = objectives.score(params, config, found)
     logits = np.asarray(llada_jax.denoise(params, config, drafts, example.clean, block_size=BLOCK), np.float64)
@@ -119,9 +121,9 @@ def test_best_tokens_are_those_of_the_logits(needed_share):
     matrix = rng.normal(size=(8, 40)).astype(np.float32)
     matrix[:, 7] = matrix[:, 5]  # a tie: the lower id
     needed = rng.random((3, 500)) < needed_share
-    token, confidence = jax.jit(functools.partial(head.best_tokens, mask_id=11))(hidden, needed, head=matrix)
+    token, confidence = jax.jit(functools.partial(head.best_tokens, barred=(11, 13)))(hidden, needed, head=matrix)
     p = np.array(jax.nn.softmax(hidden @ matrix))
-    p[..., 11] = 0
+    p[..., [11, 13]] = 0
     assert np.array_equal(token, np.where(needed, p.argmax(-1), 0)) and not (np.asarray(token) == 7).any()
     np.testing.assert_allclose(confidence, np.where(needed, p.max(-1), 0), rtol=1e-5)
 
@@ -135,7 +137,7 @@ def test_the_loss_function_drafts_too_and_its_gradient_passes_by_the_drafts():
     value, slopes = jax.value_and_grad(llada_jax.loss)(params, TINY, batch, key, block_size=BLOCK, objective=objective)
     example = objectives.prepare_batch(batch, noise.keys_from(key, batch.row_ids, batch.epochs), BLOCK, TINY, objective,
                                        "both")  # fmt: skip
-    example = objectives.weighted(drafted(params, TINY, example, objective, "both", Execution()), objective)
+    example = objectives.weighted(drafted(params, TINY, example, objective, "both", Execution()), TINY, objective)
 
     @jax.value_and_grad
     def of_fixed_draft(params):
@@ -151,3 +153,29 @@ def test_keys_of_drafts_are_those_of_the_rows():
     assert np.array_equal(
         noise.uniform(keys_of(4), noise.DRAFTS, 3)[2:], noise.uniform(keys_of(4)[2:], noise.DRAFTS, 3)
     )
+
+
+def test_drafted_rows_may_have_edits_as_labels_and_write_none_of_them():
+    config = TINY.replace(delete_token_id=3, insert_token_id=4)
+    editing = Editing(
+        weight=1.0, turns=2, draft_share=0.5, threshold_low=0.0, threshold_high=0.0, labels="levenshtein",
+        block_size=BLOCK,
+    )  # fmt: skip
+    objective = Objective(editing=editing)
+    ids = 10 + random_ids(6, LENGTH) % 3  # few tokens: drafts share some with their targets
+    params = params_of(TINY)
+    params |= {"head": params["head"] * jnp.isin(jnp.arange(TINY.vocab_size), jnp.array([3, 4, 10, 11, 12]))[None]}
+    example = prepared(ids, BLOCK, config, objective)
+    assert np.array_equal(example.targets, example.clean)
+    found = objectives.weighted(drafted(params, config, example, objective, "both", Execution()), config, objective)
+    assert not np.isin(found.noisy, [3, 4]).any()
+    rows = np.asarray(found.drafted)
+    assert rows.any() and not rows.all()
+    assert np.array_equal(found.targets[~rows], found.clean[~rows])
+    blocks = [np.asarray(x)[rows].reshape(-1, BLOCK) for x in (found.noisy, found.clean, found.targets)]
+    expected = labels(*map(jnp.asarray, blocks[:2]), config.mask_token_id, 3, 4)
+    assert np.array_equal(blocks[2], expected) and np.isin(blocks[2], [3, 4]).any()
+    _, scores = score(params, config, found)
+    log_p = jax.nn.log_softmax(llada_jax.denoise(params, config, found.noisy, found.clean, block_size=BLOCK))
+    nll = -np.take_along_axis(np.asarray(log_p), np.asarray(found.targets)[..., None], -1)[..., 0]
+    np.testing.assert_allclose(scores.nll, nll * np.asarray(found.eligible), rtol=1e-5)

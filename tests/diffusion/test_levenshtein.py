@@ -150,3 +150,21 @@ def test_a_mask_that_may_not_match_is_replaced_or_deleted():
     draft, target = jnp.array([[MASK, 2, MASK, MASK]]), jnp.array([[1, 2, 3, 4]])
     found = labels(draft, target, MASK, DELETE, INSERT, masks_match=False)
     assert found[0].tolist() == [1, 2, DELETE, DELETE]
+
+
+def test_rows_are_labelled_block_by_block_where_an_edit_stays_within_an_answer():
+    rng = np.random.default_rng(5)
+    block, (draft, target) = 8, drafts(rng, 5, 8, letters=4)
+    ids = dict(mask_id=MASK, delete_id=DELETE, insert_id=INSERT)
+    writable = np.ones((5, block), bool)
+    writable[1, :3] = False  # a prompt before the answer
+    writable[2, 3:5] = False  # a prompt behind an answer
+    segments = np.ones((5, block), int)
+    segments[3, 4:] = 2  # two documents
+    draft = np.where(writable, draft, target)
+    rows = [x.reshape(1, -1) for x in (draft, target, writable, segments)]
+    found = np.asarray(levenshtein.labels_of_rows(*map(jnp.asarray, rows), block, **ids)).reshape(5, block)
+    expected = np.asarray(labels(draft, target, MASK, DELETE, INSERT, jnp.asarray(~writable)))
+    for i in (0, 1, 4):
+        assert np.array_equal(found[i], expected[i])
+    assert np.array_equal(found[2:4], target[2:4]) and not np.array_equal(expected[2:4], target[2:4])

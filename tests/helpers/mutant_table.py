@@ -184,16 +184,15 @@ _OBJECTIVE = _room(
     ("diffusion/groups.py", "in_answer & at(in_answer, before)", "in_answer", _GROUPS),
     ("diffusion/noise.py", "jnp.multiply, first, factors", "jnp.multiply, layout.block_start == index, factors",
      _GROUPS),
-    # Editing: the right token counts as a wrong one; masked tokens are replaced; a clean token has no label.
+    # Editing: the right token counts as a wrong one; a clean token has no label.
     ("diffusion/editing.py", "(rank >= tokens - at)", "(rank > tokens - at)", _EDITING),
-    ("diffusion/objectives.py", "example.writable & ~example.hidden", "example.writable", _EDITING),
     ("diffusion/objectives.py", "unmasked = example.eligible & ~example.hidden",
      "unmasked = example.eligible & ~example.hidden & (example.noisy != example.clean)", _EDITING),
     ("diffusion/objectives.py", "weight *= _count(masked) / _count(unmasked)", "weight *= 1.0", _EDITING),
     # Drafts: sure tokens stay masked; the least confident token is forced; the mask may be written.
     ("diffusion/drafts.py", "confidence > threshold)", "confidence < threshold)", _DRAFTS),
     ("diffusion/drafts.py", "_over_block(jnp.maximum, scores", "_over_block(jnp.minimum, scores", _DRAFTS),
-    ("model/head.py", "jnp.where(index == mask_id, -jnp.inf, z)", "z", _DRAFTS),
+    ("model/head.py", "jnp.where(jnp.isin(index, jnp.array(barred)), -jnp.inf, z)", "z", _DRAFTS),
     ("diffusion/preference.py", "-nll * weights", "nll * weights", "diffusion/test_preference.py"),
     ("diffusion/preference.py", "segment_ids % 2 == 0", "segment_ids % 2 == 1", "diffusion/test_preference.py"),
     ("diffusion/preference.py", "gain[..., 0] - gain[..., 1]", "gain[..., 1] - gain[..., 0]",

@@ -100,6 +100,9 @@ def test_fields_reach_the_objects_by_name():
         ({"editing.turns": 2, "schedule.kind": "ar"}, "config.editing: not with config.schedule.kind=ar"),
         ({"editing.weight": 1.0, "preference.enabled": True}, "config.editing: not with config.preference.enabled"),
         ({"objective.group_blocks": 2, "schedule.kind": "ar"}, "config.objective.group_blocks=2, expected 1"),
+        ({"editing.labels": "x"}, "editing.labels='x'"),
+        ({"editing.labels": "levenshtein"}, 'editing.labels="levenshtein": of drafts'),
+        ({"editing.labels": "levenshtein", "editing.turns": 2}, "not with schedule.kind='wsd'"),
         ({"editing.replace_high": 0.5, "compiled_step": "x"}, "config.compiled_step=x: it knows no tokenizer"),
     ],
 )
