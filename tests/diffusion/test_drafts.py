@@ -1,6 +1,7 @@
 """Drafts of training against the decoder's own rules, and against OPUT read literally."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +49,11 @@ def test_of_a_group_only_the_first_block_must_accept():
     assert np.flatnonzero(np.asarray(found)).tolist() == [BLOCK - 1, LENGTH - 1]
 
 
-def by_hand(params, config, example, editing, block_size, halves="both"):
+PACKED = np.repeat([[1] * 10 + [2] * 11 + [0] * 3], ROWS, axis=0)
+EDGES = {"one document": [0, 8, 16, 24], "packed": [0, 8, 10, 16, 21]}
+
+
+def by_hand(params, config, example, editing, rows_are):
     """x_t after each turn, from the logits of the public pass and the decoder's rules, block by block."""
     coin, u, v = np.asarray(noise.uniform(example.keys, noise.DRAFTS, 3)).T
     threshold = editing.threshold_low + (editing.threshold_high - editing.threshold_low) * u
@@ -56,13 +61,14 @@ def by_hand(params, config, example, editing, block_size, halves="both"):
     noisy, hidden = np.array(example.noisy), np.array(example.hidden)
     writable = np.asarray(example.writable)
     for _ in range(editing.turns - 1):
-        logits = llada_jax.denoise(params, config, noisy, np.asarray(example.clean), block_size=block_size)
+        segments = PACKED if rows_are == "packed" else None
+        logits = llada_jax.denoise(params, config, noisy, example.clean, block_size=BLOCK, segment_ids=segments)
         p = np.array(jax.nn.softmax(logits))
         p[..., config.mask_token_id] = 0  # its mass is lost to the others
         token, confidence = p.argmax(-1), p.max(-1)
         for row in np.flatnonzero(coin < editing.draft_share):
-            for start in range(0, LENGTH, block_size):
-                block = np.s_[row, start : start + block_size]
+            for edges in itertools.pairwise(EDGES[rows_are]):
+                block = np.s_[row, slice(*edges)]
                 masked = hidden[block] & writable[block]
                 rows = [x[block][None] for x in (confidence, token, noisy)]
                 gamma = masked & accept.sglang(rows[0], masked[None], np.float32([threshold[row]]))[0]
@@ -74,17 +80,21 @@ def by_hand(params, config, example, editing, block_size, halves="both"):
 
 
 @pytest.mark.parametrize("config", [TINY, SHIFTED, MOE])
-@pytest.mark.parametrize("turns,share,edits", [(2, 1.0, True), (3, 0.5, True), (2, 1.0, False)])
-def test_turns_write_what_the_decoder_would_have_written(config, turns, share, edits):
+@pytest.mark.parametrize(
+    "rows_are,turns,share,edits",
+    [("one document", 2, 1.0, False), ("one document", 3, 0.5, True), ("packed", 2, 1.0, True)],
+)
+def test_turns_write_what_the_decoder_would_have_written(config, rows_are, turns, share, edits):
     editing = Editing(
         weight=1.0, replace_high=0.3, turns=turns, draft_share=share, threshold_low=0.01, threshold_high=0.2,
         editing_low=0.0 if edits else 1.0, editing_high=0.2 if edits else 1.0,
     )  # fmt: skip
     objective = Objective(NoiseSpec(rate_low=0.3, rate_high=0.9), editing=editing)
-    example = prepared(random_ids(ROWS, LENGTH), BLOCK, config, objective)
+    segments = PACKED if rows_are == "packed" else None
+    example = prepared(random_ids(ROWS, LENGTH), BLOCK, config, objective, segments)
     params = params_of(config)
     found = drafted(params, config, example, objective, "both", Execution())
-    noisy, hidden = by_hand(params, config, example, editing, BLOCK)
+    noisy, hidden = by_hand(params, config, example, editing, rows_are)
     assert np.array_equal(found.noisy, noisy) and np.array_equal(found.hidden, hidden)
     assert (noisy != np.asarray(example.noisy)).any() and hidden.any()
     found = objectives.weighted(found, config, objective)
