@@ -22,15 +22,11 @@ from llada_jax.attention.decoding.cached import CACHE_AXES
 from llada_jax.attention.visibility import block_window, two_block_window
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.forward import Cache, Execution, hidden_states
-from llada_jax.model.head import head_matrix
 from llada_jax.model.parameters import Params, join_heads
 from llada_jax.runtime.xla_options import xla_options
-from llada_jax.sampling import accept
-from llada_jax.sampling.predict import PredictSettings, predict
+from llada_jax.sampling.denoise import denoise
 from llada_jax.sampling.prefill import prefill_chunk, prefill_long, prefill_whole
 from llada_jax.sampling.state import DecodeSettings, Requests, State, empty_state
-
-PREDICTION = "prediction"  # scope of the head and of what accepts its tokens
 
 
 def _compiled(**options):
@@ -111,7 +107,8 @@ def _admit(params, config, settings, state: State, rows, requests, prompts, pref
         last_hidden=last_hidden,
     )  # fmt: skip
     old = {name: getattr(state, name) for name in new}
-    return state.replace(cache=cache, **jax.tree.map(lambda a, b: a.at[rows].set(b, mode="drop"), old, new))
+    log = state.log.replace(count=state.log.count.at[rows].set(0, mode="drop"))
+    return state.replace(cache=cache, log=log, **jax.tree.map(lambda a, b: a.at[rows].set(b, mode="drop"), old, new))
 
 
 @_compiled(static_argnames=("config", "settings", "prefill_length"), donate_argnames=("state",))
@@ -187,7 +184,7 @@ def iterate(params: Params, config: ModelConfig, settings: DecodeSettings, state
         busy=state.busy + running.sum(),
         batch_positions=state.batch_positions + running.size * width,
     )
-    return _denoise(params, config, settings, state, hidden, denoising)
+    return denoise(params, config, settings, state, hidden, denoising)
 
 
 def constrain_cache(cache: Cache) -> Cache:
@@ -214,108 +211,3 @@ def window_pass(
     tokens = jnp.take_along_axis(state.tokens, window, axis=1)
     hidden, computed = hidden_states(params, config, tokens, window, visibility, settings.execution, cache=state.cache)
     return hidden[:, -block:], jax.tree.map(lambda x: x[:, :, :, :block], computed), hidden[:, block - 1]
-
-
-@jax.named_scope(PREDICTION)
-def _denoise(params, config, settings, state: State, hidden, denoising) -> State:
-    """Accepts predictions in the rows that are `denoising` (bool [rows]); rows with a full block go to the next one."""
-    rule, requests, masked, block = settings.rule, state.requests, state.masked, settings.block_length
-    window = state.start[:, None] + jnp.arange(block)[None]
-    old = _get(state.tokens, window)
-    generated = window >= requests.prompt_length[:, None]
-    needed = (generated if rule == "llada2.1" else masked) & denoising[:, None]
-
-    def key_of(key, start, step):  # a draw depends on its request, block and step, not on its batch mates
-        return jax.random.fold_in(jax.random.fold_in(key, start), step)
-
-    sampling = requests.sampling
-    sampling = sampling.replace(key=jax.vmap(key_of)(sampling.key, state.start, state.step))
-    predict_settings = PredictSettings(
-        settings.mask_id, settings.sample, settings.cut, entropy=rule == "entropy", raw=rule == "dinfer"
-    )
-    prediction = predict(head_matrix(params, config), hidden, needed, sampling, predict_settings)
-
-    accepted = _accept(settings, state, prediction) & needed & masked
-    edited = jnp.zeros_like(accepted)
-    if rule == "llada2.1":
-        editable = needed & ~masked
-        edited = accept.edits(prediction.confidence, prediction.token, old, editable, requests.editing_threshold)
-    left, written = masked & ~accepted, accepted | edited
-    tokens = jnp.where(written, prediction.token, old)
-    full, step, post_steps = _progress(settings, state, left, edited)
-    full &= denoising
-    ended = _ended(settings, requests, generated, tokens, left, written, full)
-    finished = state.finished | ended | (full & (state.start + block >= requests.row_end))
-
-    moves = full & ~finished
-    start = jnp.where(moves, state.start + block, state.start)
-    return state.replace(
-        tokens=_put(state.tokens, tokens, state.start),
-        written_at=_put(
-            state.written_at, jnp.where(written, state.step[:, None], _get(state.written_at, window)), state.start
-        ),
-        confidence=_put(
-            state.confidence, jnp.where(written, prediction.confidence, _get(state.confidence, window)), state.start
-        ),
-        masked=left | moves[:, None],
-        start=start,
-        step=jnp.where(moves, 0, jnp.where(denoising, step, state.step)),
-        post_steps=jnp.where(moves, 0, jnp.where(denoising, post_steps, state.post_steps)),
-        pending=state.pending | moves,
-        finished=finished,
-        denoising_passes=state.denoising_passes + denoising,
-    )
-
-
-def _get(canvas, window):
-    return jnp.take_along_axis(canvas, jnp.minimum(window, canvas.shape[1] - 1), axis=1)
-
-
-def _put(canvas, block, start):
-    return jax.vmap(lambda row, part, at: jax.lax.dynamic_update_slice(row, part, (at,)))(canvas, block, start)
-
-
-def _accept(settings: DecodeSettings, state: State, prediction) -> jax.Array:
-    """Returns the masked positions that the rule accepts, bool [rows, block]."""
-    requests, masked, confidence = state.requests, state.masked, prediction.confidence
-    due = accept.due(settings.block_length, requests.max_steps, state.step)
-    match settings.rule:
-        case "llada2":
-            return accept.llada2(confidence, masked, due, requests.threshold)
-        case "llada2.1" | "sglang":  # at least one token a step, no schedule
-            return accept.sglang(confidence, masked, requests.threshold)
-        case "dinfer":
-            return accept.dinfer(confidence, masked, requests.threshold, prediction.mask)
-        case "entropy":
-            return accept.entropy(prediction.entropy, masked, requests.entropy_bound)
-        case "fixed":
-            return accept.fixed(confidence, masked, due)
-
-
-def _progress(settings, state: State, left, edited):
-    """(full: the block needs no more steps, step, post_steps), [rows], after a denoising step of each row."""
-    step, was_full = state.step + 1, ~state.masked.any(-1)
-    if settings.rule != "llada2.1":
-        return ~left.any(-1), step, state.post_steps
-    # LLaDA2.1: a full block is edited until a pass changes nothing, or max_post_steps are spent.
-    post_steps = state.post_steps + was_full
-    settled = was_full & ~edited.any(-1)
-    spent = ~left.any(-1) & (post_steps + 1 > state.requests.max_post_steps)
-    return settled | spent, step, post_steps
-
-
-def _ended(settings, requests: Requests, generated, tokens, left, written, full) -> jax.Array:
-    """Returns bool [rows]: rows that stop at an end of sequence in the current block, as the rule has it.
-
-    Earlier blocks hold none, or the row would have stopped there.
-    """
-    ends = generated & ~left & (tokens[:, :, None] == requests.eos_ids[:, None]).any(-1)
-    between_blocks = full & ends.any(-1)
-    if settings.rule == "llada2.1":  # as its reference, only when asked to
-        return between_blocks & requests.eos_early_stop
-    first_end = jnp.argmax(ends, axis=-1)
-    gap = (left & (jnp.arange(left.shape[1])[None] < first_end[:, None])).any(-1)
-    inside = ends.any(-1) & ~gap
-    if settings.rule == "llada2":  # as its reference, looked at only in a step that writes an end of sequence
-        inside &= (written & ends).any(-1)
-    return between_blocks | (inside & requests.eos_early_stop)

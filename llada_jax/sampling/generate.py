@@ -14,6 +14,7 @@ from llada_jax.errors import InputError, check_range
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.forward import Execution
 from llada_jax.model.parameters import Params
+from llada_jax.sampling import history as histories
 from llada_jax.sampling.cost import second_block_price
 from llada_jax.sampling.decode import decode
 from llada_jax.sampling.predict import Sampling
@@ -92,6 +93,11 @@ class Generation:
     array per row like tokens: the step of its block that wrote each token (int32, from 0), and the token's probability
     in that step (float32). Per row, int32 [rows]: forward_passes (denoising), commit_passes (separate ones),
     prefill_passes, and positions_evaluated in all of them. Rows share passes: each counts those that worked for it.
+
+    replay_tokens, replay_written_at, replay_confidence: the same up to the end of the answer's last block, with what
+    was decoded behind the end of sequence or beyond gen_length: all that the model saw of its own. Where nothing was
+    written before the answer stopped stand the mask, step -1 and probability 0. history: one history.History per row
+    of all writes, edits included, if asked for; else None.
     """
 
     tokens: list[np.ndarray]
@@ -101,12 +107,21 @@ class Generation:
     written_at: list[np.ndarray]
     confidence: list[np.ndarray]
     positions_evaluated: np.ndarray
+    replay_tokens: list[np.ndarray]
+    replay_written_at: list[np.ndarray]
+    replay_confidence: list[np.ndarray]
+    history: list[histories.History] | None = None
+
+    @property
+    def stop_length(self) -> np.ndarray:
+        """int32 [rows]: lengths of the answers, where the replays go on."""
+        return np.array([len(answer) for answer in self.tokens], np.int32)
 
     @property
     def tokens_per_forward(self) -> np.ndarray:
         """float64 [rows]: answer tokens over all the row's passes: prefill, denoising and commit."""
         passes = self.forward_passes + self.commit_passes + self.prefill_passes
-        return np.array([len(answer) for answer in self.tokens]) / np.maximum(passes, 1)
+        return self.stop_length / np.maximum(passes, 1)
 
     @property
     def steps(self) -> list[np.ndarray]:
@@ -123,6 +138,7 @@ def generate(
     execution: Execution = Execution(),
     fuse_share: float | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
+    history: bool | int = False,
 ) -> Generation:
     """Decodes an answer to each prompt by block diffusion (Section 5.4), the whole batch in one compiled loop.
 
@@ -130,8 +146,10 @@ def generate(
     temperature > 0; None is jax.random.key(0). execution: as in DecodeSettings. fuse_share: 0 always commits finished
     blocks in two-block windows, above 1 never does; None takes what is cheaper for this batch on this device
     (sampling/cost.py). prefill_chunk: most tokens of a prompt that are computed at once, rounded down to whole blocks;
-    longer prompts are computed in chunks. A row's answer does not depend on the other rows. Raises InputError if the
-    checkpoint has no mask token or the configs cannot share a batch, ValueError on a bad prompt.
+    longer prompts are computed in chunks. history: keep all writes (Generation.history); an int is the room for them
+    per position, by default 8 with rule "llada2.1". A row's answer does not depend on the other rows. Raises InputError
+    if the checkpoint has no mask token, the configs cannot share a batch, or a history had no room; ValueError on a bad
+    prompt.
 
     Example:
         >>> import llada_jax
@@ -146,10 +164,10 @@ def generate(
     configs = [generate_config] * max(len(prompts), 1) if one else list(generate_config)
     if not one and len(configs) != len(prompts):
         raise InputError(f"{len(configs)} configs for {len(prompts)} prompts, expected one for each")
-    settings = decode_settings(config, configs, execution, prefill_chunk)
+    settings = decode_settings(config, configs, execution, prefill_chunk, history)
     if not prompts:
         empty = np.zeros(0, np.int32)
-        return Generation([], empty, empty, empty, [], [], empty)
+        return Generation([], empty, empty, empty, [], [], empty, [], [], [], [] if settings.history else None)
     key = jax.random.key(0) if key is None else key
     keys = jax.vmap(lambda row: jax.random.bits(jax.random.fold_in(key, row), (2,), "uint32"))(jnp.arange(len(prompts)))
     lengths = np.array([len(prompt) for prompt in prompts])
@@ -165,7 +183,7 @@ def generate(
 
 def decode_settings(
     config: ModelConfig, configs: Sequence[GenerateConfig], execution: Execution = Execution(),
-    prefill_chunk: int = PREFILL_CHUNK,
+    prefill_chunk: int = PREFILL_CHUNK, history: bool | int = False,
 ) -> DecodeSettings:  # fmt: skip
     """The static settings for requests with these configs. Raises InputError if they cannot share a batch."""
     if not _is_integer(prefill_chunk) or prefill_chunk < 1:
@@ -183,6 +201,7 @@ def decode_settings(
         sample=any(g.temperature > 0 for g in configs),
         cut=any(g.temperature > 0 and (g.top_k is not None or (g.top_p or 1) < 1) for g in configs),
         prefill_chunk=max(prefill_chunk // first.block_length, 1) * first.block_length,
+        history=histories.room(history, first.rule),
         execution=execution,
     )
 
@@ -248,18 +267,22 @@ def collect(
     """Returns the answers of the finished `rows` [n]. lengths [n]: of their prompts; eos_ids [n, ends]."""
     canvas = jax.device_get((state.tokens, state.written_at, state.confidence))
     counts = jax.device_get((state.denoising_passes, state.commit_passes, state.positions_evaluated))
-    tokens, written_at, confidence = [], [], []
-    for row, start, g, ends in zip(rows, lengths, configs, eos_ids, strict=True):
-        answer = cut(canvas[0][row, start : start + g.gen_length], ends)
-        span = slice(start, start + len(answer))
-        tokens.append(answer)
-        written_at.append(canvas[1][row, span])
-        confidence.append(canvas[2][row, span])
+    ends = jax.device_get(state.start)[rows] + settings.block_length
+    answers, replays = [], []
+    for row, start, end, g, eos in zip(rows, lengths, ends, configs, eos_ids, strict=True):
+        tokens, written_at, confidence = replay = [array[row, start:end] for array in canvas]
+        stop = len(cut(tokens[: g.gen_length], eos))
+        answers.append([array[:stop] for array in replay])
+        never = tokens == settings.mask_id
+        replays.append([tokens, np.where(never, -1, written_at), np.where(never, 0, confidence)])
     denoising, commit, positions = (count[rows] for count in counts)
     prefilled = np.asarray(lengths) // settings.block_length * settings.block_length
     prefill = np.array([num_passes(length, settings) for length in lengths], np.int32)
     positions = (positions + prefilled).astype(np.int32)
-    return Generation(tokens, denoising, commit, prefill, written_at, confidence, positions)
+    tokens, written_at, confidence = map(list, zip(*answers, strict=True))
+    replays = map(list, zip(*replays, strict=True))
+    history = histories.collect(state.log, rows, lengths, ends) if settings.history else None
+    return Generation(tokens, denoising, commit, prefill, written_at, confidence, positions, *replays, history)
 
 
 def cut(answer: np.ndarray, eos_ids: Sequence[int]) -> np.ndarray:

@@ -34,6 +34,7 @@ class DecodeSettings:
     sample: bool = False
     cut: bool = False
     prefill_chunk: int = PREFILL_CHUNK
+    history: int = 0
     execution: Execution = Execution()
 
 
@@ -57,6 +58,22 @@ class Requests:
 
 
 @flax.struct.dataclass
+class WriteLog:
+    """What was written to each row, in the order of passes and positions: [rows, capacity], int32 but confidence.
+
+    position: in the canvas. step: of its block; forward: of the row's denoising passes, both from 0. confidence
+    float32. count [rows] int32: of writes, more than `capacity` if some were lost.
+    """
+
+    position: jax.Array
+    token: jax.Array
+    step: jax.Array
+    forward: jax.Array
+    confidence: jax.Array
+    count: jax.Array
+
+
+@flax.struct.dataclass
 class State:
     """A batch in decoding. A row without a request counts as finished.
 
@@ -69,6 +86,7 @@ class State:
       last_hidden [rows, embed]: hidden state of the last token in the cache; predicts the next one (shifted alignment)
     cache: {group: {"key", "value": [layers, rows, kv_heads, canvas, head_dim]}}, with zeros up to whole tiles where the
     kernel of attention reads it.
+    log: of all writes; without room where DecodeSettings.history is 0.
     fuse_share [] float32: finished blocks are committed in two-block windows when at least this share of the running
     rows has one to commit, else in a separate pass; 0 always fuses, above 1 never does.
     iterations, busy, batch_positions [] int32, since the host last looked: passes, running rows summed over passes, and
@@ -90,6 +108,7 @@ class State:
     positions_evaluated: jax.Array
     last_hidden: jax.Array
     cache: dict
+    log: WriteLog
     fuse_share: jax.Array
     iterations: jax.Array
     busy: jax.Array
@@ -116,6 +135,8 @@ def empty_state(
         sampling=Sampling(f, n, f + 1, jax.vmap(functools.partial(jax.random.key, impl=KEYS))(n)),
     )  # fmt: skip
 
+    writes = zeros(rows, canvas * settings.history)
+    log = WriteLog(writes, writes, writes, writes, writes.astype(jnp.float32), n)
     sizes = canvas, config.head_dim
     if settings.execution.attention == "kernel":
         sizes = cache_sizes(*sizes)
@@ -134,5 +155,6 @@ def empty_state(
             group: {"key": keys_or_values(layers), "value": keys_or_values(layers)}
             for group, layers in config.layer_groups.items()
         },
+        log=log,
         fuse_share=jnp.asarray(fuse_share, jnp.float32), iterations=zeros(), busy=zeros(), batch_positions=zeros(),
     )  # fmt: skip

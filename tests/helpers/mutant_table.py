@@ -203,9 +203,9 @@ _SAMPLING = _room(
     ("sampling/predict.py", "jnp.where(is_mask, -jnp.inf, score)", "jnp.where(is_mask, score, score)", _PREDICT),
     ("sampling/predict.py", ".top_k - 0.5", ".top_k + 0.5", _PREDICT),
     # All blocks of an answer are drawn with the same numbers.
-    ("sampling/decode.py", "jax.random.fold_in(jax.random.fold_in(key, start), step)", "jax.random.fold_in(key, step)",
+    ("sampling/denoise.py", "jax.random.fold_in(jax.random.fold_in(key, start), step)", "jax.random.fold_in(key, step)",
      "sampling/test_batching.py::test_blocks_of_an_answer_share_no_draws"),
-    ("sampling/decode.py", "post_steps + 1 > state.requests.max", "post_steps > state.requests.max",
+    ("sampling/denoise.py", "post_steps + 1 > state.requests.max", "post_steps > state.requests.max",
      "sampling/test_goldens.py"),
     ("sampling/batching.py", "known[self.told :])", "known)",
      "sampling/test_batching.py::test_tells_of_new_tokens_as_blocks_are_finished"),
