@@ -10,7 +10,8 @@ step that wrote it; --save draws that as a picture (pip install -e '.[plot]').
 
 An input line is {"prompt": TEXT} or {"messages": [{"role": ..., "content": ...}, ...]} with "tools" if there are any
 (llada_jax/data/README.md), and may set "seed" and any of "gen_length", "steps", "threshold", "temperature", "top_k",
-"top_p", "eos_early_stop", "editing_threshold", "max_post_steps", "entropy_bound" for itself. Other keys, such as an
+"top_p", "eos_early_stop", "editing_threshold", "max_post_steps", "entropy_bound", "active_blocks",
+"add_block_threshold", "semi_complete_threshold" for itself. Other keys, such as an
 "id", come back with the answer; those that look like a setting are refused. Its answer line is the line with "answer",
 "tokens", "forward_passes", "commit_passes", "prefill_passes", "tokens_per_forward", "positions_evaluated" and, for each
 token, its "token_ids", and the "steps" of its block and "confidences" at which it was written. --replay adds
@@ -62,7 +63,7 @@ _ELSEWHERE = (
 
 PER_REQUEST = (
     "gen_length", "steps", "threshold", "temperature", "top_k", "top_p", "eos_early_stop", "editing_threshold",
-    "max_post_steps", "entropy_bound",
+    "max_post_steps", "entropy_bound", "active_blocks", "add_block_threshold", "semi_complete_threshold",
 )  # fmt: skip
 
 

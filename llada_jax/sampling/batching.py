@@ -33,7 +33,7 @@ from llada_jax.sampling.generate import (
 from llada_jax.sampling.history import History
 from llada_jax.sampling.prefill import is_long
 from llada_jax.sampling.quantize import has_int8_experts
-from llada_jax.sampling.state import KEYS, PREFILL_CHUNK, State, empty_state
+from llada_jax.sampling.state import KEYS, PREFILL_CHUNK, State, empty_state, with_slots
 from llada_jax.tokenizer import Tokenizer
 
 
@@ -172,6 +172,8 @@ def serve(
             state = empty_state(config, shared, rows, -(-max_length // block) * block, dtype, fuse_share)
         elif settings.block_length != block:
             raise InputError(f"block_length={settings.block_length} beside {block} in one batch, expected one value")
+        if state.masked.shape[1] != settings.slots:
+            state = with_slots(state, settings.slots)
         long = {row: run for row, run in new if is_long(len(run.prompt), settings)}
         filling |= long
         for group in (list(long.items()), [pair for pair in new if pair[0] not in long]):

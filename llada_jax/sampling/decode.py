@@ -8,7 +8,8 @@ of two ways.
     fused      all windows have two blocks; the first step of the next block also commits the finished one
 
 Both are exact, because clean tokens see clean blocks only. The share of rows with a block to commit decides which one
-an iteration takes (State.fuse_share): a single row's commits are fused unless fuse_share is above 1.
+an iteration takes (State.fuse_share): a single row's commits are fused unless fuse_share is above 1. Where rows may
+work on several blocks at once, windows are those of several_blocks.py, and all commits are fused.
 """
 
 import functools
@@ -16,17 +17,16 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from llada_jax import sharding
 from llada_jax.attention.decoding.cache_write import write_blocks
-from llada_jax.attention.decoding.cached import CACHE_AXES
 from llada_jax.attention.visibility import block_window, two_block_window
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.forward import Cache, Execution, hidden_states
 from llada_jax.model.parameters import Params, join_heads
 from llada_jax.runtime.xla_options import xla_options
+from llada_jax.sampling import several_blocks
 from llada_jax.sampling.denoise import denoise
 from llada_jax.sampling.prefill import prefill_chunk, prefill_long, prefill_whole
-from llada_jax.sampling.state import DecodeSettings, Requests, State, empty_state
+from llada_jax.sampling.state import DecodeSettings, Requests, State, constrain_cache, empty_state
 
 
 def _compiled(**options):
@@ -98,12 +98,14 @@ def _admit(params, config, settings, state: State, rows, requests, prompts, pref
         previous = jnp.maximum(start - 1, 0)[:, None, None]
         last_hidden = jnp.take_along_axis(hidden, previous, axis=1)[:, 0].astype(last_hidden.dtype)
         last_hidden = jnp.where(start[:, None] > 0, last_hidden, 0)  # nothing precedes the first token
-    zeros, no = jnp.zeros_like(start), jnp.zeros(start.shape, bool)
-    masked = start[:, None] + jnp.arange(block)[None] >= requests.prompt_length[:, None]
+    zeros, slots = jnp.zeros_like(start), jnp.zeros((len(rows), settings.slots), jnp.int32)
+    masked = start[:, None] + jnp.arange(settings.slots * block)[None] >= requests.prompt_length[:, None]
+    masked = masked.reshape(-1, settings.slots, block)
     new = dict(
         requests=requests, tokens=jnp.where(inside, prompts, settings.mask_id), written_at=jnp.zeros_like(prompts),
-        confidence=jnp.zeros(prompts.shape), masked=masked, start=start, step=zeros, post_steps=zeros, pending=no,
-        finished=start > prefill_length, denoising_passes=zeros, commit_passes=zeros, positions_evaluated=zeros,
+        confidence=jnp.zeros(prompts.shape), masked=masked, start=start, step=slots, post_steps=slots,
+        forced_steps=slots, active=zeros + 1, pending=zeros, finished=start > prefill_length, denoising_passes=zeros,
+        commit_passes=zeros, positions_evaluated=zeros,
         last_hidden=last_hidden,
     )  # fmt: skip
     old = {name: getattr(state, name) for name in new}
@@ -155,9 +157,11 @@ def iterate(params: Params, config: ModelConfig, settings: DecodeSettings, state
 
     Pure, and can be lowered from abstract arguments (state.empty_state).
     """
+    if settings.slots > 1:
+        return several_blocks.iterate(params, config, settings, state)
     block = settings.block_length
-    running = ~state.finished
-    committing = running & state.pending
+    running, pending = ~state.finished, state.pending > 0
+    committing = running & pending
     fused = committing.any() & (committing.sum() >= state.fuse_share * running.sum())
     passes = [functools.partial(window_pass, params, config, settings, state, blocks) for blocks in (1, 2)]
     hidden, computed, last_hidden = jax.lax.cond(fused, passes[1], passes[0])
@@ -170,25 +174,21 @@ def iterate(params: Params, config: ModelConfig, settings: DecodeSettings, state
     cache = jax.tree.map(write, state.cache, computed)
     last_hidden = jnp.where(committing[:, None], last_hidden, state.last_hidden)
 
-    denoising = running & (fused | ~state.pending)
+    denoising = running & (fused | ~pending)
     if config.alignment == "shifted":
         hidden = jnp.concatenate([last_hidden[:, None], hidden[:, :-1]], axis=1)
     width = jnp.where(fused, 2 * block, block)
     state = state.replace(
         cache=constrain_cache(cache),
         last_hidden=last_hidden,
-        pending=state.pending & ~committing,
+        pending=jnp.where(committing, 0, state.pending),
         commit_passes=state.commit_passes + (committing & ~fused),
         positions_evaluated=state.positions_evaluated + running * width,
         iterations=state.iterations + 1,
         busy=state.busy + running.sum(),
         batch_positions=state.batch_positions + running.size * width,
     )
-    return denoise(params, config, settings, state, hidden, denoising)
-
-
-def constrain_cache(cache: Cache) -> Cache:
-    return jax.tree.map(lambda x: sharding.constrain(x, CACHE_AXES), cache)
+    return denoise(params, config, settings, state, hidden, denoising[:, None])
 
 
 def window_pass(
@@ -202,11 +202,11 @@ def window_pass(
     block = settings.block_length
     canvas = state.tokens.shape[1]
     if blocks == 1:
-        first = jnp.where(state.pending, state.start - block, state.start)
+        first = jnp.where(state.pending > 0, state.start - block, state.start)
         visibility = block_window(first, block)
     else:
         first = state.start - block
-        visibility = two_block_window(state.start, block, ~state.pending)
+        visibility = two_block_window(state.start, block, state.pending == 0)
     window = jnp.clip(first[:, None] + jnp.arange(blocks * block)[None], 0, canvas - 1)
     tokens = jnp.take_along_axis(state.tokens, window, axis=1)
     hidden, computed = hidden_states(params, config, tokens, window, visibility, settings.execution, cache=state.cache)

@@ -20,7 +20,7 @@ from llada_jax.sampling.decode import decode
 from llada_jax.sampling.predict import Sampling
 from llada_jax.sampling.prefill import num_passes
 from llada_jax.sampling.quantize import has_int8_experts
-from llada_jax.sampling.state import KEYS, PREFILL_CHUNK, RULES, DecodeSettings, Requests, State
+from llada_jax.sampling.state import KEYS, MOST_BLOCKS, PREFILL_CHUNK, RULES, DecodeSettings, Requests, State
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,14 @@ class GenerateConfig:
     none. eos_early_stop: stop inside a block once every position before the first end of sequence is written. rule: of
     sampling/accept.py. "llada2.1" also edits written tokens whose prediction changes with probability above
     editing_threshold (0: always), for at most max_post_steps steps after a block is full. entropy_bound: nats that rule
-    "entropy" may write per step, the largest not counted. Raises InputError naming the field.
+    "entropy" may write per step, the largest not counted.
+
+    active_blocks: blocks that are decoded at once, 1 to 4; more than one is for models that were trained for it
+    (MultiTF). After each pass one more becomes active if at least add_block_threshold of the last one's positions are
+    written. A block behind others accepts only what passes its threshold (rule "entropy": the largest counts too;
+    "fixed": nothing) until at least semi_complete_threshold of the block before it is written, and at least one token a
+    step from then on. Names, defaults and meaning of the two are Diffulex's (diffulex/engine/dllm_block.py). With rule
+    "llada2.1", blocks stay open to edits as long as one before them is. Raises InputError naming the field.
 
     Example:
         >>> import llada_jax
@@ -57,6 +64,9 @@ class GenerateConfig:
     editing_threshold: float = 0.5
     max_post_steps: int = 16
     entropy_bound: float = 0.15
+    active_blocks: int = 1
+    add_block_threshold: float = 0.1
+    semi_complete_threshold: float = 0.9
 
     def __post_init__(self):
         def check(field, ok, expected):
@@ -70,6 +80,9 @@ class GenerateConfig:
             check(field, whole(getattr(self, field), 1), "a positive integer")
         for field in ("threshold", "editing_threshold", "entropy_bound"):
             check_range(field, getattr(self, field), at_least=0, infinite=True)  # beyond all probabilities: never
+        for field in ("add_block_threshold", "semi_complete_threshold"):
+            check_range(field, getattr(self, field), at_least=0, at_most=1)
+        check("active_blocks", whole(self.active_blocks, 1) and self.active_blocks <= MOST_BLOCKS, "1 to 4")
         check_range("temperature", self.temperature, at_least=0)
         if self.top_p is not None:
             check_range("top_p", self.top_p, above=0, at_most=1)
@@ -201,6 +214,7 @@ def decode_settings(
         sample=any(g.temperature > 0 for g in configs),
         cut=any(g.temperature > 0 and (g.top_k is not None or (g.top_p or 1) < 1) for g in configs),
         prefill_chunk=max(prefill_chunk // first.block_length, 1) * first.block_length,
+        slots=max(g.active_blocks for g in configs),
         history=histories.room(history, first.rule),
         execution=execution,
     )
@@ -237,6 +251,9 @@ def requests_of(
         editing_threshold=field(np.float32, lambda g: g.editing_threshold),
         max_post_steps=field(np.int32, lambda g: g.max_post_steps),
         entropy_bound=field(np.float32, lambda g: g.entropy_bound),
+        active_blocks=field(np.int32, lambda g: g.active_blocks),
+        add_block_threshold=field(np.float32, lambda g: g.add_block_threshold),
+        semi_complete_threshold=field(np.float32, lambda g: g.semi_complete_threshold),
         eos_ids=field(np.int32, lambda g: eos_ids_of(config, g)),
         eos_early_stop=field(bool, lambda g: g.eos_early_stop),
         sampling=Sampling(

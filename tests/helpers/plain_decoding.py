@@ -48,7 +48,7 @@ def plain_decode(params, config, prompt, g, canvas: int, key=None) -> Trace:
         forward, written, before = len(trace.states) - 1, set(), masked.copy()
         filled = [int((~masked[k.places(b)]).sum()) for k in blocks]
         for i, block in enumerate(blocks):
-            forced = i == 0 or filled[i - 1] >= getattr(g, "semi_complete_threshold", 1) * b - 1e-6
+            forced = i == 0 or filled[i - 1] >= g.semi_complete_threshold * b - 1e-6
             chosen = _choose(block, forced, logits, tokens, before, p, g, mask, key)
             block.was_full, block.edited = not before[block.places(b)].any(), False
             for position, token, confidence in chosen:
@@ -80,8 +80,8 @@ def plain_decode(params, config, prompt, g, canvas: int, key=None) -> Trace:
         share = (~masked[newest.places(b)]).sum()
         blocks = blocks[lead:]
         may_end = bool(ends) and (g.rule != "llada2.1" or g.eos_early_stop)
-        room = len(blocks) < getattr(g, "active_blocks", 1) and newest.start + b < row_end
-        if not blocks or (room and share >= getattr(g, "add_block_threshold", 1) * b - 1e-6 and not may_end):
+        room = len(blocks) < g.active_blocks and newest.start + b < row_end
+        if not blocks or (room and share >= g.add_block_threshold * b - 1e-6 and not may_end):
             blocks.append(_Block(newest.start + b))
 
 
@@ -116,7 +116,7 @@ def _choose(block, forced, logits, tokens, masked, p, g, mask, key):
     probability = np.exp(z / temperature - norm[:, None])
     score = z / temperature
     if g.temperature:
-        score = score + _noise(key, block.start, block.step, b, z.shape[1])
+        score = score + np.asarray(_noise(key, block.start, block.step, b, z.shape[1]), np.float64)
     mask_first = score.argmax(-1) == mask
     score[:, mask] = -np.inf
     token = score.argmax(-1)
