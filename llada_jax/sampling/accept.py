@@ -25,9 +25,12 @@ def llada2(confidence: jax.Array, masked: jax.Array, due: jax.Array, threshold: 
     return jnp.where(enough, passed, top(confidence, masked, due))
 
 
-def sglang(confidence: jax.Array, masked: jax.Array, threshold: jax.Array) -> jax.Array:
+def sglang(
+    confidence: jax.Array, masked: jax.Array, threshold: jax.Array, forced: jax.Array | None = None
+) -> jax.Array:
     """All with confidence > threshold, or the most confident one: no schedule (SGLang's LowConfidence)."""
-    return llada2(confidence, masked, jnp.ones(masked.shape[0], jnp.int32), threshold)
+    due = jnp.ones(masked.shape[0], jnp.int32) if forced is None else forced.astype(jnp.int32)
+    return llada2(confidence, masked, due, threshold)
 
 
 def dinfer(

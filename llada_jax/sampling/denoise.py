@@ -85,15 +85,15 @@ def accepted_by(
 
     step int32 [rows]: of the schedule. forced bool [rows]: whether something must be accepted; None: in all rows.
     """
-    confidence, one = prediction.confidence, jnp.ones(masked.shape[0], jnp.int32)
+    confidence = prediction.confidence
     due = accept.due(settings.block_length, requests.max_steps, step)
     if forced is not None:
-        due, one = due * forced, one * forced
+        due *= forced
     match settings.rule:
         case "llada2":
             return accept.llada2(confidence, masked, due, requests.threshold)
         case "llada2.1" | "sglang":  # at least one token a step, no schedule
-            return accept.llada2(confidence, masked, one, requests.threshold)
+            return accept.sglang(confidence, masked, requests.threshold, forced)
         case "dinfer":
             return accept.dinfer(confidence, masked, requests.threshold, prediction.mask, forced)
         case "entropy":

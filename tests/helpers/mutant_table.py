@@ -215,7 +215,8 @@ _SAMPLING = _room(
      "sampling/test_several_blocks.py::test_what_is_committed_is_exact"),
     ("sampling/progress.py", "position < lead[:, None] * settings.block_length", "position >= 0",
      "sampling/test_several_blocks.py"),
-    ("sampling/progress.py", "enough & fits & ~(ends.any(-1) & stops)", "enough & fits", "sampling/test_several_blocks.py"),
+    ("sampling/progress.py", "enough & fits & ~(ends.any(-1) & stops)", "enough & fits",
+     "sampling/test_several_blocks.py"),
     # Of a trajectory, only the last write to each position.
     ("sampling/denoise.py", "jnp.where(written, place, capacity)", "jnp.where(written, window, capacity)",
      "sampling/test_history.py"),
