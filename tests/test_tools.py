@@ -107,6 +107,25 @@ def test_generate_from_jsonl_with_settings_of_each_line(checkpoint, tmp_path):
         assert row["tokens_per_forward"] == pytest.approx(row["tokens"] / passes, abs=1e-3)
 
 
+def test_generate_writes_what_a_replay_needs_when_asked_to(checkpoint, tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"prompt": "abcde"}\n{"prompt": "bb", "steps": 3}\n')
+    output = tmp_path / "out.jsonl"
+    arguments = f"--checkpoint={checkpoint}", f"--input={tmp_path / 'in.jsonl'}", f"--output={output}"
+    arguments += "--gen_length=5", "--block_length=4", "--rule=llada2.1", "--threshold=0.1", "--replay", "--history"
+    done = run("generate", *arguments)
+    assert done.returncode == 0, done.stderr
+    for row in map(json.loads, output.read_text().splitlines()):
+        history, length = row["history"], len(row["replay_token_ids"])
+        assert row["stop_length"] == row["tokens"] <= length == len(row["replay_steps"])
+        assert row["replay_token_ids"][: row["tokens"]] == row["token_ids"]
+        final = dict(zip(history["positions"], history["token_ids"], strict=True))
+        assert [final[i] for i in range(length)] == row["replay_token_ids"]
+        assert history["forwards"] == sorted(history["forwards"]) and len(history["steps"]) >= length
+        assert len(row["replay_confidences"]) == length and len(history["confidences"]) == len(history["steps"])
+    done = run("generate", f"--checkpoint={checkpoint}", "--prompt=a", "--history")
+    assert done.returncode == 2 and "--replay and --history are for the lines of --output" in done.stderr
+
+
 def test_generate_over_a_mesh_answers_as_one_device_does(checkpoint, tmp_path):
     """Over the devices that there are, unless told; the weights are laid out when they are loaded."""
     (tmp_path / "in.jsonl").write_text("".join(f'{{"prompt": "{"ab" * i}"}}\n' for i in range(1, 9)))

@@ -10,13 +10,17 @@ step that wrote it; --save draws that as a picture (pip install -e '.[plot]').
 
 An input line is {"prompt": TEXT} or {"messages": [{"role": ..., "content": ...}, ...]} with "tools" if there are any
 (llada_jax/data/README.md), and may set "seed" and any of "gen_length", "steps", "threshold", "temperature", "top_k",
-"top_p", "eos_early_stop", "editing_threshold", "max_post_steps", "max_steps_per_block", "entropy_bound" for itself.
-Other keys, such as an "id", come back with the answer; those that look like a setting are refused. Its answer line is
-the line with "answer", "tokens", "forward_passes", "commit_passes", "prefill_passes", "tokens_per_forward",
-"positions_evaluated" and, for each token, its "token_ids", and the "steps" of its block and "confidences" at which it
-was written. A key that lines of the file have themselves stays theirs, and the new one is "generated_answer",
-"generated_steps" and so on. Requests are batched continuously: --batch of them are decoded together, and the next one
-takes the place of the first that ends.
+"top_p", "eos_early_stop", "editing_threshold", "max_post_steps", "max_steps_per_block", "entropy_bound",
+"active_blocks", "add_block_threshold", "semi_complete_threshold" for itself. Other keys, such as an "id", come back
+with the answer; those that look like a setting are refused. Its answer line is the line with "answer", "tokens",
+"forward_passes", "commit_passes", "prefill_passes", "tokens_per_forward", "positions_evaluated" and, for each token,
+its "token_ids", and the "steps" of its block and "confidences" at which it was written. --replay adds "stop_length" and
+"replay_token_ids", "replay_steps", "replay_confidences": the same to the end of the answer's last block, the tokens
+behind its end included; where nothing was written, the mask and step -1. --history adds "history": all writes in their
+order, edits too, with "positions" in the replay, "token_ids", "steps" of the block, "forwards" (the request's denoising
+passes, from 0) and "confidences". A key that lines of the file have themselves stays theirs, and the new one is
+"generated_answer", "generated_steps" and so on. Requests are batched continuously: --batch of them are decoded
+together, and the next one takes the place of the first that ends.
 DIR: a converted checkpoint, a training step, or a workdir (its newest good step). Where the host has several devices,
 they share the work out (--mesh).
 """
@@ -46,6 +50,8 @@ _TEMPLATE_DATE = flags.DEFINE_string(
     "template_date", None, "The day, YYYY-MM-DD, that a chat template takes for today (default: 2024-07-26)."
 )
 _TRAJECTORY = flags.DEFINE_bool("trajectory", False, "Show how the answer filled.")
+_REPLAY = flags.DEFINE_bool("replay", False, "Write the answer's whole last block, for --input.")
+_HISTORY = flags.DEFINE_bool("history", False, "Write all that was written, edits included, for --input.")
 _SAVE = flags.DEFINE_string("save", None, "Picture of the trajectory, .svg or .png.")
 
 # Settings of other programs, which would otherwise be taken for remarks.
@@ -58,7 +64,8 @@ _ELSEWHERE = (
 
 PER_REQUEST = (
     "gen_length", "steps", "threshold", "temperature", "top_k", "top_p", "eos_early_stop", "editing_threshold",
-    "max_post_steps", "max_steps_per_block", "entropy_bound",
+    "max_post_steps", "max_steps_per_block", "entropy_bound", "active_blocks", "add_block_threshold",
+    "semi_complete_threshold",
 )  # fmt: skip
 
 
@@ -71,6 +78,8 @@ def main(argv) -> None:
         raise InputError("--input needs --output=FILE, and only --input has one")
     if (_TRAJECTORY.value or _SAVE.value) and _INPUT.value:
         raise InputError("--trajectory and --save show one answer: use --prompt")
+    if (_REPLAY.value or _HISTORY.value) and not _INPUT.value:
+        raise InputError("--replay and --history are for the lines of --output: use --input")
     if _SAVE.value and Path(_SAVE.value).suffix not in (".svg", ".png"):
         raise InputError(f"--save={_SAVE.value}, expected .svg or .png")
     if _SAVE.value and importlib.util.find_spec("matplotlib") is None:
@@ -122,8 +131,9 @@ def _answer_file(model, placed: list[tuple[str, dict]], configs) -> None:
     batch = min(_BATCH.value, count)
     execution = prefill_execution(max(map(len, prompts)))
     answers = serve(
-        model.params, model.config, requests, batch, longest, model.tokenizer, execution=execution, usage=usage
-    )
+        model.params, model.config, requests, batch, longest, model.tokenizer, execution=execution, usage=usage,
+        history=_HISTORY.value,
+    )  # fmt: skip
     taken = {key for row in rows for key in row}  # by any of them, so that a name is the same in all
     for answer in answers:
         rows[answer.index] |= jsonl.beside(taken, _record(answer))
@@ -135,7 +145,7 @@ def _answer_file(model, placed: list[tuple[str, dict]], configs) -> None:
 
 def _record(answer) -> dict:
     """What an answer line adds."""
-    return {
+    record = {
         "answer": answer.text,
         "tokens": len(answer.tokens),
         "forward_passes": answer.forward_passes,
@@ -145,8 +155,25 @@ def _record(answer) -> dict:
         "positions_evaluated": answer.positions_evaluated,
         "token_ids": answer.tokens.tolist(),
         "steps": answer.written_at.tolist(),
-        "confidences": [round(float(p), 4) for p in answer.confidence],
+        "confidences": _rounded(answer.confidence),
     }
+    if _REPLAY.value:
+        record |= {
+            "stop_length": answer.stop_length,
+            "replay_token_ids": answer.replay_tokens.tolist(),
+            "replay_steps": answer.replay_written_at.tolist(),
+            "replay_confidences": _rounded(answer.replay_confidence),
+        }
+    if _HISTORY.value:
+        position, token, step, forward, confidence = answer.history
+        lists = dict(positions=position, token_ids=token, steps=step, forwards=forward)
+        lists = {name: array.tolist() for name, array in lists.items()}
+        record["history"] = lists | {"confidences": _rounded(confidence)}
+    return record
+
+
+def _rounded(probabilities) -> list[float]:
+    return [round(float(p), 4) for p in probabilities]
 
 
 def _answer_one(model, prompt, config):

@@ -30,9 +30,10 @@ from llada_jax.sampling.generate import (
     pad,
     requests_of,
 )
+from llada_jax.sampling.history import History
 from llada_jax.sampling.prefill import is_long
 from llada_jax.sampling.quantize import has_int8_experts
-from llada_jax.sampling.state import KEYS, PREFILL_CHUNK, State, empty_state
+from llada_jax.sampling.state import KEYS, PREFILL_CHUNK, State, empty_state, with_slots
 from llada_jax.tokenizer import Tokenizer
 
 
@@ -70,6 +71,15 @@ class Answer:
     positions_evaluated: int
     written_at: np.ndarray
     confidence: np.ndarray
+    replay_tokens: np.ndarray
+    replay_written_at: np.ndarray
+    replay_confidence: np.ndarray
+    history: History | None = None
+
+    @property
+    def stop_length(self) -> int:
+        """Of the answer, where the replay goes on."""
+        return len(self.tokens)
 
     @property
     def steps(self) -> np.ndarray:
@@ -116,14 +126,15 @@ def serve(
     usage: Usage | None = None,
     on_tokens: Callable[[int, np.ndarray], None] | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
+    history: bool | int = False,
 ) -> Iterator[Answer]:
     """Yields an Answer per request, in the order in which they finish (`in_order` restores that of the requests).
 
     requests: read only as rows become free; all must share what GenerateConfig says. rows: requests decoded together.
     max_length: most tokens of a prompt and its answer together. tokenizer: decodes Answer.text. admit_every: passes
-    between admissions; one, while a prompt is computed in chunks. execution, fuse_share, prefill_chunk: as in
-    sampling.generate.generate. usage: updated in place. on_tokens(index, tokens): called with the new tokens whenever a
-    block of an answer is finished. Raises InputError on a request that is too long or cannot join the batch.
+    between admissions; one, while a prompt is computed in chunks. execution, fuse_share, prefill_chunk, history:
+    as in sampling.generate.generate. usage: updated in place. on_tokens(index, tokens): called with the new tokens
+    whenever a block of an answer is finished. Raises InputError on a request that is too long or cannot join the batch.
 
     Example:
         >>> import llada_jax
@@ -150,7 +161,8 @@ def serve(
         running |= dict(new)
         if not running:
             return
-        settings = decode_settings(config, [r.request.config for r in running.values()], execution, prefill_chunk)
+        configs = [run.request.config for run in running.values()]
+        settings = decode_settings(config, configs, execution, prefill_chunk, history)
         if state is None:
             block = settings.block_length
             dtype = execution.dtype or str(params["embedding"].dtype)
@@ -162,6 +174,8 @@ def serve(
             raise InputError(f"block_length={settings.block_length} beside {block} in one batch, expected one value")
         elif (settings.rule == "llada2.2") != (state.edits is not None):
             raise InputError(f"rule={settings.rule} beside another in one batch, expected one value")
+        if state.masked.shape[1] != settings.slots:
+            state = with_slots(state, settings.slots)
         long = {row: run for row, run in new if is_long(len(run.prompt), settings)}
         filling |= long
         for group in (list(long.items()), [pair for pair in new if pair[0] not in long]):
@@ -286,6 +300,10 @@ def _finished(config, state: State, running: dict, filling: dict, settings, toke
             positions_evaluated=int(out.positions_evaluated[i]),
             written_at=out.written_at[i],
             confidence=out.confidence[i],
+            replay_tokens=out.replay_tokens[i],
+            replay_written_at=out.replay_written_at[i],
+            replay_confidence=out.replay_confidence[i],
+            history=None if out.history is None else out.history[i],
         )
 
 

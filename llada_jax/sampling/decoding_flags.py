@@ -10,6 +10,7 @@ FLAGS = flags.FLAGS
 NAMES = (
     "gen_length", "block_length", "steps", "threshold", "temperature", "top_k", "top_p", "eos_early_stop", "rule",
     "editing_threshold", "max_post_steps", "entropy_bound", "max_steps_per_block", "delete_id", "insert_id",
+    "active_blocks", "add_block_threshold", "semi_complete_threshold",
 )  # fmt: skip
 flags.disclaim_key_flags()  # they belong to the command that calls define, whose --help lists them
 
@@ -36,6 +37,16 @@ def define(gen_length: int) -> None:
     flags.DEFINE_integer("delete_id", None, "llada2.2: the token that deletes. Default: the checkpoint's.")
     flags.DEFINE_integer("insert_id", None, "llada2.2: the token that inserts. Default: the checkpoint's.")
     flags.DEFINE_float("entropy_bound", 0.15, "entropy: nats that a step may write, its largest not counted.")
+    flags.DEFINE_integer("active_blocks", 1, "Blocks decoded at once, 1 to 4: of models that were trained for it.")
+    flags.DEFINE_float(
+        "add_block_threshold",
+        0.1,
+        "active_blocks: share of the last one that must be written before one more is added.",
+    )
+    flags.DEFINE_float(
+        "semi_complete_threshold", 0.9, "active_blocks: share of a block that must be written before each step must "
+        "write something in the next.",
+    )  # fmt: skip
     flags.DEFINE_enum(
         "add_bos", None, ["auto", "true", "false"], "Begin texts and prompts without chat template with a beginning of "
         "sequence: auto as the tokenizer's post-processor does. Default: as the checkpoint was trained.",

@@ -14,12 +14,22 @@ from llada_jax.errors import InputError, check_range
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.forward import Execution
 from llada_jax.model.parameters import Params
+from llada_jax.sampling import history as histories
 from llada_jax.sampling.cost import second_block_price
 from llada_jax.sampling.decode import decode
 from llada_jax.sampling.predict import Sampling
 from llada_jax.sampling.prefill import num_passes
 from llada_jax.sampling.quantize import has_int8_experts
-from llada_jax.sampling.state import KEYS, MOST_STEPS, PREFILL_CHUNK, RULES, DecodeSettings, Requests, State
+from llada_jax.sampling.state import (
+    KEYS,
+    MOST_BLOCKS,
+    MOST_STEPS,
+    PREFILL_CHUNK,
+    RULES,
+    DecodeSettings,
+    Requests,
+    State,
+)
 
 _SHARED = ("block_length", "rule", "mask_id", "delete_id", "insert_id")  # by the requests of a batch
 
@@ -39,7 +49,14 @@ class GenerateConfig:
     "entropy" may write per step, the largest not counted. "llada2.2" edits as "llada2.1", and its edits may also be
     the tokens delete_id and insert_id (None: the checkpoint's), which move what follows; it takes at most
     max_steps_per_block steps for a block (sampling/levenshtein.py; LLaDA2.2's own threshold is 0.5, its
-    editing_threshold 0). Raises InputError naming the field.
+    editing_threshold 0).
+
+    active_blocks: blocks that are decoded at once, 1 to 4; more than one is for models that were trained for it
+    (MultiTF). After each pass one more becomes active if at least add_block_threshold of the last one's positions are
+    written. A block behind others accepts only what passes its threshold (rule "entropy": the largest counts too;
+    "fixed": nothing) until at least semi_complete_threshold of the block before it is written, and at least one token a
+    step from then on. Names, defaults and meaning of the two are Diffulex's (diffulex/engine/dllm_block.py). With rule
+    "llada2.1", blocks stay open to edits as long as one before them is. Raises InputError naming the field.
 
     Example:
         >>> import llada_jax
@@ -64,6 +81,9 @@ class GenerateConfig:
     max_steps_per_block: int = 1000
     delete_id: int | None = None
     insert_id: int | None = None
+    active_blocks: int = 1
+    add_block_threshold: float = 0.1
+    semi_complete_threshold: float = 0.9
 
     def __post_init__(self):
         def check(field, ok, expected):
@@ -77,11 +97,15 @@ class GenerateConfig:
             check(field, whole(getattr(self, field), 1), "a positive integer")
         for field in ("threshold", "editing_threshold", "entropy_bound"):
             check_range(field, getattr(self, field), at_least=0, infinite=True)  # beyond all probabilities: never
+        for field in ("add_block_threshold", "semi_complete_threshold"):
+            check_range(field, getattr(self, field), at_least=0, at_most=1)
+        check("active_blocks", whole(self.active_blocks, 1) and self.active_blocks <= MOST_BLOCKS, "1 to 4")
         check_range("temperature", self.temperature, at_least=0)
         if self.top_p is not None:
             check_range("top_p", self.top_p, above=0, at_most=1)
         check("top_k", self.top_k is None or whole(self.top_k, 1), "a positive integer")
         check("rule", self.rule in RULES, f"one of {', '.join(RULES)}")
+        check("active_blocks", self.active_blocks == 1 or self.rule != "llada2.2", '1 with rule="llada2.2"')
         check("max_post_steps", whole(self.max_post_steps, 0), "an integer of at least 0")
         check("eos_early_stop", isinstance(self.eos_early_stop, bool | np.bool_), "true or false")
         capped = whole(self.max_steps_per_block, 1) and self.max_steps_per_block <= MOST_STEPS
@@ -103,6 +127,11 @@ class Generation:
     array per row like tokens: the step of its block that wrote each token (int32, from 0), and the token's probability
     in that step (float32). Per row, int32 [rows]: forward_passes (denoising), commit_passes (separate ones),
     prefill_passes, and positions_evaluated in all of them. Rows share passes: each counts those that worked for it.
+
+    replay_tokens, replay_written_at, replay_confidence: the same up to the end of the answer's last block, with what
+    was decoded behind the end of sequence or beyond gen_length: all that the model saw of its own. Where nothing was
+    written before the answer stopped stand the mask, step -1 and probability 0. history: one history.History per row
+    of all writes, edits included, if asked for; else None.
     """
 
     tokens: list[np.ndarray]
@@ -112,12 +141,21 @@ class Generation:
     written_at: list[np.ndarray]
     confidence: list[np.ndarray]
     positions_evaluated: np.ndarray
+    replay_tokens: list[np.ndarray]
+    replay_written_at: list[np.ndarray]
+    replay_confidence: list[np.ndarray]
+    history: list[histories.History] | None = None
+
+    @property
+    def stop_length(self) -> np.ndarray:
+        """int32 [rows]: lengths of the answers, where the replays go on."""
+        return np.array([len(answer) for answer in self.tokens], np.int32)
 
     @property
     def tokens_per_forward(self) -> np.ndarray:
         """float64 [rows]: answer tokens over all the row's passes: prefill, denoising and commit."""
         passes = self.forward_passes + self.commit_passes + self.prefill_passes
-        return np.array([len(answer) for answer in self.tokens]) / np.maximum(passes, 1)
+        return self.stop_length / np.maximum(passes, 1)
 
     @property
     def steps(self) -> list[np.ndarray]:
@@ -134,6 +172,7 @@ def generate(
     execution: Execution = Execution(),
     fuse_share: float | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
+    history: bool | int = False,
 ) -> Generation:
     """Decodes an answer to each prompt by block diffusion (Section 5.4), the whole batch in one compiled loop.
 
@@ -141,8 +180,10 @@ def generate(
     temperature > 0; None is jax.random.key(0). execution: as in DecodeSettings. fuse_share: 0 always commits finished
     blocks in two-block windows, above 1 never does; None takes what is cheaper for this batch on this device
     (sampling/cost.py). prefill_chunk: most tokens of a prompt that are computed at once, rounded down to whole blocks;
-    longer prompts are computed in chunks. A row's answer does not depend on the other rows. Raises InputError if the
-    checkpoint has no mask token or the configs cannot share a batch, ValueError on a bad prompt.
+    longer prompts are computed in chunks. history: keep all writes (Generation.history); an int is the room for them
+    per position, by default 8 with rule "llada2.1". A row's answer does not depend on the other rows. Raises InputError
+    if the checkpoint has no mask token, the configs cannot share a batch, or a history had no room; ValueError on a bad
+    prompt.
 
     Example:
         >>> import llada_jax
@@ -157,10 +198,10 @@ def generate(
     configs = [generate_config] * max(len(prompts), 1) if one else list(generate_config)
     if not one and len(configs) != len(prompts):
         raise InputError(f"{len(configs)} configs for {len(prompts)} prompts, expected one for each")
-    settings = decode_settings(config, configs, execution, prefill_chunk)
+    settings = decode_settings(config, configs, execution, prefill_chunk, history)
     if not prompts:
         empty = np.zeros(0, np.int32)
-        return Generation([], empty, empty, empty, [], [], empty)
+        return Generation([], empty, empty, empty, [], [], empty, [], [], [], [] if settings.history else None)
     key = jax.random.key(0) if key is None else key
     keys = jax.vmap(lambda row: jax.random.bits(jax.random.fold_in(key, row), (2,), "uint32"))(jnp.arange(len(prompts)))
     lengths = np.array([len(prompt) for prompt in prompts])
@@ -176,7 +217,7 @@ def generate(
 
 def decode_settings(
     config: ModelConfig, configs: Sequence[GenerateConfig], execution: Execution = Execution(),
-    prefill_chunk: int = PREFILL_CHUNK,
+    prefill_chunk: int = PREFILL_CHUNK, history: bool | int = False,
 ) -> DecodeSettings:  # fmt: skip
     """The static settings for requests with these configs. Raises InputError if they cannot share a batch."""
     if not _is_integer(prefill_chunk) or prefill_chunk < 1:
@@ -196,6 +237,8 @@ def decode_settings(
         sample=any(g.temperature > 0 for g in configs),
         cut=any(g.temperature > 0 and (g.top_k is not None or (g.top_p or 1) < 1) for g in configs),
         prefill_chunk=max(prefill_chunk // first.block_length, 1) * first.block_length,
+        slots=max(g.active_blocks for g in configs),
+        history=histories.room(history, first.rule),
         execution=execution,
         delete_id=delete_id,
         insert_id=insert_id,
@@ -234,6 +277,9 @@ def requests_of(
         max_post_steps=field(np.int32, lambda g: g.max_post_steps),
         max_steps_per_block=field(np.int32, lambda g: g.max_steps_per_block),
         entropy_bound=field(np.float32, lambda g: g.entropy_bound),
+        active_blocks=field(np.int32, lambda g: g.active_blocks),
+        add_block_threshold=field(np.float32, lambda g: g.add_block_threshold),
+        semi_complete_threshold=field(np.float32, lambda g: g.semi_complete_threshold),
         eos_ids=field(np.int32, lambda g: eos_ids_of(config, g)),
         eos_early_stop=field(bool, lambda g: g.eos_early_stop),
         sampling=Sampling(
@@ -264,18 +310,22 @@ def collect(
     """Returns the answers of the finished `rows` [n]. lengths [n]: of their prompts; eos_ids [n, ends]."""
     canvas = jax.device_get((state.tokens, state.written_at, state.confidence))
     counts = jax.device_get((state.denoising_passes, state.commit_passes, state.positions_evaluated))
-    tokens, written_at, confidence = [], [], []
-    for row, start, g, ends in zip(rows, lengths, configs, eos_ids, strict=True):
-        answer = cut(canvas[0][row, start : start + g.gen_length], ends)
-        span = slice(start, start + len(answer))
-        tokens.append(answer)
-        written_at.append(canvas[1][row, span])
-        confidence.append(canvas[2][row, span])
+    ends = jax.device_get(state.start)[rows] + settings.block_length
+    answers, replays = [], []
+    for row, start, end, g, eos in zip(rows, lengths, ends, configs, eos_ids, strict=True):
+        tokens, written_at, confidence = replay = [array[row, start:end] for array in canvas]
+        stop = len(cut(tokens[: g.gen_length], eos))
+        answers.append([array[:stop] for array in replay])
+        never = tokens == settings.mask_id
+        replays.append([tokens, np.where(never, -1, written_at), np.where(never, 0, confidence)])
     denoising, commit, positions = (count[rows] for count in counts)
     prefilled = np.asarray(lengths) // settings.block_length * settings.block_length
     prefill = np.array([num_passes(length, settings) for length in lengths], np.int32)
     positions = (positions + prefilled).astype(np.int32)
-    return Generation(tokens, denoising, commit, prefill, written_at, confidence, positions)
+    tokens, written_at, confidence = map(list, zip(*answers, strict=True))
+    replays = map(list, zip(*replays, strict=True))
+    history = histories.collect(state.log, rows, lengths, ends) if settings.history else None
+    return Generation(tokens, denoising, commit, prefill, written_at, confidence, positions, *replays, history)
 
 
 def cut(answer: np.ndarray, eos_ids: Sequence[int]) -> np.ndarray:

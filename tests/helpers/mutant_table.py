@@ -224,9 +224,9 @@ _SAMPLING = _room(
     ("sampling/predict.py", "jnp.where(_is_among(banned, ids), -jnp.inf, score)", "score", _PREDICT),
     ("sampling/predict.py", ".top_k - 0.5", ".top_k + 0.5", _PREDICT),
     # All blocks of an answer are drawn with the same numbers.
-    ("sampling/decode.py", "jax.random.fold_in(jax.random.fold_in(key, start), step)", "jax.random.fold_in(key, step)",
+    ("sampling/denoise.py", "jax.random.fold_in(jax.random.fold_in(key, start), step)", "jax.random.fold_in(key, step)",
      "sampling/test_batching.py::test_blocks_of_an_answer_share_no_draws"),
-    ("sampling/decode.py", "post_steps + 1 > state.requests.max", "post_steps > state.requests.max",
+    ("sampling/progress.py", "post_steps + 1 > state.requests.max", "post_steps > state.requests.max",
      "sampling/test_goldens.py"),
     ("sampling/levenshtein.py", "end[..., None, :] <= ", "end[..., None, :] < ", _LEVENSHTEIN),
     # What stood there before an insertion is lost.
@@ -236,6 +236,19 @@ _SAMPLING = _room(
     ("sampling/levenshtein.py", "tried &= untried", "tried &= True", _LEVENSHTEIN),
     ("sampling/levenshtein.py", "settled = ~left.any(-1) & (edited", "settled = (edited",
      "sampling/test_levenshtein_decoding.py"),
+    # Several blocks at once: each must accept something in every step; they are committed one too early; the end of
+    # sequence in a later block ends an answer whose first blocks have gaps.
+    ("sampling/denoise.py", "forced = None if slots == 1 else", "forced = None if slots else",
+     "sampling/test_several_blocks.py"),
+    ("sampling/several_blocks.py", "running & (n < state.pending)", "running & (n <= state.pending)",
+     "sampling/test_several_blocks.py::test_what_is_committed_is_exact"),
+    ("sampling/progress.py", "position < lead[:, None] * settings.block_length", "position >= 0",
+     "sampling/test_several_blocks.py"),
+    ("sampling/progress.py", "enough & fits & ~(ends.any(-1) & stops)", "enough & fits",
+     "sampling/test_several_blocks.py"),
+    # Of a trajectory, only the last write to each position.
+    ("sampling/denoise.py", "jnp.where(written, place, capacity)", "jnp.where(written, window, capacity)",
+     "sampling/test_history.py"),
     ("sampling/batching.py", "known[self.told :])", "known)",
      "sampling/test_batching.py::test_tells_of_new_tokens_as_blocks_are_finished"),
     # Requests that decode wait until a long prompt is computed.

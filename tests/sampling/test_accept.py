@@ -75,6 +75,23 @@ def test_dinfer_leaves_out_where_the_mask_comes_first_unless_nothing_else_is_lef
     assert positions(accept.dinfer(CONFIDENCE, MASKED, rows(0.95, 0.95), mask_first)) == [[2], [0, 2]]
 
 
+def test_what_need_not_accept_takes_only_what_passes():
+    """Of two equal rows, the second is not forced."""
+    confidence, masked = jnp.array([[0.3, 0.5, 0.9, 0.2]] * 2), jnp.array([[True, False, True, True]] * 2)
+    forced, most = jnp.array([True, False]), float(confidence[0, 2])
+    for threshold, expected in ((2.0, []), (most, []), (most - 0.001, [2])):
+        assert positions(accept.sglang(confidence, masked, rows(threshold, threshold), forced)) == [[2], expected]
+    for threshold, expected in ((2.0, []), (most, [2])):
+        assert positions(accept.dinfer(confidence, masked, rows(threshold, threshold), None, forced)) == [[2], expected]
+    mask_first = jnp.ones_like(masked)
+    both = positions(accept.dinfer(confidence, masked, rows(0.0, 0.0), mask_first, forced))
+    assert both == [np.flatnonzero(masked[0]).tolist(), []]
+    entropy = jnp.array([[0.1, 0.05, 2.0, 0.2]] * 2)
+    for bound, expected in ((0.0, []), (0.06, [1]), (0.16, [0, 1]), (5.0, [0, 1, 2, 3])):  # the largest counts too
+        found = positions(accept.entropy(entropy, jnp.ones((2, 4), bool), rows(bound, bound), forced))
+        assert found[1] == expected and found[0] == sorted(np.argsort(entropy[0])[: len(expected) + 1].tolist())
+
+
 def test_fixed_takes_those_due_and_never_more_than_are_masked():
     assert positions(accept.fixed(CONFIDENCE, MASKED, rows(2, 4, dtype=jnp.int32))) == [[0, 2], [0, 2, 3]]
 

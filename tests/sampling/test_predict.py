@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from llada_jax import sharding
-from llada_jax.sampling import accept, decode, levenshtein
+from llada_jax.sampling import accept, denoise, levenshtein
 from llada_jax.sampling.predict import PredictSettings, Sampling, predict
 
 ROWS, BLOCK, EMBED, VOCAB, MASK = 4, 3, 8, 50, 17
@@ -225,8 +225,8 @@ def step_of(rule, probabilities, **requests):
     defaults = dict(threshold=0.95, editing_threshold=0.95, entropy_bound=0.1, max_steps=logits.shape[1])
     asked = SimpleNamespace(**{name: jnp.array([value]) for name, value in (defaults | requests).items()})
     decoding = SimpleNamespace(rule=rule, block_length=logits.shape[1])
-    state = SimpleNamespace(requests=asked, masked=everything, step=jnp.zeros(1, jnp.int32))
-    return np.flatnonzero(decode._accept(decoding, state, prediction)[0]).tolist(), jax.device_get(prediction)
+    accepted = denoise.accepted_by(decoding, asked, everything, jnp.zeros(1, jnp.int32), prediction)
+    return np.flatnonzero(accepted[0]).tolist(), jax.device_get(prediction)
 
 
 def banned(probabilities):

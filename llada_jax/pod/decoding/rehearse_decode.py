@@ -29,7 +29,7 @@ from llada_jax.pod.rehearse import Memory, memory_of, physical_devices
 from llada_jax.pod.step_cost import Line, part_seconds, step_lines
 from llada_jax.pod.topology import slice_devices
 from llada_jax.runtime.xla_options import xla_options
-from llada_jax.sampling import decode, predict
+from llada_jax.sampling import decode, denoise, predict
 from llada_jax.sampling.cost import PassCost, pass_cost, uniform_hits
 from llada_jax.sampling.prefill import prefill_chunk
 from llada_jax.sampling.quantize import quantize_experts
@@ -37,7 +37,7 @@ from llada_jax.sampling.state import DecodeSettings, empty_state
 from llada_jax.training import run_model
 from llada_jax.training.config import check, execution
 
-SCOPES = {cached.SCOPE: "attention", decode.PREDICTION: "head"}  # the parts of their operations
+SCOPES = {cached.SCOPE: "attention", denoise.PREDICTION: "head"}  # the parts of their operations
 
 
 @dataclasses.dataclass(frozen=True)
