@@ -46,7 +46,7 @@ def denoise(
         head_matrix(params, config), hidden.reshape(-1, block, hidden.shape[-1]), needed, sampling, predict_settings
     )
 
-    forced = None if slots == 1 else _forced(settings, state)
+    forced = None if slots == 1 else _forced(state)
     accepted = accepted_by(settings, asked, masked, state.forced_steps.reshape(-1), prediction, forced)
     accepted &= needed & masked
     edited = jnp.zeros_like(accepted)
@@ -69,7 +69,7 @@ def _of_blocks(requests: Requests, slots: int) -> Requests:
     return jax.tree.map(lambda x: x[jnp.arange(len(x) * slots) // slots], requests)
 
 
-def _forced(settings: DecodeSettings, state: State) -> jax.Array:
+def _forced(state: State) -> jax.Array:
     """Blocks that must accept something, bool [rows * slots]: a row's first, and those behind a block that is filled
     enough.
     """
