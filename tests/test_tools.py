@@ -108,7 +108,7 @@ def test_generate_from_jsonl_with_settings_of_each_line(checkpoint, tmp_path):
 
 
 def test_generate_writes_what_a_replay_needs_when_asked_to(checkpoint, tmp_path):
-    (tmp_path / "in.jsonl").write_text('{"prompt": "abcde"}\n{"prompt": "bb", "steps": 3}\n')
+    (tmp_path / "in.jsonl").write_text('{"prompt": "abcde"}\n{"prompt": "bb", "active_blocks": 2}\n')
     output = tmp_path / "out.jsonl"
     arguments = f"--checkpoint={checkpoint}", f"--input={tmp_path / 'in.jsonl'}", f"--output={output}"
     arguments += "--gen_length=5", "--block_length=4", "--rule=llada2.1", "--threshold=0.1", "--replay", "--history"

@@ -47,7 +47,7 @@ def denoise(
     def ask(needed, banned=None):
         return predict(head_matrix(params, config), by_block, needed, sampling, predict_settings, banned)
 
-    forced = None if slots == 1 else _forced(settings, state)
+    forced = None if slots == 1 else _forced(state)
     step = levenshtein.step if rule == "llada2.2" else functools.partial(_fill, forced=forced)
     outcome = step(settings, view, block, generated, denoising.reshape(-1), ask)
     state = _put(settings, state, window, outcome)
@@ -94,7 +94,7 @@ def _fill(
     return Outcome(block, left, written, full, post_steps, None)
 
 
-def _forced(settings: DecodeSettings, state: State) -> jax.Array:
+def _forced(state: State) -> jax.Array:
     """Blocks that must accept something, bool [rows * slots]: a row's first, and those behind a block that is filled
     enough.
     """

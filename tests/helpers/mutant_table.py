@@ -236,16 +236,16 @@ _SAMPLING = _room(
     ("sampling/levenshtein.py", "tried &= untried", "tried &= True", _LEVENSHTEIN),
     ("sampling/levenshtein.py", "settled = ~left.any(-1) & (edited", "settled = (edited",
      "sampling/test_levenshtein_decoding.py"),
-    # Several blocks at once: each must accept something in every step; they are committed one too early; the end of
-    # sequence in a later block ends an answer whose first blocks have gaps.
-    ("sampling/denoise.py", "forced = None if slots == 1 else", "forced = None if slots else",
+    # Several blocks at once: one must accept something too early; they are committed to the wrong place; an end of
+    # sequence in a later block ends an answer whose first blocks have gaps, or blocks go on behind it.
+    ("sampling/denoise.py", "requests.semi_complete_threshold", "requests.add_block_threshold",
      "sampling/test_several_blocks.py"),
-    ("sampling/several_blocks.py", "running & (n < state.pending)", "running & (n <= state.pending)",
+    ("sampling/several_blocks.py", "(n - state.pending) * block", "(n - 1) * block",
      "sampling/test_several_blocks.py::test_what_is_committed_is_exact"),
     ("sampling/progress.py", "position < lead[:, None] * settings.block_length", "position >= 0",
      "sampling/test_several_blocks.py"),
     ("sampling/progress.py", "enough & fits & ~(ends.any(-1) & stops)", "enough & fits",
-     "sampling/test_several_blocks.py"),
+     "sampling/test_several_blocks.py::test_positions_evaluated_alone"),
     # Of a trajectory, only the last write to each position.
     ("sampling/denoise.py", "jnp.where(written, place, capacity)", "jnp.where(written, window, capacity)",
      "sampling/test_history.py"),

@@ -19,12 +19,15 @@ class Write(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """states: the canvas before each pass. writes: in order. end: of the last decoded block. answer: token ids."""
+    """states: the canvas before each pass. writes: in order. end: of the last decoded block. answer: token ids.
+    evaluated: positions that passes with a cache need: of blocks to commit, and of active ones.
+    """
 
     states: list
     writes: list
     end: int
     answer: np.ndarray
+    evaluated: int
 
 
 @functools.partial(jax.jit, static_argnames=("config", "block"))
@@ -39,9 +42,11 @@ def plain_decode(params, config, prompt, g, canvas: int, key=None) -> Trace:
     tokens = np.full(canvas, mask)
     tokens[:p] = prompt
     masked = np.arange(canvas) >= p
-    blocks, trace = [_Block(p // b * b)], Trace([], [], 0, None)
+    blocks, trace = [_Block(p // b * b)], Trace([], [], 0, None, 0)
+    finished, evaluated = 0, 0
     while True:
         trace.states.append(tokens.copy())
+        evaluated += (finished + len(blocks)) * b
         logits = np.asarray(_logits(params, config, tokens, b), np.float64)
         if config.alignment == "shifted":
             logits = np.roll(logits, 1, axis=0)  # token i from what stands before it
@@ -75,10 +80,11 @@ def plain_decode(params, config, prompt, g, canvas: int, key=None) -> Trace:
         if stops or last >= row_end:
             answer = tokens[p : min(p + g.gen_length, last)]
             first = np.flatnonzero(np.isin(answer, eos))
+            trace = trace._replace(evaluated=evaluated)
             return trace._replace(end=last, answer=answer[: first[0] + 1] if len(first) else answer)
         newest = blocks[-1]
         share = (~masked[newest.places(b)]).sum()
-        blocks = blocks[lead:]
+        blocks, finished = blocks[lead:], lead
         may_end = bool(ends) and (g.rule != "llada2.1" or g.eos_early_stop)
         room = len(blocks) < g.active_blocks and newest.start + b < row_end
         if not blocks or (room and share >= g.add_block_threshold * b - 1e-6 and not may_end):

@@ -28,12 +28,12 @@ CONFIGS = {
     "shifted": TINY.replace(alignment="shifted"),
     "moe": preset("tiny_moe").replace(num_layers=2, hidden_size=32),
 }
-# Settings with which a block is neither filled in one pass nor token by token.
+# Settings with which a block is neither filled in one pass nor token by token, and which may leave two behind at once.
 RULES = {
-    "llada2": dict(threshold=0.03, steps=3),
-    "llada2.1": dict(threshold=0.03, editing_threshold=0.02, max_post_steps=2),
-    "sglang": dict(threshold=0.03),
-    "dinfer": dict(threshold=0.03),
+    "llada2": dict(threshold=0.012, steps=3),
+    "llada2.1": dict(threshold=0.012, editing_threshold=0.02, max_post_steps=2),
+    "sglang": dict(threshold=0.012),
+    "dinfer": dict(threshold=0.012),
     "entropy": dict(entropy_bound=9.0),
     "fixed": dict(steps=3),
 }
@@ -97,7 +97,7 @@ def test_equals_plain_recomputation(name, rule):
 
 def test_draws_depend_on_request_block_step_and_position():
     rows, key = prompts(), jax.random.key(7)
-    configs = [asked(n, temperature=0.9, threshold=0.05, steps=3) for n in (4, 2, 3, 1)]
+    configs = [asked(n, temperature=0.9, threshold=0.002, steps=3) for n in (4, 2, 3, 1)]
     out = llada_jax.generate(*model(), rows, configs, key=key, history=True)
     bits = [jax.random.bits(jax.random.fold_in(key, row), (2,), "uint32") for row in range(len(rows))]
     expected = traces("same", configs, rows, [jax.random.wrap_key_data(b, impl=KEYS) for b in bits])
@@ -122,6 +122,18 @@ def test_ends_of_sequence(rule, early):
         for row, prompt in enumerate(prompts()):
             check_row(out, row, expected[row], prompt)
         assert any(len(t.answer) < 17 for t in expected)
+
+
+def test_positions_evaluated_alone():
+    """Of blocks to commit and active ones alone; behind an end of sequence no block is begun."""
+    prompt = prompts()[:1]
+    free = llada_jax.generate(*model(), prompt, asked(4, **RULES["llada2"]))
+    for eos_id in (-1, int(free.tokens[0][1])):
+        g = asked(4, **RULES["llada2"] | dict(eos_id=eos_id, add_block_threshold=0.0))
+        trace = plain_decode(*model(), prompt[0], g, CANVAS)
+        out = llada_jax.generate(*model(), prompt, g)
+        assert out.positions_evaluated.tolist() == [4 + trace.evaluated] and np.array_equal(out.tokens[0], trace.answer)
+    assert trace.evaluated < free.positions_evaluated[0] / 2
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -149,14 +161,15 @@ def test_what_is_committed_is_exact(name):
     state = empty_state(config, settings, 4, CANVAS, "float32")
     requests = requests_of(config, lengths, configs, keys)
     state = decode.admit(params, config, settings, state, np.arange(4), requests, pad(rows, CANVAS), 8)
-    committed = {}
+    committed, together = {}, 0
     while not bool(state.finished.all()):
         state = decode.advance(params, config, settings, state, jnp.int32(1))
+        together = max(together, int(state.pending.max()))
         for row in range(4):
             if not state.finished[row]:
                 committed[row] = int(state.start[row] - B * state.pending[row])
     _, clean = jax.jit(prefill_whole, static_argnums=(1, 3, 4))(params, config, state.tokens, B, Execution())
-    assert min(committed.values()) >= 12
+    assert min(committed.values()) >= 8 and together >= 2
     for row, end in committed.items():
         for found, expected in zip(jax.tree.leaves(state.cache), jax.tree.leaves(clean), strict=True):
             np.testing.assert_allclose(found[:, row, :, :end], expected[:, row, :, :end], atol=2e-5)
@@ -204,7 +217,7 @@ def test_by_kernels(rows, most, monkeypatch):
     monkeypatch.setattr(prefix, "MOST_OF_A_WINDOW", most)
     config = TINY.replace(num_layers=1)
     params = model()[0] | {"dense": jax.tree.map(lambda w: w[:1], model()[0]["dense"])}
-    configs = [asked(n, 20, threshold=0.03, steps=3, block_length=8) for n in (2, 1)[:rows]]
+    configs = [asked(n, 20, threshold=0.012, steps=3, block_length=8) for n in (2, 1)[:rows]]
     expected = llada_jax.generate(params, config, prompts()[:rows], configs)
     kernel = Execution(attention="kernel", interpret=True)
     found = llada_jax.generate(params, config, prompts()[:rows], configs, execution=kernel)
