@@ -126,14 +126,14 @@ def test_ends_of_sequence(rule, early):
 
 def test_positions_evaluated_alone():
     """Of blocks to commit and active ones alone; behind an end of sequence no block is begun."""
-    prompt = prompts()[:1]
-    free = llada_jax.generate(*model(), prompt, asked(4, **RULES["llada2"]))
-    for eos_id in (-1, int(free.tokens[0][1])):
-        g = asked(4, **RULES["llada2"] | dict(eos_id=eos_id, add_block_threshold=0.0))
-        trace = plain_decode(*model(), prompt[0], g, CANVAS)
-        out = llada_jax.generate(*model(), prompt, g)
-        assert out.positions_evaluated.tolist() == [4 + trace.evaluated] and np.array_equal(out.tokens[0], trace.answer)
-    assert trace.evaluated < free.positions_evaluated[0] / 2
+    prompt, settings = prompts()[2:3], dict(threshold=2.0, steps=4, add_block_threshold=0.0)
+    free = llada_jax.generate(*model(), prompt, asked(4, **settings))
+    first = int(np.argmin(free.written_at[0][:4]))  # written three steps before its block is full
+    for eos_id in (-1, int(free.tokens[0][first])):
+        g = asked(4, **settings | dict(eos_id=eos_id))
+        trace, out = plain_decode(*model(), prompt[0], g, CANVAS), llada_jax.generate(*model(), prompt, g)
+        assert out.positions_evaluated.tolist() == [8 + trace.evaluated] and np.array_equal(out.tokens[0], trace.answer)
+    assert out.positions_evaluated[0] == 8 + 4 * B and len(out.tokens[0]) <= first + 1
 
 
 @pytest.mark.parametrize("rule", RULES)
