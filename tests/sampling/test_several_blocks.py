@@ -82,8 +82,11 @@ def traces(name, configs, rows, keys=None):
     return [plain_decode(*model(name), p, g, CANVAS, key) for p, g, key in zip(rows, configs, keys, strict=True)]
 
 
-@pytest.mark.parametrize("name", ["same", "shifted"])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    "name,rule",
+    [("same", rule) for rule in RULES]
+    + [pytest.param("shifted", rule, marks=() if rule == "llada2.1" else pytest.mark.soak) for rule in RULES],
+)
 def test_equals_plain_recomputation(name, rule):
     """Each row its own number of blocks, in one batch; a prompt that ends inside a block, and one that does not."""
     configs = [asked(n, rule=rule, **RULES[rule]) for n in (4, 2, 3, 1)]
@@ -150,7 +153,7 @@ def test_a_row_with_one_block_is_as_in_a_batch_of_such(rule):
         assert mixed.forward_passes[row] == alone.forward_passes[row]
 
 
-@pytest.mark.parametrize("name", ["same", "moe"])
+@pytest.mark.parametrize("name", ["same", pytest.param("moe", marks=pytest.mark.soak)])
 def test_what_is_committed_is_exact(name):
     """After every pass the cache holds, up to the last committed block, the keys and values of a clean prefill."""
     params, config = model(name)
@@ -195,7 +198,10 @@ def test_serve_with_numbers_of_blocks_that_come_and_go():
         assert answer.forward_passes == together.forward_passes[i]
 
 
-@pytest.mark.parametrize("name,sizes", [("moe", dict(expert=2)), ("shifted", dict(data=2, tensor=2))])
+@pytest.mark.parametrize(
+    "name,sizes",
+    [pytest.param("moe", dict(expert=2), marks=pytest.mark.soak), ("shifted", dict(data=2, tensor=2))],
+)
 def test_over_a_mesh(name, sizes):
     params, config = model(name)
     configs = [asked(n, **RULES["llada2"]) for n in (3, 1, 2, 3)]
@@ -211,7 +217,7 @@ def test_over_a_mesh(name, sizes):
         assert np.array_equal(found.history[row].forward, expected.history[row].forward)
 
 
-@pytest.mark.parametrize("rows,most", [(2, 1024), (1, 32)])
+@pytest.mark.parametrize("rows,most", [(2, 1024), pytest.param(1, 32, marks=pytest.mark.soak)])
 def test_by_kernels(rows, most, monkeypatch):
     """Interpreted. 1,32: windows of a single row, too long for the kernel of windows, by that of chunks."""
     monkeypatch.setattr(prefix, "MOST_OF_A_WINDOW", most)
