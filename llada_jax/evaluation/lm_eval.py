@@ -73,7 +73,8 @@ class LLaDAJax(TemplateLM):
         self, checkpoint: str | None = None, likelihood_block: int | str = 32, samples: int = 16,
         max_length: int | None = None, gen_length: int = 256, block_length: int = 32, steps: int = 32,
         threshold: float = 0.95, rule: str = "llada2", editing_threshold: float = 0.5, max_post_steps: int = 16,
-        max_steps_per_block: int = 1000, entropy_bound: float = 0.15, eos_early_stop: bool = False,
+        max_steps_per_block: int = 1000, entropy_bound: float = 0.15, active_blocks: int = 1,
+        add_block_threshold: float = 0.1, semi_complete_threshold: float = 0.9, eos_early_stop: bool = False,
         batch_size: int | str = 8, max_batch_size: int | None = None, seed: int = 0,
         add_bos: str | bool | None = None, add_bos_token: str | bool | None = None,
         prefix_token_id: int | None = None,
@@ -90,7 +91,9 @@ class LLaDAJax(TemplateLM):
         self._decoding = GenerateConfig(
             gen_length=gen_length, block_length=block_length, steps=steps, threshold=threshold, rule=rule,
             editing_threshold=editing_threshold, max_post_steps=max_post_steps,
-            max_steps_per_block=max_steps_per_block, entropy_bound=entropy_bound, eos_early_stop=eos_early_stop,
+            max_steps_per_block=max_steps_per_block, entropy_bound=entropy_bound, active_blocks=active_blocks,
+            add_block_threshold=add_block_threshold, semi_complete_threshold=semi_complete_threshold,
+            eos_early_stop=eos_early_stop,
         )  # fmt: skip
         self._rows, self._auto = _rows(batch_size, max_batch_size)
         self._seed = _whole("seed", seed, 0)

@@ -19,7 +19,7 @@ _NEUTRAL = {
 }  # fmt: skip
 # Our settings that may differ between requests that are decoded together.
 _OURS = ("steps", "threshold", "eos_early_stop", "editing_threshold", "max_post_steps", "max_steps_per_block",
-         "entropy_bound")  # fmt: skip
+         "entropy_bound", "active_blocks", "add_block_threshold", "semi_complete_threshold")  # fmt: skip
 _CONTINUED = "CONTINUE_FINAL_MESSAGE_TAG "
 
 
