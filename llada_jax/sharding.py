@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 from jax.experimental import mesh_utils
@@ -64,15 +65,24 @@ def make_mesh(
     if sizes["data"] % slices:
         raise InputError(f"mesh.data={sizes['data']}: {slices} slices are joined along it, expected a multiple of them")
     inner = sizes | {"data": sizes["data"] // slices}
-    # An axis may take half of a side of the torus.
-    make = functools.partial(mesh_utils.create_device_mesh, allow_split_physical_axes=True)
-    if slices > 1:
-        outer = (slices,) + (1,) * (len(sizes) - 1)
-        make = functools.partial(
-            mesh_utils.create_hybrid_device_mesh, dcn_mesh_shape=outer, allow_split_physical_axes=True
-        )
-    places = make(tuple(inner.values()), devices=list(devices))
-    return Mesh(places, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    shape = tuple(inner.values())
+    try:
+        places = _places(shape, devices, slices)
+    except NotImplementedError:  # some axis must take a part of a side of the torus
+        if sizes["context"] > 1:
+            # Experts are gathered over fsdp, expert and context together. Where these do not go through the torus in
+            # the order in which a single axis would, libtpu makes all-reduces of the gathers.
+            shape = inner["data"], math.prod(shape[1:4]), sizes["tensor"]
+        places = _places(shape, devices, slices, allow_split_physical_axes=True)
+    return Mesh(places.reshape(tuple(sizes.values())), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _places(shape: tuple[int, ...], devices: Sequence[jax.Device], slices: int, **how) -> np.ndarray:
+    """The devices of each slice in `shape`; slices are joined along the first axis."""
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices=list(devices), **how)
+    outer = (slices,) + (1,) * (len(shape) - 1)
+    return mesh_utils.create_hybrid_device_mesh(shape, dcn_mesh_shape=outer, devices=list(devices), **how)
 
 
 def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
