@@ -19,6 +19,7 @@ from llada_jax.pod.collectives import Collective, Devices, collective_cost, is_s
 from llada_jax.pod.hlo import HOST, Array, Module, Operation
 from llada_jax.pod.operations import OperationCost, is_matmul, operation_cost
 
+_COPIES = ("copy-start", "slice-start", "dynamic-slice-start", "dynamic-update-slice-start")
 PARTS = ("attention", "experts", "head", "dense", "glue", "collectives")
 
 
@@ -178,7 +179,7 @@ class _Walker:
     def _operation(self, computation: str, op: Operation, runs: float) -> None:
         if op.kind.endswith("-done"):
             self._open.pop(op.operands[0] if op.operands else "", None)
-        copies = op.kind in ("copy-start", "slice-start")
+        copies = op.kind in _COPIES
         flights = [self._copy(op, runs)] if copies else self._collectives(computation, op, runs)
         if copies or kind_of(op):
             if op.kind.endswith("-start"):
@@ -201,7 +202,9 @@ class _Walker:
                 flight.behind += cost.seconds * runs / len(flights)
 
     def _copy(self, op: Operation, runs: float) -> _Flight:
-        """A copy between HBM and fast memory or the host, or within HBM; the smallest array of the tuple moves."""
+        """A copy between HBM and fast memory or the host, or within HBM; the smallest array of the tuple moves, the
+        others are a stack of which it is a slice.
+        """
         chip = self.program.chip
         arrays = [array for array in op.result if array.elements > 1]
         moved = min(array.padded_bytes for array in arrays)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from llada_jax.chips import CHIPS, parse_topology
@@ -306,6 +307,27 @@ def test_a_copy_to_fast_memory_is_hidden_by_arithmetic_and_does_not_hide_a_colle
     assert small["c0"].hidden == pytest.approx(moved) and small["c0"].seconds == 0
     assert large["c1"].seconds > 0 and large["c1"].part == "glue"
     assert small["start (all-gather)"] == large["start (all-gather)"] == costs()["start (all-gather)"]
+
+
+def test_what_a_loop_keeps_in_the_memory_of_the_host_goes_there_and_back():
+    layers, rows, width = 6, 8192, 1024
+    policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=["x"], offload_src="device", offload_dst="pinned_host"
+    )
+
+    @functools.partial(jax.checkpoint, policy=policy)
+    def layer(x, w):
+        x = checkpoint_name(x, "x")
+        return x + jnp.sin(x @ w) @ w.T, None
+
+    def loss(weights, x):
+        return jax.lax.scan(layer, x, weights)[0].astype(jnp.float32).sum()
+
+    arguments = ((layers, width, width), bf16), ((rows, width), bf16)
+    lines = cost_of(jax.grad(loss), arguments, SLICES["v6e"])
+    moved = sum(line.seconds + line.hidden for line in lines if "slice-start" in line.name and line.runs == layers)
+    expected = 2 * layers * rows * width * 2 / CHIPS["v6e"].host_bandwidth
+    assert moved == pytest.approx(expected, rel=0.05)  # the rest are weights, to fast memory
 
 
 def test_a_kernel_without_a_cost_is_refused():
