@@ -108,16 +108,11 @@ def _backward(interpret, saved, cotangent):
         return kernel_backward.backward(query_tiles, key, value, *cotangent_and_sums, plan, d_query_dtype, interpret)
 
     if plan.parts:
-        plans = jax.tree.map(lambda *leaves: jnp.stack(leaves), *plan.parts)
-
-        def visit(sum_d_query, part):
-            d_query, *d_keys_values = gradients(*part, jnp.float32)
-            return sum_d_query + d_query, d_keys_values
-
-        start = jnp.zeros(query_tiles.shape, jnp.float32)
-        parts = plans, *(to_parts(x, plan) for x in keys_values)
-        d_query, d_keys_values = jax.lax.scan(visit, start, parts)
-        d_query, d_keys_values = d_query.astype(query.dtype), [from_parts(x, plan) for x in d_keys_values]
+        # One after the other in the program, not in a loop, whose operands and results would be copied once more.
+        parts = zip(plan.parts, *(to_parts(x, plan) for x in keys_values), strict=True)
+        d_queries, *d_keys_values = zip(*(gradients(*part, jnp.float32) for part in parts), strict=True)
+        d_query = functools.reduce(jnp.add, d_queries).astype(query.dtype)
+        d_keys_values = [from_parts(x, plan) for x in d_keys_values]
     else:
         d_query, *d_keys_values = gradients(plan, *keys_values, query.dtype)
     # The kernel's scores are in units of log 2, and its query includes the scale.

@@ -7,7 +7,7 @@ written.
 
 Fast memory limits the keys of a row, at head_dim 64 and 128 alike (a register has 128 lanes): 8 thousand on v4, 44
 thousand on v5p and tpu7x, 109 thousand on v5e and v6e. Longer rows are cut into equal parts (`key_parts`): the kernel
-runs once for each part of the keys, and the gradients of queries are summed between the runs in float32.
+runs once for each part of the keys, and the gradients of queries are summed after them in float32.
 """
 
 import functools

@@ -60,32 +60,44 @@ def _pad(x, multiple):
     return jnp.pad(x, ((0, 0), (0, missing)) + ((0, 0),) * (x.ndim - 2)) if missing else x
 
 
-def to_parts(x: jax.Array, plan: Plan) -> jax.Array:
-    """[kv_heads, chunks, chunk, head_dim] -> [parts, kv_heads, chunks of a part, chunk, head_dim], zeros added."""
-    part, count = plan.parts[0], len(plan.parts)
-    x = x.reshape(x.shape[0], -1, plan.chunks_per_row, *x.shape[2:])
+def to_parts(x: jax.Array, plan: Plan) -> list[jax.Array]:
+    """[kv_heads, chunks, chunk, head_dim] -> one [kv_heads, chunks of a part, chunk, head_dim] a part, zeros added."""
+    x = _by_row(x, plan)
 
-    def split(half, chunks):
-        """[kv_heads, batch, chunks of a half, ...] -> [parts, kv_heads, batch, chunks of a part, ...]"""
-        half = jnp.pad(half, ((0, 0), (0, 0), (0, count * chunks - half.shape[2])) + ((0, 0),) * 2)
-        return jnp.moveaxis(half.reshape(*half.shape[:2], count, chunks, *half.shape[3:]), 2, 0)
+    def cut(start, stop, chunks):
+        return jnp.pad(x[:, :, start:stop], ((0, 0), (0, 0), (0, chunks - (stop - start)), (0, 0), (0, 0)))
 
-    halves = x[:, :, : plan.noisy_chunks], x[:, :, plan.noisy_chunks :]
-    sizes = part.noisy_chunks, part.chunks_per_row - part.noisy_chunks
-    parts = jnp.concatenate([split(half, size) for half, size in zip(halves, sizes, strict=True)], axis=3)
-    return parts.reshape(*parts.shape[:2], -1, *parts.shape[4:])
+    parts = (jnp.concatenate([cut(*half) for half in halves], axis=2) for halves in _halves_of_parts(plan))
+    return [part.reshape(part.shape[0], -1, *part.shape[3:]) for part in parts]
 
 
-def from_parts(x: jax.Array, plan: Plan) -> jax.Array:
-    """Inverse of to_parts: [parts, kv_heads, chunks of a part, chunk, head_dim] -> [kv_heads, chunks, ...]."""
-    part = plan.parts[0]
-    x = x.reshape(*x.shape[:2], -1, part.chunks_per_row, *x.shape[3:])
-
-    def join(half):
-        half = jnp.moveaxis(half, 0, 2)
-        return half.reshape(*half.shape[:2], -1, *half.shape[4:])
-
-    noisy, clean = join(x[:, :, :, : part.noisy_chunks]), join(x[:, :, :, part.noisy_chunks :])
-    clean_chunks = plan.chunks_per_row - plan.noisy_chunks
-    x = jnp.concatenate([noisy[:, :, : plan.noisy_chunks], clean[:, :, :clean_chunks]], axis=2)
+def from_parts(parts: list[jax.Array], plan: Plan) -> jax.Array:
+    """Inverse of to_parts."""
+    pieces = [], []
+    for part, halves in zip(parts, _halves_of_parts(plan), strict=True):
+        part, first = _by_row(part, plan.parts[0]), 0
+        for of_half, (start, stop, chunks) in zip(pieces, halves, strict=True):
+            of_half.append(part[:, :, first : first + stop - start])
+            first += chunks
+    x = jnp.concatenate([*pieces[0], *pieces[1]], axis=2)
     return x.reshape(x.shape[0], -1, *x.shape[3:])
+
+
+def _by_row(x, plan):
+    return x.reshape(x.shape[0], -1, plan.chunks_per_row, *x.shape[2:])
+
+
+def _halves_of_parts(plan):
+    """Of each part, for its noisy and for its clean keys: (start, stop) among the chunks of a row, and how many chunks
+    the part has for them.
+    """
+    noisy = plan.parts[0].noisy_chunks
+    clean = plan.parts[0].chunks_per_row - noisy
+
+    def span(i, first, last, chunks):
+        return min(first + i * chunks, last), min(first + (i + 1) * chunks, last), chunks
+
+    return [
+        (span(i, 0, plan.noisy_chunks, noisy), span(i, plan.noisy_chunks, plan.chunks_per_row, clean))
+        for i in range(len(plan.parts))
+    ]

@@ -140,7 +140,8 @@ def _pass_costs(shape: Shape, block_size: int, mean: int, compiled: Program, til
     ]
     costs = {}
     for name in PASSES:
-        (schedule,) = (schedule for kernel, schedule in compiled.kernels.items() if NAME + name in kernel)
+        # One for each part of the keys, and all equal.
+        schedule = next(schedule for kernel, schedule in compiled.kernels.items() if NAME + name in kernel)
         # [row, rank, call]
         counts = [[_counts(plan, name, shape) for plan in of_ranks] for of_ranks in plans]
         regions = attention_program.REGIONS[name]

@@ -18,6 +18,7 @@ from llada_jax.attention.kernel import kernel_attention, kernel_plan
 from llada_jax.attention.plan import make_plan
 from llada_jax.attention.rotary import QueryKeyRotary
 from llada_jax.attention.tiles import Tiles
+from llada_jax.attention.tiling import from_parts, to_parts
 from llada_jax.attention.visibility import (
     BLOCK_ORIGINS,
     Visibility,
@@ -106,6 +107,18 @@ def test_decoding_against_ragged_caches(blocks):
     check_against_dense(visibility, Tiles(8, 2, 2, chunk=16), *values)
     found, expected = (jax.jit(f)(*values[:3], visibility) for f in (blockwise_attention, dense_attention))
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_noisy,num_keys,parts", [(48, 96, 2), (40, 104, 3), (0, 72, 2), (8, 80, 4)])
+def test_parts_of_the_keys_hold_each_chunk_once(num_noisy, num_keys, parts):
+    bounds = jnp.zeros((2, 16), jnp.int32)
+    visibility = Visibility(bounds, bounds, bounds, bounds, num_noisy)
+    plan = make_plan(visibility, num_keys, Tiles(16, 1, 1, chunk=8), parts)
+    x = jax.random.normal(jax.random.key(0), (3, 2 * num_keys // 8, 8, 4))
+    cut = to_parts(x, plan)
+    assert {part.shape for part in cut} == {(3, 2 * plan.parts[0].chunks_per_row, 8, 4)} and len(cut) == parts
+    np.testing.assert_array_equal(from_parts(cut, plan), x)
+    np.testing.assert_allclose(sum(abs(part).sum() for part in cut), abs(x).sum(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.soak)])
