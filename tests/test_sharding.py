@@ -40,6 +40,7 @@ MESHES = [
     ("tiny_moe", dict(expert=8), dict(remat="projections")),
     ("tiny_moe", dict(expert=8), dict(expert_parallel="gather_tokens", remat="hidden")),
     ("tiny_moe", dict(tensor=8), BLOCKWISE | dict(remat="offload")),
+    ("tiny_moe", dict(fsdp=8), BLOCKWISE | dict(remat="offload_input")),
     ("tiny_moe", dict(data=2, expert=2, tensor=2), BLOCKWISE | dict(expert_parallel="gather_tokens")),
     ("tiny_moe", dict(fsdp=4, expert=2), dict(remat="rows")),
     ("tiny_moe", dict(fsdp=2, expert=4), dict(expert_parallel="gather_tokens")),

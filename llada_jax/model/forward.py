@@ -40,6 +40,15 @@ from llada_jax.model.parameters import Params, split_heads
 
 Cache = dict[str, dict[str, jax.Array]]  # {group: {"key", "value": [layers, batch, kv_heads, positions, head_dim]}}
 
+
+def _offload(saved, offloaded):
+    """Keeps the values of some names, and those of others in the host's memory."""
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=saved, names_which_can_be_offloaded=offloaded,
+        offload_src="device", offload_dst="pinned_host",
+    )  # fmt: skip
+
+
 _keep = jax.checkpoint_policies.save_only_these_names
 _ATTENTION = (*ATTENTION_RESIDUALS, "routing")  # which token goes where, and why
 _PROJECTIONS = ("query", "key", "value")
@@ -52,12 +61,9 @@ REMAT_POLICIES = {
     "rows": _keep(*_ATTENTION, *_PROJECTIONS, "expert_hidden", "expert_rows"),  # the experts' input too
     "none": jax.checkpoint_policies.save_anything_except_these_names(sharding.GATHERED),
     "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,  # results of plain matmuls: dense models
-    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(  # as "projections", in the host's memory
-        names_which_can_be_saved=["routing"],
-        names_which_can_be_offloaded=[*ATTENTION_RESIDUALS, *_PROJECTIONS],
-        offload_src="device",
-        offload_dst="pinned_host",
-    ),
+    # In the host's memory: as "projections"; or a layer's input too, and queries computed again for it.
+    "offload": _offload(["routing"], [*ATTENTION_RESIDUALS, *_PROJECTIONS]),
+    "offload_input": _offload(["routing"], ["layer_input", *ATTENTION_RESIDUALS, "key", "value"]),
 }
 
 
@@ -209,6 +215,7 @@ def _attention_in_place(weights, config, execution, visibility, cache, x):
 
 def _layer(config, group, execution, attend, cos, sin, shared, counted, x, of_layer):
     weights, layer = of_layer
+    x = checkpoint_name(x, "layer_input")
     axes = parameters.layer_axes(config, group, weights)
     routed = {k: w for k, w in weights.items() if group == "sparse" and weight_of(k) in EXPERT_WEIGHTS}
     weights = {k: w.astype(x.dtype) for k, w in weights.items() if k not in routed}
