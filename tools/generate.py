@@ -106,6 +106,9 @@ def _answer(model, rows, config, configs, conversation: bool) -> None:
         raise InputError(f"{_CHECKPOINT.value}: no tokenizer")
     if _TEMPLATE_DATE.value:
         model = model._replace(tokenizer=model.tokenizer.with_template_date(_TEMPLATE_DATE.value))
+    from llada_jax.sampling.generate import decode_settings
+
+    decode_settings(model.config, configs or [config], history=_HISTORY.value)  # refused before anything is printed
     if rows is not None:
         _answer_file(model, rows, configs)
     elif conversation:
