@@ -24,7 +24,9 @@ from llada_jax.model.lora import Lora
 from llada_jax.training.config import skips_steps
 
 # What the program depends on.
-_SECTIONS = ("alignment", "seed", "batch", "schedule", "objective", "preference", "lora", "optimizer", "execution")
+_SECTIONS = (
+    "alignment", "seed", "batch", "schedule", "objective", "editing", "preference", "lora", "optimizer", "execution",
+)  # fmt: skip
 
 
 def identity(config: ConfigDict, model: ModelConfig | Lora, mesh, halves: str) -> dict[str, str]:

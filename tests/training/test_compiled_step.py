@@ -89,6 +89,11 @@ def test_what_the_step_depends_on_is_refused_when_it_differs(saved):
     with pytest.raises(InputError, match="compiled for config and model '.*', this run has"):
         compiled_step.load(path, identity(config), jax.devices()[:1])
     config.optimizer.learning_rate /= 2
+    for section, values in (("editing", dict(weight=1.0, turns=2)), ("objective", dict(group_blocks=2))):
+        other = config.copy_and_resolve_references()
+        other[section].update(values)
+        with pytest.raises(InputError, match="compiled for config and model '.*', this run has"):
+            compiled_step.load(path, identity(other), jax.devices()[:1])
     with pytest.raises(InputError, match="compiled for devices '1 x cpu', this run has '2 x cpu'"):
         compiled_step.load(path, identity(config, devices=2), jax.devices()[:2])
     other_code = identity(config) | {"sources of llada_jax": "0123456789abcdef"}
