@@ -108,9 +108,13 @@ def accepted_by(
 ) -> jax.Array:  # fmt: skip
     """Returns the masked positions that the rule accepts, bool like masked [rows, block].
 
-    step int32 [rows]: of the schedule. forced bool [rows]: whether something must be accepted; None: in all rows.
+    step int32 [rows]: of the schedule. forced bool [rows]: whether something must be accepted; None: in all rows. NaN,
+    which weights or activations that are not finite make, is the least sure: decoding ends, and answers show it as
+    confidence.
     """
-    confidence = prediction.confidence
+    confidence, entropy = prediction.confidence, prediction.entropy
+    confidence = jnp.where(jnp.isnan(confidence), -1.0, confidence)
+    entropy = jnp.where(jnp.isnan(entropy), jnp.finfo(jnp.float32).max, entropy)
     due = accept.due(settings.block_length, requests.max_steps, step)
     if forced is not None:
         due *= forced
@@ -122,7 +126,7 @@ def accepted_by(
         case "dinfer":
             return accept.dinfer(confidence, masked, requests.threshold, prediction.mask, forced)
         case "entropy":
-            return accept.entropy(prediction.entropy, masked, requests.entropy_bound, forced)
+            return accept.entropy(entropy, masked, requests.entropy_bound, forced)
         case "fixed":
             return accept.fixed(confidence, masked, due)
 

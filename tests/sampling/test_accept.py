@@ -1,10 +1,15 @@
 """The acceptance rules on hand-made confidences."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llada_jax.model.config import preset
 from llada_jax.sampling import accept
+from llada_jax.sampling.denoise import accepted_by
+from llada_jax.sampling.generate import GenerateConfig, decode_settings, requests_of
+from llada_jax.sampling.predict import Prediction
 
 CONFIDENCE = jnp.array([[0.9, 0.5, 0.9, 0.2], [0.3, 0.99, 0.299995, 0.1]])
 MASKED = jnp.array([[True, True, True, True], [True, False, True, True]])  # 0.99 is written already
@@ -101,3 +106,16 @@ def test_edits_where_the_prediction_differs_and_is_sure():
     editable = jnp.array([[True, True, True, False]] * 2)
     edited = accept.edits(CONFIDENCE, predicted, current, editable, rows(0.5, 0.0))
     assert positions(edited) == [[2], [1, 2]]
+
+
+@pytest.mark.parametrize("rule", ["llada2", "llada2.1", "sglang", "dinfer", "entropy", "fixed"])
+def test_probabilities_that_are_nan_end_too_and_are_the_least_sure(rule):
+    """Of weights that are not finite: a rule that waits for a number would never fill the block."""
+    nan, free = jnp.nan, jnp.array([[True, False, True, True]] * 2)
+    values = jnp.array([[nan, 0.5, nan, nan], [nan, 0.5, nan, 0.02]])
+    config = GenerateConfig(gen_length=8, block_length=4, steps=4, rule=rule, threshold=2.0, entropy_bound=0.01)
+    requests = requests_of(preset("tiny"), np.array([0, 0]), [config] * 2, jax.random.split(jax.random.key(0)))
+    settings = decode_settings(preset("tiny"), [config])
+    prediction = Prediction(jnp.zeros((2, 4), jnp.int32), values, values, jnp.zeros((2, 4), bool))
+    accepted = accepted_by(settings, requests, free, jnp.zeros(2, jnp.int32), prediction)
+    assert positions(accepted)[1] == [3] and positions(accepted)[0] and not (accepted & ~free).any()
