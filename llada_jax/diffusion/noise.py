@@ -116,18 +116,18 @@ def draw_masking(
     """
     length = eligible.shape[1]
     start_of_time = layout.document_start if spec.times == "sequence" else layout.block_start
-    u, scores = uniform(keys, TIMES, length), uniform(keys, MASKS, length)
+    u, scores, floors = (uniform(keys, use, length) for use in (TIMES, MASKS, FLOORS))
     if spec.spread:
         u = _spread(u, start_of_time)
     if source is not None:
-        u, scores = (jnp.take_along_axis(x, source, axis=1) for x in (u, scores))
+        u, scores, floors = (jnp.take_along_axis(x, source, axis=1) for x in (u, scores, floors))
     u = jnp.take_along_axis(u, start_of_time, axis=1)
     if stratum is not None:
         u, scores = (jnp.where(stratum.mirrored, 1 - x, x) for x in (u, scores))
         u = (stratum.index + u) / stratum.count
     left = 1 - u  # in (0, 1]
     if spec.times == "chain":
-        left = 1 - _chain(left, 1 - uniform(keys, FLOORS, length), layout)
+        left = 1 - _chain(left, 1 - floors, layout)
     rate = spec.rate_low + (spec.rate_high - spec.rate_low) * left
     if spec.masking == "bernoulli":
         return Masking(eligible & (scores < rate), rate)

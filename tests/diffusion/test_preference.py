@@ -40,11 +40,11 @@ def other_params():
     return jax.tree.map(lambda w: w * 1.05, params_of(TINY))
 
 
-@pytest.mark.parametrize("masking", ["bernoulli", "fixed_count"])
-def test_rejected_shares_times_and_masks_with_chosen(masking):
+@pytest.mark.parametrize("times, masking", [("block", "bernoulli"), ("block", "fixed_count"), ("chain", "bernoulli")])
+def test_rejected_shares_times_and_masks_with_chosen(times, masking):
     layout = make_layout(jnp.asarray(SEGMENTS), 4, "document")
     source = preference.shared_source(layout, jnp.asarray(SEGMENTS))
-    spec = NoiseSpec(masking=masking)
+    spec = NoiseSpec(times=times, masking=masking)
     masking = draw_masking(keys_of(2), jnp.asarray(SEGMENTS > 0), layout, spec, source)
     for values in (masking.masked, masking.rate):
         values = np.asarray(values)
