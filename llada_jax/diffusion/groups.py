@@ -49,13 +49,11 @@ def grouped(layout: Layout, groups: Groups, answered: jax.Array) -> Layout:
     def at(x, place):
         return jnp.take_along_axis(x, place, axis=1)
 
-    answers = jnp.pad(jnp.cumsum(answered, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
-    in_answer = at(answers, layout.block_end) > at(answers, layout.block_start)
     opens = index == layout.block_start
     ordinal = jnp.cumsum(opens, axis=1, dtype=jnp.int32)
     ordinal = ordinal - at(ordinal, layout.document_start)  # of the block in its document, from 0
     before = jnp.maximum(index - 1, 0)
-    joins = in_answer & at(in_answer, before) & (ordinal > 0)
+    joins = answered & at(answered, before) & (ordinal > 0)  # an answer goes on from one block to the next
     joins &= (ordinal - groups.shift[:, None]) % groups.size[:, None] != 0
     start = jax.lax.cummax(jnp.where(opens & ~joins, index, 0), axis=1)
     return layout.replace(group_start=start)

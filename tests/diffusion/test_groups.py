@@ -31,17 +31,16 @@ def blocks_of(segments, block_size, origin):
 
 def groups_by_hand(segments, blocks, answered, size, shift):
     """The blocks of a row as lists, one a group: walks over the documents block by block."""
-    groups, document, number, open_size = [], None, 0, 0
+    groups, document, number = [], None, 0
     for first, end in blocks:
         if segments[first] == 0 or segments[first] != document:
-            document, number, open_size = segments[first] or None, 0, 0
-        has_answer = bool(answered[first:end].any())
+            document, number = segments[first] or None, 0
+        goes_on = first > 0 and answered[first - 1] and answered[first]
         at_edge = number == 0 or number == shift or (number > shift and (number - shift) % size == 0)
-        if has_answer and open_size and not at_edge:
+        if goes_on and not at_edge:
             groups[-1].append((first, end))
         else:
             groups.append([(first, end)])
-        open_size = has_answer
         number += 1
     return groups
 
@@ -113,6 +112,17 @@ def test_the_mask_of_groups_is_that_of_the_equations(row):
     assert np.array_equal(mask, mask_by_hand(segments, groups))
     starts = np.concatenate([np.full(members[-1][1] - members[0][0], members[0][0]) for members in groups])
     assert np.array_equal(group_start[0], starts)
+
+
+def test_a_group_ends_where_an_answer_does_with_a_prompt_between_two_of_them():
+    """Blocks of 4; the first answer ends, and the prompt of the second begins, inside the third block."""
+    answered = np.zeros((1, 20), bool)
+    answered[0, 4:10] = answered[0, 14:20] = True
+    group_start, _ = masked_rows(
+        np.pad(np.ones((1, 20), int), ((0, 0), (0, LENGTH - 20))), np.pad(answered, ((0, 0), (0, LENGTH - 20))),
+        np.int32(4), np.int32(4), np.int32(0),
+    )[BLOCK_ORIGINS.index("global")]  # fmt: skip
+    assert group_start[0, :20:4].tolist() == [0, 4, 4, 12, 16]
 
 
 def test_every_size_and_shift_comes_once_and_each_row_meets_all_of_them():

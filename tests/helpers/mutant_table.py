@@ -181,7 +181,7 @@ _OBJECTIVE = _room(
      "diffusion/test_objectives.py::test_embedding_noise_moves_masked_tokens_only_and_stops_at_zero"),
     # Groups: the first one is as long as the others; a group reaches into the prompt; rates start anew in each block.
     ("diffusion/groups.py", "(ordinal - groups.shift[:, None])", "ordinal", _GROUPS),
-    ("diffusion/groups.py", "in_answer & at(in_answer, before)", "in_answer", _GROUPS),
+    ("diffusion/groups.py", "answered & at(answered, before)", "answered", _GROUPS),
     ("diffusion/noise.py", "jnp.multiply, first, factors", "jnp.multiply, layout.block_start == index, factors",
      _GROUPS),
     # Editing: the right token counts as a wrong one; a clean token has no label.
