@@ -235,7 +235,8 @@ def write(config: ConfigDict | TrainConfig, path: Path) -> None:
             print(f"{path}: of an older version, read as {fields}", flush=True)
         now = dict(config_fields.flat(new))
         for field in sorted(set(before) | set(now)):
-            if before.get(field) != now.get(field):
+            is_new = field not in before and field in _FIELDS and now[field] == _FIELDS[field].default
+            if before.get(field) != now.get(field) and not is_new:  # a field that an older version did not have
                 print(f"config.{field} was {before.get(field)!r}, is now {now.get(field)!r}", flush=True)
     temporary = path.with_name("config.json.partial")
     temporary.write_text(json.dumps(new, indent=2) + "\n")

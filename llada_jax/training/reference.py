@@ -43,6 +43,7 @@ _WITHOUT_EFFECT = (
     "data.path", "data.mixture", "data.source", "data.patterns", "data.tokenizer", "data.cache", "data.corrupt_share",
     "batch.micro_batches", "schedule", "lora", "optimizer", "mesh", "checkpoint", "faults", "evaluation",
     "log_every_steps", "profile", "preference.enabled", "preference.beta", "preference.reference",
+    "editing", "objective.group_blocks",  # a run of DPO has neither (training.config.check_editing)
     "objective.confidence_weight", "objective.confidence_temperature", "objective.embedding_noise_std",
     "objective.embedding_noise_steps", "execution.attention", "execution.experts", "execution.expert_parallel",
     "execution.remat", "execution.reduce_dtype",

@@ -25,6 +25,7 @@ from llada_jax.training.config import (
     phases,
     preference,
     readme,
+    write,
 )
 from llada_jax.training.sections import TrainConfig
 from tests.helpers.paths import ROOT
@@ -113,6 +114,17 @@ def test_editing_is_refused_where_it_would_do_nothing(changes, message):
         config.update_from_flattened_dict({field: value})
     with pytest.raises(InputError, match=message):
         check(config)
+
+
+def test_fields_that_an_older_version_did_not_have_changed_if_they_are_set(tmp_path, capsys):
+    config, path = stages.sft("tiny", length=128), tmp_path / "config.json"
+    old = json.loads(config.to_json())
+    del old["editing"], old["objective"]["group_blocks"]
+    path.write_text(json.dumps(old))
+    config.editing.weight = 1.0
+    write(config, path)
+    assert capsys.readouterr().out == "config.editing.weight was None, is now 1.0\n"
+    assert json.loads(path.read_text())["editing"]["weight"] == 1.0
 
 
 def test_a_frozen_config_has_the_values_of_its_dict():

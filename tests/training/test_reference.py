@@ -132,6 +132,13 @@ def test_stale_scores_are_refused(start, runs, changes, message):
     assert metrics_of(runs[0] / "precomputed") == runs[1]["precomputed"]
 
 
+def test_scores_made_before_editing_and_groups_stay_valid(runs):
+    """A run of DPO has neither (training.config.check), so that files without these fields say as much."""
+    with open(runs[0] / "precomputed" / "reference_scores.bin", "rb") as file:
+        names = json.loads(file.readline())["depends_on"]
+    assert "config.seed" in names and not [name for name in names if "editing" in name or "group_blocks" in name]
+
+
 @pytest.mark.parametrize(
     "changes,message",
     [
