@@ -8,7 +8,7 @@ unmasked answer tokens are random ones, and in half of the rows the model's own 
 have written at a threshold between 0.3 and 0.95. The loss adds that of all unmasked answer tokens. The paper publishes
 none of these numbers. Sample from the result with `tools/generate.py --rule=llada2.1`.
 
-The same keys work in every other stage (--config.editing.weight=1 --config.editing.replace_high=0.3). DMax's OPUT:
+The same keys work in `wsd`, `sft` and `cap` (--config.editing.weight=1 --config.editing.replace_high=0.3). DMax's OPUT:
 
     --config.editing.turns=2 --config.editing.replace_high=0 --config.editing.draft_share=1 \
         --config.editing.threshold_low=0 --config.editing.threshold_high=0 --config.editing.editing_low=1 \

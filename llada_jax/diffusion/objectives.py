@@ -112,9 +112,9 @@ class Sums:
 
     weighted: of weighted nll. nll, correct, correct_entropy: of nll, correctness and the entropy of correct
     predictions, over the masked tokens. masked, eligible: numbers of tokens, as in Example. Of the unmasked tokens that
-    are scored: unmasked_nll; wrong, wrong_correct: how many are not x_0 in x_t, and for how many of these x_0 is
-    predicted; right, right_correct: the others. expert_load int32 [layers with experts, experts]: real tokens that each
-    expert got, in both halves where there are two; None in a dense model.
+    are scored: unmasked_nll; wrong, wrong_correct: how many are not x_0 in x_t, and for how many of these the
+    target is predicted; right, right_correct: the others. expert_load int32 [layers with experts, experts]: real tokens
+    that each expert got, in both halves where there are two; None in a dense model.
     """
 
     weighted: jax.Array
