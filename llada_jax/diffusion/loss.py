@@ -33,7 +33,8 @@ def loss(
     may be traced; None is full-sequence MDLM (Eq. 2). halves: "both" [x_t | x_0], "noisy" x_t alone, or "clean" x_0
     alone, which with block_size=1 and config.alignment="shifted" is the next-token loss; by default "both", and
     "noisy" with block_size=None. embedding_noise_std: of Gaussian noise on masked embeddings (Section 7.1).
-    Compiled; differentiable in params. Raises InputError without a mask token and on an unknown value of `halves`.
+    Compiled; differentiable in params. Raises InputError without a mask token, on an unknown value of `halves`, and
+    where editing.labels="levenshtein" does not fit the model or the blocks.
 
     Example:
         >>> import jax, llada_jax
@@ -51,8 +52,24 @@ def loss(
         raise InputError(f"halves={halves!r}, expected both, noisy or clean")
     if halves != "clean" and config.mask_token_id is None:
         raise InputError("mask_token_id=None: the model has no mask token; config.replace(mask_token_id=N) names one")
-    size = jnp.int32(batch.ids.shape[1] if block_size is None else block_size)
+    length = batch.ids.shape[1]
+    if objective.editing.labels == "levenshtein" and halves != "clean":
+        _check_edits(config, objective, length, length if block_size is None else block_size)
+    size = jnp.int32(length if block_size is None else block_size)
     return _loss(params, config, batch, key, size, objective, halves, embedding_noise_std, execution)
+
+
+def _check_edits(config: ModelConfig, objective: Objective, length: int, block_size) -> None:
+    labelled = objective.editing.block_size
+    if None in (config.delete_token_id, config.insert_token_id):
+        raise InputError('editing.labels="levenshtein": the model has no tokens that delete and insert')
+    if objective.block_origin != "global" or length % labelled:
+        raise InputError(
+            f'editing.labels="levenshtein", editing.block_size={labelled}: with block_origin={objective.block_origin!r}'
+            f' and rows of {length} tokens, expected "global" and rows of whole blocks'
+        )
+    if not isinstance(block_size, jax.core.Tracer) and int(block_size) != labelled:
+        raise InputError(f"editing.block_size={labelled}, expected the block_size of the loss, {int(block_size)}")
 
 
 @functools.partial(jax.jit, static_argnames=("config", "objective", "halves", "execution"))

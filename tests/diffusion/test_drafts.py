@@ -17,6 +17,7 @@ from llada_jax.diffusion.groups import Groups, grouped
 from llada_jax.diffusion.levenshtein import labels
 from llada_jax.diffusion.noise import NoiseSpec
 from llada_jax.diffusion.objectives import Objective
+from llada_jax.errors import InputError
 from llada_jax.model import head
 from llada_jax.model.forward import Execution
 from llada_jax.sampling import accept
@@ -163,6 +164,25 @@ def test_keys_of_drafts_are_those_of_the_rows():
     assert np.array_equal(
         noise.uniform(keys_of(4), noise.DRAFTS, 3)[2:], noise.uniform(keys_of(4)[2:], noise.DRAFTS, 3)
     )
+
+
+@pytest.mark.parametrize(
+    "changes, block_size, message",
+    [
+        ({}, 2 * BLOCK, f"editing.block_size={BLOCK}, expected the block_size of the loss, {2 * BLOCK}"),
+        ({}, None, f"editing.block_size={BLOCK}, expected the block_size of the loss, {LENGTH}"),
+        ({"block_origin": "document"}, BLOCK, "block_origin='document'"),
+        ({"editing": 5}, 5, f"rows of {LENGTH} tokens"),
+        ({"model": TINY}, BLOCK, "no tokens that delete and insert"),
+    ],
+)
+def test_edits_as_labels_of_other_blocks_are_refused(changes, block_size, message):
+    model = changes.get("model", TINY.replace(delete_token_id=3, insert_token_id=4))
+    editing = Editing(turns=2, labels="levenshtein", block_size=changes.get("editing", BLOCK))
+    objective = Objective(editing=editing, block_origin=changes.get("block_origin", "global"))
+    batch = llada_jax.make_batch(random_ids(1, LENGTH))
+    with pytest.raises(InputError, match=message):
+        llada_jax.loss(params_of(TINY), model, batch, jax.random.key(0), block_size=block_size, objective=objective)
 
 
 def test_drafted_rows_may_have_edits_as_labels_and_write_none_of_them():
