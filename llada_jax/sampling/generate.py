@@ -40,16 +40,16 @@ class GenerateConfig:
 
     gen_length: most tokens of an answer. block_length: tokens decoded together; the block_size of training, under the
     name that LLaDA2's Hugging Face `generate` gives it (its gen_length and steps keep their names too). steps: most
-    steps per block (rules "llada2" and "fixed"). threshold: probability above which a token is accepted; above 1
-    nothing passes it and the schedule of steps decides. temperature: 0 is argmax. top_k, top_p: None is off. mask_id:
-    None is the checkpoint's. eos_id: token that ends an answer; None is any of the checkpoint's ends of sequence, -1
-    none. eos_early_stop: stop inside a block once every position before the first end of sequence is written. rule: of
-    sampling/accept.py. "llada2.1" also edits written tokens whose prediction changes with probability above
-    editing_threshold (0: always), for at most max_post_steps steps after a block is full. entropy_bound: nats that rule
-    "entropy" may write per step, the largest not counted. "llada2.2" edits as "llada2.1", and its edits may also be
-    the tokens delete_id and insert_id (None: the checkpoint's), which move what follows; it takes at most
-    max_steps_per_block steps for a block (sampling/levenshtein.py; LLaDA2.2's own threshold is 0.5, its
-    editing_threshold 0).
+    steps per block (rules "llada2" and "fixed"), of those in which it must accept something. threshold: probability
+    above which a token is accepted; above 1 nothing passes it and the schedule of steps decides. temperature: 0 is
+    argmax. top_k, top_p: None is off. mask_id: None is the checkpoint's. eos_id: token that ends an answer; None is any
+    of the checkpoint's ends of sequence, -1 none. eos_early_stop: stop inside a block once every position before the
+    first end of sequence is written. rule: of sampling/accept.py. "llada2.1" also edits written tokens whose prediction
+    changes with probability above editing_threshold (0: always), for at most max_post_steps steps after a block is
+    full. entropy_bound: nats that rule "entropy" may write per step, the largest not counted. "llada2.2" edits as
+    "llada2.1", and its edits may also be the tokens delete_id and insert_id (None: the checkpoint's), which move what
+    follows; it takes at most max_steps_per_block steps for a block (sampling/levenshtein.py; LLaDA2.2's own threshold
+    is 0.5, its editing_threshold 0).
 
     active_blocks: blocks that are decoded at once, 1 to 4; more than one is for models that were trained for it
     (MultiTF). After each pass one more becomes active if at least add_block_threshold of the last one's positions are
