@@ -92,10 +92,16 @@ def objective(config: ConfigDict, tokenizer: Tokenizer | None = None) -> Objecti
 def check_editing(config: ConfigDict, editing: Editing) -> None:
     """Raises InputError where a run does nothing with what its config says of editing."""
     c = config.objective
+    if editing.turns > 1 and not editing.draft_share:
+        raise InputError(
+            f"config.editing.draft_share=0.0, expected more with editing.turns={editing.turns}: none drafts"
+        )
     asked = editing.weight or editing.replaces or editing.turns > 1
     if asked and (config.preference.enabled or config.schedule.kind == "ar"):
         other = "preference.enabled" if config.preference.enabled else "schedule.kind"
         raise InputError(f"config.editing: not with config.{other}={config.preference.enabled or 'ar'}")
+    if c.group_blocks > 1 and all(phase.halves == "noisy" for phase in phases(config)):
+        raise InputError(f"config.objective.group_blocks={c.group_blocks}, expected 1 where a row is one block")
     if (blocks := c.group_blocks) > 1 and (config.preference.enabled or config.schedule.kind == "ar"):
         raise InputError(f"config.objective.group_blocks={blocks}, expected 1 in a run of DPO or of an AR model")
     if editing.labels == "levenshtein" and (config.schedule.kind, c.block_origin) != ("constant", "global"):

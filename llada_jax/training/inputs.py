@@ -122,6 +122,11 @@ def _model(config: ConfigDict, source: Source | None) -> tuple[ModelConfig, Toke
             f"{config.init_from or config.data.tokenizer or config.model}: no mask token; import the checkpoint with "
             "--mask_token_id=N or --add_mask_token"
         )
+    if config.editing.replace_high and tokenizer is None:
+        raise InputError(
+            f"config.editing.replace_high={config.editing.replace_high}: which ids texts have is not known without a "
+            "tokenizer; set config.data.tokenizer or config.init_from"
+        )
     if config.editing.labels == "levenshtein" and None in (model.delete_token_id, model.insert_token_id):
         raise InputError(
             f'config.editing.labels="levenshtein": {config.init_from or config.model} has no tokens that delete and '

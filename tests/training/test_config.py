@@ -101,6 +101,11 @@ def test_fields_reach_the_objects_by_name():
         ({"editing.turns": 2, "schedule.kind": "ar"}, "config.editing: not with config.schedule.kind=ar"),
         ({"editing.weight": 1.0, "preference.enabled": True}, "config.editing: not with config.preference.enabled"),
         ({"objective.group_blocks": 2, "schedule.kind": "ar"}, "config.objective.group_blocks=2, expected 1"),
+        ({"editing.turns": 2, "editing.draft_share": 0.0}, "config.editing.draft_share=0.0, expected more"),
+        (
+            {"objective.group_blocks": 2, "schedule.kind": "constant", "schedule.block_size": 256},
+            "config.objective.group_blocks=2, expected 1 where a row is one block",
+        ),
         ({"editing.labels": "x"}, "editing.labels='x'"),
         ({"editing.labels": "levenshtein"}, 'editing.labels="levenshtein": of drafts'),
         ({"editing.labels": "levenshtein", "editing.turns": 2}, "not with schedule.kind='wsd'"),

@@ -65,3 +65,10 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, source):
     (source / "w.txt").symlink_to(tmp_path / "nowhere")
     with pytest.raises(InputError, match="w.txt: No such file"):
         rows_of(tmp_path, source)
+
+
+def test_wrong_tokens_need_a_tokenizer(tmp_path):
+    config = default_config("tiny")
+    config.data.path, config.editing.replace_high = str(tmp_path / "rows"), 0.5
+    with pytest.raises(InputError, match="config.editing.replace_high=0.5: which ids texts have is not known"):
+        open_inputs(config, tmp_path / "work")
