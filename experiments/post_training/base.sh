@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by run.sh here and in experiments/editing, from the root of the repository: the data of a seed, and the model
 # that fine-tuning starts from, AR and then WSD. Arguments: SEED [FOLDER [MODEL]], as those of run.sh.
 seed=${1:?usage: run.sh SEED [FOLDER [MODEL]]}

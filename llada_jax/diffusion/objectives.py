@@ -78,19 +78,18 @@ class Objective:
 class Example:
     """A batch with its noise drawn. All [batch, length], except keys and drafted [batch].
 
-    clean int: x_0, the `tokens` of prepare. noisy int: x_t. targets int: what is predicted, x_0 but for Editing.labels.
+    clean int: x_0, the `tokens` of prepare. noisy int: x_t.
     hidden bool: tokens replaced by the mask in x_t; rate float32: with what probability. masked bool: those of them
     that are scored, all but a document's tail (`tails`). eligible bool: tokens that could be masked and scored;
     writable bool: and tails. unmasked bool: with Editing.weight the other eligible ones, which are scored too. weights
     float32: factor on each token's negative log-likelihood, zero where not scored, not normalised.
     segment_ids int: as attention sees them (Objective.document_mask). real bool: tokens of stored documents, not
     padding. positions int: from the start of the document. keys: one per row, of all noise. drafted bool: rows whose
-    x_t is a draft (diffusion/drafts.py).
+    x_t is a draft (diffusion/drafts.py); None: no row. targets int: what is predicted, by Editing.labels; None: x_0.
     """
 
     clean: jax.Array
     noisy: jax.Array
-    targets: jax.Array
     hidden: jax.Array
     rate: jax.Array
     masked: jax.Array
@@ -103,7 +102,8 @@ class Example:
     positions: jax.Array
     layout: Layout
     keys: jax.Array
-    drafted: jax.Array
+    drafted: jax.Array | None = None
+    targets: jax.Array | None = None
 
 
 @flax.struct.dataclass
@@ -178,7 +178,6 @@ def prepare(
     example = Example(
         clean=tokens,
         noisy=tokens,
-        targets=tokens,
         hidden=masking.masked,
         rate=masking.rate,
         masked=masking.masked,
@@ -191,7 +190,6 @@ def prepare(
         positions=jnp.arange(tokens.shape[1])[None] - layout.document_start,
         layout=layout,
         keys=keys,
-        drafted=jnp.zeros(len(tokens), bool),
     )
     if halves != "clean":
         example = _noised(example, config, objective)
@@ -236,9 +234,9 @@ def weighted(example: Example, config: ModelConfig, objective: Objective) -> Exa
     )
 
 
-def _targets(example: Example, config: ModelConfig, editing: Editing) -> jax.Array:
-    if editing.labels == "target":
-        return example.clean
+def _targets(example: Example, config: ModelConfig, editing: Editing) -> jax.Array | None:
+    if editing.labels == "target" or example.drafted is None:
+        return None
     ids = dict(mask_id=config.mask_token_id, delete_id=config.delete_token_id, insert_id=config.insert_token_id)
     rows = example.noisy, example.clean, example.writable, example.segment_ids
     return jnp.where(example.drafted[:, None], labels_of_rows(*rows, editing.block_size, **ids), example.clean)
@@ -314,7 +312,12 @@ def score(
     )
     matrix = head.head_matrix(params, config)
     scores = head.token_scores(
-        hidden, example.targets, example.masked | example.unmasked, matrix, entropy_temperature, execution.reduce_dtype
+        hidden,
+        example.clean if example.targets is None else example.targets,
+        example.masked | example.unmasked,
+        matrix,
+        entropy_temperature,
+        execution.reduce_dtype,
     )
     differs = example.noisy != example.clean
     wrong, right = example.unmasked & differs, example.unmasked & ~differs
