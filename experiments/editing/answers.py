@@ -1,6 +1,6 @@
 """Accuracy and tokens per forward of a variant over thresholds, by plain decoding and by decoding that edits.
 
-    python experiments/editing/answers.py --checkpoint=DIR --variant=NAME --results=FILE.json [--questions=1000]
+    python experiments/editing/answers.py --checkpoint=DIR --variant=NAME --results=FILE.json [--questions=500]
 
 Answers the test questions of experiments/post_training once per setting, and adds them to the file; those that are
 there already are not answered again.
@@ -22,7 +22,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "post_training"))
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of the checkpoint or workdir.")
 _VARIANT = flags.DEFINE_string("variant", None, "Name in config.VARIANTS.")
 _RESULTS = flags.DEFINE_string("results", None, "JSON file of the seed's numbers.")
-_QUESTIONS = flags.DEFINE_integer("questions", 1000, "Of the test.", lower_bound=2)
+_QUESTIONS = flags.DEFINE_integer("questions", 500, "Of the test.", lower_bound=2)
 _BATCH = flags.DEFINE_integer("batch", 128, "Questions decoded together.", lower_bound=1)
 
 THRESHOLDS = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)

@@ -80,6 +80,8 @@ def ablation_table(found: list[dict], at=(0.5, 0.7)) -> str:
 def groups_table(found: list[dict]) -> str:
     names = [name for name, its in VARIANTS.items() if its.block != 16 and any(name in seed for seed in found)]
     columns = [(name, n) for name in names for n in VARIANTS[name].active]
+    if not columns:
+        return "of blocks in groups no seed is recorded"
     lines = ["| threshold | " + " | ".join(f"{VARIANTS[v].label}, {n} active" for v, n in columns) + " |"]
     lines.append("|---|" + "---|" * len(columns))
     for threshold in SHOWN:
@@ -105,7 +107,8 @@ def draw(found: list[dict], path: Path) -> None:
             what = DECODING[how] if title.startswith("token") else f"{n} active"
             axis.plot(x, np.array(y) * 100, marker="o", markersize=3, label=f"{VARIANTS[variant].label}, {what}")
         axis.set(title=title, xlabel="tokens per forward")
-        axis.legend(fontsize=7)
+        if axis.lines:
+            axis.legend(fontsize=7)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("right answers, %")
     plots.save(figure, str(path), bbox_inches="tight")

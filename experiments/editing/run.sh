@@ -4,7 +4,7 @@
 #   bash experiments/editing/run.sh SEED [FOLDER] [VARIANT...]      (FOLDER: runs/post_training; all variants)
 #
 # Makes the data and the WSD model of experiments/post_training where FOLDER/SEED has none, trains each variant of config.py
-# from it, and answers 1,000 questions at each threshold. Run again, it goes on where it was. The numbers are in
+# from it, and answers 500 questions at each threshold. Run again, it goes on where it was. The numbers are in
 # experiments/editing/results/SEED.json; `python experiments/editing/report.py` makes the tables of all seeds there.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
