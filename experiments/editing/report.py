@@ -92,26 +92,29 @@ def groups_table(found: list[dict]) -> str:
 def draw(found: list[dict], path: Path) -> None:
     """Right answers over tokens per forward: a line per variant and decoding, thresholds along it."""
     pyplot = plots.open_pyplot()
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True)
-    left = [(v, how, 1) for v in ("sft", "edit", "oput") for how in (PLAIN, EDITED)]
-    right = [(v, PLAIN, n) for v in ("single", "group4") for n in (1, 2, 4)]
-    for axis, lines, title in ((axes[0], left, "token editing, block 16"), (axes[1], right, "several blocks, block 4")):
-        for variant, how, n in lines:
-            at = [
-                [values(found, variant, key, t, how=how, active=n) for t in SHOWN]
+    edited = [(v, how, 1, DECODING[how]) for v in ("sft", "edit", "oput") for how in (PLAIN, EDITED)]
+    grouped = [(v, PLAIN, n, f"{n} active") for v in ("single", "group4") for n in (1, 2, 4)]
+    panels = {"token editing, block 16": edited, "several blocks, block 4": grouped}
+    panels = {title: [line for line in lines if _is_recorded(found, line)] for title, lines in panels.items()}
+    panels = {title: lines for title, lines in panels.items() if lines}
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.2), sharey=True, squeeze=False)
+    for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
+        for variant, how, n, what in lines:
+            x, y = (
+                [values(found, variant, key, t, how=how, active=n).mean() for t in SHOWN]
                 for key in ("tokens_per_forward", "score")
-            ]
-            if not all(len(x) for x in at[0]):
-                continue
-            x, y = ([x.mean() for x in series] for series in at)
-            what = DECODING[how] if title.startswith("token") else f"{n} active"
+            )
             axis.plot(x, np.array(y) * 100, marker="o", markersize=3, label=f"{VARIANTS[variant].label}, {what}")
         axis.set(title=title, xlabel="tokens per forward")
-        if axis.lines:
-            axis.legend(fontsize=7)
+        axis.legend(fontsize=7)
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("right answers, %")
+    axes[0, 0].set_ylabel("right answers, %")
     plots.save(figure, str(path), bbox_inches="tight")
+
+
+def _is_recorded(found: list[dict], line) -> bool:
+    variant, how, n, _ = line
+    return all(len(values(found, variant, "score", t, how=how, active=n)) for t in SHOWN)
 
 
 def main() -> None:
