@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from absl import flags
-from config import VARIANTS
+from config import THRESHOLDS, VARIANTS
 
 from llada_jax import command_line
 from llada_jax.errors import InputError
@@ -24,8 +24,6 @@ _VARIANT = flags.DEFINE_string("variant", None, "Name in config.VARIANTS.")
 _RESULTS = flags.DEFINE_string("results", None, "JSON file of the seed's numbers.")
 _QUESTIONS = flags.DEFINE_integer("questions", 500, "Of the test.", lower_bound=2)
 _BATCH = flags.DEFINE_integer("batch", 128, "Questions decoded together.", lower_bound=1)
-
-THRESHOLDS = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 
 
 def settings_of(variant) -> list[dict]:

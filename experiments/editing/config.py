@@ -13,8 +13,10 @@ from pathlib import Path
 
 from llada_jax import config_flag
 from llada_jax.errors import InputError
+from llada_jax.training import stages
 
 POST_TRAINING = Path(__file__).resolve().parents[1] / "post_training" / "config.py"
+THRESHOLDS = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 GROUP_BLOCK = 4  # answers have 7 tokens on average: several blocks
 
 
@@ -29,15 +31,8 @@ class Variant:
     block: int = 16
     active: tuple[int, ...] = (1,)
 
-    @property
-    def edits(self) -> bool:
-        return self.fields.get("editing.weight", 0) > 0
 
-
-_EDIT = {
-    "editing.weight": 1.0, "editing.replace_high": 0.3, "editing.turns": 2, "editing.draft_share": 0.5,
-    "editing.threshold_low": 0.3,
-}  # fmt: skip
+_EDIT = {f"editing.{name}": value for name, value in stages.edit("tiny").editing.items()}
 _OPUT = {
     "editing.weight": 1.0, "editing.turns": 2, "editing.threshold_low": 0.0, "editing.threshold_high": 0.0,
     "editing.editing_low": 1.0, "editing.editing_high": 1.0, "objective.rate_low": 0.75, "objective.rate_high": 0.75,

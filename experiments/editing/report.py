@@ -10,12 +10,11 @@ import json
 from pathlib import Path
 
 import numpy as np
-from config import VARIANTS
+from config import THRESHOLDS, VARIANTS
 
 from llada_jax import plots
 
 RESULTS = Path(__file__).with_name("results")
-SHOWN = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 PLAIN, EDITED, HALF = ("sglang", None), ("llada2.1", 0.0), ("llada2.1", 0.5)  # rule and editing threshold
 DECODING = {PLAIN: "no edits", EDITED: "edits at 0", HALF: "edits at 0.5"}
 
@@ -47,16 +46,16 @@ def thresholds_table(found: list[dict], variants=("sft", "edit")) -> str:
     columns = [(v, how) for v in variants for how in DECODING]
     lines = ["| threshold | " + " | ".join(f"{VARIANTS[v].label}, {DECODING[how]}" for v, how in columns) + " |"]
     lines.append("|---|" + "---|" * len(columns))
-    for threshold in SHOWN:
+    for threshold in THRESHOLDS:
         cells = (cell(found, v, threshold, how=how) for v, how in columns)
         lines.append(f"| {threshold} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def won_back(found: list[dict], variant: str, threshold: float, how=EDITED) -> np.ndarray:
-    plain = np.array([values([seed], "sft", "score", t) for seed in found for t in SHOWN]).reshape(len(found), -1)
-    cost = plain.max(axis=1) - plain[:, SHOWN.index(threshold)]
-    gain = values(found, variant, "score", threshold, how=how) - plain[:, SHOWN.index(threshold)]
+    plain = np.array([values([seed], "sft", "score", t) for seed in found for t in THRESHOLDS]).reshape(len(found), -1)
+    cost = plain.max(axis=1) - plain[:, THRESHOLDS.index(threshold)]
+    gain = values(found, variant, "score", threshold, how=how) - plain[:, THRESHOLDS.index(threshold)]
     return gain / cost
 
 
@@ -84,7 +83,7 @@ def groups_table(found: list[dict]) -> str:
         return "of blocks in groups no seed is recorded"
     lines = ["| threshold | " + " | ".join(f"{VARIANTS[v].label}, {n} active" for v, n in columns) + " |"]
     lines.append("|---|" + "---|" * len(columns))
-    for threshold in SHOWN:
+    for threshold in THRESHOLDS:
         lines.append(f"| {threshold} | " + " | ".join(cell(found, v, threshold, active=n) for v, n in columns) + " |")
     return "\n".join(lines)
 
@@ -101,7 +100,7 @@ def draw(found: list[dict], path: Path) -> None:
     for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
         for variant, how, n, what in lines:
             x, y = (
-                [values(found, variant, key, t, how=how, active=n).mean() for t in SHOWN]
+                [values(found, variant, key, t, how=how, active=n).mean() for t in THRESHOLDS]
                 for key in ("tokens_per_forward", "score")
             )
             axis.plot(x, np.array(y) * 100, marker="o", markersize=3, label=f"{VARIANTS[variant].label}, {what}")
@@ -114,7 +113,7 @@ def draw(found: list[dict], path: Path) -> None:
 
 def _is_recorded(found: list[dict], line) -> bool:
     variant, how, n, _ = line
-    return all(len(values(found, variant, "score", t, how=how, active=n)) for t in SHOWN)
+    return all(len(values(found, variant, "score", t, how=how, active=n)) for t in THRESHOLDS)
 
 
 def main() -> None:

@@ -169,9 +169,7 @@ def _spread(u: jax.Array, group_start: jax.Array) -> jax.Array:
     return jnp.mod(u[:, :1] + fraction, 1.0)
 
 
-def _fixed_count(
-    rate: jax.Array, scores: jax.Array, eligible: jax.Array, layout: Layout, up: bool
-) -> Masking:  # fmt: skip
+def _fixed_count(rate: jax.Array, scores: jax.Array, eligible: jax.Array, layout: Layout, up: bool) -> Masking:
     """Masks the ceil(t n) lowest-scored of each block's n eligible tokens; floor(t n), where not `up`."""
     sums = jnp.pad(jnp.cumsum(eligible, axis=1), ((0, 0), (1, 0)))
     start, end = layout.block_start, layout.block_end

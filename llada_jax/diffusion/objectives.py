@@ -78,11 +78,11 @@ class Objective:
 class Example:
     """A batch with its noise drawn. All [batch, length], except keys and drafted [batch].
 
-    clean int: x_0, the `tokens` of prepare. noisy int: x_t.
-    hidden bool: tokens replaced by the mask in x_t; rate float32: with what probability. masked bool: those of them
-    that are scored, all but a document's tail (`tails`). eligible bool: tokens that could be masked and scored;
-    writable bool: and tails. unmasked bool: with Editing.weight the other eligible ones, which are scored too. weights
-    float32: factor on each token's negative log-likelihood, zero where not scored, not normalised.
+    clean int: x_0, the `tokens` of prepare. noisy int: x_t. hidden bool: tokens replaced by the mask in x_t; rate
+    float32: with what probability. masked bool: those of them that are scored, all but a document's tail (`tails`).
+    eligible bool: tokens that could be masked and scored; writable bool: and tails. unmasked bool: with Editing.weight
+    the other eligible ones, which are scored too. weights float32: factor on each token's negative log-likelihood, zero
+    where not scored, not normalised.
     segment_ids int: as attention sees them (Objective.document_mask). real bool: tokens of stored documents, not
     padding. positions int: from the start of the document. keys: one per row, of all noise. drafted bool: rows whose
     x_t is a draft (diffusion/drafts.py); None: no row. targets int: what is predicted, by Editing.labels; None: x_0.

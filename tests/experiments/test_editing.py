@@ -23,7 +23,7 @@ def test_every_variant_has_a_valid_config(name):
 def seed_of(score, edited):
     """Plain SFT scores `score` at each threshold; edits at 0 score `edited`."""
     plain = {"rule": "sglang", "active_blocks": 1}
-    shown = load("editing", "report").SHOWN
+    shown = load("editing", "report").THRESHOLDS
     sft = [plain | {"threshold": t, "score": s, "tokens_per_forward": 2.0} for t, s in zip(shown, score, strict=True)]
     edits = {"rule": "llada2.1", "editing_threshold": 0.0, "active_blocks": 1, "tokens_per_forward": 1.5}
     edited = [edits | {"threshold": t, "score": edited} for t in shown]
@@ -32,10 +32,9 @@ def seed_of(score, edited):
 
 def test_tables_take_what_is_won_back_within_a_seed():
     report = load("editing", "report")
-    found = [
-        seed_of(np.linspace(0.2, 0.8, len(report.SHOWN)), 0.7), seed_of(np.linspace(0.3, 0.9, len(report.SHOWN)), 0.6)
-    ]  # fmt: skip
-    at_half = 0.2 + 0.6 / (len(report.SHOWN) - 1)
+    count = len(report.THRESHOLDS)
+    found = [seed_of(np.linspace(0.2, 0.8, count), 0.7), seed_of(np.linspace(0.3, 0.9, count), 0.6)]
+    at_half = 0.2 + 0.6 / (count - 1)
     share = [(0.7 - at_half) / (0.8 - at_half), (0.6 - at_half - 0.1) / (0.8 - at_half)]
     np.testing.assert_allclose(report.won_back(found, "edit", 0.5), share)
     lines = report.ablation_table(found).splitlines()
