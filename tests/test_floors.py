@@ -15,6 +15,7 @@ FLOORS = (
     ("data", "model"),
     ("checkpoint", "diffusion", "sampling"),
     ("evaluation", "interop", "monitoring"),
+    ("reinforcement",),
     ("training",),
     ("pod", "train"),
     ("bench",),

@@ -57,6 +57,17 @@ def make_batch(tokens, segment_ids=None, supervised=None) -> Batch:
     return Batch(ids, segments, scored & (segments > 0), numbers, np.zeros_like(numbers))
 
 
+def shuffled(n: int, count: int, seed: int) -> tuple[int, int]:
+    """Returns (index, epoch) of the n-th of an endless order, n = 0, 1, …: every epoch has each of range(count) once.
+
+    The order of an epoch is a function of (seed, epoch).
+    """
+    epoch, index = divmod(n, count)
+    # Grain's own shuffle seeds epoch e with seed + e, which makes epoch 1 of seed 0 the epoch 0 of seed 1.
+    epoch_seed = int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
+    return grain.experimental.index_shuffle(index, max_index=count - 1, seed=epoch_seed, rounds=4), epoch
+
+
 class Order(abc.ABC):
     """An endless order of rows: the interface of Rows and Mixture.
 
@@ -153,11 +164,7 @@ class Rows(Order):
         return self._count
 
     def index(self, n: int) -> tuple[int, int]:
-        epoch, index = divmod(n, self._count)
-        if self._shuffle:
-            # Grain's own shuffle seeds epoch e with seed + e, which makes epoch 1 of seed 0 the epoch 0 of seed 1.
-            seed = int(np.random.SeedSequence((self._seed, epoch)).generate_state(1)[0])
-            index = grain.experimental.index_shuffle(index, max_index=self._count - 1, seed=seed, rounds=4)
+        index, epoch = shuffled(n, self._count, self._seed) if self._shuffle else (n % self._count, n // self._count)
         return self._start + index, epoch
 
     def read(self, row_id: int) -> Row:

@@ -19,6 +19,7 @@ import os
 import pickle
 import platform
 import resource
+import signal
 import struct
 import sys
 
@@ -27,7 +28,7 @@ _UNFENCED = 97
 _CALLS = {"x86_64": (0xC000003E, (41, 425, 101, 310, 311)), "aarch64": (0xC00000B7, (198, 425, 117, 270, 271))}
 _ALLOW, _REFUSE, _KILL = 0x7FFF0000, 0x00050001, 0x80000000
 _LOAD, _EQUAL, _AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
-_NO_NEW_PRIVILEGES, _SET_SECCOMP, _FILTER, _SET_DUMPABLE = 38, 22, 2, 4
+_NO_NEW_PRIVILEGES, _SET_SECCOMP, _FILTER, _SET_DUMPABLE, _SET_DEATH_SIGNAL = 38, 22, 2, 4, 1
 # Classes, beyond plain data, that a result may have.
 _CLASSES = {("fractions", "Fraction"), ("decimal", "Decimal")} | {
     ("builtins", name) for name in ("complex", "range", "bytearray")
@@ -43,6 +44,11 @@ def limit(seconds: int, memory_bytes: int, file_bytes: int) -> None:
         (resource.RLIMIT_CORE, 0),
     ):
         resource.setrlimit(kind, (most, most))
+
+
+def end_with_parent() -> None:
+    """Ends this process when the one that started it ends in any way."""
+    ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
 
 
 def cut_off() -> None:
@@ -159,6 +165,7 @@ class _Plain(pickle.Unpickler):
 if __name__ == "__main__":
     try:
         limit(*map(int, sys.argv[2:]))
+        end_with_parent()
         cut_off()
     except (OSError, KeyError, AttributeError, ValueError):
         sys.exit(_UNFENCED)

@@ -4,7 +4,7 @@ import random
 
 from llada_jax.errors import InputError
 from llada_jax.evaluation.grading import numbers_in
-from llada_jax.evaluation.tasks import Question
+from llada_jax.evaluation.questions import Question
 from llada_jax.tokenizer import Tokenizer
 
 _SUBJECTS = ("The river", "A gardener", "The old clock", "Her brother", "The train", "A sparrow", "The harbour", "Snow")

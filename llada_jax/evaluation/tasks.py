@@ -1,55 +1,18 @@
 """Scores generated answers: from questions to accuracy and tokens per forward pass, with standard errors."""
 
 import dataclasses
-import itertools
-import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from llada_jax.data import chat, jsonl
-from llada_jax.data.conversation import shapes
 from llada_jax.errors import InputError
-from llada_jax.evaluation import grading
+from llada_jax.evaluation.questions import Question as Question
+from llada_jax.evaluation.questions import file_questions as file_questions
+from llada_jax.evaluation.questions import reasoning_gym_questions as reasoning_gym_questions
 from llada_jax.evaluation.report import mean_error
 from llada_jax.sampling.batching import Request, serve
 from llada_jax.sampling.generate import GenerateConfig, eos_ids_of, prefill_execution
-from llada_jax.tokenizer import Tokenizer
-
-
-@dataclasses.dataclass(frozen=True)
-class Question:
-    """messages: a conversation, or text: a bare prompt. score(answer): in [0, 1]. group: a set of questions whose mean
-    score is also reported. more: other keys of the row, such as tools, as in data/chat.py. place: file and line, for
-    error messages.
-    """
-
-    messages: list[dict] | None
-    text: str | None
-    score: Callable[[str], float]
-    group: str = ""
-    more: dict = dataclasses.field(default_factory=dict)
-    place: str = ""
-
-    def prompt(self, tokenizer: Tokenizer) -> str:
-        """The text of the prompt."""
-        return self.asked(tokenizer).text
-
-    def asked(self, tokenizer: Tokenizer) -> chat.Prompt:
-        """What the model continues: the conversation in the tokenizer's chat template, or the bare prompt.
-
-        Raises InputError if there is nothing to answer or the template leaves out part of it.
-        """
-        asked = {"prompt": self.text} if self.messages is None else {"messages": self.messages}
-        try:
-            return chat.prompt(self.more | asked, tokenizer)
-        except InputError as error:
-            raise InputError(f"{self.place}: {error}" if self.place else str(error)) from error
-
-    def encode(self, tokenizer: Tokenizer) -> list[int]:
-        """Ids of the prompt."""
-        return self.asked(tokenizer).ids(tokenizer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,71 +35,6 @@ class Result:
     positions_evaluated: int
     seconds: float
     groups: dict[str, float]
-
-
-def reasoning_gym_questions(name: str, size: int, seed: int = 0, settings: dict | None = None) -> list[Question]:
-    """`size` questions of a reasoning-gym task, a function of the seed, with the task's own scorer.
-
-    An answer scores 1 if the scorer gives it full marks, else 0. Raises InputError on an unknown task or setting, or if
-    reasoning-gym is not installed.
-    """
-    try:
-        import reasoning_gym
-    except ModuleNotFoundError as error:
-        raise InputError("reasoning-gym is not installed: pip install -e '.[eval]'") from error
-    try:
-        data = reasoning_gym.create_dataset(name, seed=seed, size=size, **(settings or {}))
-    except (TypeError, ValueError, AssertionError) as error:
-        raise InputError(f"reasoning_gym:{name}: {error}") from error
-
-    def question(entry):
-        def score(answer: str) -> float:
-            return float(data.score_answer(answer.strip(), entry) >= 1)
-
-        return Question([{"role": "user", "content": entry["question"]}], None, score)
-
-    return [question(data[index]) for index in range(size)]
-
-
-def file_questions(path: str, limit: int | None = None, extract: str | None = None) -> list[Question]:
-    """Questions of a JSONL file: "prompt" (text) or "messages" (and "tools"), and "answer" or "pattern".
-
-    "answer" (text or number): an answer is right if grading.same accepts it. "pattern": a regular expression that an
-    answer must contain. extract: a regular expression; only its last match (grading.extracted) is scored, and an answer
-    without a match is wrong. Raises InputError naming file and line.
-    """
-    find = grading.compiled(extract, "extract") if extract else None
-    questions = []
-    for place, row in itertools.islice(jsonl.read_values(path), limit):
-        known = isinstance(row, dict) and _is_answer(row.get("answer")) != isinstance(row.get("pattern"), str)
-        if not known or (isinstance(row.get("prompt"), str) == isinstance(row.get("messages"), list)):
-            raise InputError(
-                f'{place}: expected "answer" (text or number) or "pattern" (text) and one of "prompt" (text), '
-                '"messages" (list)'
-            )
-        score = _right_answer(row, find, place)
-        more = {name: row[name] for name in (*shapes.CONTEXT, *shapes.MORE, *shapes.MEDIA) if row.get(name)}
-        questions.append(Question(row.get("messages"), row.get("prompt"), score, more=more, place=place))
-    if not questions:
-        raise InputError(f"{path}: no questions")
-    return questions
-
-
-def _is_answer(value) -> bool:
-    return isinstance(value, str | int | float) and not isinstance(value, bool)
-
-
-def _right_answer(row: dict, find: re.Pattern | None, place: str) -> Callable[[str], float]:
-    if _is_answer(row.get("answer")):
-        expected = str(row["answer"])
-        return lambda answer: float(grading.same(grading.extracted(answer, find), expected))
-    pattern = grading.compiled(row["pattern"], f"{place}: pattern")
-
-    def matches(answer: str) -> float:
-        said = grading.extracted(answer, find)
-        return float(said is not None and pattern.search(said) is not None)
-
-    return matches
 
 
 def answer_questions(

@@ -295,7 +295,7 @@ _TRAINING = _room(
 _DATA = _room(
     "data",
     # Epoch 1 of seed 0 is epoch 0 of seed 1.
-    ("data/order.py", "SeedSequence((self._seed, epoch))", "SeedSequence((self._seed + epoch,))", "data/test_order.py"),
+    ("data/order.py", "SeedSequence((seed, epoch))", "SeedSequence((seed + epoch,))", "data/test_order.py"),
     ("data/order.py", "offset + step * rows_per_step + np", "step * rows_per_step + np", "data/test_order.py"),
     # What continues a document in the next row begins with an unsupervised token too.
     ("data/pack.py", "begin + given * first", "begin + given", "data/test_bos.py"),

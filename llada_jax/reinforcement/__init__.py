@@ -1,0 +1,1 @@
+"""Reinforcement learning on rewards that can be verified."""
