@@ -26,6 +26,7 @@ from llada_jax.diffusion import schedule
 from llada_jax.diffusion.preference import prepare, score
 from llada_jax.diffusion.schedule import Phase
 from llada_jax.evaluation.preference import pair_scores
+from llada_jax.micro_batches import map_rows
 from llada_jax.monitoring.metrics import duration
 from llada_jax.runtime import distributed
 from llada_jax.runtime.global_arrays import from_own_rows, on_all_devices, own_rows
@@ -33,7 +34,6 @@ from llada_jax.training.config import evaluation_block_sizes, execution, objecti
 from llada_jax.training.inputs import Inputs, frozen_params
 from llada_jax.training.save_policy import checkpoints
 from llada_jax.training.score_file import ScoreFile
-from llada_jax.training.step import join_rows, split_rows
 
 _PROGRESS_SECONDS = 10.0
 # The sections and fields of the config that scores do not depend on, or that are resolved in what stands beside them
@@ -150,9 +150,8 @@ def _score_steps(config, phases, inputs: Inputs, weights, batch_sharding, file: 
     @functools.partial(jax.jit, static_argnames="halves", out_shardings=replicated)
     def score_batch(weights, batch, block_size, halves):
         example = prepare(batch, config.seed, block_size, inputs.model, noised_by, dpo, halves)
-        parts = split_rows(example, config.batch.micro_batches)
         one = functools.partial(_score_part, weights, inputs.model, dpo.max_pairs, halves, computed_by)
-        return join_rows(jax.lax.map(one, parts))
+        return map_rows(one, example, config.batch.micro_batches)
 
     last_step = schedule.total_steps(phases)
     first, begun, due = file.stored, time.monotonic(), 0.0

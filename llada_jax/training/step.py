@@ -17,6 +17,7 @@ from llada_jax.diffusion import noise, objectives, preference
 from llada_jax.diffusion.drafts import draft
 from llada_jax.diffusion.objectives import Objective
 from llada_jax.diffusion.preference import Preference
+from llada_jax.micro_batches import map_rows, sum_over_rows
 from llada_jax.model import parameters
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.forward import Execution
@@ -80,7 +81,7 @@ def _make_train_step(model, loss, optimizer, micro_batches, expert_bias_rate, co
 
             return jax.grad(value, has_aux=True)(params)
 
-        gradients, sums = _accumulate(gradient, state.params, example, micro_batches)
+        gradients, sums = sum_over_rows(functools.partial(gradient, state.params), example, micro_batches)
         gradients = jax.tree.map(sharding.constrain, gradients, parameters.logical_axes(model))
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -150,7 +151,7 @@ def denoising_loss(
         if halves == "clean":
             return example
         of_rows = functools.partial(draft, params, model, objective=objective, halves=halves, execution=execution)
-        drafted = _map_rows(of_rows, example, micro_batches)
+        drafted = map_rows(of_rows, example, micro_batches)
         return objectives.weighted(drafted, model, objective)
 
     def value(params, reference, example, total, noise_std, halves):
@@ -225,35 +226,3 @@ def preference_loss(
         }
 
     return Loss(prepare, lambda example: jnp.maximum(present(example).sum(), 1).astype(jnp.float32), value, metrics)
-
-
-def split_rows(tree, micro_batches: int):
-    """Leaves [micro_batches, rows / micro_batches, ...]: each takes rows of every shard of the batch."""
-    return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, micro_batches, *x.shape[1:]), 1, 0), tree)
-
-
-def join_rows(tree):
-    """Inverse of split_rows."""
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), tree)
-
-
-def _map_rows(function, example, micro_batches: int):
-    """`function` of each micro-batch, one after the other; the results joined."""
-    if micro_batches == 1:
-        return function(example)
-    return join_rows(jax.lax.map(function, split_rows(example, micro_batches)))
-
-
-def _accumulate(gradient, params, example, micro_batches: int):
-    """Sums gradients over micro-batches of rows, one after the other, in float32."""
-    if micro_batches == 1:
-        return gradient(params, example)
-
-    def one(total, part):
-        return jax.tree.map(jnp.add, total, gradient(params, part)), None
-
-    # The sums start as zeros of the shapes that `gradient` returns.
-    parts = split_rows(example, micro_batches)
-    first = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], parts))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
-    return jax.lax.scan(one, zeros, parts)[0]
