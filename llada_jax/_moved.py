@@ -36,6 +36,8 @@ MOVED = {  # old name -> new name, both within the package
     "training.keeper": "training.save_policy",
     "training.saved_step": "training.compiled_step",
     "training.state": "training.train_state",
+    "training.score_file": "checkpoint.score_file",
+    "training.held_out": "training.supervised",
     "training.xla_options": "runtime.xla_options",
     "interop.tokenizer": "tokenizer",
     "interop.folder": "folder",

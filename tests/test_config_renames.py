@@ -7,11 +7,11 @@ from absl import flags
 from ml_collections import config_flags
 
 from llada_jax import command_line, config_flag, config_renames
+from llada_jax.checkpoint.score_file import ScoreFile
 from llada_jax.config_fields import flat
 from llada_jax.errors import InputError
 from llada_jax.training import stages
 from llada_jax.training.config import check, default_config, execution, objective, skips_steps, write
-from llada_jax.training.score_file import ScoreFile
 from tests.helpers.paths import ROOT
 
 TINY = f"--config={ROOT / 'configs' / 'wsd.py'}:tiny"

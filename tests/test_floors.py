@@ -11,7 +11,7 @@ from tests.helpers.paths import ROOT
 FLOORS = (
     ("_moved", "config_renames", "errors", "plots", "token_text"),
     ("chat_template", "chips", "config_flag", "folder", "runtime", "sharding"),
-    ("attention", "command_line", "config_fields", "tokenizer"),
+    ("attention", "command_line", "config_fields", "micro_batches", "tokenizer"),
     ("data", "model"),
     ("checkpoint", "diffusion", "sampling"),
     ("evaluation", "interop", "monitoring"),

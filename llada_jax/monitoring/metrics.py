@@ -16,7 +16,10 @@ from llada_jax.monitoring.tensorboard import Events
 from llada_jax.runtime.retry import Retry
 
 # Fields that depend on the machine and the moment; a resumed run repeats all others bit for bit.
-TIMED = frozenset({"tokens_per_second", "mfu", "goodput", "wall_seconds", "hbm_bytes", "hbm_peak_bytes"})
+TIMED = frozenset(
+    {"tokens_per_second", "mfu", "goodput", "wall_seconds", "hbm_bytes", "hbm_peak_bytes"}
+    | {f"seconds_{part}" for part in ("answers", "rewards", "updates")}
+)
 
 
 class MetricsWriter:
@@ -123,10 +126,11 @@ class Progress:
         rate = (step - before) * self._tokens / max(now - then, 1e-9)
         oldest_step, oldest = self._marks[0]
         left = (self._last_step - step) * (now - oldest) / max(step - oldest_step, 1)
-        accuracy = metrics.get("masked_accuracy", metrics.get("preference_accuracy"))
+        names = {"masked_accuracy": "acc", "preference_accuracy": "acc", "reward": "reward"}
+        shown = "  ".join(f"{names[name]} {metrics[name]:.3f}" for name in names if name in metrics)
         text = (
             f"step {step}/{self._last_step}  {phase.name}  block {phase.block_size}  loss {metrics['loss']:.4f}  "
-            f"acc {accuracy:.3f}  {rate:,.0f} tokens/s  {duration(left)} left"
+            f"{shown}  {rate:,.0f} tokens/s  {duration(left)} left"
         )
         return text, rate
 

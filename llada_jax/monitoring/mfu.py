@@ -18,15 +18,16 @@ class Speed:
     """MFU of steps: useful FLOPs (model/useful_flops.py) per second over the bfloat16 peak of all devices.
 
     The documents of the held-out rows stand for those of the batches. There is no MFU for devices without a known peak
-    (CPU, GPU), nor for DPO and LoRA, whose passes differ.
+    (CPU, GPU), nor for DPO, reinforcement learning and LoRA, whose passes differ.
     """
 
     def __init__(
-        self, config: ConfigDict, phases: Sequence[Phase], model: ModelConfig | Lora, documents: np.ndarray,
+        self, config: ConfigDict, phases: Sequence[Phase], model: ModelConfig | Lora, documents: np.ndarray | None,
         devices: Sequence[jax.Device],
     ):  # fmt: skip
-        """documents: segment ids of the held-out rows, int [rows, length]."""
-        self._peak = None if config.preference.enabled or config.lora.rank else peak_flops(devices)
+        """documents: segment ids of the held-out rows, int [rows, length]; None where there is no MFU."""
+        differs = config.preference.enabled or config.rl.enabled or config.lora.rank
+        self._peak = None if differs else peak_flops(devices)
         self._local = [device for device in devices if device.process_index == jax.process_index()]
         rows = config.batch.rows
         self._flops = {}

@@ -29,9 +29,9 @@ from llada_jax.pod.topology import slice_devices
 from llada_jax.runtime.xla_options import xla_options
 from llada_jax.training import run_model, train_state
 from llada_jax.training.config import check, check_rows, execution, extended, phases, skips_steps
-from llada_jax.training.loop import train_loss
 from llada_jax.training.optimizer import make_optimizer
 from llada_jax.training.step import make_train_step
+from llada_jax.training.supervised import train_loss
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,7 +28,7 @@ _LARGEST_LOG_RATIO = 10.0
 class PolicyLoss:
     """estimator: "elbo" has a ratio per answer, "trajectory" one per token. clip_low, clip_high: the ratio counts as
     at least 1 - clip_low and at most 1 + clip_high. per_token: "elbo" alone: divide E - E_old by the answer's length.
-    kl_weight: of the KL term against the frozen reference; 0: there is no reference. Raises InputError naming the field.
+    kl_weight: of the KL term against the frozen reference; 0: there is none. Raises InputError naming the field.
     """
 
     estimator: str = "elbo"
@@ -46,8 +46,8 @@ class PolicyLoss:
 
 @flax.struct.dataclass
 class PolicySums:
-    """float32 sums over answers ("elbo") or scored tokens ("trajectory"): loss already has its weights; count, log_ratio
-    and its square, ratio, clipped (how many the clip has cut off), kl (of the estimator, zero without a reference).
+    """float32 sums over answers ("elbo") or scored tokens ("trajectory"): loss already has its weights; count,
+    log_ratio and its square, ratio, clipped (how many the clip has cut off), kl (zero without a reference).
     """
 
     loss: jax.Array
@@ -67,7 +67,9 @@ def advantages(rewards: np.ndarray, kind: str) -> np.ndarray:
     on a group of one.
     """
     if kind not in ADVANTAGES or rewards.shape[1] < 2:
-        raise InputError(f"rl.advantage={kind!r} of groups of {rewards.shape[1]}, expected one of {ADVANTAGES}, 2 or more")
+        raise InputError(
+            f"rl.advantage={kind!r} of groups of {rewards.shape[1]}, expected one of {ADVANTAGES}, 2 or more"
+        )
     rewards = rewards.astype(np.float64)
     centred = rewards - rewards.mean(axis=1, keepdims=True)
     centred[np.ptp(rewards, axis=1) == 0] = 0.0  # a mean of equal numbers may round
@@ -97,8 +99,8 @@ def token_loss(
     logp: jax.Array, old: jax.Array, reference: jax.Array | None, advantage: jax.Array, weights: jax.Array,
     settings: PolicyLoss,
 ) -> PolicySums:  # fmt: skip
-    """Of tokens: logp, old, reference, weights float32 [rows, length], advantage [rows]. weights: zero where no token is
-    scored. Not yet divided by the number of rows.
+    """Of tokens: logp, old, reference, weights float32 [rows, length], advantage [rows]. weights: zero where no token
+    is scored. Not yet divided by the number of rows.
     """
     scored = weights > 0
     log_ratio = jnp.where(scored, jnp.clip(logp - old, -_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO), 0)

@@ -92,7 +92,9 @@ class MadeQuestions(Questions):
         self._refused = {question.asks() for question in self.held_out}
         self.scoring = self.question(0).scoring  # a task that cannot be asked is found now
         version = importlib.metadata.version("reasoning-gym")
-        self.digest = _digest([self.scoring, version, seed, held_out, held_out_seed])
+        # Of the texts too: some tasks also depend on PYTHONHASHSEED.
+        texts = [question.asks() for question in (self.question(0), *self.held_out)]
+        self.digest = _digest([self.scoring, version, seed, held_out, held_out_seed, texts])
 
     def _open(self, group: int, draw: int) -> Callable[[int], Question]:
         state = np.random.SeedSequence((self._seed, group, draw)).generate_state(1)[0]

@@ -91,7 +91,8 @@ class RewardPool:
         self._failed_starts = 0
         self._workers: list[_Worker] = []
         with self._closed_on_error():
-            self._workers = [_Worker(self._told) for _ in range(int(workers))]
+            for _ in range(int(workers)):
+                self._workers.append(_Worker(self._told))
             while any(worker.is_starting for worker in self._workers):
                 self._events()
 

@@ -4,11 +4,16 @@ Answers come from sampling/batching.py: they depend on the weights, the question
 so that any host may decode any of them. A draw's seed is (seed of the run, number of the answer).
 """
 
+from collections.abc import Callable, Sequence
+
 import flax.struct
 import numpy as np
 
 from llada_jax.errors import InputError
-from llada_jax.sampling.batching import Answer
+from llada_jax.model.config import ModelConfig
+from llada_jax.model.forward import Execution
+from llada_jax.sampling.batching import Answer, Request, in_order, serve
+from llada_jax.sampling.generate import GenerateConfig
 
 
 @flax.struct.dataclass
@@ -65,3 +70,22 @@ def as_rollouts(prompts: list[np.ndarray], answers: list[Answer], length: int) -
         steps[row, begin:end], confidence[row, begin:end] = answer.replay_written_at, answer.replay_confidence
         ends[:, row] = begin, begin + answer.stop_length, end
     return Rollouts(tokens, *ends, steps, confidence, np.array([a.forward_passes for a in answers], np.int32))
+
+
+def sample(
+    params, config: ModelConfig, prompts: Sequence[np.ndarray], settings: GenerateConfig,
+    seeds: Sequence[tuple[int, int]], rows: int, length: int, execution: Execution,
+    stopped: Callable[[], bool] = lambda: False,
+) -> Rollouts | None:  # fmt: skip
+    """An answer to each prompt, `rows` decoded together, in rows of `length` tokens. seeds: of each answer.
+
+    None when `stopped` became true on the way: nothing is kept then. Raises InputError where a prompt is too long.
+    """
+    requests = [Request(prompt, settings, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+    answers = []
+    served = serve(params, config, requests, min(rows, len(prompts)), length, execution=execution)
+    for answer in in_order(served):
+        answers.append(answer)
+        if stopped():
+            return None
+    return as_rollouts(prompts, answers, length)

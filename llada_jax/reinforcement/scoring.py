@@ -104,16 +104,38 @@ def mean_entropy(params, scoring: Scoring, rows: ScoredRows) -> jax.Array:
     return total / jnp.maximum(count, 1)
 
 
-def policy_gradient(
-    weights_of: Callable, trained, scoring: Scoring, rows: ScoredRows, loss: PolicyLoss
-) -> tuple[dict, PolicySums]:
-    """The gradient of the mean loss over rows with respect to `trained`, and the sums of the loss over them.
-
-    weights_of(trained) are the weights of the forward pass. An answer without scored tokens has no gradient.
+def drift(params, scoring: Scoring, rows: ScoredRows, confidence: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(mean, largest) difference between the probabilities that learner and sampler give the same token in the same
+    step. rows: with trajectory_copies at shrink 1; confidence float32 [rows, length]: of Rollouts. Rounding alone, if
+    both compute the same: below 1e-4 in float32.
     """
+
+    def part(of_rows):
+        rows, confidence = of_rows
+
+        def one(copy):
+            scored = copy[1] > 0
+            logp, _ = copy_scores(params, scoring, rows, *copy)
+            apart = jnp.where(scored, jnp.abs(jnp.exp(logp) - confidence), 0)
+            return apart.sum(axis=1), apart.max(axis=1), scored.sum(axis=1)
+
+        return tuple(jnp.moveaxis(x, 0, 1) for x in jax.lax.map(one, _copies(rows)))
+
+    total, largest, count = map_rows(part, (rows, confidence), scoring.micro_batches)
+    return total.sum() / jnp.maximum(count.sum(), 1), largest.max()
+
+
+def policy_gradient(
+    weights_of: Callable, trained, scoring: Scoring, rows: ScoredRows, loss: PolicyLoss, answers: int | None = None
+) -> tuple[dict, PolicySums]:
+    """The gradient of the mean loss over answers with respect to `trained`, and the sums of the loss over `rows`.
+
+    weights_of(trained) are the weights of the forward pass. answers: number of all of them, if `rows` lacks some that
+    no gradient comes from. An answer without scored tokens has no gradient.
+    """
+    num_rows = len(rows.tokens) if answers is None else answers
     if loss.estimator == "elbo":
-        return _elbo_gradient(weights_of, trained, scoring, rows, loss)
-    num_rows = len(rows.tokens)
+        return _elbo_gradient(weights_of, trained, scoring, rows, loss, num_rows)
 
     def value(trained, rows, hidden, weights, old, reference):
         logp, _ = copy_scores(weights_of(trained), scoring, rows, hidden, weights)
@@ -127,12 +149,12 @@ def policy_gradient(
     return sum_over_rows(part, rows, scoring.micro_batches)
 
 
-def _elbo_gradient(weights_of, trained, scoring, rows: ScoredRows, loss: PolicyLoss):
+def _elbo_gradient(weights_of, trained, scoring, rows: ScoredRows, loss: PolicyLoss, num_rows: int):
     now = elbo(weights_of(trained), scoring, rows)
 
     def of_answers(now):
         sums = sequence_loss(now, rows.old, rows.reference, rows.advantage, rows.tokens_scored, loss)
-        return sums.loss / len(now), sums
+        return sums.loss / num_rows, sums
 
     slope, sums = jax.grad(of_answers, has_aux=True)(now)
 

@@ -26,6 +26,8 @@ from llada_jax.errors import InputError
 from llada_jax.model.config import PRESETS, ModelConfig
 from llada_jax.model.forward import Execution
 from llada_jax.monitoring.profiling import parse_steps
+from llada_jax.reinforcement.policy import PolicyLoss
+from llada_jax.sampling.state import RULES
 from llada_jax.tokenizer import Tokenizer
 from llada_jax.training.sections import EditingConfig, TrainConfig, default_config
 
@@ -133,6 +135,54 @@ def preference(config: ConfigDict) -> Preference | None:
     return Preference(beta=c.beta, draws=c.draws, shared_noise=c.shared_noise, max_pairs=c.max_pairs)
 
 
+def policy_loss(config: ConfigDict) -> PolicyLoss:
+    """What a run of reinforcement learning optimises."""
+    return PolicyLoss(**{each.name: getattr(config.rl, each.name) for each in dataclasses.fields(PolicyLoss)})
+
+
+def updates_per_step(config: ConfigDict) -> int:
+    """Of the optimizer."""
+    return config.rl.epochs * config.rl.updates if config.rl.enabled else 1
+
+
+_NOT_OF_RL = (  # what such a run would not do
+    "data.path", "data.mixture", "data.source", "data.patterns", "data.tokenizer", "preference", "objective", "editing",
+    "compiled_step", "checkpoint.keep_best", "optimizer.expert_bias_rate", "faults.on_nonfinite", "faults.on_spike",
+)  # fmt: skip
+
+
+def check_rl(config: ConfigDict) -> None:
+    """Raises InputError where a run of reinforcement learning cannot do what its config says."""
+    c, rows = config.rl, config.batch.rows
+    if not c.enabled:
+        return
+    for name, value in config_fields.flat(json.loads(config.to_json())):
+        if name.startswith(_NOT_OF_RL) and value != _plain(_FIELDS[name].default):
+            raise InputError(f"config.{name}={value!r}: not in a run of reinforcement learning (config.rl.enabled)")
+    if not config.init_from or not c.questions:
+        missing = "rl.questions" if config.init_from else "init_from"
+        raise InputError(f'config.{missing}="", expected one in a run of reinforcement learning')
+    for field, divisor, divided, of in (
+        ("rl.group", c.group, rows, "batch.rows"),
+        ("rl.updates", c.updates, rows, "batch.rows"),
+        ("batch.micro_batches", config.batch.micro_batches, rows // c.updates, "batch.rows / rl.updates"),
+    ):
+        if divided % divisor:
+            raise InputError(f"config.{field}={divisor} does not divide {of}={divided}")
+    if config.schedule.kind != "constant":
+        raise InputError(f'config.schedule.kind={config.schedule.kind!r}, expected "constant" with rl.enabled')
+    known = tuple(rule for rule in RULES if rule != "llada2.2")
+    known = tuple(rule for rule in known if rule != "llada2.1") if c.estimator == "trajectory" else known
+    if c.rule not in known:
+        raise InputError(
+            f"config.rl.rule={c.rule!r}, expected one of {', '.join(known)} with rl.estimator={c.estimator!r}"
+        )
+
+
+def _plain(value):
+    return list(value) if isinstance(value, tuple) else value
+
+
 def skips_steps(config: ConfigDict) -> bool:
     """Whether the compiled step decides if its update is applied (step.guarded)."""
     c = config.faults
@@ -171,6 +221,7 @@ def check(config: ConfigDict) -> None:
     config_fields.check(config, TrainConfig)
     if config.lora.rank and not config.init_from:
         raise InputError(f'config.init_from="": config.lora.rank={config.lora.rank} adapts the model of a checkpoint')
+    check_rl(config)
     phases(config), preference(config), execution(config), parse_steps(config.profile.steps)
     check_editing(config, objective(config).editing)
     if config.model in PRESETS:
@@ -221,7 +272,8 @@ def _check_faults(config: ConfigDict) -> None:
 def check_rows(config: ConfigDict, mesh) -> None:
     """Raises InputError when the devices of the mesh cannot share the rows of a step, or a row's tokens, evenly."""
     context, tensor = mesh.shape["context"], mesh.shape["tensor"]
-    if config.batch.rows // config.batch.micro_batches % (mesh.size // (context * tensor)):
+    updates = config.rl.updates if config.rl.enabled else 1
+    if config.batch.rows // updates // config.batch.micro_batches % (mesh.size // (context * tensor)):
         raise InputError(f"config.batch.rows={config.batch.rows} cannot be shared by {mesh.size} devices")
     if context > 1:
         stripe_size(config.data.length, context)
@@ -256,7 +308,8 @@ def readme() -> str:
 
 _README = """# Configs
 
-Each file here is the command line of a stage of `llada_jax.training.stages`: `ar`, `wsd`, `sft`, `cap`, `edit`, `dpo`.
+Each file here is the command line of a stage of `llada_jax.training.stages`: `ar`, `wsd`, `sft`, `cap`, `edit`, `dpo`,
+`rl`.
 Its docstring holds the command.
 
     python -m llada_jax.train --config=configs/sft.py:MODEL,length=2048 --workdir=DIR --config.batch.rows=32

@@ -18,10 +18,12 @@ from llada_jax.data.mixture import parse_mixture
 from llada_jax.data.order import Batch, Order
 from llada_jax.data.rows import FORMAT
 from llada_jax.errors import InputError
+from llada_jax.evaluation.questions import Question
 from llada_jax.interop.export import check_exportable
 from llada_jax.model import parameters
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.lora import Lora
+from llada_jax.reinforcement.questions import Questions, open_questions
 from llada_jax.runtime import distributed
 from llada_jax.tokenizer import Tokenizer, load_tokenizer, parse_add_bos
 from llada_jax.training import run_model
@@ -34,16 +36,26 @@ from llada_jax.training.source import Source, open_source
 @dataclasses.dataclass(frozen=True)
 class Inputs:
     """model: the resolved values; lora: its adapters, when they are what trains; source: the checkpoint to start from,
-    or None for random weights; components: the datasets of the rows, with their parts of held_out.
+    or None for random weights; components: the datasets of the rows, with their parts of held_out. A run of
+    reinforcement learning has questions for rows.
     """
 
     model: ModelConfig
     lora: Lora | None
     tokenizer: Tokenizer | None
     source: Source | None
-    rows: Order
-    held_out: Batch
+    rows: Order | Questions
+    held_out: Batch | list[Question]
     components: tuple[Component, ...]
+
+    @property
+    def num_held_out(self) -> int:
+        return len(self.held_out) if isinstance(self.held_out, list) else len(self.held_out.ids)
+
+    @property
+    def documents(self) -> np.ndarray | None:
+        """Segment ids of the held-out rows, [rows, length]; None of questions."""
+        return None if isinstance(self.held_out, list) else self.held_out.segment_ids
 
     @property
     def trained(self) -> ModelConfig | Lora:
@@ -55,10 +67,24 @@ def open_inputs(config: ConfigDict, workdir: Path) -> Inputs:
     source = open_source(config.init_from) if config.init_from else None
     model, tokenizer = _model(config, source)
     lora = open_lora(config, model, source.directory) if config.lora.rank else None
+    if config.rl.enabled:
+        questions = _questions(config, tokenizer)
+        return Inputs(model, lora, tokenizer, source, questions, questions.held_out, ())
     rows, held_out, components = open_rows(
         config, _datasets(config, workdir, tokenizer), tokenizer, model.eos_token_ids
     )
     return Inputs(model, lora, tokenizer, source, rows, held_out, components)
+
+
+def describe_rows(config: ConfigDict, inputs: Inputs) -> str:
+    """The rows of the run, or its questions, in words."""
+    if not config.rl.enabled:
+        return f"{len(inputs.rows):,} rows of {config.data.length} tokens, {inputs.num_held_out} held out"
+    c = config.rl
+    return (
+        f"questions of {c.questions}, {inputs.num_held_out} held out, {c.group} answers to each, of at most "
+        f"{c.gen_length} tokens; estimator {c.estimator}"
+    )
 
 
 def initial_params(inputs: Inputs, seed: int, shardings):
@@ -163,6 +189,20 @@ def _datasets(config: ConfigDict, workdir: Path, tokenizer: Tokenizer | None) ->
     if data.mixture:
         return parse_mixture(data.mixture)
     return [(data.path or _packed(config, workdir, tokenizer), Fraction(1))]
+
+
+def _questions(config: ConfigDict, tokenizer: Tokenizer | None) -> Questions:
+    """Of a run of reinforcement learning."""
+    c = config.rl
+    if tokenizer is None:
+        raise InputError(f"{config.init_from}: no tokenizer, which questions need")
+    try:
+        settings = json.loads(c.settings)
+    except json.JSONDecodeError as error:
+        raise InputError(f"config.rl.settings={c.settings!r}: no JSON ({error})") from error
+    if not isinstance(settings, dict):
+        raise InputError(f"config.rl.settings={c.settings!r}, expected a JSON object")
+    return open_questions(c.questions, settings, config.seed, c.held_out, tests=c.reward == "code")
 
 
 def _packed(config: ConfigDict, workdir: Path, tokenizer: Tokenizer | None) -> str:

@@ -19,47 +19,35 @@ from ml_collections import ConfigDict
 
 from llada_jax import sharding
 from llada_jax.checkpoint import saver, weights
-from llada_jax.data.order import prefetch
 from llada_jax.diffusion import schedule
 from llada_jax.diffusion.schedule import Phase
 from llada_jax.errors import InputError
 from llada_jax.model import parameters
-from llada_jax.model.config import ModelConfig
-from llada_jax.model.forward import Execution
 from llada_jax.monitoring.goodput import Goodput
 from llada_jax.monitoring.metrics import MetricsWriter, Progress
 from llada_jax.monitoring.mfu import Speed
 from llada_jax.monitoring.profiling import Profile, parse_steps
 from llada_jax.runtime import distributed
-from llada_jax.runtime.global_arrays import from_own_rows, on_all_devices, own_rows
+from llada_jax.runtime.global_arrays import on_all_devices
 from llada_jax.runtime.preemption import Stop, stop_on_sigterm
 from llada_jax.runtime.remote_workdir import RemoteWorkdir, open_workdir
 from llada_jax.runtime.retry import Retry
 from llada_jax.runtime.watchdog import watched
 from llada_jax.runtime.workdir_lock import claimed
-from llada_jax.runtime.xla_options import xla_options
-from llada_jax.tokenizer import Tokenizer
-from llada_jax.training import compiled_step, held_out, train_state
-from llada_jax.training.config import (
-    check,
-    check_rows,
-    execution,
-    objective,
-    phases,
-    preference,
-    skips_steps,
-    write,
-)
+from llada_jax.training import train_state
+from llada_jax.training.config import check, check_rows, execution, phases, updates_per_step, write
 from llada_jax.training.faults import FaultPolicy
-from llada_jax.training.inputs import Inputs, initial_params, open_inputs
+from llada_jax.training.inputs import Inputs, describe_rows, initial_params, open_inputs
 from llada_jax.training.lora import describe
 from llada_jax.training.optimizer import learning_rate, make_optimizer
 from llada_jax.training.reference import Reference, open_reference
+from llada_jax.training.reinforcement import Reinforcement, reinforcement
 from llada_jax.training.run_model import fitted, length_notice
 from llada_jax.training.save_policy import SavePolicy, checkpoints
 from llada_jax.training.sections import FROM_CHECKPOINT, TrainConfig
 from llada_jax.training.source import continue_learning_rate
-from llada_jax.training.step import Loss, denoising_loss, make_train_step, preference_loss, whole
+from llada_jax.training.step import whole
+from llada_jax.training.supervised import Supervised, open_train_step
 
 
 def train(config: ConfigDict, workdir: str, devices=None) -> None:
@@ -118,9 +106,8 @@ class Run:
     phases: Sequence[Phase]
     inputs: Inputs
     reference: Reference
-    train_step: Callable
+    work: Supervised | Reinforcement
     restore: Callable[[], tuple[train_state.TrainState, dict]]
-    batch_sharding: NamedSharding
     saves: SavePolicy
     retry: Retry
     stop: Stop
@@ -143,7 +130,7 @@ def _run(config: TrainConfig, phases: Sequence[Phase], mesh, mirror: RemoteWorkd
     """Restores, trains and prints how it ended; nothing but a line when all steps are done already."""
     workdir, last_step = mirror.local, schedule.total_steps(phases)
     goodput = Goodput(workdir, writes=jax.process_index() == 0)
-    optimizer = make_optimizer(config.optimizer, inputs.trained, last_step)
+    optimizer = make_optimizer(config.optimizer, inputs.trained, last_step * updates_per_step(config))
     batch_sharding = NamedSharding(mesh, PartitionSpec(sharding.spec(("batch",), (config.batch.rows,), mesh)[0]))
     reference = open_reference(config, phases, inputs, batch_sharding, workdir, stop)
     if reference is None:
@@ -154,10 +141,7 @@ def _run(config: TrainConfig, phases: Sequence[Phase], mesh, mirror: RemoteWorkd
     _announce(config, phases, inputs, mesh, int(state.step), last_step)
     if int(state.step) >= last_step:
         return
-    if jax.process_index() == 0:  # not before: config.json is of what has trained here
-        write(config, workdir / "config.json")
 
-    train_step = goodput.timed_steps(_train_step(config, inputs, optimizer, mesh))
     retry = Retry(config.checkpoint.retries, config.checkpoint.retry_seconds)
     saves = SavePolicy(config, workdir, inputs, retry)
     with contextlib.ExitStack() as closing:
@@ -166,21 +150,28 @@ def _run(config: TrainConfig, phases: Sequence[Phase], mesh, mirror: RemoteWorkd
         heartbeat = closing.enter_context(watched(config.faults.hang_minutes or 0.0, workdir, jax.process_index()))
         profile = Profile(workdir / "profile", parse_steps(config.profile.steps), goodput.spent)
         closing.callback(profile.close)
+        if config.rl.enabled:
+            opened = reinforcement(config, inputs, reference, optimizer, batch_sharding, stop, workdir)
+            work = closing.enter_context(opened)
+        else:
+            train_step = goodput.timed_steps(open_train_step(config, inputs, optimizer, mesh))
+            work = Supervised(config, inputs, reference, train_step, batch_sharding)
+        if jax.process_index() == 0:  # not before: config.json is of what has trained here
+            write(config, workdir / "config.json")
         run = Run(
             config=config,
             phases=phases,
             inputs=inputs,
             reference=reference,
-            train_step=train_step,
+            work=work,
             restore=restore,
-            batch_sharding=batch_sharding,
             saves=saves,
             retry=retry,
             stop=stop,
             heartbeat=heartbeat,
             mirror=mirror,
             goodput=goodput,
-            speed=Speed(config, phases, inputs.model, inputs.held_out.segment_ids, mesh.devices.flat),
+            speed=Speed(config, phases, inputs.model, inputs.documents, mesh.devices.flat),
             profile=profile,
         )
         done = _train_to_the_end(run, state, host)
@@ -215,43 +206,39 @@ def _steps(run: Run, state: train_state.TrainState, first_step: int, policy: Fau
 
     Returns (steps done, the bad step to be rewound for or None).
     """
-    config, inputs, reference, last_step = run.config, run.inputs, run.reference, run.last_step
-    rates = learning_rate(config.optimizer, last_step)
+    config, inputs, last_step = run.config, run.inputs, run.last_step
+    rates = learning_rate(config.optimizer, last_step * updates_per_step(config))
     writer = MetricsWriter(run.workdir, first_step, run.retry)
     progress = Progress(first_step, last_step, config.batch.rows * config.data.length)
-    mine = own_rows(run.batch_sharding, config.batch.rows)
-    batches = prefetch(inputs.rows, first_step, last_step, config.batch.rows, policy.data_offset, mine)
+    batches = run.work.batches(first_step, last_step, policy.data_offset)
     with contextlib.ExitStack() as closing:
         closing.callback(writer.close)
         closing.callback(batches.close)
         run.goodput.begin_steps(first_step)
         for step, batch in run.goodput.timed_batches(batches):
             done, phase = step + 1, schedule.phase_at(run.phases, step)
-            scalars = np.int32(phase.block_size), np.float32(_noise_std(config, step)), *policy.scalars(step)
-            scalars = on_all_devices(scalars, run.batch_sharding.mesh)
-            row_ids = batch.row_ids
-            batch = from_own_rows(reference.join(step, batch, mine), run.batch_sharding, config.batch.rows)
             run.profile.before(done, state)
-            with jax.transfer_guard("disallow"):
-                state, metrics = run.train_step(state, reference.frozen, batch, *scalars, phase.halves)
+            state, metrics = run.work.step(state, step, batch, phase, policy.scalars(step))
+            if metrics is None:  # stopped before it had an effect
+                return _stopped_in_step(run, state, step, first_step, writer, policy), None
             run.profile.after(done, metrics)
             due = _due(config, done, last_step)
             last = run.stop.after_step() or done == last_step
             save = due.save or last or run.saves.due_anywhere(ask=due.log)
             shown = due.log or done == first_step + 1 or last
-            bad_step = policy.observe(step, metrics, row_ids, now=shown or due.evaluate or save)
+            bad_step = policy.observe(step, metrics, batch.row_ids, now=shown or due.evaluate or save)
             run.heartbeat()
             if bad_step is not None:
                 return done, bad_step
             if shown:
-                rate = float(rates(max(step - policy.skipped, 0)))
+                rate = float(rates(max(step - policy.skipped, 0) * updates_per_step(config)))
                 timed = run.speed.fields(phase, run.goodput.mark(done)) | run.goodput.fields()
                 _log(writer if due.log else None, progress, done, phase, metrics, rate, timed)
             score = None  # a step that SIGTERM or the clock makes us save has none: no other run would have it
             if due.evaluate:
-                params = whole(state.params, reference.frozen, inputs.trained)
+                params = whole(state.params, run.reference.frozen, inputs.trained)
                 with run.goodput.spent("evaluate"):
-                    score = held_out.evaluate(config, inputs, reference, params, writer, done)
+                    score = run.work.evaluate(params, writer, done)
                 run.heartbeat()
             if save:
                 with run.goodput.spent("save"):
@@ -262,6 +249,16 @@ def _steps(run: Run, state: train_state.TrainState, first_step: int, policy: Fau
             if last:
                 break
     return done, None
+
+
+def _stopped_in_step(run: Run, state, step: int, first_step: int, writer: MetricsWriter, policy: FaultPolicy) -> int:
+    """Begins to save what the steps before `step` have done; returns their number."""
+    if step > first_step:
+        with run.goodput.spent("save"):
+            writer.sync()
+            run.mirror.push()
+            run.saves.save(step, state, None, policy.host_state())
+    return step
 
 
 class Due(NamedTuple):
@@ -277,32 +274,6 @@ def _due(config: ConfigDict, done: int, last_step: int) -> Due:
     save = done % config.checkpoint.every_steps == 0 or ends
     evaluate = done % config.evaluation.every_steps == 0 or ends or (save and config.checkpoint.keep_best > 0)
     return Due(done % config.log_every_steps == 0 or done == 1 or ends, evaluate, save)
-
-
-def _train_step(config, inputs: Inputs, optimizer, mesh):
-    """make_train_step's function; where config.compiled_step has its program, that."""
-    loss = train_loss(config, inputs.model, execution(config), inputs.tokenizer)
-    options = xla_options(jax.default_backend())
-    rate = config.optimizer.expert_bias_rate
-    guard = skips_steps(config)
-    train_step = make_train_step(inputs.trained, loss, optimizer, config.batch.micro_batches, rate, options, guard)
-    if not config.compiled_step:
-        return train_step
-    made_for = compiled_step.identity(config, inputs.trained, mesh, config.compiled_halves)
-    compiled = compiled_step.load(config.compiled_step, made_for, mesh.devices.flat)
-    return lambda *arguments: (
-        compiled(*arguments[:-1]) if arguments[-1] == config.compiled_halves else train_step(*arguments)
-    )
-
-
-def train_loss(
-    config: ConfigDict, model: ModelConfig, execution: Execution, tokenizer: Tokenizer | None = None
-) -> Loss:
-    """What the stage of the config optimises. tokenizer: as in config.objective."""
-    common = model, objective(config, tokenizer), execution, config.seed
-    if (dpo := preference(config)) is None:
-        return denoising_loss(*common, config.batch.micro_batches)
-    return preference_loss(*common, dpo, config.preference.reference == "precomputed")
 
 
 def _restore(config, workdir: Path, inputs: Inputs, optimizer, mesh) -> tuple[train_state.TrainState, dict]:
@@ -334,11 +305,6 @@ def _restore(config, workdir: Path, inputs: Inputs, optimizer, mesh) -> tuple[tr
     return train_state.TrainState(on_all_devices(np.int32(step), mesh), params, optimizer_state), host
 
 
-def _noise_std(config, step: int) -> float:
-    c = config.objective
-    return c.embedding_noise_std if step < c.embedding_noise_steps else 0.0
-
-
 def _log(writer: MetricsWriter | None, progress, step, phase, metrics, rate, timed) -> None:
     """Prints a line; with a writer, writes the row."""
     metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
@@ -360,7 +326,7 @@ def _announce(config, phases, inputs: Inputs, mesh, first_step, last_step) -> No
     name = f"{model.architecture} of init_from" if config.model in FROM_CHECKPOINT else config.model
     print(
         f"{name}: {parameters.count(model):,} parameters, alignment {model.alignment}, {start}\n"
-        f"{len(inputs.rows):,} rows of {config.data.length} tokens, {len(inputs.held_out.ids)} held out; "
+        f"{describe_rows(config, inputs)}; "
         f"{config.batch.rows} rows a step on {devices} ({jax.devices()[0].platform}, "
         f"{execution(config).attention} attention)\n"
         f"{last_step} steps: "

@@ -21,6 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from llada_jax.checkpoint import saver
+from llada_jax.checkpoint.score_file import ScoreFile
 from llada_jax.data.order import Batch, prefetch
 from llada_jax.diffusion import schedule
 from llada_jax.diffusion.preference import prepare, score
@@ -33,7 +34,6 @@ from llada_jax.runtime.global_arrays import from_own_rows, on_all_devices, own_r
 from llada_jax.training.config import evaluation_block_sizes, execution, objective, preference
 from llada_jax.training.inputs import Inputs, frozen_params
 from llada_jax.training.save_policy import checkpoints
-from llada_jax.training.score_file import ScoreFile
 
 _PROGRESS_SECONDS = 10.0
 # The sections and fields of the config that scores do not depend on, or that are resolved in what stands beside them
@@ -43,7 +43,7 @@ _WITHOUT_EFFECT = (
     "data.path", "data.mixture", "data.source", "data.patterns", "data.tokenizer", "data.cache", "data.corrupt_share",
     "batch.micro_batches", "schedule", "lora", "optimizer", "mesh", "checkpoint", "faults", "evaluation",
     "log_every_steps", "profile", "preference.enabled", "preference.beta", "preference.reference",
-    "editing", "objective.group_blocks",  # a run of DPO has neither (training.config.check_editing)
+    "editing", "objective.group_blocks", "rl",  # a run of DPO has none (training.config.check_editing, check_rl)
     "objective.confidence_weight", "objective.confidence_temperature", "objective.embedding_noise_std",
     "objective.embedding_noise_steps", "execution.attention", "execution.experts", "execution.expert_parallel",
     "execution.remat", "execution.reduce_dtype",
@@ -76,7 +76,7 @@ def open_reference(
     stage = preference(config)
     load = functools.cache(lambda: frozen_params(inputs, batch_sharding.mesh))
     if stage is None:
-        return Reference(load() if inputs.lora else None)
+        return Reference(load() if inputs.lora or (config.rl.enabled and config.rl.kl_weight) else None)
     if config.preference.reference == "frozen":
         return Reference(load(), None, held_out_scores(config, inputs, load()))
     steps, held_out = _files(config, phases, inputs, stage.max_pairs, workdir)

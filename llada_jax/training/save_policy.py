@@ -38,7 +38,7 @@ class SavePolicy:
             "samples": config.evaluation.samples,
             "block_origin": config.objective.block_origin,
             "document_mask": config.objective.document_mask,
-            "rows": len(inputs.held_out.ids),
+            "rows": inputs.num_held_out,
             "data": inputs.rows.digest,
         }
         self._saver = saver.Saver(

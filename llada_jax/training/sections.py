@@ -129,6 +129,57 @@ class PreferenceConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class RLConfig:
+    """Reinforcement learning on verifiable rewards (training/reinforcement.py), which takes the place of data and
+    objective when it is enabled. batch.rows are the answers of a step.
+    """
+
+    enabled: bool = field(False, "Whether the run is of reinforcement learning.")
+    questions: str = field("", '"reasoning_gym:NAME", or JSONL as tools/evaluate.py --task=FILE takes it.')
+    settings: str = field("{}", "JSON: settings of the reasoning-gym task.")
+    held_out: int = field(200, "Questions that are for evaluation only.", above=0)
+    reward: str = field(
+        "task", 'The questions\' own score ("task"), programs that pass their tests ("code"), or MODULE:FUNCTION.'
+    )
+    reward_seconds: float = field(10.0, "Most time of a reward, after which it counts as failed.", above=0)
+    reward_default: float = field(0.0, "The reward of an answer whose reward has failed.")
+    reward_workers: int = field(2, "Processes that compute rewards.", above=0)
+    group: int = field(8, "Answers to each question; divides batch.rows.", above=1)
+    advantage: str = field(
+        "std", "Less the group's mean, and over its deviation, or less the mean of the others.",
+        choices=("mean", "std", "leave_one_out"),
+    )  # fmt: skip
+    estimator: str = field(
+        "elbo", "Of ratios: of an answer's ELBO (EBPO), or of each token in the step that wrote it (TraceRL).",
+        choices=("elbo", "trajectory"),
+    )  # fmt: skip
+    copies: int = field(16, "elbo: noisy copies of each answer.", above=0)
+    per_token: bool = field(False, "elbo: the log ratio is divided by the answer's length (ESPO).")
+    shrink: int = field(1, "trajectory: neighbouring steps of a block that are scored in one pass.", above=0)
+    token_weights: str = field(
+        "answer", "trajectory: a mean over the tokens of an answer, or over those of each step and then its steps.",
+        choices=("answer", "step"),
+    )  # fmt: skip
+    clip_low: float = field(0.2, "Ratios count as at least 1 - clip_low.", above=0, below=1)
+    clip_high: float = field(0.2, "Ratios count as at most 1 + clip_high.", above=0)
+    kl_weight: float = field(0.0, "Of the KL term against init_from; 0 holds no second model.", at_least=0)
+    kl_estimator: str = field("k2", "Schulman's k1, k2 or k3.", choices=("k1", "k2", "k3"))
+    epochs: int = field(1, "Times that a step's answers are gone through.", above=0)
+    updates: int = field(1, "Updates of the optimizer in each, on so many parts of the answers.", above=0)
+    gen_length: int = field(256, "Most tokens of an answer.", above=0)
+    rows: int = field(64, "Answers decoded together.", above=0)
+    rule: str = field("sglang", "The acceptance rule, as --rule of tools/generate.py.")
+    threshold: float = field(0.95, "Of the rule.", at_least=0)
+    temperature: float = field(1.0, "Of the draws.", above=0)
+    steps: int = field(32, 'Of the rules "llada2" and "fixed".', above=0)
+    entropy_bound: float = field(0.15, 'Of the rule "entropy".', at_least=0)
+    drift_rows: int = field(
+        8, "Answers whose probabilities by sampler and learner are compared in each step; 0: none.", at_least=0
+    )
+    answers_every_steps: int = field(10, "Steps between sample answers in WORKDIR/answers.jsonl.", above=0)
+
+
+@dataclasses.dataclass(frozen=True)
 class LoraConfig:
     """Low-rank adapters on the frozen weights of init_from (arXiv 2106.09685)."""
 
@@ -258,6 +309,7 @@ class TrainConfig:
     objective: ObjectiveConfig = section(ObjectiveConfig)
     editing: EditingConfig = section(EditingConfig)
     preference: PreferenceConfig = section(PreferenceConfig)
+    rl: RLConfig = section(RLConfig)
     lora: LoraConfig = section(LoraConfig)
     optimizer: OptimizerConfig = section(OptimizerConfig)
     mesh: MeshConfig = section(MeshConfig)

@@ -119,7 +119,24 @@ def dpo(model: str = "init_from", length: int | None = None, steps: int = 1000) 
     return config
 
 
-STAGES: dict[str, Callable[..., ConfigDict]] = {"ar": ar, "wsd": wsd, "sft": sft, "cap": cap, "edit": edit, "dpo": dpo}
+def rl(model: str = "init_from", length: int | None = None, steps: int = 200) -> ConfigDict:
+    """Reinforcement learning on verifiable rewards: EBPO (LLaDA2.1), or by trajectories. steps: of rollouts."""
+    config = sft(model, length, steps)
+    config.stage = "rl"
+    config.objective = default_config(model).objective  # there is none
+    config.rl.enabled = True
+    config.optimizer.learning_rate = 1e-6
+    config.optimizer.warmup_steps = 0
+    config.optimizer.decay_steps = 0
+    config.optimizer.weight_decay = 0.01
+    config.batch.rows = 64
+    config.checkpoint.every_steps = 10
+    config.evaluation.every_steps = 10
+    config.log_every_steps = 1
+    return config
+
+
+STAGES: dict[str, Callable[..., ConfigDict]] = {stage.__name__: stage for stage in (ar, wsd, sft, cap, edit, dpo, rl)}
 
 
 def parse(stage: str, argument: str | None = None) -> ConfigDict:

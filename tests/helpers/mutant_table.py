@@ -415,6 +415,22 @@ _EVALUATION = _room(
     ("evaluation/report.py", "ddof=1", "ddof=0", "evaluation/test_report.py"),
 )  # fmt: skip
 
+_REWARDS, _QUESTIONS = "reinforcement/test_rewards.py", "reinforcement/test_questions.py"
+
+_REINFORCEMENT = _room(
+    "reinforcement",
+    # A question that is held out is trained on.
+    ("reinforcement/questions.py", "not in self._refused", "not in ()", _QUESTIONS),
+    ("reinforcement/questions.py", "rows[: len(rows) - held_out]", "rows", _QUESTIONS),
+    ("reinforcement/questions.py", "(self._seed, group, draw)", "(self._seed, group)", _QUESTIONS),
+    ("reinforcement/rewards.py", "rewards[place] = value", "rewards[number] = value", _REWARDS),
+    ("reinforcement/rewards.py", "os.killpg(self._process.pid, signal", "os.kill(self._process.pid, signal", _REWARDS),
+    # A worker outlives its killed parent.
+    ("reinforcement/reward_worker.py", "F_SETFL, os.O_ASYNC", "F_SETFL, 0", _REWARDS),
+    # A program passes by ending early.
+    ("evaluation/programs.py", "randrange(100, 250)", "randrange(1)", "evaluation/test_programs.py"),
+)  # fmt: skip
+
 _GROUND = _room(
     "ground",
     ("errors.py", "number >= at_least", "number > at_least", "test_errors.py"),
@@ -423,5 +439,5 @@ _GROUND = _room(
 
 FAULTS: tuple[Fault, ...] = (
     *_MASK, *_KERNELS, *_MODEL, *_OBJECTIVE, *_SAMPLING, *_TRAINING, *_DATA, *_CHECKPOINT, *_CONVERTER, *_SHARDING,
-    *_ESTIMATOR, *_EVALUATION, *_GROUND,
+    *_ESTIMATOR, *_EVALUATION, *_REINFORCEMENT, *_GROUND,
 )  # fmt: skip

@@ -17,7 +17,7 @@ from llada_jax.checkpoint import digest
 from llada_jax.data.order import Rows
 from llada_jax.model.config import PRESETS, preset
 from llada_jax.train import main
-from llada_jax.training import loop
+from llada_jax.training import supervised
 
 MODEL = PRESETS["tiny_hosts"] = preset("tiny").replace(
     hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, rotary_dim=8, intermediate_size=64
@@ -69,5 +69,5 @@ def write_program(key, seconds, name, backend, executable, *callbacks):
 if __name__ == "__main__":
     compiler._cache_write = write_program
     Rows.batch = hindered(Rows.batch)
-    loop.train_loss = with_digests(loop.train_loss)
+    supervised.train_loss = with_digests(supervised.train_loss)
     command_line.run(main)

@@ -1,6 +1,9 @@
 """Rewards from worker processes: order, faults, time limits, and that no process is left."""
 
+import contextlib
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -111,7 +114,7 @@ def by_file(folder):
 @pytest.fixture(scope="module")
 def pool(folder, questions):
     """One for all tests that kill no more than workers."""
-    with RewardPool(questions, f"{folder}/rewards_of_tests.py:reward", seconds=0.5, default=-1.0) as pool:
+    with RewardPool(questions, f"{folder}/rewards_of_tests.py:reward", seconds=1.0, default=-1.0) as pool:
         yield pool
 
 
@@ -133,8 +136,8 @@ FAULTS = {
     "leaves": "raised SystemExit: 0",
     "exits": "ended its process with exit code 7",
     "killed": "ended its process by SIGKILL, perhaps for lack of memory",
-    "hangs": r"took more than 0\.5 s",
-    "searches": r"took more than 0\.5 s",
+    "hangs": r"took more than 1 s",
+    "searches": r"took more than 1 s",
     "shuts": "closed its channel",
     "nan": "gave nan, expected a finite number",
     "inf": "gave -inf, expected a finite number",
@@ -173,7 +176,7 @@ def test_a_worker_imports_neither_jax_nor_numpy_for_a_reward_that_does_not(quest
 def test_an_answer_that_hangs_costs_its_limit_and_not_that_of_all(pool):
     begin = time.monotonic()
     found = pool.score([(0, "hangs"), *((i, "1") for i in range(200))])
-    assert len(found.faults) == 1 and 0.5 <= time.monotonic() - begin < 4
+    assert len(found.faults) == 1 and 1 <= time.monotonic() - begin < 20  # not 200, on a machine that is busy
 
 
 def test_long_questions_and_answers_pass(pool):
@@ -228,7 +231,11 @@ time.sleep(60)
     assert is_running(worker)
     parent.kill()
     parent.communicate()
-    wait_until(lambda: not is_running(worker), 5)
+    try:
+        wait_until(lambda: not is_running(worker), 5)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(worker, signal.SIGKILL)
 
 
 def test_what_workers_and_their_pool_import_holds_no_jax():

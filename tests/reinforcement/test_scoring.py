@@ -25,8 +25,8 @@ from llada_jax.reinforcement.scoring import (
 
 BLOCK, LENGTH = 4, 16
 MODEL = llada_jax.preset("tiny").replace(
-    vocab_size=32, hidden_size=32, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16, rotary_dim=16, intermediate_size=32,
-    mask_token_id=31, eos_token_id=30, pad_token_id=30,
+    vocab_size=32, hidden_size=32, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16, rotary_dim=16,
+    intermediate_size=32, mask_token_id=31, eos_token_id=30, pad_token_id=30,
 )  # fmt: skip
 PARAMS = parameters.initialize(MODEL, jax.random.key(0))
 OLD = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(1), x.shape), PARAMS)
@@ -121,9 +121,7 @@ def test_the_elbo_gradient_is_that_of_the_whole_loss(ebpo, per_token):
     def whole(params):
         scale = ebpo.tokens_scored if per_token else 1.0
         log_ratio = (elbo(params, SCORING, ebpo) - ebpo.old) / scale
-        cut = jnp.where(
-            ebpo.advantage >= 0, jnp.minimum(log_ratio, jnp.log(1.2)), jnp.maximum(log_ratio, jnp.log(0.8))
-        )
+        cut = jnp.where(ebpo.advantage >= 0, jnp.minimum(log_ratio, jnp.log(1.2)), jnp.maximum(log_ratio, jnp.log(0.8)))
         return (-ebpo.advantage * jnp.exp(cut) + 0.2 * log_ratio**2 / 2).mean()
 
     got, sums = gradient(ebpo, loss)
@@ -137,6 +135,17 @@ def test_micro_batches_change_nothing(estimator, request):
     rows = request.getfixturevalue("ebpo" if estimator == "elbo" else "trajectory")
     one, two = (gradient(rows, PolicyLoss(estimator), Scoring(MODEL, BLOCK, micro_batches=n)) for n in (1, 2))
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("estimator", ["elbo", "trajectory"])
+def test_rows_without_advantage_may_be_left_out(estimator, request):
+    rows = request.getfixturevalue("ebpo" if estimator == "elbo" else "trajectory").replace(reference=None)
+    chosen = np.array([0, 1, 3])  # the third has none
+    fewer = jax.tree.map(lambda x: x[chosen], rows)
+    loss = PolicyLoss(estimator)
+    got = jax.jit(lambda params: policy_gradient(lambda p: p, params, SCORING, fewer, loss, answers=4)[0])(PARAMS)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(gradient(rows, loss)[0]), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 

@@ -267,3 +267,51 @@ def test_dpo_of_two_processes_is_that_of_one(small, tmp_path, rank):
     for name in ("loss", "margin", "nelbo", "preference_margin"):
         values = [[row[name] for row in rows if name in row] for rows in (ours, theirs)]
         np.testing.assert_allclose(*values, rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("estimator", ["elbo", "trajectory"])
+def test_reinforcement_learning_of_two_processes_is_that_of_one(tmp_path, estimator):
+    """Each process decodes half of the answers, over its own four devices."""
+    model = small_trainer.MODEL
+    leaves = parameters.unstack(parameters.initialize(model, jax.random.key(0)), model)
+    tokenizer = byte_tokenizer(model.eos_token_id, model.mask_token_id)
+    arrays = ((name, np.asarray(leaf)) for name, leaf in leaves.items())
+    write_weights(tmp_path / "base", model, arrays, tokenizer.files, {})
+    rows = [{"prompt": "abcdefgh"[: 2 + i % 6] + str(i), "answer": "x"} for i in range(24)]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reward = "def early(question, answer):\n    return sum(letter < 'n' for letter in answer) / 12\n"
+    (tmp_path / "reward.py").write_text(reward)
+    flags = [
+        f"--config={ROOT}/configs/rl.py:init_from,length=32,steps=2",
+        f"--config.init_from={tmp_path}/base",
+        f"--config.rl.questions={tmp_path}/questions.jsonl",
+        f"--config.rl.reward={tmp_path}/reward.py:early",
+        f"--config.rl.estimator={estimator}",
+        "--config.rl.held_out=4",
+        "--config.rl.reward_workers=1",
+        "--config.rl.gen_length=12",
+        "--config.rl.rows=8",
+        "--config.rl.group=4",
+        "--config.rl.copies=2",
+        "--config.schedule.block_size=8",
+        "--config.batch.rows=16",
+        "--config.execution.dtype=float32",
+        "--config.execution.remat=none",
+        "--config.optimizer.learning_rate=3e-3",
+        "--config.mesh.fsdp=4",
+        "--config.mesh.data=2",
+    ]
+    found = {}
+    for processes, devices in ((1, 8), (2, 4)):
+        workdir = tmp_path / str(processes)
+        logs = tmp_path / f"{processes}.logs"
+        codes_found = run([*flags, f"--workdir={workdir}"], logs, processes, devices)
+        assert codes_found == [0] * processes, "\n".join(text(logs, i, "err") for i in range(processes))
+        found[processes] = metrics_of(workdir)
+    assert len(found[1]) == 3 and found[1][0]["gradient_norm"] > 0
+    for one, two in zip(found[1], found[2], strict=True):
+        assert one.keys() == two.keys()
+        for name, value in one.items():
+            if name not in ("drift", "drift_max") and isinstance(value, float):
+                assert value == pytest.approx(two[name], rel=2e-3, abs=1e-5), (one["step"], name)

@@ -39,9 +39,9 @@ def test_a_run_with_a_saved_step_is_the_run_without(tmp_path, monkeypatch):
     """The program is taken from the trainer itself, as the rehearsal takes it: lowered and compiled by itself."""
     config, plain = small(tmp_path, "plain")
     step_file, made = str(tmp_path / "step"), {}
-    from llada_jax.training import loop
+    from llada_jax.training import supervised
 
-    real = loop.make_train_step
+    real = supervised.make_train_step
 
     def recording(model, *rest):
         step = real(model, *rest)
@@ -55,9 +55,9 @@ def test_a_run_with_a_saved_step_is_the_run_without(tmp_path, monkeypatch):
 
         return call
 
-    monkeypatch.setattr(loop, "make_train_step", recording)
+    monkeypatch.setattr(supervised, "make_train_step", recording)
     train(config, str(plain), devices=jax.devices()[:1])
-    monkeypatch.setattr(loop, "make_train_step", lambda *_: lambda *_: pytest.fail("the saved step was not used"))
+    monkeypatch.setattr(supervised, "make_train_step", lambda *_: lambda *_: pytest.fail("the saved step was not used"))
     config.compiled_step = step_file
     train(config, str(tmp_path / "saved"), devices=jax.devices()[:1])
     assert losses(tmp_path / "saved") == losses(plain) and len(losses(plain)) == 3

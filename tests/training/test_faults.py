@@ -13,7 +13,7 @@ from llada_jax.data.mixture import Mixture
 from llada_jax.data.order import Order
 from llada_jax.data.rows import Row
 from llada_jax.errors import InputError
-from llada_jax.training import loop
+from llada_jax.training import loop, supervised
 from llada_jax.training.config import default_config, phases
 from llada_jax.training.faults import FILE, FaultPolicy
 from llada_jax.training.inputs import open_inputs
@@ -45,7 +45,7 @@ def faulty_config(text, **changes):
 def bad_rows(text, clean, monkeypatch):
     """(rows of step 7, whose loss is not a number; rows of step 10, whose loss is a hundred times what it was)"""
     rows = [rows_of_step(faulty_config(text), clean, step) for step in (6, 9)]
-    real = loop.train_loss
+    real = supervised.train_loss
     ids, values = np.array([step[0] for step in rows], np.uint32), np.array([np.nan, 100], np.float32)
 
     def train_loss(*arguments):
@@ -66,7 +66,7 @@ def bad_rows(text, clean, monkeypatch):
 
         return Loss(prepare, lambda example: inner.total(example[0]), value, metrics)
 
-    monkeypatch.setattr(loop, "train_loss", train_loss)
+    monkeypatch.setattr(supervised, "train_loss", train_loss)
     return rows
 
 
@@ -134,14 +134,14 @@ def test_skip_leaves_weights_and_optimizer_as_they_were(text, clean, bad_rows, t
 
 def test_rewind_moves_the_data_on_and_so_does_a_resumed_run(text, clean, bad_rows, tmp_path, monkeypatch):
     config = faulty_config(text, faults__on_nonfinite="rewind", log_every_steps=5)
-    met, real = [], loop.prefetch
+    met, real = [], supervised.prefetch
 
     def recording(*arguments):
         for step, batch in real(*arguments):
             met.append((step, batch.row_ids.tolist()))
             yield step, batch
 
-    monkeypatch.setattr(loop, "prefetch", recording)
+    monkeypatch.setattr(supervised, "prefetch", recording)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     train(config, whole)
     # Steps 1 to 8 (the bad seventh is found while the eighth runs), then from step 4 on with the rows behind the bad.

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from llada_jax.checkpoint.score_file import ScoreFile
 from llada_jax.checkpoint.weights import write_weights
 from llada_jax.data.byte_tokenizer import byte_tokenizer
 from llada_jax.data.pack_preference import pack_preference
@@ -17,7 +18,6 @@ from llada_jax.model import parameters
 from llada_jax.model.config import preset
 from llada_jax.training import loop, reference
 from llada_jax.training.config import default_config
-from llada_jax.training.score_file import ScoreFile
 from tests.training.test_loop import metrics_of, small_preset, train  # noqa: F401 (the fixture of the small model)
 
 STEPS = 6

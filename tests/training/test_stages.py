@@ -20,6 +20,7 @@ def test_a_config_file_is_the_face_of_its_stage(stage, model):
     assert expected.stage == stage and expected.data.length == 512 and expected.is_locked
     expected.init_from = "/of/the/stage/before"
     expected.evaluation.block_sizes = (1, 32)
+    expected.rl.questions = "reasoning_gym:number_filtering"
     check(expected)
 
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from llada_jax.checkpoint.score_file import ScoreFile
 from llada_jax.errors import InputError
-from llada_jax.training.score_file import ScoreFile
 
 DEPENDS = {"config.seed": 0, "schedule": [[4, 10, "both"]]}
 VALUES = np.random.default_rng(0).normal(size=(5, 3, 2)).astype(np.float32)
