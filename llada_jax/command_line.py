@@ -5,6 +5,7 @@ A tool of several commands has a `Command` for each, with a help of its own. Eit
 """
 
 import copy
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -53,6 +54,17 @@ def _run(main, commands, more, common, by) -> int:
         return main(argv) or 0
     except (InputError, KeyboardInterrupt) as error:
         return report(error)
+
+
+def fix_string_hashes() -> None:
+    """Starts this program again with PYTHONHASHSEED=0, unless the variable is set.
+
+    Some of reasoning-gym's tasks (0.1.25: isomorphic_strings, polynomial_multiplication, ransom_note) go through sets
+    of strings, whose order Python draws anew in every process: their questions would not be a function of the seed.
+    """
+    if "PYTHONHASHSEED" not in os.environ:
+        os.environ["PYTHONHASHSEED"] = "0"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 class Tool(NamedTuple):

@@ -27,6 +27,8 @@ def main(argv) -> None:
     if _CONFIG.value is None or not _WORKDIR.value:
         raise errors.InputError("--config=FILE.py:MODEL and --workdir=DIR are required; see --help")
     config = resolved(_CONFIG)
+    if config.rl.enabled and __name__ == "__main__":
+        command_line.fix_string_hashes()
     from llada_jax.runtime import distributed  # importing jax takes seconds: not before the flags are right
 
     peers = _COORDINATOR.value, _PROCESSES.value, _PROCESS.value

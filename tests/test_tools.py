@@ -344,3 +344,20 @@ defined = {{flag.name for module in modules if "absl" not in module for flag in 
 assert taken & set(shared) == set() and taken | set(shared) == defined, taken ^ defined
 """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=process_environment(), check=True)
+
+
+def test_string_hashes_are_fixed_before_questions_are_made(tmp_path):
+    """By starting the program again, with its arguments."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, sys\nfrom llada_jax import command_line\ncommand_line.fix_string_hashes()\n"
+        "print(os.environ['PYTHONHASHSEED'], hash('a'), *sys.argv[1:])\n"
+    )
+    free = {name: value for name, value in process_environment().items() if name != "PYTHONHASHSEED"}
+    command = [sys.executable, str(program), "--x=a b", "c"]
+
+    def said(env):
+        return subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+
+    assert said(free) == said(free) == said(free | {"PYTHONHASHSEED": "0"})
+    assert said(free).endswith(" --x=a b c\n") and said(free | {"PYTHONHASHSEED": "7"}).startswith("7 ")

@@ -156,6 +156,8 @@ def main(argv) -> None:
     if not all(size.isdigit() and int(size) > 0 for size in sizes):
         raise InputError(f"--block_sizes={','.join(_BLOCK_SIZES.value)}, expected positive integers (nelbo: or full)")
 
+    if task == "reasoning_gym" and __name__ == "__main__":
+        command_line.fix_string_hashes()
     if "questions" in TASKS[task].flags:
         return _write(_answers(task, name))
 

@@ -86,6 +86,8 @@ def _train(config: ConfigDict, workdir: str, devices) -> None:
         if jax.process_index() == 0:
             closing.enter_context(claimed(directory))
         inputs = open_inputs(config, directory)
+        if config.rl.enabled:
+            distributed.check_same("set of questions (some tasks depend on PYTHONHASHSEED)", inputs.rows.digest)
         if inputs.source is not None:
             print(inputs.source.describe(), flush=True)
         if notice := length_notice(config, inputs.model):

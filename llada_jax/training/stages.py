@@ -126,7 +126,7 @@ def rl(model: str = "init_from", length: int | None = None, steps: int = 200) ->
     config.objective = default_config(model).objective  # there is none
     config.rl.enabled = True
     config.optimizer.learning_rate = 1e-6
-    config.optimizer.warmup_steps = 0
+    config.optimizer.warmup_steps = 10  # updates: Adam's first ones are as large as the rate, whatever the gradient
     config.optimizer.decay_steps = 0
     config.optimizer.weight_decay = 0.01
     config.batch.rows = 64

@@ -24,7 +24,8 @@ def xla_flags(devices: int) -> str:
 
 def process_environment(devices: int = 1, **more: str) -> dict[str, str]:
     """The environment of a process with so many devices that imports this package."""
-    return os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": xla_flags(devices)} | more
+    own = {"PYTHONPATH": str(ROOT), "XLA_FLAGS": xla_flags(devices), "PYTHONHASHSEED": "0"}  # no program starts again
+    return os.environ | own | more
 
 
 def examples(few: int, many: int) -> int:
