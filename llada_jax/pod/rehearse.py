@@ -174,7 +174,7 @@ def rehearse(
     untaken = [context.CROSSING] if _blocks_lie_in_stripes(config, step.mesh, packing) else []
     chip = slices.topology.chip
     cycles = aot.operation_cycles(module, dumps, chip) if dumps else {}
-    lines = step_lines(module, chip, kernels, physical_devices(step.mesh, slices), trips, untaken, cycles)
+    lines = step_lines(module, chip, kernels, physical_devices(step.mesh, slices), trips, untaken, cycles=cycles)
     pairs = useful_flops.mean_pairs(segment_ids(length, packing.mean_document), packing.block_size, halves)
     useful = useful_flops.useful_flops(step.model, rows, length, halves, pairs)
     memory = memory_of(compiled, module, step.state.params, chip.devices)
