@@ -50,6 +50,7 @@ _EXPERTS_DTYPE = flags.DEFINE_enum(
 _SAVE = flags.DEFINE_string("save", None, "File for the compiled step: --config.compiled_step=FILE of the trainer.")
 _JSON = flags.DEFINE_string("json", None, "File for all numbers, every operation included.")
 _OF_A_STEP = (_HALVES, _DOCUMENTS, _BLOCK_SIZE, _BUSIEST, _SAVE)
+_NOT_OF_RL = (_HALVES, _DOCUMENTS, _BLOCK_SIZE, _SAVE)
 _OF_DECODING = (_ROWS, _CANVAS, _FILLED, _PREFILL, _MESH, _EXPERTS_DTYPE)
 
 
@@ -109,6 +110,7 @@ def _rehearse(dumps: Path) -> None:
     from llada_jax.pod.decoding.rehearse_decode import rehearse_decode
     from llada_jax.pod.lower import DoesNotFit, Slices
     from llada_jax.pod.rehearse import Packing, rehearse
+    from llada_jax.pod.reinforcement.rehearse_rl import rehearse_rl
 
     slices = Slices(parse_topology(_TOPOLOGY.value), _SLICES.value)
     packing = Packing(_DOCUMENTS.value, _BLOCK_SIZE.value, _BUSIEST.value)
@@ -116,21 +118,27 @@ def _rehearse(dumps: Path) -> None:
         if _DECODE.value:
             sizes = _ROWS.value, _CANVAS.value, _FILLED.value
             how = dict(chunk=_PREFILL.value, int8_experts=_EXPERTS_DTYPE.value == "int8")
-            result = rehearse_decode(resolved(_CONFIG), slices, *sizes, dumps, **how)
+            result, describe = (
+                rehearse_decode(resolved(_CONFIG), slices, *sizes, dumps, **how),
+                report.describe_decoding,
+            )
+        elif resolved(_CONFIG).rl.enabled:
+            result, describe = rehearse_rl(resolved(_CONFIG), slices, _BUSIEST.value, dumps), report.describe_rl
         else:
+            describe = report.describe_step
             result = rehearse(resolved(_CONFIG), slices, packing, _HALVES.value, _SAVE.value, dumps)
     except DoesNotFit as error:
         if _JSON.value:
             capacity = slices.topology.chip.hbm_bytes
             _write({"fits": False, "hbm_bytes": error.hbm_bytes, "hbm_capacity_bytes": capacity, "chips": slices.chips})
         sys.exit(report.does_not_fit(error.hbm_bytes, slices))
-    print(report.describe_decoding(result) if _DECODE.value else report.describe_step(result))
+    print(describe(result))
     for line in sorted(result.lines, key=lambda line: -line.seconds)[: _OPERATIONS.value]:
         print(f"{line.seconds * 1e3:9.3f} ms {line.part:11} {line.runs:6g} x {line.name:44.44} {line.scope[-60:]}")
     if _JSON.value:
         _write(result.to_json())
     if not result.fits:
-        sys.exit(report.does_not_fit(result.memory.total, slices))
+        sys.exit(report.does_not_fit(result.to_json()["hbm_bytes"], slices))
 
 
 def _check_flags() -> None:
@@ -140,6 +148,9 @@ def _check_flags() -> None:
             raise InputError(
                 f"--{flag.name}: {'of a training step, not of' if _DECODE.value else 'only with'} --decode; see --help"
             )
+    for flag in _NOT_OF_RL if resolved(_CONFIG).rl.enabled else ():
+        if flag.present:
+            raise InputError(f"--{flag.name}: not of reinforcement learning (config.rl.enabled); see --help")
     for flag in (_SAVE, _JSON):
         if flag.value and not Path(flag.value).absolute().parent.is_dir():
             raise InputError(f"--{flag.name}={flag.value}: no such folder")

@@ -49,12 +49,16 @@ def mean_pairs(segment_ids: np.ndarray, block_size: int, halves: str, block_orig
     return float((block_end - start).sum()) * (2 if halves == "both" else 1) / rows
 
 
-def useful_flops(config: ModelConfig, rows: int, length: int, halves: str, pairs_per_row: float) -> float:
-    """Returns the useful FLOPs of a training step over `rows` rows of `length` tokens; halves as in schedule.Phase."""
+def useful_flops(
+    config: ModelConfig, rows: int, length: int, halves: str, pairs_per_row: float, scored_share: float = MASKED_SHARE
+) -> float:
+    """Returns the useful FLOPs of a training step over `rows` rows of `length` tokens; halves as in schedule.Phase.
+    scored_share: of the tokens, those that the head scores in a pass with noisy tokens.
+    """
     positions = length * (2 if halves == "both" else 1)
     weights = layer_weights(config)
     matmul = 2 * positions * sum(weights[group] * len(layers) for group, layers in config.layer_groups.items())
     attention = 4 * config.num_heads * config.head_dim * pairs_per_row * config.num_layers
-    scored = length * (1.0 if halves == "clean" else MASKED_SHARE)
+    scored = length * (1.0 if halves == "clean" else scored_share)
     head = 2 * config.hidden_size * config.vocab_size * scored
     return 3.0 * rows * (matmul + attention + head)

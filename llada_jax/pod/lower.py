@@ -8,9 +8,11 @@ import contextlib
 import dataclasses
 import re
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
@@ -28,8 +30,17 @@ from llada_jax.pod.packings import LENGTHS, LONG_LENGTHS
 from llada_jax.pod.topology import slice_devices
 from llada_jax.runtime.xla_options import xla_options
 from llada_jax.training import run_model, train_state
-from llada_jax.training.config import check, check_rows, execution, extended, phases, skips_steps
+from llada_jax.training.config import (
+    check,
+    check_rows,
+    execution,
+    extended,
+    phases,
+    skips_steps,
+    updates_per_step,
+)
 from llada_jax.training.optimizer import make_optimizer
+from llada_jax.training.sections import FROM_CHECKPOINT
 from llada_jax.training.step import make_train_step
 from llada_jax.training.supervised import train_loss
 
@@ -71,9 +82,23 @@ class LoweredStep:
     halves: str
 
 
-def lower_step(config: ConfigDict, slices: Slices, halves: str) -> LoweredStep:
-    """Traces the trainer's step over the mesh of config.mesh. Raises InputError if the config is refused."""
-    check(config)
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What the programs of a run are lowered from. state, frozen: abstract, with shardings; frozen: the weights that do
+    not train, None where there are none.
+    """
+
+    mesh: jax.sharding.Mesh
+    model: ModelConfig
+    trained: ModelConfig | Lora
+    optimizer: optax.GradientTransformation
+    state: train_state.TrainState
+    frozen: dict | None
+    execution: Execution
+
+
+def abstract_run(config: ConfigDict, slices: Slices) -> Run:
+    """The run of a checked config, over the mesh of config.mesh. Raises InputError if it has no estimate."""
     on_tpu = execution(config, platform="tpu")
     if on_tpu.attention == "blockwise":  # its trip counts depend on the rows' documents
         raise InputError("config.execution.attention='blockwise': no estimate, expected 'kernel', 'dense' or 'auto'")
@@ -86,26 +111,37 @@ def lower_step(config: ConfigDict, slices: Slices, halves: str) -> LoweredStep:
     trained = Lora(model, config.lora.rank, config.lora.alpha, config.lora.targets) if config.lora.rank else model
     check_rows(config, mesh)
     with jax.set_mesh(mesh):
-        optimizer = make_optimizer(config.optimizer, trained, schedule.total_steps(phases(config)))
+        optimizer = make_optimizer(
+            config.optimizer, trained, schedule.total_steps(phases(config)) * updates_per_step(config)
+        )
         state = with_shardings(
             train_state.abstract(trained, optimizer), lambda x: train_state.shardings(x, trained, mesh)
         )
         frozen = None
-        if config.lora.rank or (config.preference.enabled and config.preference.reference == "frozen"):
+        compared = config.preference.enabled and config.preference.reference == "frozen"
+        if config.lora.rank or compared or (config.rl.enabled and config.rl.kl_weight):
             dtype = jnp.bfloat16 if config.lora.rank else jnp.float32
             axes = parameters.logical_axes(model)
             frozen = with_shardings(parameters.abstract(model, dtype), lambda x: sharding.shardings(x, axes, mesh))
-        loss = train_loss(config, model, on_tpu)
+    return Run(mesh, model, trained, optimizer, state, frozen, on_tpu)
+
+
+def lower_step(config: ConfigDict, slices: Slices, halves: str) -> LoweredStep:
+    """Traces the trainer's step over the mesh of config.mesh. Raises InputError if the config is refused."""
+    check(config)
+    run = abstract_run(config, slices)
+    with jax.set_mesh(run.mesh):
+        loss = train_loss(config, run.model, run.execution)
         guard = skips_steps(config)
         step = make_train_step(
-            trained, loss, optimizer, config.batch.micro_batches, config.optimizer.expert_bias_rate,
+            run.trained, loss, run.optimizer, config.batch.micro_batches, config.optimizer.expert_bias_rate,
             xla_options("tpu"), guard,
         )  # fmt: skip
-        replicated = NamedSharding(mesh, PartitionSpec())
+        replicated = NamedSharding(run.mesh, PartitionSpec())
         dtypes = (jnp.int32, jnp.float32, *[jnp.float32] * guard)
         scalars = [jax.ShapeDtypeStruct((), dtype, sharding=replicated) for dtype in dtypes]
-        lowered = step.lower(state, frozen, _batch(config, mesh), *scalars, halves)
-    return LoweredStep(lowered, mesh, state, model, trained, halves)
+        lowered = step.lower(run.state, run.frozen, _batch(config, run.mesh), *scalars, halves)
+    return LoweredStep(lowered, run.mesh, run.state, run.model, run.trained, halves)
 
 
 @contextlib.contextmanager
@@ -133,6 +169,17 @@ def compile_step(lowered: jax.stages.Lowered, mesh, slices: Slices):
         raise
 
 
+def nothing_to_read(config: ConfigDict) -> ConfigDict:
+    """The config as a rehearsal takes it: it opens no checkpoint of a preset's weights and asks no questions, so that a
+    run of reinforcement learning need not name them.
+    """
+    if not config.rl.enabled or config.model in FROM_CHECKPOINT:
+        return config
+    config = config.copy_and_resolve_references()
+    config.init_from, config.rl.questions = config.init_from or "any", config.rl.questions or "any"
+    return config
+
+
 def check_experts(execution: Execution, model: ModelConfig) -> None:
     """Raises InputError on experts in plain XLA, whose trip counts depend on the routing."""
     if model.is_moe and execution.experts != "megablox":
@@ -153,13 +200,14 @@ def with_shardings(abstract, shardings_of):
     )
 
 
-def _batch(config: ConfigDict, mesh) -> Batch | tuple:
-    rows, length = config.batch.rows, config.data.length
+def abstract_rows(rows: int, mesh) -> Callable[..., jax.ShapeDtypeStruct]:
+    """array(dtype, *shape): an abstract array [rows, *shape], whose rows are shared out over the mesh."""
     layout = NamedSharding(mesh, PartitionSpec(sharding.spec(("batch",), (rows,), mesh)[0]))
+    return lambda dtype, *shape: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=layout)
 
-    def array(dtype, *shape):
-        return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=layout)
 
+def _batch(config: ConfigDict, mesh) -> Batch | tuple:
+    array, length = abstract_rows(config.batch.rows, mesh), config.data.length
     tokens, ids = array(jnp.int32, length), array(jnp.uint32)
     batch = Batch(tokens, tokens, array(jnp.bool_, length), ids, ids)
     if config.preference.enabled and config.preference.reference == "precomputed":

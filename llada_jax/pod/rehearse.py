@@ -158,27 +158,47 @@ def rehearse(
     """
     if packing.mean_document not in MEANS:
         raise InputError(f"--mean_document={packing.mean_document}, expected one of {', '.join(map(str, MEANS))}")
-    if not 1 <= packing.busiest < math.inf:
-        raise InputError(f"--busiest={packing.busiest}, expected at least 1, which is balanced")
+    check_balance(packing)
     check(config)
     config = run_model.fitted(config)
     step = lower_step(config, slices, halves)
     compiled, compile_seconds = compile_step(step.lowered, step.mesh, slices)
     if save:
         compiled_step.save(save, compiled, compiled_step.identity(config, step.trained, step.mesh, halves))
+    scored = 1.0 if halves == "clean" else useful_flops.MASKED_SHARE
+    rows, length = config.batch.rows, config.data.length
+    useful = useful_flops.useful_flops(step.model, rows, length, halves, mean_pairs(length, packing, halves))
+    return estimate(config, step, compiled, compile_seconds, slices, packing, scored, useful, dumps)
+
+
+def estimate(
+    config: ConfigDict, step: LoweredStep, compiled, compile_seconds: float, slices: Slices, packing: Packing,
+    scored: float, useful: float, dumps: Path | None,
+) -> Rehearsal:  # fmt: skip
+    """Of a compiled program of passes over config.batch.rows rows, in config.batch.micro_batches.
+
+    scored: the share of a row's tokens that the head scores in each pass. useful: FLOPs of all chips.
+    """
     module = hlo.parse(compiled.as_text())
     rows, length = config.batch.rows, config.data.length
     kernels = _kernels(config, step, slices, packing)
-    scored = 1.0 if halves == "clean" else useful_flops.MASKED_SHARE
     trips = {"head": math.ceil(scored * _rows(config, step.mesh) * length / head.CHUNK)}
     untaken = [context.CROSSING] if _blocks_lie_in_stripes(config, step.mesh, packing) else []
     chip = slices.topology.chip
     cycles = aot.operation_cycles(module, dumps, chip) if dumps else {}
     lines = step_lines(module, chip, kernels, physical_devices(step.mesh, slices), trips, untaken, cycles=cycles)
-    pairs = useful_flops.mean_pairs(segment_ids(length, packing.mean_document), packing.block_size, halves)
-    useful = useful_flops.useful_flops(step.model, rows, length, halves, pairs)
     memory = memory_of(compiled, module, step.state.params, chip.devices)
     return Rehearsal(lines, memory, useful, compile_seconds, slices, rows, length)
+
+
+def check_balance(packing: Packing) -> None:
+    if not 1 <= packing.busiest < math.inf:
+        raise InputError(f"--busiest={packing.busiest}, expected at least 1, which is balanced")
+
+
+def mean_pairs(length: int, packing: Packing, halves: str) -> float:
+    """Query-key pairs of a row in a pass."""
+    return useful_flops.mean_pairs(segment_ids(length, packing.mean_document), packing.block_size, halves)
 
 
 def _blocks_lie_in_stripes(config: ConfigDict, mesh, packing: Packing) -> bool:

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from llada_jax.pod.decoding.rehearse_decode import DecodeRehearsal
 from llada_jax.pod.rehearse import Rehearsal, Slices
+from llada_jax.pod.reinforcement.rehearse_rl import RLRehearsal
 from llada_jax.pod.step_cost import PARTS
+from llada_jax.sampling.meshes import name_of
 
 _GIB = 2**30
 _CALIBRATION = Path(__file__).with_name("calibration.json")  # of experiments/calibration/report.py
@@ -61,6 +63,39 @@ def describe_decoding(result: DecodeRehearsal) -> str:
         f"{result.roofline.bound(chip)}-bound, {floor * 1e3:.2f} ms if every chip ran at its peaks; {speed}",
         f"{band(chip.name)}; no pass of decoding is among them",
     ])  # fmt: skip
+
+
+def describe_rl(result: RLRehearsal) -> str:
+    """The table that tools/rehearse.py prints of a step of reinforcement learning."""
+    chip, decoding, learned = result.slices.topology.chip, result.decoding, result.update
+    hbm, memory, pass_seconds = result.hbm_bytes, decoding.memory, sum(decoding.seconds.values())
+    share = result.answers // result.hosts
+    mesh = name_of(result.mesh)
+    return "\n".join([
+        f"compiled in {result.compile_seconds:.0f} s for {_name(result.slices)}, {result.slices.chips} chips; "
+        "all that follows is compiler-estimated",
+        f"memory of a chip, GiB: training state {result.state_bytes / _GIB:.2f}; beside it while answers are decoded: "
+        f"weights {memory.parameters / _GIB:.2f}, caches {memory.optimizer / _GIB:.2f}, temporaries "
+        f"{(memory.activations + memory.temporaries) / _GIB:.2f}",
+        f"  in all: answers {hbm['answers'] / _GIB:.2f}, scores {hbm['scores'] / _GIB:.2f}, update "
+        f"{hbm['update'] / _GIB:.2f}: at most {max(hbm.values()) / _GIB:.2f} of {chip.hbm_bytes / _GIB:.0f}",
+        f"answers: {share} on each of {result.hosts} hosts ({mesh}), {decoding.rows} together; a pass takes "
+        f"{pass_seconds * 1e3:.2f} ms, {decoding.roofline.bound(chip)}-bound, with {decoding.filled} cached positions "
+        "per row",
+        "  ms by part: " + ", ".join(f"{part} {decoding.seconds[part] * 1e3:.2f}" for part in PARTS),
+        f"scores of {learned.rows} answers, {result.copies} copies of each: {_seconds(result.score)}",
+        f"an update by {learned.rows} answers, {result.copies} copies of each: {_seconds(learned)}",
+        f"  {result.updates} of them in a step",
+        band(chip.name) + "; no step of reinforcement learning is among them",
+    ])  # fmt: skip
+
+
+def _seconds(result: Rehearsal) -> str:
+    parts = ", ".join(f"{part} {seconds:.4f}" for part, seconds in result.seconds.items())
+    return (
+        f"{sum(result.seconds.values()):.4f} s, MFU {result.serial_mfu:.1%}\n"
+        f"  {parts} (and {result.hidden:.4f} hidden behind arithmetic)"
+    )
 
 
 def band(chip: str) -> str:

@@ -2,13 +2,15 @@
 
 Training shares its weights out over all devices of all processes. A process decodes by itself, its own rows at its own
 pace, over the mesh that `generate` takes by default (sampling/meshes.py). So the weights of training are laid out once
-more: shared out over the devices of each process, and the same on every process.
+more: shared out over the devices of each process, and the same on every process. They are then in the dtype of the
+passes, without which decoding's kernels do not run (attention/decoding/layer.py, experts.stacks_in_place).
 """
 
 import contextlib
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -17,6 +19,8 @@ from llada_jax.model import parameters
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.lora import Lora
 from llada_jax.sampling import meshes
+
+_IN_FLOAT32 = ("router", "expert_bias")  # in passes of any dtype (model/router.py)
 
 
 def decoding_mesh(model: ModelConfig, rows: int) -> Mesh:
@@ -35,11 +39,13 @@ def logical_axes(trained: ModelConfig | Lora) -> dict:
 
 
 @contextlib.contextmanager
-def on_own_devices(params, axes: dict, mesh: Mesh) -> Iterator[dict]:
+def on_own_devices(params, axes: dict, mesh: Mesh, dtype: str | None = None) -> Iterator[dict]:
     """Yields `params` on `mesh`, of this process's devices, and puts that mesh in force. axes: their logical axes.
+    dtype: of the passes; None: the weights stay as they are.
 
     Every process makes this call. The weights are to be dropped before those of training are donated.
     """
+    params = params if dtype is None else in_dtype(params, jnp.dtype(dtype))
     specs = jax.tree.map(lambda x, names: sharding.spec(names, x.shape, mesh), params, axes)
     if jax.process_count() == 1:
         laid_out = jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), params, specs)
@@ -47,6 +53,16 @@ def on_own_devices(params, axes: dict, mesh: Mesh) -> Iterator[dict]:
         laid_out = _from_all_processes(params, specs, mesh)
     with jax.set_mesh(mesh):
         yield laid_out
+
+
+def in_dtype(params, dtype) -> dict:
+    """The weights as a pass in `dtype` uses them: it would cast each of those that are wider itself."""
+
+    def cast(path, x):
+        wider = x.dtype.itemsize > dtype.itemsize and path[-1].key not in _IN_FLOAT32
+        return x.astype(dtype) if wider else x
+
+    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def _from_all_processes(params, specs, mesh: Mesh):

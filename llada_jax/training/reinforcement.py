@@ -27,6 +27,8 @@ from llada_jax.errors import InputError
 from llada_jax.evaluation.report import mean_error, with_error
 from llada_jax.evaluation.tasks import answer_questions
 from llada_jax.model import parameters
+from llada_jax.model.config import ModelConfig
+from llada_jax.model.lora import Lora
 from llada_jax.monitoring.metrics import MetricsWriter
 from llada_jax.reinforcement import scoring
 from llada_jax.reinforcement.copies import Copies, elbo_copies, trajectory_copies
@@ -169,7 +171,7 @@ class Reinforcement:
         """A context of weights to decode with."""
         share = self.config.batch.rows // jax.process_count()
         mesh = decoding_mesh(self.inputs.model, min(self.config.rl.rows, share))
-        return on_own_devices(params, logical_axes(self.inputs.trained), mesh)
+        return on_own_devices(params, logical_axes(self.inputs.trained), mesh, self.config.execution.dtype)
 
     def _rewards(self, step: int, numbers: np.ndarray, answers: Rollouts) -> tuple[np.ndarray, dict]:
         """(float64 [answers], metrics): the same on every process, as process 0 alone runs the rewards."""
@@ -264,7 +266,7 @@ class Reinforcement:
 
     @functools.cached_property
     def _programs(self) -> "Programs":
-        return programs(self.config, self.inputs, self.optimizer)
+        return programs(self.config, self.inputs.model, self.inputs.trained, self.optimizer)
 
     def evaluate(self, params, writer: MetricsWriter, step: int) -> None:
         """Answers the held-out questions greedily. Nothing ranks the checkpoints of such a run."""
@@ -308,13 +310,15 @@ class Programs(NamedTuple):
     update: object
 
 
-def programs(config: TrainConfig, inputs: Inputs, optimizer) -> Programs:
-    loss, model, trained = policy_loss(config), inputs.model, inputs.trained
+def programs(
+    config: TrainConfig, model: ModelConfig, trained: ModelConfig | Lora, optimizer, platform: str | None = None
+) -> Programs:
+    """platform: that they are compiled for, by default the one at hand."""
+    loss, on = policy_loss(config), execution(config, platform)
     answers = config.batch.rows // config.rl.updates  # of an update
-    options = xla_options(jax.default_backend())
-    options = None if options is None else dict(options)
+    jit = functools.partial(jax.jit, compiler_options=xla_options(platform or jax.default_backend()))
     temperature = config.rl.temperature if loss.estimator == "trajectory" else 1.0
-    how = Scoring(model, config.schedule.block_size, temperature, execution(config), config.batch.micro_batches)
+    how = Scoring(model, config.schedule.block_size, temperature, on, config.batch.micro_batches)
     # dInfer's confidence is that of softmax(logits) at any temperature (sampling/predict.py).
     seen = dataclasses.replace(how, temperature=1.0 if config.rl.rule == "dinfer" else config.rl.temperature)
     seen = dataclasses.replace(seen, micro_batches=1)
@@ -331,8 +335,8 @@ def programs(config: TrainConfig, inputs: Inputs, optimizer) -> Programs:
 
     score = scoring.elbo if loss.estimator == "elbo" else scoring.scores
     return Programs(
-        score=jax.jit(lambda params, rows: score(params, how, rows)),
-        drift=jax.jit(lambda params, rows, confidence: scoring.drift(params, seen, rows, confidence)),
-        mean_entropy=jax.jit(lambda params, rows: scoring.mean_entropy(params, how, rows)),
-        update=jax.jit(update, donate_argnums=0, compiler_options=options),
+        score=jit(lambda params, rows: score(params, how, rows)),
+        drift=jit(lambda params, rows, confidence: scoring.drift(params, seen, rows, confidence)),
+        mean_entropy=jit(lambda params, rows: scoring.mean_entropy(params, how, rows)),
+        update=jit(update, donate_argnums=0),
     )

@@ -8,6 +8,7 @@ of a prompt. Compiler-estimated, not measured.
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -24,7 +25,7 @@ from llada_jax.model.config import ModelConfig
 from llada_jax.model.parameters import join_abstract
 from llada_jax.pod import aot, hlo, operations, routing_cost
 from llada_jax.pod.decoding import cached_attention_cost, fused_experts_cost, prefix_cost, projections_cost
-from llada_jax.pod.lower import Slices, check_experts, compile_step, model_of, with_shardings
+from llada_jax.pod.lower import Slices, check_experts, compile_step, model_of, nothing_to_read, with_shardings
 from llada_jax.pod.rehearse import Memory, memory_of, physical_devices
 from llada_jax.pod.step_cost import Line, part_seconds, step_lines
 from llada_jax.pod.topology import slice_devices
@@ -94,15 +95,17 @@ class DecodeRehearsal:
 
 def rehearse_decode(
     config: ConfigDict, slices: Slices, rows: int, canvas: int, filled: int, dumps: Path | None = None,
-    chunk: int | None = None, int8_experts: bool = False,
+    chunk: int | None = None, int8_experts: bool = False, how: Mapping[str, object] = {},
 ) -> DecodeRehearsal:  # fmt: skip
     """Compiles a decoding pass of the config's model for `slices` and estimates its memory and time.
 
     rows: of the batch, over all chips. canvas: the most positions per request; filled: how many of them are in the
     caches. chunk: instead, the pass that computes so many tokens of a prompt, in one row of each part of the batch.
-    Weights and caches are bfloat16, with int8_experts routed experts are int8 (sampling/quantize.py). dumps: as in
-    pod/rehearse.rehearse. Raises InputError on bad input, and DoesNotFit as pod/rehearse.rehearse.
+    Weights and caches are bfloat16, with int8_experts routed experts are int8 (sampling/quantize.py). how: fields of
+    DecodeSettings, such as its rule. dumps: as in pod/rehearse.rehearse. Raises InputError on bad input, and DoesNotFit
+    as pod/rehearse.rehearse.
     """
+    config = nothing_to_read(config)
     check(config)
     config = run_model.fitted(config)
     on_tpu = dataclasses.replace(execution(config, platform="tpu"), dtype="bfloat16", remat="none")
@@ -120,7 +123,8 @@ def rehearse_decode(
     if rows % groups and rows > groups:
         raise InputError(f"--rows={rows} cannot be shared by {mesh.size} devices")
     model = model_of(config)
-    decoding = DecodeSettings(model.mask_token_id, block_length=block, prefill_chunk=chunk or block, execution=on_tpu)
+    how = dict(block_length=block, prefill_chunk=chunk or block, execution=on_tpu) | dict(how)
+    decoding = DecodeSettings(model.mask_token_id, **how)
     params, state = _arguments(model, decoding, rows, canvas, mesh, int8_experts)
     with jax.set_mesh(mesh):
         parts = sharding.num_parts("batch", rows)
