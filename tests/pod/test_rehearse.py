@@ -123,6 +123,7 @@ def test_a_step_that_does_not_fit_exits_1_and_says_what_to_change(tmp_path, case
 SMALL = ["--config=configs/wsd.py:smollm2_135m,length=2048", "--topology=v5p:2x2x1"]
 MOE = ["--config=configs/wsd.py:tiny_moe", "--topology=v6e:2x2", "--config.data.length=2048"]
 MINI = ["--config=configs/wsd.py:llada2_mini"]
+RL = ["--config=configs/rl.py:smollm2_135m,length=2048", "--topology=v5p:2x2x1"]
 REFUSED = {  # before anything is compiled
     "no such slice": [*MINI, "--topology=v5p:3x3x3"],
     "--topology=CHIP:SHAPE are required": MINI,
@@ -140,10 +141,13 @@ REFUSED = {  # before anything is compiled
         *MOE, "--config.execution.attention=dense", "--config.execution.experts=xla",
     ],
     "experts='xla': no estimate": [*MOE, "--decode", "--config.execution.experts=xla"],
-    "--rows: only with --decode": [*SMALL, "--rows=4"],
+    "--filled: only with --decode": [*SMALL, "--filled=4"],
     "--canvas: only with --decode": [*SMALL, "--canvas=256"],
     "--halves: of a training step, not of --decode": [*SMALL, "--decode", "--halves=clean"],
     "--save: of a training step": [*SMALL, "--decode", "--save=x"],
+    "--halves: not of reinforcement learning": [*RL, "--halves=clean"],
+    "--rows: only with --decode": [*RL, "--rows=4"],
+    "config.batch.rows=64 cannot be shared by 128 hosts": [*RL, "--topology=v5p:8x8x8"],
     "--json=/nowhere/x.json: no such folder": [*SMALL, "--json=/nowhere/x.json"],
     "--save=/nowhere/step: no such folder": [*SMALL, "--save=/nowhere/step"],
     "--busiest=nan": [*SMALL, "--busiest=nan"],
