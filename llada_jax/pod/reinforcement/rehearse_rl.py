@@ -178,22 +178,26 @@ def _decoding(config: ConfigDict, host: Slices, hosts: int, mesh: dict[str, int]
     return result
 
 
-def _learning(
-    name: str, config: ConfigDict, run: Run, slices: Slices, packing: Packing, copies: int, dumps: Path | None
-) -> Rehearsal:
-    """name: of one of training.reinforcement.Programs. config: of one update."""
-    params = run.state.params
+def lower_program(name: str, config: ConfigDict, run: Run, copies: int) -> LoweredStep:
+    """Traces "score" or "update" of training.reinforcement.Programs. config: of one update."""
+    state = run.state
     with jax.set_mesh(run.mesh):
         made = programs(config, run.model, run.trained, run.optimizer, "tpu")
         if name == "update":
-            lowered = made.update.lower(run.state, run.frozen, _rows(config, run.mesh, copies, answered=True))
+            lowered = made.update.lower(state, run.frozen, _rows(config, run.mesh, copies, answered=True))
         else:
             axes = logical_axes(run.trained)
-            params = jax.eval_shape(lambda params, frozen: whole(params, frozen, run.trained), params, run.frozen)
+            params = jax.eval_shape(lambda params, frozen: whole(params, frozen, run.trained), state.params, run.frozen)
             params = with_shardings(params, lambda x: sharding.shardings(x, axes, run.mesh))
-            lowered = made.score.lower(params, _rows(config, run.mesh, copies))
-    step = LoweredStep(lowered, run.mesh, run.state.replace(params=params), run.model, run.trained, "both")
-    compiled, seconds = compile_step(lowered, run.mesh, slices)
+            lowered, state = made.score.lower(params, _rows(config, run.mesh, copies)), state.replace(params=params)
+    return LoweredStep(lowered, run.mesh, state, run.model, run.trained, "both")
+
+
+def _learning(
+    name: str, config: ConfigDict, run: Run, slices: Slices, packing: Packing, copies: int, dumps: Path | None
+) -> Rehearsal:
+    step = lower_program(name, config, run, copies)
+    compiled, seconds = compile_step(step.lowered, run.mesh, slices)
     length = config.data.length
     # A mask covers half of an answer; the tokens of a trajectory are each scored once.
     scored = config.rl.gen_length / length * (0.5 if config.rl.estimator == "elbo" else 1 / copies)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from llada_jax.chips import parse_topology
@@ -13,7 +14,8 @@ from llada_jax.model import parameters
 from llada_jax.model.config import PRESETS, ModelConfig, preset
 from llada_jax.pod import report
 from llada_jax.pod.lower import Slices, abstract_run, nothing_to_read
-from llada_jax.pod.reinforcement.rehearse_rl import _decoding_mesh, host_of, num_copies, rehearse_rl
+from llada_jax.pod.reinforcement.rehearse_rl import _decoding_mesh, host_of, lower_program, num_copies, rehearse_rl
+from llada_jax.reinforcement.scoring import ScoredRows
 from llada_jax.training import stages
 from tests.helpers.environment import process_environment
 
@@ -82,6 +84,7 @@ def test_what_is_in_memory_together_adds_up(elbo):
     assert f"at most {values['hbm_bytes'] / 2**30:.2f} of 95" in text and "compiler-estimated" in text
 
 
+@pytest.mark.soak
 def test_every_copy_is_one_pass_of_the_scores_and_more_of_the_update(elbo, trajectory):
     _, values = elbo
     flops = values["score"]["flops"] / (ROWS * COPIES)
@@ -94,6 +97,7 @@ def test_every_copy_is_one_pass_of_the_scores_and_more_of_the_update(elbo, traje
     assert 0 < values["update"]["serial_mfu"] < 1
 
 
+@pytest.mark.soak
 def test_words_and_numbers(elbo, trajectory):
     text = report.describe_rl(trajectory)
     assert "an update by 4 answers, 8 copies of each" in text and "6 of them in a step" in text
@@ -104,13 +108,23 @@ def test_words_and_numbers(elbo, trajectory):
     )
 
 
-@pytest.mark.parametrize("changes", [{"rl__kl_weight": 0.1}, {"lora__rank": 4, "lora__targets": ("query",)}, {}])
+ADAPTERS = {"lora__rank": 4, "lora__targets": ("query",)}
+
+
+@pytest.mark.parametrize("changes", [{"rl__kl_weight": 0.1, "rl__estimator": "trajectory"}, ADAPTERS, {}])
 def test_a_reference_or_a_base_is_held_beside_the_state(changes):
-    config = config_of()
+    config = config_of(rl__estimator=changes.get("rl__estimator", "elbo"), execution__attention="dense")
     with config.unlocked():
         config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
     run = abstract_run(nothing_to_read(config), SLICES)
     assert (run.frozen is not None) == bool(changes)
+    for name in ("score", "update"):
+        step = lower_program(name, config, run, num_copies(config))
+        *_, rows = jax.tree.leaves(step.lowered.args_info, is_leaf=lambda x: isinstance(x, ScoredRows))
+        assert rows.hidden.shape == rows.weights.shape == (ROWS, num_copies(config), LENGTH)
+        of_a_score = (ROWS,) if config.rl.estimator == "elbo" else rows.hidden.shape
+        assert name == "score" or rows.old.shape == of_a_score
+        assert (rows.reference is not None) == (name == "update" and "rl__kl_weight" in changes)
 
 
 @pytest.mark.parametrize(
