@@ -67,6 +67,7 @@ def step_lines(
     devices: Devices | None = None,
     trips: Mapping[str, float] | None = None,
     untaken: Collection[str] = (),
+    *,
     parts: Mapping[str, str] | None = None,
     cycles: Mapping[str, float] | None = None,
 ) -> list[Line]:
