@@ -7,6 +7,7 @@ passes, without which decoding's kernels do not run (attention/decoding/layer.py
 """
 
 import contextlib
+import math
 from collections.abc import Iterator
 
 import jax
@@ -15,6 +16,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llada_jax import sharding
+from llada_jax.errors import InputError
 from llada_jax.model import parameters
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.lora import Lora
@@ -24,10 +26,15 @@ _IN_FLOAT32 = ("router", "expert_bias")  # in passes of any dtype (model/router.
 
 
 def decoding_mesh(model: ModelConfig, rows: int) -> Mesh:
-    """Over the devices of this process, for `rows` answers decoded together."""
+    """Over the devices of this process, for `rows` answers decoded together. Raises InputError if they do not fit all
+    of these.
+    """
     devices = jax.local_devices()
     memory = (devices[0].memory_stats() or {}).get("bytes_limit")
-    return sharding.make_mesh(**{"data": 1} | meshes.default(model, len(devices), rows, memory), devices=devices)
+    sizes = {"data": 1} | meshes.default(model, len(devices), rows, memory)
+    if math.prod(sizes.values()) != len(devices):
+        raise InputError(f"{rows} answers decoded together (rl.rows, batch.rows) do not fit {len(devices)} devices")
+    return sharding.make_mesh(**sizes, devices=devices)
 
 
 def logical_axes(trained: ModelConfig | Lora) -> dict:

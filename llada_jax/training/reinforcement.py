@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import optax
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from llada_jax import sharding
 from llada_jax.diffusion.schedule import Phase
@@ -67,23 +67,32 @@ class Weights(NamedTuple):
 
 @contextlib.contextmanager
 def reinforcement(config, inputs, reference, optimizer, batch_sharding, stop, workdir) -> Iterator["Reinforcement"]:
-    """Yields the work of a run, with its pool of rewards open on process 0."""
+    """Yields the work of a run, with its pool of rewards open on process 0. Raises InputError where answers cannot be
+    shared out, or there is no such reward.
+    """
     c, pool = config.rl, contextlib.nullcontext()
+    share, rest = divmod(config.batch.rows, jax.process_count())
+    if rest:
+        raise InputError(f"config.batch.rows={config.batch.rows} cannot be shared by {jax.process_count()} processes")
+    decoding = decoding_mesh(inputs.model, min(c.rows, share))
     if jax.process_index() == 0:
         pool = RewardPool(inputs.rows, c.reward, c.reward_seconds, c.reward_default, c.reward_workers)
     with pool as rewards:
-        yield Reinforcement(config, inputs, reference, optimizer, batch_sharding, rewards, stop, workdir)
+        yield Reinforcement(config, inputs, reference, optimizer, batch_sharding, decoding, rewards, stop, workdir)
 
 
 @dataclasses.dataclass(frozen=True)
 class Reinforcement:
-    """batch_sharding: of answers over the mesh of the updates. rewards: the open pool, on process 0."""
+    """batch_sharding: of answers over the mesh of the updates. decoding: the mesh of this process's devices. rewards:
+    the open pool, on process 0.
+    """
 
     config: TrainConfig
     inputs: Inputs
     reference: Reference
     optimizer: optax.GradientTransformation
     batch_sharding: NamedSharding
+    decoding: Mesh
     rewards: RewardPool | None
     stop: Stop
     workdir: Path
@@ -169,9 +178,8 @@ class Reinforcement:
 
     def _decoding(self, params):
         """A context of weights to decode with."""
-        share = self.config.batch.rows // jax.process_count()
-        mesh = decoding_mesh(self.inputs.model, min(self.config.rl.rows, share))
-        return on_own_devices(params, logical_axes(self.inputs.trained), mesh, self.config.execution.dtype)
+        axes = logical_axes(self.inputs.trained)
+        return on_own_devices(params, axes, self.decoding, self.config.execution.dtype)
 
     def _rewards(self, step: int, numbers: np.ndarray, answers: Rollouts) -> tuple[np.ndarray, dict]:
         """(float64 [answers], metrics): the same on every process, as process 0 alone runs the rewards."""
