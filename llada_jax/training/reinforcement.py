@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -199,7 +200,7 @@ class Reinforcement:
         spread = np.ptp(rewards.reshape(-1, self.config.rl.group), axis=1)
         return rewards, {
             "reward": mean,
-            "reward_stderr": 0.0 if error is None else error,
+            "reward_stderr": math.nan if error is None else error,
             "reward_faults": float(faults),
             "answer_tokens": float(tokens.mean()),
             "tokens_per_forward": float(tokens.sum() / max(answers.passes.sum(), 1)),
