@@ -23,7 +23,7 @@ ESTIMATORS = ("elbo", "trajectory")
 def get_config(estimator: str = "trajectory"):
     if estimator not in ESTIMATORS:
         raise InputError(f"config argument: {estimator!r}, expected one of {', '.join(ESTIMATORS)}")
-    config = stages.rl("init_from", length=LENGTH, steps=40)
+    config = stages.rl("init_from", length=LENGTH, steps=60)
     config.rl.estimator = estimator
     config.rl.questions = f"reasoning_gym:{task.NAME}"
     config.rl.settings = json.dumps(task.SETTINGS)
@@ -36,7 +36,7 @@ def get_config(estimator: str = "trajectory"):
     config.rl.drift_rows = 2
     config.batch.rows = 512  # 64 questions, as two groups in three have no signal
     config.schedule.block_size = BLOCK
-    config.optimizer.learning_rate = 2e-4
+    config.optimizer.learning_rate = 6e-5
     config.optimizer.warmup_steps = 10  # updates: Adam's first ones are as large as the rate, whatever the gradient
     config.execution.update(dtype="float32", attention="dense", remat="none")
     config.checkpoint.every_steps = 20

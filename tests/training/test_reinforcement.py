@@ -102,6 +102,17 @@ def test_a_run_updates_the_weights_by_the_rewards(whole, folder, estimator):
     assert len({answer["question"] for answer in answers[:4]}) == 1
 
 
+@pytest.mark.parametrize("estimator", ["elbo", "trajectory"])
+def test_rewards_rise(folder, tmp_path, estimator):
+    """From 0.44, the share of early letters in what random weights write, by a quarter of the way to 1 at least."""
+    config = config_of(
+        folder, rl__estimator=estimator, schedule__steps=10, batch__rows=32, rl__rows=32, rl__group=8,
+        rl__drift_rows=0, checkpoint__every_steps=10, evaluation__every_steps=10,
+    )  # fmt: skip
+    rewards = [row["reward"] for row in train(config, tmp_path / "run") if "reward" in row]
+    assert np.mean(rewards[:3]) < 0.5 and np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.14
+
+
 @pytest.mark.parametrize(
     "estimator, where",
     [
