@@ -416,9 +416,20 @@ _EVALUATION = _room(
 )  # fmt: skip
 
 _REWARDS, _QUESTIONS = "reinforcement/test_rewards.py", "reinforcement/test_questions.py"
+_POLICY = "reinforcement/test_policy.py"
 
 _REINFORCEMENT = _room(
     "reinforcement",
+    ("reinforcement/policy.py", "jnp.minimum(log_ratio, high)", "jnp.maximum(log_ratio, high)", _POLICY),
+    ("reinforcement/policy.py", "-jnp.minimum(ratio * advantage, cut)", "-cut", _POLICY),
+    ("reinforcement/policy.py", "rewards.shape[1] / (rewards.shape[1] - 1)", "1", _POLICY),
+    ("reinforcement/copies.py", "return Copies(hidden | (rollouts.in_replay & ~rollouts.in_answer), weights)",
+     "return Copies(hidden, weights)", _POLICY),
+    ("reinforcement/copies.py", "np.floor(level * sizes[cells]).astype(np.int64) + 1",
+     "np.floor(level * sizes[cells]).astype(np.int64)", _POLICY),
+    ("reinforcement/copies.py", "(written & (rounds >= index))", "(written & (rounds > index))", _POLICY),
+    ("reinforcement/scoring.py", "((logp * weights).sum(axis=1) * slope).sum()", "(logp * weights).sum()",
+     "reinforcement/test_scoring.py"),
     # A question that is held out is trained on.
     ("reinforcement/questions.py", "not in self._refused", "not in ()", _QUESTIONS),
     ("reinforcement/questions.py", "rows[: len(rows) - held_out]", "rows", _QUESTIONS),
