@@ -293,7 +293,8 @@ def _restore(config, workdir: Path, inputs: Inputs, optimizer, mesh) -> tuple[tr
     if "rows_per_step" not in host:  # a checkpoint from before that was kept
         before = weights.read_config(epath.Path(checkpoints(config, workdir)) / str(step))[1].get("config", {})
         host |= {"rows_per_step": before.get("batch", {}).get("rows", config.batch.rows)}
-    if config.preference.enabled and inputs.source.weights != (started := host.get("init_weights")):
+    compared = config.preference.enabled or (config.rl.enabled and config.rl.kl_weight)
+    if compared and inputs.source.weights != (started := host.get("init_weights")):
         raise InputError(
             f"config.init_from={config.init_from}: its weights are {inputs.source.weights}, but the reference of "
             f"{workdir} is {started}; name the step that the run started from"

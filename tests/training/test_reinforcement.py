@@ -200,6 +200,14 @@ def test_several_updates_reference_and_adapters(folder, tmp_path):
     assert model.config.vocab_size == MODEL.vocab_size
 
 
+def test_a_run_goes_on_with_the_reference_that_it_began_with(whole, folder, tmp_path):
+    config = config_of(folder, rl__kl_weight=0.1, schedule__steps=1)
+    train(config, tmp_path / "run")
+    config.init_from, config.schedule.steps = str(whole["elbo"][0]), 2
+    with pytest.raises(InputError, match="but the reference of"):
+        train(config, tmp_path / "run")
+
+
 @pytest.mark.parametrize("estimator", ["elbo", pytest.param("trajectory", marks=pytest.mark.soak)])
 def test_a_mesh_trains_as_one_device_does(whole, folder, tmp_path, estimator):
     config = config_of(folder, rl__estimator=estimator)
