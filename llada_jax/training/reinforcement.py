@@ -23,6 +23,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from llada_jax import sharding
+from llada_jax.checkpoint.weights import Model
 from llada_jax.diffusion.schedule import Phase
 from llada_jax.errors import InputError
 from llada_jax.evaluation.report import mean_error, with_error
@@ -56,14 +57,6 @@ class Asked(NamedTuple):
     """row_ids: numbers of a step's questions, one per answer."""
 
     row_ids: np.ndarray
-
-
-class Weights(NamedTuple):
-    """What evaluation.tasks needs of a model."""
-
-    params: dict
-    config: object
-    tokenizer: object
 
 
 @contextlib.contextmanager
@@ -281,7 +274,7 @@ class Reinforcement:
         """Answers the held-out questions greedily. Nothing ranks the checkpoints of such a run."""
         greedy = dataclasses.replace(self._settings, temperature=0.0)
         with self._decoding(params) as weights:
-            model = Weights(weights, self.inputs.model, self.inputs.tokenizer)
+            model = Model(self.inputs.model, weights, self.inputs.tokenizer, {})
             result, _ = answer_questions(model, self.inputs.held_out, greedy, self.config.rl.rows)
         row = {"step": step, "score": result.score, "score_stderr": result.score_stderr}
         row |= {"tokens_per_forward": result.tokens_per_forward, "scorer_errors": result.scorer_errors}
@@ -329,8 +322,8 @@ def programs(
     temperature = config.rl.temperature if loss.estimator == "trajectory" else 1.0
     how = Scoring(model, config.schedule.block_size, temperature, on, config.batch.micro_batches)
     # dInfer's confidence is that of softmax(logits) at any temperature (sampling/predict.py).
-    seen = dataclasses.replace(how, temperature=1.0 if config.rl.rule == "dinfer" else config.rl.temperature)
-    seen = dataclasses.replace(seen, micro_batches=1)
+    drawn_at = 1.0 if config.rl.rule == "dinfer" else config.rl.temperature
+    seen = dataclasses.replace(how, temperature=drawn_at, micro_batches=1)
 
     def update(state: TrainState, frozen, rows: ScoredRows):
         gradients, sums = scoring.policy_gradient(

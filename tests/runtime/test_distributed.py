@@ -21,6 +21,7 @@ from llada_jax.runtime import distributed, failure, global_arrays
 from tests.helpers import kill_loop, small_trainer
 from tests.helpers.kill_loop import metrics_of
 from tests.helpers.processes import ROOT, codes, run, small_run, start, text
+from tests.helpers.rl_inputs import write_rl_inputs
 
 MESHES = {  # processes x devices of each: the sizes of the mesh
     (1, 4): dict(fsdp=4),
@@ -273,20 +274,13 @@ def test_dpo_of_two_processes_is_that_of_one(small, tmp_path, rank):
 @pytest.mark.parametrize("estimator", ["elbo", "trajectory"])
 def test_reinforcement_learning_of_two_processes_is_that_of_one(tmp_path, estimator):
     """Each process decodes half of the answers, over its own four devices."""
-    model = small_trainer.MODEL
-    leaves = parameters.unstack(parameters.initialize(model, jax.random.key(0)), model)
-    tokenizer = byte_tokenizer(model.eos_token_id, model.mask_token_id)
-    arrays = ((name, np.asarray(leaf)) for name, leaf in leaves.items())
-    write_weights(tmp_path / "base", model, arrays, tokenizer.files, {})
-    rows = [{"prompt": "abcdefgh"[: 2 + i % 6] + str(i), "answer": "x"} for i in range(24)]
-    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     reward = "def early(question, answer):\n    return sum(letter < 'n' for letter in answer) / 12\n"
-    (tmp_path / "reward.py").write_text(reward)
+    write_rl_inputs(tmp_path, small_trainer.MODEL, reward)
     flags = [
         f"--config={ROOT}/configs/rl.py:init_from,length=32,steps=2",
         f"--config.init_from={tmp_path}/base",
         f"--config.rl.questions={tmp_path}/questions.jsonl",
-        f"--config.rl.reward={tmp_path}/reward.py:early",
+        f"--config.rl.reward={tmp_path}/rewards.py:early",
         f"--config.rl.estimator={estimator}",
         "--config.rl.held_out=4",
         "--config.rl.reward_workers=1",

@@ -7,13 +7,11 @@ import numpy as np
 import pytest
 
 import llada_jax
-from llada_jax.checkpoint.weights import write_weights
-from llada_jax.data.byte_tokenizer import byte_tokenizer
 from llada_jax.errors import InputError
-from llada_jax.model import parameters
 from llada_jax.model.config import preset
 from llada_jax.monitoring.metrics import TIMED
 from llada_jax.training import loop, reinforcement, stages
+from tests.helpers.rl_inputs import write_rl_inputs
 from tests.training.test_loop import assert_same_checkpoint
 
 MODEL = preset("tiny").replace(
@@ -37,13 +35,7 @@ def sometimes(question, answer):
 def folder(tmp_path_factory):
     """base: a checkpoint of random weights; questions.jsonl; rewards.py."""
     folder = tmp_path_factory.mktemp("rl")
-    leaves = parameters.unstack(parameters.initialize(MODEL, jax.random.key(0)), MODEL)
-    tokenizer = byte_tokenizer(MODEL.eos_token_id, MODEL.mask_token_id)
-    arrays = ((name, np.asarray(leaf)) for name, leaf in leaves.items())
-    write_weights(folder / "base", MODEL, arrays, tokenizer.files, {})
-    rows = [{"prompt": "abcdefghij"[: 3 + i % 7] + str(i), "answer": "x"} for i in range(40)]
-    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "rewards.py").write_text(REWARDS)
+    write_rl_inputs(folder, MODEL, REWARDS)
     return folder
 
 
