@@ -71,19 +71,21 @@ def describe_rl(result: RLRehearsal) -> str:
     hbm, memory, pass_seconds = result.hbm_bytes, decoding.memory, sum(decoding.seconds.values())
     share = result.answers // result.hosts
     mesh = name_of(result.mesh)
+    scores = f"scores of {learned.rows} answers, {result.copies} copies of each: "
+    scores += "none, as one update is of the policy that answered" if result.score is None else _seconds(result.score)
+    in_all = ", ".join(f"{name} {size / _GIB:.2f}" for name, size in hbm.items())
     return "\n".join([
         f"compiled in {result.compile_seconds:.0f} s for {_name(result.slices)}, {result.slices.chips} chips; "
         "all that follows is compiler-estimated",
         f"memory of a chip, GiB: training state {result.state_bytes / _GIB:.2f}; beside it while answers are decoded: "
         f"weights {memory.parameters / _GIB:.2f}, caches {memory.optimizer / _GIB:.2f}, temporaries "
         f"{(memory.activations + memory.temporaries) / _GIB:.2f}",
-        f"  in all: answers {hbm['answers'] / _GIB:.2f}, scores {hbm['scores'] / _GIB:.2f}, update "
-        f"{hbm['update'] / _GIB:.2f}: at most {max(hbm.values()) / _GIB:.2f} of {chip.hbm_bytes / _GIB:.0f}",
+        f"  in all: {in_all}: at most {max(hbm.values()) / _GIB:.2f} of {chip.hbm_bytes / _GIB:.0f}",
         f"answers: {share} on each of {result.hosts} hosts ({mesh}), {decoding.rows} together; a pass takes "
         f"{pass_seconds * 1e3:.2f} ms, {decoding.roofline.bound(chip)}-bound, with {decoding.filled} cached positions "
         "per row",
         "  ms by part: " + ", ".join(f"{part} {decoding.seconds[part] * 1e3:.2f}" for part in PARTS),
-        f"scores of {learned.rows} answers, {result.copies} copies of each: {_seconds(result.score)}",
+        scores,
         f"an update by {learned.rows} answers, {result.copies} copies of each: {_seconds(learned)}",
         f"  {result.updates} of them in a step",
         band(chip.name) + "; no step of reinforcement learning is among them",

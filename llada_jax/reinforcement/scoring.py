@@ -37,8 +37,8 @@ class Scoring:
 @flax.struct.dataclass
 class ScoredRows:
     """Answers to be scored, rows leading. tokens, segment_ids int32 [rows, length]. hidden bool, weights float32 [rows,
-    copies, length]: of Copies. advantage, tokens_scored float32 [rows]. old, reference: `scores` of the policy that
-    answered, and of the frozen one; None where they are not needed.
+    copies, length]: of Copies. advantage, tokens_scored float32 [rows]. old, reference: the `elbo` or `scores` of the
+    policy that answered, and of the frozen one. None: old is the policy itself, and there is no KL term.
     """
 
     tokens: jax.Array
@@ -139,6 +139,7 @@ def policy_gradient(
 
     def value(trained, rows, hidden, weights, old, reference):
         logp, _ = copy_scores(weights_of(trained), scoring, rows, hidden, weights)
+        old = jax.lax.stop_gradient(logp) if old is None else old
         sums = token_loss(logp, old, reference, rows.advantage, weights, loss)
         return sums.loss / num_rows, sums
 
@@ -150,10 +151,14 @@ def policy_gradient(
 
 
 def _elbo_gradient(weights_of, trained, scoring, rows: ScoredRows, loss: PolicyLoss, num_rows: int):
-    now = elbo(weights_of(trained), scoring, rows)
+    if rows.old is None and rows.reference is None:
+        now = jnp.zeros_like(rows.advantage)  # the ratio is 1, whatever E is
+    else:
+        now = elbo(weights_of(trained), scoring, rows)
+    old = now if rows.old is None else rows.old
 
     def of_answers(now):
-        sums = sequence_loss(now, rows.old, rows.reference, rows.advantage, rows.tokens_scored, loss)
+        sums = sequence_loss(now, old, rows.reference, rows.advantage, rows.tokens_scored, loss)
         return sums.loss / num_rows, sums
 
     slope, sums = jax.grad(of_answers, has_aux=True)(now)

@@ -35,6 +35,7 @@ from llada_jax.monitoring.metrics import MetricsWriter
 from llada_jax.reinforcement import scoring
 from llada_jax.reinforcement.copies import Copies, elbo_copies, trajectory_copies
 from llada_jax.reinforcement.own_devices import decoding_mesh, logical_axes, on_own_devices
+from llada_jax.reinforcement.passes import as_passes, as_rows, few_sizes, with_gradient
 from llada_jax.reinforcement.policy import advantages, policy_metrics
 from llada_jax.reinforcement.rewards import RewardPool
 from llada_jax.reinforcement.rollouts import Rollouts, sample
@@ -116,8 +117,10 @@ class Reinforcement:
         copies = self._copies(answers, step)
         if self.config.rl.drift_rows and self.config.rl.rule != "llada2.1":  # edits have no step
             metrics |= self._drift(params, answers)
-        parts = [self._scored(params, answers, copies, advantage, part) for part in self._parts(step, advantage)]
-        metrics["entropy"] = self._programs.mean_entropy(params, parts[0])
+        parts = [self._passes(answers, copies, advantage, part) for part in self._parts(step)]
+        first = jax.tree.map(lambda x: x[: self._micro_rows], parts[0])
+        metrics["entropy"] = self._programs.mean_entropy(params, self._placed(first))
+        parts = [self._with_old(params, self._placed(part)) for part in parts]
         del params  # the state that they are of is donated
         of_updates = []
         for _ in range(self.config.rl.epochs):
@@ -225,7 +228,7 @@ class Reinforcement:
         c = self.config.rl
         if c.estimator == "elbo":
             return elbo_copies(answers, self.config.schedule.block_size, c.copies, (self.config.seed, step))
-        return self._replayed(answers, shrink=c.shrink, weighting=c.token_weights)
+        return trajectory_copies(answers, self.config.schedule.block_size, c.shrink, c.token_weights)
 
     def _drift(self, params, answers: Rollouts) -> dict[str, jax.Array]:
         """Of the first answers: how far apart sampler and learner are on the sampler's own steps."""
@@ -235,36 +238,45 @@ class Reinforcement:
         first = jax.tree.map(lambda x: x[:rows], answers)
         copies = self._replayed(first)
         first, copies = jax.tree.map(lambda x: x[own], first), jax.tree.map(lambda x: x[:, own], copies)
-        scored = _as_rows(first, copies, np.zeros(len(own), np.float32)), first.confidence
+        scored = as_rows(first, copies, np.zeros(len(own), np.float32)), first.confidence
         mean, largest = self._programs.drift(params, *from_own_rows(scored, self.batch_sharding, rows))
         return {"drift": mean, "drift_max": largest}
 
-    def _replayed(self, answers: Rollouts, **how) -> Copies:
-        """trajectory_copies, their number rounded up to a power of two, so that few programs are compiled."""
-        replay = functools.partial(trajectory_copies, answers, self.config.schedule.block_size, **how)
-        return replay(copies=1 << (len(replay().hidden) - 1).bit_length())
+    def _replayed(self, answers: Rollouts) -> Copies:
+        """trajectory_copies of each step, in few numbers."""
+        replay = functools.partial(trajectory_copies, answers, self.config.schedule.block_size)
+        number = len(replay().hidden)
+        return replay(copies=few_sizes(number, 1, 2 * number))
 
-    def _parts(self, step: int, advantage: np.ndarray) -> list[np.ndarray]:
-        """Rows of each update: a shuffle of the step's answers, without those that no gradient comes from. Their
-        numbers are rounded up to the number of all over a power of two, so that few programs are compiled.
-        """
+    def _parts(self, step: int) -> list[np.ndarray]:
+        """Rows of each update: a shuffle of the step's answers."""
         random = np.random.default_rng((self.config.seed, step, 1))
-        parts = np.split(random.permutation(self.config.batch.rows), self.config.rl.updates)
-        if self.config.rl.kl_weight:
-            return parts
-        least = sharding.num_parts("batch", len(parts[0])) * self.config.batch.micro_batches
-        return [_with_signal(part, advantage, least) for part in parts]
+        return np.split(random.permutation(self.config.batch.rows), self.config.rl.updates)
 
-    def _scored(self, params, answers: Rollouts, copies: Copies, advantage, part: np.ndarray) -> ScoredRows:
-        """The rows of an update on the devices, with the scores of the policy as it answered, and of the reference."""
-        own = part[own_rows(self.batch_sharding, len(part))]
-        chosen = jax.tree.map(lambda x: x[own], answers)
-        rows = _as_rows(chosen, jax.tree.map(lambda x: x[:, own], copies), advantage[own])
-        rows = from_own_rows(rows, self.batch_sharding, len(part))
-        old = self._programs.score(params, rows)
+    @property
+    def _micro_rows(self) -> int:
+        return self.config.batch.rows // self.config.rl.updates // self.config.batch.micro_batches
+
+    def _passes(self, answers: Rollouts, copies: Copies, advantage: np.ndarray, part: np.ndarray) -> ScoredRows:
+        """What an update passes over, in numpy: of all processes."""
+        devices = sharding.num_parts("batch", len(part))
         if not self.config.rl.kl_weight:
-            return rows.replace(old=old)
-        return rows.replace(old=old, reference=self._programs.score(self.reference.frozen, rows))
+            part = with_gradient(part, advantage, devices * self.config.batch.micro_batches)
+        chosen = jax.tree.map(lambda x: x[part], answers)
+        rows = as_rows(chosen, jax.tree.map(lambda x: x[:, part], copies), advantage[part])
+        return rows if self.config.rl.estimator == "elbo" else as_passes(rows, self._micro_rows, devices)
+
+    def _placed(self, rows: ScoredRows) -> ScoredRows:
+        """On the devices."""
+        count = len(rows.tokens)
+        own = own_rows(self.batch_sharding, count)
+        return from_own_rows(jax.tree.map(lambda x: x[own], rows), self.batch_sharding, count)
+
+    def _with_old(self, params, rows: ScoredRows) -> ScoredRows:
+        """With the scores of the policy as it answered, unless it is the one that is updated, and of the reference."""
+        old = self._programs.score(params, rows) if needs_old(self.config) else None
+        reference = self._programs.score(self.reference.frozen, rows) if self.config.rl.kl_weight else None
+        return rows.replace(old=old, reference=reference)
 
     @functools.cached_property
     def _programs(self) -> "Programs":
@@ -286,19 +298,9 @@ class Reinforcement:
         )
 
 
-def _with_signal(part: np.ndarray, advantage: np.ndarray, least: int) -> np.ndarray:
-    """The rows with an advantage first, and so many others that the number is a power of two parts of all."""
-    ordered = part[np.argsort(advantage[part] == 0, kind="stable")]
-    size = len(part)
-    while size % 2 == 0 and size // 2 % least == 0 and size // 2 >= np.count_nonzero(advantage[part]):
-        size //= 2
-    return ordered[:size]
-
-
-def _as_rows(answers: Rollouts, copies: Copies, advantage: np.ndarray) -> ScoredRows:
-    hidden, weights = (np.ascontiguousarray(np.moveaxis(x, 0, 1)) for x in (copies.hidden, copies.weights))
-    scored = answers.answer_tokens.astype(np.float32)
-    return ScoredRows(answers.tokens, answers.segment_ids, hidden, weights, advantage, scored)
+def needs_old(config) -> bool:
+    """Whether updates need the scores of the policy that answered; a single update is of that policy itself."""
+    return config.rl.updates * config.rl.epochs > 1
 
 
 class Programs(NamedTuple):
@@ -323,11 +325,19 @@ def programs(
     how = Scoring(model, config.schedule.block_size, temperature, on, config.batch.micro_batches)
     # dInfer's confidence is that of softmax(logits) at any temperature (sampling/predict.py).
     drawn_at = 1.0 if config.rl.rule == "dinfer" else config.rl.temperature
-    seen = dataclasses.replace(how, temperature=drawn_at, micro_batches=1)
+    once = dataclasses.replace(how, micro_batches=1)
+    seen = dataclasses.replace(once, temperature=drawn_at)
+    micro_rows = answers // config.batch.micro_batches
+
+    def by(rows: ScoredRows) -> Scoring:
+        """Rows of the elbo have all its copies; those of trajectories have one, and there are more of them or fewer."""
+        if loss.estimator == "elbo":
+            return how
+        return dataclasses.replace(how, micro_batches=max(len(rows.tokens) // micro_rows, 1))
 
     def update(state: TrainState, frozen, rows: ScoredRows):
         gradients, sums = scoring.policy_gradient(
-            lambda params: whole(params, frozen, trained), state.params, how, rows, loss, answers
+            lambda params: whole(params, frozen, trained), state.params, by(rows), rows, loss, answers
         )
         gradients = jax.tree.map(sharding.constrain, gradients, parameters.logical_axes(trained))
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
@@ -337,8 +347,8 @@ def programs(
 
     score = scoring.elbo if loss.estimator == "elbo" else scoring.scores
     return Programs(
-        score=jit(lambda params, rows: score(params, how, rows)),
+        score=jit(lambda params, rows: score(params, by(rows), rows)),
         drift=jit(lambda params, rows, confidence: scoring.drift(params, seen, rows, confidence)),
-        mean_entropy=jit(lambda params, rows: scoring.mean_entropy(params, how, rows)),
+        mean_entropy=jit(lambda params, rows: scoring.mean_entropy(params, once, rows)),
         update=jit(update, donate_argnums=0),
     )

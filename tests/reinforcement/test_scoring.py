@@ -158,6 +158,21 @@ def test_one_update_from_equal_policies_has_ratio_one(estimator, request):
     assert sums.ratio == sums.count and sums.clipped == 0
 
 
+@pytest.mark.parametrize("kl_weight", [0.0, 0.3])
+@pytest.mark.parametrize("estimator", ["elbo", "trajectory"])
+def test_without_old_scores_the_policy_is_its_own(estimator, kl_weight, request):
+    """The gradient of a first update, without its passes for the old scores."""
+    rows = request.getfixturevalue("ebpo" if estimator == "elbo" else "trajectory")
+    rows = rows if kl_weight else rows.replace(reference=None)
+    score = jax.jit(lambda params, rows: (elbo if estimator == "elbo" else scores)(params, SCORING, rows))
+    loss = PolicyLoss(estimator, kl_weight=kl_weight)
+    expected, _ = gradient(rows.replace(old=score(PARAMS, rows)), loss)
+    got, sums = gradient(rows.replace(old=None), loss)
+    assert sums.ratio == sums.count and sums.log_ratio == 0
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("estimator", ["elbo", "trajectory"])
 def test_no_advantage_or_no_scored_token_is_no_gradient(estimator, request):
     rows = request.getfixturevalue("ebpo" if estimator == "elbo" else "trajectory")

@@ -245,12 +245,3 @@ def test_bad_settings_end_in_one_line(folder, tmp_path, changes, says):
         train(config_of(folder, **changes), tmp_path / "run")
     assert says in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "run" / "checkpoints").exists()
-
-
-def test_answers_without_signal_are_left_out_of_the_passes():
-    advantage = np.array([0.0, 1.0, 0.0, -1.0, 0.0, 0.0, 0.0, 0.0])
-    part = np.arange(8)[::-1]
-    assert reinforcement._with_signal(part, advantage, 1).tolist() == [3, 1]
-    assert reinforcement._with_signal(part, advantage, 4).tolist() == [3, 1, 7, 6]
-    assert reinforcement._with_signal(part, np.zeros(8), 2).tolist() == [7, 6]
-    assert sorted(reinforcement._with_signal(part, np.ones(8), 1)) == list(range(8))

@@ -8,6 +8,7 @@ no gradient: drift and entropy. Compiler-estimated, not measured.
 """
 
 import dataclasses
+import functools
 import math
 from pathlib import Path
 
@@ -35,11 +36,12 @@ from llada_jax.pod.lower import (
 from llada_jax.pod.rehearse import Packing, Rehearsal, check_balance, estimate, mean_pairs
 from llada_jax.pod.step_cost import Line
 from llada_jax.reinforcement.own_devices import logical_axes
+from llada_jax.reinforcement.passes import few_sizes
 from llada_jax.reinforcement.scoring import ScoredRows
 from llada_jax.sampling import meshes
 from llada_jax.training import run_model
 from llada_jax.training.config import check
-from llada_jax.training.reinforcement import programs
+from llada_jax.training.reinforcement import needs_old, programs
 from llada_jax.training.step import whole
 
 _HOST = 4  # chips, as libtpu assumes
@@ -47,12 +49,13 @@ _HOST = 4  # chips, as libtpu assumes
 
 @dataclasses.dataclass(frozen=True)
 class RLRehearsal:
-    """decoding: of a host; mesh: its {axis: size}. score, update: of the answers of one update, over all chips.
-    copies: of each answer. answers: of a step; updates: in it.
+    """decoding: of a host; mesh: its {axis: size}. score, update: of the answers of one update, over all chips; score
+    is None where a step has one update and no reference. copies: of each answer. answers: of a step;
+    updates: in it.
     """
 
     decoding: DecodeRehearsal
-    score: Rehearsal
+    score: Rehearsal | None
     update: Rehearsal
     mesh: dict[str, int]
     hosts: int
@@ -66,11 +69,15 @@ class RLRehearsal:
 
     @property
     def lines(self) -> list[Line]:
-        return [*self.decoding.lines, *self.score.lines, *self.update.lines]
+        return [line for part in self._parts for line in part.lines]
 
     @property
     def compile_seconds(self) -> float:
-        return sum(each.compile_seconds for each in (self.decoding, self.score, self.update))
+        return sum(part.compile_seconds for part in self._parts)
+
+    @property
+    def _parts(self) -> list:
+        return [part for part in (self.decoding, self.score, self.update) if part is not None]
 
     @property
     def state_bytes(self) -> int:
@@ -80,12 +87,14 @@ class RLRehearsal:
     @property
     def hbm_bytes(self) -> dict[str, int]:
         """Per chip, {what is done: all that is in memory meanwhile}."""
-        score = self.score.memory
-        return {
+        parts = {
             "answers": self.state_bytes + self.decoding.memory.total,
-            "scores": self.state_bytes + score.activations + score.temporaries,
             "update": self.update.memory.total,
         }
+        if self.score is not None:
+            memory = self.score.memory
+            parts["scores"] = self.state_bytes + memory.activations + memory.temporaries
+        return parts
 
     @property
     def fits(self) -> bool:
@@ -104,7 +113,7 @@ class RLRehearsal:
             "answers": self.answers,
             "updates": self.updates,
             "decoding": self.decoding.to_json(),
-            "score": self.score.to_json(),
+            "score": None if self.score is None else self.score.to_json(),
             "update": self.update.to_json(),
         }
 
@@ -132,7 +141,9 @@ def rehearse_rl(config: ConfigDict, slices: Slices, busiest: float = 1.0, dumps:
     own = config.copy_and_resolve_references()  # of one update
     own.batch.rows, own.rl.updates = config.batch.rows // config.rl.updates, 1
     run, copies = abstract_run(own, slices), num_copies(config)
-    score, update = (_learning(name, own, run, slices, packing, copies, dumps) for name in ("score", "update"))
+    learning = functools.partial(_learning, own, run, slices, packing, copies, dumps, old=needs_old(config))
+    score = learning("score") if needs_old(config) or config.rl.kl_weight else None
+    update = learning("update")
     updates = config.rl.updates * config.rl.epochs
     return RLRehearsal(decoding, score, update, mesh, hosts, copies, config.batch.rows, updates)
 
@@ -145,12 +156,12 @@ def host_of(slices: Slices) -> Slices:
 
 
 def num_copies(config: ConfigDict) -> int:
-    """Of each answer; of "trajectory" the most, rounded up as in training/reinforcement.py."""
+    """Of each answer; of "trajectory" the most."""
     c, block = config.rl, config.schedule.block_size
     if c.estimator == "elbo":
         return c.copies
     steps = min(block, c.steps) if c.rule in ("llada2", "fixed") else block
-    return 1 << (-(-steps // c.shrink) - 1).bit_length()
+    return -(-steps // c.shrink)
 
 
 def _decoding_mesh(config: ConfigDict, host: Topology, hosts: int) -> dict[str, int]:
@@ -178,13 +189,15 @@ def _decoding(config: ConfigDict, host: Slices, hosts: int, mesh: dict[str, int]
     return result
 
 
-def lower_program(name: str, config: ConfigDict, run: Run, copies: int) -> LoweredStep:
-    """Traces "score" or "update" of training.reinforcement.Programs. config: of one update."""
+def lower_program(name: str, config: ConfigDict, run: Run, copies: int, old: bool = True) -> LoweredStep:
+    """Traces "score" or "update" of training.reinforcement.Programs. config: of one update. old: whether an update has
+    the scores of the policy that answered.
+    """
     state = run.state
     with jax.set_mesh(run.mesh):
         made = programs(config, run.model, run.trained, run.optimizer, "tpu")
         if name == "update":
-            lowered = made.update.lower(state, run.frozen, _rows(config, run.mesh, copies, answered=True))
+            lowered = made.update.lower(state, run.frozen, _rows(config, run.mesh, copies, old, reference=True))
         else:
             axes = logical_axes(run.trained)
             params = jax.eval_shape(lambda params, frozen: whole(params, frozen, run.trained), state.params, run.frozen)
@@ -194,9 +207,10 @@ def lower_program(name: str, config: ConfigDict, run: Run, copies: int) -> Lower
 
 
 def _learning(
-    name: str, config: ConfigDict, run: Run, slices: Slices, packing: Packing, copies: int, dumps: Path | None
-) -> Rehearsal:
-    step = lower_program(name, config, run, copies)
+    config: ConfigDict, run: Run, slices: Slices, packing: Packing, copies: int, dumps: Path | None, name: str,
+    old: bool,
+) -> Rehearsal:  # fmt: skip
+    step = lower_program(name, config, run, copies, old)
     compiled, seconds = compile_step(step.lowered, run.mesh, slices)
     length = config.data.length
     # A mask covers half of an answer; the tokens of a trajectory are each scored once.
@@ -209,15 +223,21 @@ def _learning(
     return result
 
 
-def _rows(config: ConfigDict, mesh, copies: int, answered: bool = False) -> ScoredRows:
-    """answered: with the scores of the policy that answered, and of the reference if there is one."""
-    array, length = abstract_rows(config.batch.rows, mesh), config.data.length
-    tokens, scalar = array(jnp.int32, length), array(jnp.float32)
-    old = scalar if config.rl.estimator == "elbo" else array(jnp.float32, copies, length)
-    rows = ScoredRows(
-        tokens, tokens, array(jnp.bool_, copies, length), array(jnp.float32, copies, length), scalar, scalar
-    )
-    return rows.replace(old=old, reference=old if config.rl.kl_weight else None) if answered else rows
+def _rows(config: ConfigDict, mesh, copies: int, old: bool = False, reference: bool = False) -> ScoredRows:
+    """Of the dearest step. old: with the scores of the policy that answered; reference: of that too, if there is one.
+    A pass of a trajectory is a row (reinforcement/passes.py).
+    """
+    rows, length = config.batch.rows, config.data.length
+    if config.rl.estimator == "trajectory":
+        parts = config.batch.micro_batches
+        rows, copies = rows // parts * few_sizes(parts * copies, 1, 2 * parts * copies), 1
+    array = abstract_rows(rows, mesh)
+    tokens, scalar, of_copies = array(jnp.int32, length), array(jnp.float32), array(jnp.float32, copies, length)
+    scores = scalar if config.rl.estimator == "elbo" else of_copies
+    return ScoredRows(
+        tokens, tokens, array(jnp.bool_, copies, length), of_copies, scalar, scalar, scores if old else None,
+        scores if reference and config.rl.kl_weight else None,
+    )  # fmt: skip
 
 
 def _empty(dumps: Path | None) -> None:
