@@ -216,6 +216,8 @@ def _steps(run: Run, state: train_state.TrainState, first_step: int, policy: Fau
     with contextlib.ExitStack() as closing:
         closing.callback(writer.close)
         closing.callback(batches.close)
+        if config.rl.enabled and first_step == 0:  # what the updates are compared with
+            _evaluate(run, state, writer, 0)
         run.goodput.begin_steps(first_step)
         for step, batch in run.goodput.timed_batches(batches):
             done, phase = step + 1, schedule.phase_at(run.phases, step)
@@ -238,10 +240,7 @@ def _steps(run: Run, state: train_state.TrainState, first_step: int, policy: Fau
                 _log(writer if due.log else None, progress, done, phase, metrics, rate, timed)
             score = None  # a step that SIGTERM or the clock makes us save has none: no other run would have it
             if due.evaluate:
-                params = whole(state.params, run.reference.frozen, inputs.trained)
-                with run.goodput.spent("evaluate"):
-                    score = run.work.evaluate(params, writer, done)
-                run.heartbeat()
+                score = _evaluate(run, state, writer, done)
             if save:
                 with run.goodput.spent("save"):
                     writer.sync()  # a saved step has its rows of metrics
@@ -251,6 +250,15 @@ def _steps(run: Run, state: train_state.TrainState, first_step: int, policy: Fau
             if last:
                 break
     return done, None
+
+
+def _evaluate(run: Run, state: train_state.TrainState, writer: MetricsWriter, step: int) -> float | None:
+    """Returns what ranks the checkpoint, if anything does."""
+    params = whole(state.params, run.reference.frozen, run.inputs.trained)
+    with run.goodput.spent("evaluate"):
+        score = run.work.evaluate(params, writer, step)
+    run.heartbeat()
+    return score
 
 
 def _stopped_in_step(run: Run, state, step: int, first_step: int, writer: MetricsWriter, policy: FaultPolicy) -> int:
