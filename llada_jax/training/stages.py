@@ -132,6 +132,7 @@ def rl(model: str = "init_from", length: int | None = None, steps: int = 200) ->
     config.batch.rows = 64
     config.checkpoint.every_steps = 10
     config.evaluation.every_steps = 10
+    config.evaluation.block_sizes = (1,)  # of a NELBO, which such a run has not
     config.log_every_steps = 1
     return config
 
