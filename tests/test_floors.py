@@ -14,7 +14,7 @@ FLOORS = (
     ("attention", "command_line", "config_fields", "micro_batches", "tokenizer"),
     ("data", "model"),
     ("checkpoint", "diffusion", "sampling"),
-    ("evaluation", "interop", "monitoring"),
+    ("evaluation", "interop", "monitoring", "serving"),
     ("reinforcement",),
     ("training",),
     ("pod", "train"),

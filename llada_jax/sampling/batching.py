@@ -1,5 +1,6 @@
-"""Continuous batching: takes requests from an iterator and yields answers as they finish. A finished row takes the next
-request.
+"""Continuous batching: each row of a batch decodes its own request, and when it has finished takes the next one.
+
+`Batch` is driven from outside: admit, cancel, step. `serve` takes requests from an iterator and yields answers.
 
 The device runs `admit_every` passes over the batch, then the host collects and admits. A long prompt is computed in
 chunks, one between two passes, so that the rows that decode go on meanwhile. An answer depends on its request alone:
@@ -7,7 +8,9 @@ not on the rest of the batch, nor on when it was admitted.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+import itertools
+from collections.abc import Callable, Container, Iterable, Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +21,11 @@ from llada_jax.errors import InputError
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.forward import Execution
 from llada_jax.model.parameters import Params
-from llada_jax.sampling import decode
+from llada_jax.sampling import decode, several_blocks
+from llada_jax.sampling.batches.requests import Answer, Request, Usage, check, key_data
 from llada_jax.sampling.cost import second_block_price
 from llada_jax.sampling.generate import (
     GenerateConfig,
-    check_prompts,
     collect,
     cut,
     decode_settings,
@@ -30,87 +33,191 @@ from llada_jax.sampling.generate import (
     pad,
     requests_of,
 )
-from llada_jax.sampling.history import History
 from llada_jax.sampling.prefill import is_long
 from llada_jax.sampling.quantize import has_int8_experts
-from llada_jax.sampling.state import KEYS, PREFILL_CHUNK, State, empty_state, with_slots
+from llada_jax.sampling.state import KEYS, PREFILL_CHUNK, DecodeSettings, State, Written, empty_state, with_slots
 from llada_jax.tokenizer import Tokenizer
 
 
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """One prompt and how to decode it.
+@dataclasses.dataclass
+class _Running:
+    index: int
+    request: Request
+    prompt: np.ndarray
+    told: int = 0  # answer tokens that have been told of
+    filled: int = 0  # prompt tokens that are computed, of a prompt that is computed in chunks
 
-    prompt: 1-D int array of token ids. seed: of its draws, an int in [0, 2^32), or a pair of them (seed of a run,
-    number of the request): different pairs share no draws. None is the request's number in the stream.
+    def news(self, known: Written) -> Written:
+        first, self.told = self.told, max(self.told, len(known.tokens))
+        return Written(*(x[first:] for x in known))
+
+
+class Progress(NamedTuple):
+    """What a step has brought, by the numbers of requests: Written of arrays [tokens].
+
+    new: what finished blocks add to an answer, the rest of `answers` included. standing: of the requests asked for that
+    go on, the blocks that are being written, without what is prompt in them; where nothing is written yet stand the
+    mask, step -1 and probability 0.
+    """
+
+    answers: list[Answer]
+    new: dict[int, Written]
+    standing: dict[int, Written]
+
+
+class Batch:
+    """`rows` requests that decode together. Arguments are as in `serve`. Not for several threads at once.
 
     Example:
-        >>> import llada_jax, numpy as np
-        >>> request = llada_jax.Request(np.array([5, 6, 7]), llada_jax.GenerateConfig(gen_length=8), seed=1)
-        >>> request.config.block_length
-        32
+        >>> import llada_jax
+        >>> from llada_jax.sampling.batching import Batch
+        >>> model = llada_jax.load_checkpoint("checkpoint")
+        >>> batch = Batch(model.params, model.config, rows=2, max_length=16)
+        >>> settings = llada_jax.GenerateConfig(gen_length=8, block_length=8, steps=2)
+        >>> batch.admit(0, llada_jax.Request(model.tokenizer.encode("def f("), settings))
+        >>> answers = []
+        >>> while not answers:
+        ...     answers = batch.step().answers
+        >>> answers[0].index, batch.free
+        (0, 2)
     """
 
-    prompt: np.ndarray
-    config: GenerateConfig
-    seed: int | tuple[int, int] | None = None
+    def __init__(
+        self, params: Params, config: ModelConfig, rows: int, max_length: int, tokenizer: Tokenizer | None = None,
+        admit_every: int = 8, execution: Execution = Execution(), fuse_share: float | None = None,
+        usage: Usage | None = None, prefill_chunk: int = PREFILL_CHUNK, history: bool | int = False,
+    ):  # fmt: skip
+        if rows < 1 or admit_every < 1:
+            raise InputError(f"rows={rows}, admit_every={admit_every}, expected at least 1")
+        self.rows, self.usage = rows, Usage() if usage is None else usage
+        self._params, self._config = decode.loop_weights(params, config, execution), config
+        self._max_length, self._admit_every, self._tokenizer = max_length, admit_every, tokenizer
+        self._fuse_share, self._how = fuse_share, (execution, prefill_chunk, history)
+        self.clear()
 
-
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """The answer to one request. index: its number in the stream, from 0. text: the text that the tokens add to the
-    prompt, without special tokens; None without a tokenizer. The rest is as in sampling.generate.Generation.
-    """
-
-    index: int
-    tokens: np.ndarray
-    text: str | None
-    prefill_passes: int
-    forward_passes: int
-    commit_passes: int
-    positions_evaluated: int
-    written_at: np.ndarray
-    confidence: np.ndarray
-    replay_tokens: np.ndarray
-    replay_written_at: np.ndarray
-    replay_confidence: np.ndarray
-    history: History | None = None
+    def clear(self) -> None:
+        """Forgets all requests, and what they had to share."""
+        self._state: State | None = None
+        self._running: dict[int, _Running] = {}  # by row
+        self._new: dict[int, _Running] = {}  # those of `_running` that the device does not know yet
+        self._filling: dict[int, _Running] = {}  # those whose prompts are being computed in chunks
 
     @property
-    def stop_length(self) -> int:
-        """Of the answer, where the replay goes on."""
-        return len(self.tokens)
+    def free(self) -> int:
+        """Rows without a request."""
+        return self.rows - len(self._running)
 
-    @property
-    def steps(self) -> np.ndarray:
-        """Former name of written_at."""
-        return self.written_at
+    def check(self, request: Request) -> np.ndarray:
+        """Returns the prompt, int32. Raises InputError if the request could not run even alone; ValueError on a bad
+        prompt.
+        """
+        prompt = check(self._config, None, request, self._max_length)
+        settings = decode_settings(self._config, [request.config], *self._how)
+        if settings.slots > 1:
+            several_blocks.check_kernel(self._config, settings, self.rows)
+        return prompt
 
-    @property
-    def tokens_per_forward(self) -> float:
-        """Answer tokens over all passes."""
-        return len(self.tokens) / max(self.prefill_passes + self.forward_passes + self.commit_passes, 1)
+    def fits(self, config: GenerateConfig) -> bool:
+        """Whether a request with this config could join; after `clear`, any that `check` passes."""
+        try:
+            self._settings(config)
+        except InputError:
+            return False
+        return True
 
+    def admit(self, index: int, request: Request) -> None:
+        """Gives a free row to a request. index: a number that no other one has. Raises InputError if it does not
+        pass `check` or does not fit; the others go on.
+        """
+        run = _Running(index, request, check(self._config, index, request, self._max_length))
+        self._settings(request.config)
+        row = next(row for row in range(self.rows) if row not in self._running)
+        self._running[row] = self._new[row] = run
 
-@dataclasses.dataclass
-class Usage:
-    """Work of the device so far. Positions are those of all rows, idle rows and the padding of prefills included.
+    def cancel(self, index: int) -> None:
+        """Frees the row of a request, which takes part in no further pass. Does nothing if there is none."""
+        for row in [row for row, run in self._running.items() if run.index == index]:
+            del self._running[row]
+            self._filling.pop(row, None)
+            if self._new.pop(row, None) is None:
+                finished = self._state.finished | (np.arange(self.rows) == row)
+                self._state = self._state.replace(finished=finished)
 
-    iterations: decoding passes. row_passes: rows summed over them; running_row_passes: rows that decode, which those
-    whose prompts are being computed in chunks do not.
-    """
+    def step(self, passes: int | None = None, new: bool = True, standing: Container[int] = ()) -> Progress:
+        """Prefills new requests, or the next chunk of a long prompt, and runs passes over the batch: admit_every unless
+        told, one while a prompt is computed in chunks. new: whether to tell of Progress.new. standing: requests to tell
+        of in Progress.standing.
+        """
+        if not self._running:
+            return Progress([], {}, {})
+        params, config, settings, usage = self._params, self._config, self._settings(), self.usage
+        state = self._prepared(settings)
+        admitted, self._new = self._new, {}
+        long = {row: run for row, run in admitted.items() if is_long(len(run.prompt), settings)}
+        self._filling |= long
+        for group in (list(long.items()), [pair for pair in admitted.items() if pair[0] not in long]):
+            state = _admit(params, config, settings, state, group, usage)
+        state = _fill(params, config, settings, state, self._filling, usage)
+        passes = 1 if self._filling else passes or self._admit_every
+        self._state = decode.advance(params, config, settings, state, jnp.int32(passes))
+        return self._progress(settings, new, standing)
 
-    iterations: int = 0
-    row_passes: int = 0
-    running_row_passes: int = 0
-    decoding_positions: int = 0
-    prefill_passes: int = 0
-    prefill_positions: int = 0
+    def _settings(self, joining: GenerateConfig | None = None) -> DecodeSettings:
+        """Of those that run, and of one that would. Raises InputError if they cannot share the batch."""
+        configs = [run.request.config for run in self._running.values()]
+        settings = decode_settings(self._config, configs + [joining] * (joining is not None), *self._how)
+        if self._state is None:
+            return settings
+        if settings.block_length != (block := self._state.masked.shape[2]):
+            raise InputError(f"block_length={settings.block_length} beside {block} in one batch, expected one value")
+        if (settings.rule == "llada2.2") != (self._state.edits is not None):
+            raise InputError(f"rule={settings.rule} beside another in one batch, expected one value")
+        return settings
 
-    @property
-    def busy(self) -> float:
-        """Share of rows that decode, over all decoding passes."""
-        return self.running_row_passes / max(self.row_passes, 1)
+    def _prepared(self, settings: DecodeSettings) -> State:
+        """The state, with as many slots as the requests need."""
+        if self._state is None:
+            config, block, fuse_share = self._config, settings.block_length, self._fuse_share
+            if fuse_share is None:
+                in_int8 = has_int8_experts(self._params)
+                fuse_share = second_block_price(config, self.rows, block, int8_experts=in_int8)
+            dtype = settings.execution.dtype or str(self._params["embedding"].dtype)
+            shared, canvas = (
+                dataclasses.replace(settings, sample=False, cut=False),
+                -(-self._max_length // block) * block,
+            )
+            return empty_state(config, shared, self.rows, canvas, dtype, fuse_share)
+        if self._state.masked.shape[1] != settings.slots:
+            return with_slots(self._state, settings.slots)
+        return self._state
+
+    def _progress(self, settings: DecodeSettings, new: bool, standing: Container[int]) -> Progress:
+        """What the last step has brought. Frees the rows that have finished."""
+        state, usage = self._state, self.usage
+        finished, start = np.asarray(state.finished), np.asarray(state.start)
+        usage.iterations += int(state.iterations)
+        usage.row_passes += int(state.iterations) * self.rows
+        usage.running_row_passes += int(state.busy)
+        usage.decoding_positions += int(state.batch_positions)
+        going = {row: run for row, run in self._running.items() if not finished[row]}
+        done = [row for row in self._running if finished[row] and row not in self._filling]
+        asked = {row: run for row, run in going.items() if run.index in standing}
+        news, blocks = {}, {}
+        if going and (new or asked):
+            canvas = Written(*jax.device_get((state.tokens, state.written_at, state.confidence)))
+            news = {run.index: run.news(self._known(canvas, row, run, start[row])) for row, run in going.items()}
+            blocks = _standing(state, canvas, start, asked)
+        runs = [self._running.pop(row) for row in done]
+        answers = _answers(self._config, state, done, runs, settings, self._tokenizer) if done else []
+        for run, answer in zip(runs, answers, strict=True):
+            news[run.index] = run.news(Written(answer.tokens, answer.written_at, answer.confidence))
+        return Progress(answers, {index: found for index, found in news.items() if len(found.tokens)}, blocks)
+
+    def _known(self, canvas: Written, row: int, run: _Running, start: int) -> Written:
+        """The answer so far: its blocks before `start`, up to an end of sequence."""
+        first = len(run.prompt)
+        length = len(cut(canvas.tokens[row, first:start], eos_ids_of(self._config, run.request.config)))
+        return Written(*(x[row, first : first + length] for x in canvas))
 
 
 def serve(
@@ -146,72 +253,25 @@ def serve(
         >>> sorted(answer.index for answer in answers)
         [0, 1, 2]
     """
-    if rows < 1 or admit_every < 1:
-        raise InputError(f"rows={rows}, admit_every={admit_every}, expected at least 1")
-    usage = Usage() if usage is None else usage
-    params = decode.loop_weights(params, config, execution)
+    batch = Batch(
+        params, config, rows, max_length, tokenizer, admit_every, execution, fuse_share, usage, prefill_chunk, history
+    )
     queue = enumerate(requests)
-    running: dict[int, _Running] = {}  # by row
-    state = block = None
-    filling: dict[int, _Running] = {}  # those of `running` whose prompts are being computed in chunks
     while True:
-        free = [row for row in range(rows) if row not in running]
-        new = list(zip(free, queue, strict=False)) if free else []
-        new = [(row, _check(config, index, request, max_length)) for row, (index, request) in new]
-        running |= dict(new)
-        if not running:
+        for index, request in itertools.islice(queue, batch.free):
+            batch.admit(index, request)
+        if batch.free == rows:
             return
-        configs = [run.request.config for run in running.values()]
-        settings = decode_settings(config, configs, execution, prefill_chunk, history)
-        if state is None:
-            block = settings.block_length
-            dtype = execution.dtype or str(params["embedding"].dtype)
-            if fuse_share is None:
-                fuse_share = second_block_price(config, rows, block, int8_experts=has_int8_experts(params))
-            shared = dataclasses.replace(settings, sample=False, cut=False)
-            state = empty_state(config, shared, rows, -(-max_length // block) * block, dtype, fuse_share)
-        elif settings.block_length != block:
-            raise InputError(f"block_length={settings.block_length} beside {block} in one batch, expected one value")
-        elif (settings.rule == "llada2.2") != (state.edits is not None):
-            raise InputError(f"rule={settings.rule} beside another in one batch, expected one value")
-        if state.masked.shape[1] != settings.slots:
-            state = with_slots(state, settings.slots)
-        long = {row: run for row, run in new if is_long(len(run.prompt), settings)}
-        filling |= long
-        for group in (list(long.items()), [pair for pair in new if pair[0] not in long]):
-            state = _admit(params, config, settings, state, group, usage)
-        state = _fill(params, config, settings, state, filling, usage)
-        state = decode.advance(params, config, settings, state, jnp.int32(1 if filling else admit_every))
-        yield from _finished(config, state, running, filling, settings, tokenizer, on_tokens, usage)
-
-
-@dataclasses.dataclass
-class _Running:
-    index: int
-    request: Request
-    prompt: np.ndarray
-    told: int = 0  # answer tokens that on_tokens has been given
-    filled: int = 0  # prompt tokens that are computed, of a prompt that is computed in chunks
-
-    def tell(self, known: np.ndarray, on_tokens) -> None:
-        if len(known) > self.told:
-            on_tokens(self.index, known[self.told :])
-            self.told = len(known)
-
-
-def _check(config: ModelConfig, index: int, request: Request, max_length: int) -> _Running:
-    (prompt,) = check_prompts(config, [request.prompt])
-    block = request.config.block_length
-    longest = -(-max_length // block) * block
-    if len(prompt) + request.config.gen_length > longest:
-        raise InputError(
-            f"request {index}: {len(prompt)} prompt tokens and gen_length={request.config.gen_length}, "
-            f"expected at most {longest} together (max_length)"
-        )
-    seeds = request.seed if isinstance(request.seed, tuple) else (request.seed or 0,)
-    if not all(isinstance(seed, int | np.integer) and 0 <= seed < 2**32 for seed in seeds):
-        raise InputError(f"request {index}: seed={request.seed!r}, expected an integer in [0, 2^32)")
-    return _Running(index, request, prompt)
+        progress = batch.step(new=on_tokens is not None)
+        if on_tokens is not None:
+            ended = {answer.index for answer in progress.answers}
+            for index, new in progress.new.items():
+                if index not in ended:
+                    on_tokens(index, new.tokens)
+        for answer in progress.answers:
+            if on_tokens is not None and answer.index in progress.new:
+                on_tokens(answer.index, progress.new[answer.index].tokens)
+            yield answer
 
 
 def _admit(params, config, settings, state: State, new, usage: Usage) -> State:
@@ -225,7 +285,7 @@ def _admit(params, config, settings, state: State, new, usage: Usage) -> State:
     runs = [run for _, run in padded]
     lengths = np.array([len(run.prompt) for run in runs])
     seeds = [run.index if run.request.seed is None else run.request.seed for run in runs]
-    keys = jax.random.wrap_key_data(np.array([_key_data(seed) for seed in seeds], np.uint32), impl=KEYS)
+    keys = jax.random.wrap_key_data(np.array([key_data(seed) for seed in seeds], np.uint32), impl=KEYS)
     requests = requests_of(config, lengths, [run.request.config for run in runs], keys)
     canvas, blocks = state.tokens.shape[1], int(lengths.max()) // settings.block_length
     at_once = blocks and not is_long(lengths.max(), settings)
@@ -258,39 +318,29 @@ def _fill(params, config, settings, state: State, filling: dict[int, _Running], 
     return decode.fill(params, config, settings, state, chosen, first)
 
 
-def _key_data(seed: int | tuple[int, int]) -> tuple[int, int]:
-    """The two words of a key: those of jax.random.key for an int, a hash for a pair."""
-    if not isinstance(seed, tuple):
-        return 0, seed
-    first, second = np.random.SeedSequence(seed).generate_state(2)
-    return int(first), int(second)
+def _standing(state: State, canvas: Written, start: np.ndarray, asked: dict[int, _Running]) -> dict[int, Written]:
+    """The blocks of the requests `asked` [row] as they stand, without what is beyond gen_length."""
+    if not asked:
+        return {}
+    masked, active = jax.device_get((state.masked, state.active))
+    found, size = {}, masked.shape[2]
+    for row, run in asked.items():
+        begin = len(run.prompt)
+        first, last = max(start[row], begin), start[row] + active[row] * size
+        last = min(last, begin + run.request.config.gen_length)
+        left = masked[row].reshape(-1)[first - start[row] : last - start[row]]
+        tokens, written_at, confidence = (x[row, first:last] for x in canvas)
+        found[run.index] = Written(tokens, np.where(left, -1, written_at), np.where(left, 0, confidence))
+    return found
 
 
-def _finished(config, state: State, running: dict, filling: dict, settings, tokenizer, on_tokens, usage: Usage):
-    """Yields answers of finished rows and frees the rows; reports finished blocks to on_tokens."""
-    rows = len(state.finished)
-    finished, start = np.asarray(state.finished), np.asarray(state.start)
-    usage.iterations += int(state.iterations)
-    usage.row_passes += int(state.iterations) * rows
-    usage.running_row_passes += int(state.busy)
-    usage.decoding_positions += int(state.batch_positions)
-    done = [row for row in running if finished[row] and row not in filling]
-    if on_tokens is not None:
-        tokens = np.asarray(state.tokens)
-        for row, run in running.items():
-            if not finished[row]:
-                known = cut(tokens[row, len(run.prompt) : start[row]], eos_ids_of(config, run.request.config))
-                run.tell(known, on_tokens)
-    if not done:
-        return
-    runs = [running.pop(row) for row in done]
+def _answers(config, state: State, rows: list[int], runs: list[_Running], settings, tokenizer) -> list[Answer]:
+    """Of `rows`, which have finished."""
     configs = [run.request.config for run in runs]
     eos_ids = [eos_ids_of(config, g) for g in configs]
-    out = collect(state, np.array(done), [len(run.prompt) for run in runs], configs, eos_ids, settings)
-    for i, run in enumerate(runs):
-        if on_tokens is not None:
-            run.tell(out.tokens[i], on_tokens)
-        yield Answer(
+    out = collect(state, np.array(rows), [len(run.prompt) for run in runs], configs, eos_ids, settings)
+    return [
+        Answer(
             index=run.index,
             tokens=out.tokens[i],
             text=None if tokenizer is None else tokenizer.decode_after(run.prompt, out.tokens[i]),
@@ -305,6 +355,8 @@ def _finished(config, state: State, running: dict, filling: dict, settings, toke
             replay_confidence=out.replay_confidence[i],
             history=None if out.history is None else out.history[i],
         )
+        for i, run in enumerate(runs)
+    ]
 
 
 def in_order(answers: Iterable[Answer]) -> Iterator[Answer]:

@@ -32,7 +32,7 @@ def iterate(params: Params, config: ModelConfig, settings: DecodeSettings, state
     windows of so many blocks.
     """
     block, slots = settings.block_length, settings.slots
-    _check_kernel(config, settings, len(state.start))
+    check_kernel(config, settings, len(state.start))
     running = ~state.finished
     # At most slots + 1: those that finished together, and one of those left or new.
     width = jnp.max(jnp.where(running, state.pending + state.active, 1))
@@ -93,7 +93,8 @@ def window_pass(
     return active, jax.tree.map(padded, computed), taken(last)[:, 0]
 
 
-def _check_kernel(config: ModelConfig, settings: DecodeSettings, rows: int) -> None:
+def check_kernel(config: ModelConfig, settings: DecodeSettings, rows: int) -> None:
+    """Raises InputError if the kernel of attention is to be used and cannot take windows of so many blocks."""
     group = sharding.group_size(config.num_heads, config.num_kv_heads)
     queries = (settings.slots + 1) * settings.block_length
     too_many = queries * group > prefix.MOST_OF_A_WINDOW and not prefix.takes(queries, rows, group)
