@@ -16,13 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llada_jax import sharding
 from llada_jax.errors import InputError
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.forward import Execution
 from llada_jax.model.parameters import Params
 from llada_jax.sampling import decode, several_blocks
-from llada_jax.sampling.batches.requests import Answer, Request, Usage, check, key_data
+from llada_jax.sampling.batches.admission import Running, admit, fill
+from llada_jax.sampling.batches.prefixes import Prefixes
+from llada_jax.sampling.batches.requests import Answer, Request, Usage, check
 from llada_jax.sampling.cost import second_block_price
 from llada_jax.sampling.generate import (
     GenerateConfig,
@@ -30,26 +31,11 @@ from llada_jax.sampling.generate import (
     cut,
     decode_settings,
     eos_ids_of,
-    pad,
-    requests_of,
 )
 from llada_jax.sampling.prefill import is_long
 from llada_jax.sampling.quantize import has_int8_experts
-from llada_jax.sampling.state import KEYS, PREFILL_CHUNK, DecodeSettings, State, Written, empty_state, with_slots
+from llada_jax.sampling.state import PREFILL_CHUNK, DecodeSettings, State, Written, empty_state, with_slots
 from llada_jax.tokenizer import Tokenizer
-
-
-@dataclasses.dataclass
-class _Running:
-    index: int
-    request: Request
-    prompt: np.ndarray
-    told: int = 0  # answer tokens that have been told of
-    filled: int = 0  # prompt tokens that are computed, of a prompt that is computed in chunks
-
-    def news(self, known: Written) -> Written:
-        first, self.told = self.told, max(self.told, len(known.tokens))
-        return Written(*(x[first:] for x in known))
 
 
 class Progress(NamedTuple):
@@ -66,7 +52,10 @@ class Progress(NamedTuple):
 
 
 class Batch:
-    """`rows` requests that decode together. Arguments are as in `serve`. Not for several threads at once.
+    """`rows` requests that decode together. Not for several threads at once.
+
+    Arguments are as in `serve`. prefixes: keys and values of earlier prompts, for those that are computed in chunks;
+    answers are the same without.
 
     Example:
         >>> import llada_jax
@@ -86,21 +75,22 @@ class Batch:
         self, params: Params, config: ModelConfig, rows: int, max_length: int, tokenizer: Tokenizer | None = None,
         admit_every: int = 8, execution: Execution = Execution(), fuse_share: float | None = None,
         usage: Usage | None = None, prefill_chunk: int = PREFILL_CHUNK, history: bool | int = False,
+        prefixes: Prefixes | None = None,
     ):  # fmt: skip
         if rows < 1 or admit_every < 1:
             raise InputError(f"rows={rows}, admit_every={admit_every}, expected at least 1")
         self.rows, self.usage = rows, Usage() if usage is None else usage
         self._params, self._config = decode.loop_weights(params, config, execution), config
         self._max_length, self._admit_every, self._tokenizer = max_length, admit_every, tokenizer
-        self._fuse_share, self._how = fuse_share, (execution, prefill_chunk, history)
+        self._prefixes, self._fuse_share, self._how = prefixes, fuse_share, (execution, prefill_chunk, history)
         self.clear()
 
     def clear(self) -> None:
         """Forgets all requests, and what they had to share."""
         self._state: State | None = None
-        self._running: dict[int, _Running] = {}  # by row
-        self._new: dict[int, _Running] = {}  # those of `_running` that the device does not know yet
-        self._filling: dict[int, _Running] = {}  # those whose prompts are being computed in chunks
+        self._running: dict[int, Running] = {}  # by row
+        self._new: dict[int, Running] = {}  # those of `_running` that the device does not know yet
+        self._filling: dict[int, Running] = {}  # those whose prompts are being computed in chunks
 
     @property
     def free(self) -> int:
@@ -129,7 +119,7 @@ class Batch:
         """Gives a free row to a request. index: a number that no other one has. Raises InputError if it does not
         pass `check` or does not fit; the others go on.
         """
-        run = _Running(index, request, check(self._config, index, request, self._max_length))
+        run = Running(index, request, check(self._config, index, request, self._max_length))
         self._settings(request.config)
         row = next(row for row in range(self.rows) if row not in self._running)
         self._running[row] = self._new[row] = run
@@ -156,8 +146,8 @@ class Batch:
         long = {row: run for row, run in admitted.items() if is_long(len(run.prompt), settings)}
         self._filling |= long
         for group in (list(long.items()), [pair for pair in admitted.items() if pair[0] not in long]):
-            state = _admit(params, config, settings, state, group, usage)
-        state = _fill(params, config, settings, state, self._filling, usage)
+            state = admit(params, config, settings, state, group, usage)
+        state = fill(params, config, settings, state, self._filling, usage, self._prefixes)
         passes = 1 if self._filling else passes or self._admit_every
         self._state = decode.advance(params, config, settings, state, jnp.int32(passes))
         return self._progress(settings, new, standing)
@@ -213,7 +203,7 @@ class Batch:
             news[run.index] = run.news(Written(answer.tokens, answer.written_at, answer.confidence))
         return Progress(answers, {index: found for index, found in news.items() if len(found.tokens)}, blocks)
 
-    def _known(self, canvas: Written, row: int, run: _Running, start: int) -> Written:
+    def _known(self, canvas: Written, row: int, run: Running, start: int) -> Written:
         """The answer so far: its blocks before `start`, up to an end of sequence."""
         first = len(run.prompt)
         length = len(cut(canvas.tokens[row, first:start], eos_ids_of(self._config, run.request.config)))
@@ -274,51 +264,7 @@ def serve(
             yield answer
 
 
-def _admit(params, config, settings, state: State, new, usage: Usage) -> State:
-    """Admits new requests, and prefills them together unless they are long. Rounds their number and length up to powers
-    of two, to compile few programs.
-    """
-    if not new:
-        return state
-    count = 1 << (len(new) - 1).bit_length()
-    padded = new + [(len(state.finished), new[0][1])] * (count - len(new))  # out of bounds: dropped
-    runs = [run for _, run in padded]
-    lengths = np.array([len(run.prompt) for run in runs])
-    seeds = [run.index if run.request.seed is None else run.request.seed for run in runs]
-    keys = jax.random.wrap_key_data(np.array([key_data(seed) for seed in seeds], np.uint32), impl=KEYS)
-    requests = requests_of(config, lengths, [run.request.config for run in runs], keys)
-    canvas, blocks = state.tokens.shape[1], int(lengths.max()) // settings.block_length
-    at_once = blocks and not is_long(lengths.max(), settings)
-    prefill = min((1 << (blocks - 1).bit_length()) * settings.block_length, canvas) if at_once else 0
-    usage.prefill_passes += prefill > 0
-    usage.prefill_positions += prefill * count
-    rows = np.array([row for row, _ in padded], np.int32)
-    return decode.admit(
-        params, config, settings, state, rows, requests, pad([run.prompt for run in runs], canvas), prefill
-    )
-
-
-def _fill(params, config, settings, state: State, filling: dict[int, _Running], usage: Usage) -> State:
-    """Computes the next chunk of a prompt in each part of the batch: of the row that waits longest."""
-    if not filling:
-        return state
-    rows, size = len(state.finished), min(settings.prefill_chunk, state.tokens.shape[1])
-    parts = sharding.num_parts("batch", rows)
-    chosen, first = np.full(parts, rows, np.int32), np.zeros(parts, np.int32)  # out of bounds: none
-    for row, run in list(filling.items()):
-        part = row // (rows // parts)
-        if chosen[part] == rows:
-            chosen[part], first[part] = row, run.filled
-            run.filled += size
-            if run.filled + settings.block_length > len(run.prompt):
-                del filling[row]
-    usage.prefill_passes += 1
-    usage.prefill_positions += parts * size
-    settings = dataclasses.replace(settings, sample=False, cut=False)  # a chunk draws nothing: one program for all
-    return decode.fill(params, config, settings, state, chosen, first)
-
-
-def _standing(state: State, canvas: Written, start: np.ndarray, asked: dict[int, _Running]) -> dict[int, Written]:
+def _standing(state: State, canvas: Written, start: np.ndarray, asked: dict[int, Running]) -> dict[int, Written]:
     """The blocks of the requests `asked` [row] as they stand, without what is beyond gen_length."""
     if not asked:
         return {}
@@ -334,7 +280,7 @@ def _standing(state: State, canvas: Written, start: np.ndarray, asked: dict[int,
     return found
 
 
-def _answers(config, state: State, rows: list[int], runs: list[_Running], settings, tokenizer) -> list[Answer]:
+def _answers(config, state: State, rows: list[int], runs: list[Running], settings, tokenizer) -> list[Answer]:
     """Of `rows`, which have finished."""
     configs = [run.request.config for run in runs]
     eos_ids = [eos_ids_of(config, g) for g in configs]
@@ -344,16 +290,17 @@ def _answers(config, state: State, rows: list[int], runs: list[_Running], settin
             index=run.index,
             tokens=out.tokens[i],
             text=None if tokenizer is None else tokenizer.decode_after(run.prompt, out.tokens[i]),
-            prefill_passes=int(out.prefill_passes[i]),
+            prefill_passes=int(out.prefill_passes[i]) - run.reused // settings.prefill_chunk,
             forward_passes=int(out.forward_passes[i]),
             commit_passes=int(out.commit_passes[i]),
-            positions_evaluated=int(out.positions_evaluated[i]),
+            positions_evaluated=int(out.positions_evaluated[i]) - run.reused,
             written_at=out.written_at[i],
             confidence=out.confidence[i],
             replay_tokens=out.replay_tokens[i],
             replay_written_at=out.replay_written_at[i],
             replay_confidence=out.replay_confidence[i],
             history=None if out.history is None else out.history[i],
+            reused_tokens=run.reused,
         )
         for i, run in enumerate(runs)
     ]

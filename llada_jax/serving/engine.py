@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from llada_jax.checkpoint.weights import Model
 from llada_jax.errors import InputError
 from llada_jax.model.forward import Execution
+from llada_jax.sampling.batches.prefixes import Prefixes, chunk_bytes
 from llada_jax.sampling.batches.requests import Request, Usage
 from llada_jax.sampling.batching import Batch, Progress
 from llada_jax.sampling.generate import prefill_execution
@@ -62,9 +63,10 @@ class Engine:
 
     model: its tokenizer is not used, requests and events hold tokens. rows: requests decoded together. max_length: most
     tokens of a prompt and its answer together. queue: most requests that wait for a row. admit_every: passes between
-    two looks at the batch; one while a running request wants provisional events. prefill_chunk, execution, fuse_share:
-    as in sampling.batching.serve; execution None is the fastest on this device. mesh: that the model is laid out over.
-    Raises InputError on a number below 1.
+    two looks at the batch; one while a running request wants provisional events. prefix_bytes: of each device, for keys
+    and values of the beginnings of prompts of more than prefill_chunk tokens, in whole chunks of so many; 0: none.
+    prefill_chunk, execution, fuse_share: as in sampling.batching.serve; execution None is the fastest on this device.
+    mesh: that the model is laid out over. Raises InputError on a number that is too low.
 
     Also a context manager: leaving it stops the engine, after an exception at once.
 
@@ -87,12 +89,16 @@ class Engine:
     ):  # fmt: skip
         if queue < 1:
             raise InputError(f"queue={queue}, expected at least 1")
-        self._mesh, self._usage = mesh, Usage()
+        self._mesh, self._usage, self._prefixes = mesh, Usage(), None
         with self._mesh_in_force():
             execution = prefill_execution(max_length) if execution is None else execution
+            if prefix_bytes:
+                self._prefixes = Prefixes(prefix_bytes)
+                _check_room(prefix_bytes, model, execution, min(prefill_chunk, max_length))
             self._batch = Batch(
                 model.params, model.config, rows, max_length, admit_every=admit_every, execution=execution,
                 fuse_share=fuse_share, usage=self._usage, prefill_chunk=prefill_chunk,
+                prefixes=self._prefixes,
             )  # fmt: skip
         self._rows, self._limit = rows, queue
         self._changed = threading.Condition()  # guards what follows
@@ -137,13 +143,16 @@ class Engine:
     def stats(self) -> Stats:
         """Counts at this moment."""
         with self._changed:
+            prefixes = self._prefixes
             names = ("submitted", "rejected", "finished", "cancelled", "expired", "failed", "resets", "tokens")
             usage = self._usage
             return Stats(
                 rows=self._rows, busy=len(self._running), queue=self._limit, queued=len(self._queue),
                 **{name: self._counts[name] for name in (*names, "prompt_tokens")}, passes=usage.iterations,
                 row_passes=usage.row_passes, running_row_passes=usage.running_row_passes,
-                prefill_passes=usage.prefill_passes, alive=self._thread.is_alive(), stopping=self._stopping,
+                prefill_passes=usage.prefill_passes,
+                prefix_hits=prefixes.hits if prefixes else 0, prefix_misses=prefixes.misses if prefixes else 0,
+                prefix_bytes=prefixes.bytes if prefixes else 0, alive=self._thread.is_alive(), stopping=self._stopping,
             )  # fmt: skip
 
     def stop(self, grace: float | None = None) -> None:
@@ -177,6 +186,8 @@ class Engine:
                 except Exception as error:
                     self._reset(error)
             self._batch.clear()
+            if self._prefixes is not None:
+                self._prefixes.clear()
 
     def _wait(self) -> bool:
         """Sleeps while there is nothing to do. Returns whether there is, and not all is over."""
@@ -258,6 +269,8 @@ class Engine:
             self._running.clear()
             self._counts["resets"] += 1
         self._batch.clear()
+        if self._prefixes is not None:
+            self._prefixes.clear()
         for ticket in running:
             self._end(ticket, "failed", Event("error", error=error))
 
@@ -293,3 +306,9 @@ def _told(ticket: Ticket, event: Event) -> bool:
     except BaseException:  # of the server's, whatever it is; asyncio.CancelledError is no Exception
         traceback.print_exc()
         return False
+
+
+def _check_room(prefix_bytes: int, model: Model, execution: Execution, size: int) -> None:
+    dtype = execution.dtype or str(model.params["embedding"].dtype)
+    if prefix_bytes < (least := chunk_bytes(model.config, execution, size, dtype)):
+        raise InputError(f"prefix_bytes={prefix_bytes}, expected at least {least}: a chunk of {size} tokens")

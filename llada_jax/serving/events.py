@@ -49,8 +49,9 @@ class Stats:
     Since the engine started: requests submitted (accepted by `submit`) and rejected (the queue was full); of those
     submitted, finished, cancelled, expired, and failed: by errors of their callbacks, of the device or of an end with
     too little grace. resets: errors of the device. tokens: of answers, as told by events; prompt_tokens: of requests
-    that have got a row. passes, row_passes, running_row_passes, prefill_passes: as in Usage. alive: whether the thread
-    runs; stopping: whether it is about to end.
+    that have got a row. passes, row_passes, running_row_passes, prefill_passes: as in Usage. prefix_hits,
+    prefix_misses: chunks of prompts that were known, and that were computed; prefix_bytes: of those that are known now,
+    on each device. alive: whether the thread runs; stopping: whether it is about to end.
     """
 
     rows: int
@@ -70,5 +71,8 @@ class Stats:
     row_passes: int
     running_row_passes: int
     prefill_passes: int
+    prefix_hits: int
+    prefix_misses: int
+    prefix_bytes: int
     alive: bool
     stopping: bool

@@ -32,7 +32,8 @@ class Request:
 @dataclasses.dataclass(frozen=True)
 class Answer:
     """The answer to one request. index: its number in the stream, from 0. text: the text that the tokens add to the
-    prompt, without special tokens; None without a tokenizer. The rest is as in sampling.generate.Generation.
+    prompt, without special tokens; None without a tokenizer. reused_tokens: of the prompt, whose keys and values were
+    known (batches/prefixes.py); passes and positions do not count them. The rest is as in sampling.generate.Generation.
     """
 
     index: int
@@ -48,6 +49,7 @@ class Answer:
     replay_written_at: np.ndarray
     replay_confidence: np.ndarray
     history: History | None = None
+    reused_tokens: int = 0
 
     @property
     def stop_length(self) -> int:
@@ -103,11 +105,3 @@ def check(config: ModelConfig, index: int | None, request: Request, max_length: 
     if not all(isinstance(seed, int | np.integer) and 0 <= seed < 2**32 for seed in seeds):
         raise InputError(f"{name}seed={request.seed!r}, expected an integer in [0, 2^32)")
     return prompt
-
-
-def key_data(seed: int | tuple[int, int]) -> tuple[int, int]:
-    """The two words of a key: those of jax.random.key for an int, a hash for a pair."""
-    if not isinstance(seed, tuple):
-        return 0, seed
-    first, second = np.random.SeedSequence(seed).generate_state(2)
-    return int(first), int(second)
