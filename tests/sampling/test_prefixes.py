@@ -133,7 +133,7 @@ def test_what_was_used_least_recently_is_given_up():
 
 def test_over_a_mesh():
     """A row of any part takes what one of another part has left; a device holds its own heads."""
-    config = CONFIGS["moe"].replace(num_layers=1)
+    config = CONFIGS["moe"]
     mesh = sharding.make_mesh(data=1, expert=2, tensor=2, devices=jax.devices()[:4])
     params, layouts = params_of(config), sharding.shardings(
         parameters.abstract(config), parameters.logical_axes(config), mesh
