@@ -76,11 +76,11 @@ class TokenText:
         if self._spell is None:
             return self._in_context(before, ids, skip_special)
         end = self._bytes_before_end(before)
-        if not end and not any(i in self._special and not skip_special for i in before):
-            return self._decode(ids, skip_special)  # the beginning of the text
+        begins = not end and not any(i in self._special and not skip_special for i in before)
         spelled = (self._special[i].encode() if i in self._special and not skip_special else self._spell(i)
                    for i in ids)  # fmt: skip
-        return (_incomplete(end) + b"".join(spelled)).decode("utf-8", "replace")
+        text = (_incomplete(end) + b"".join(spelled)).decode("utf-8", "replace")
+        return text[self._strips :] if begins and text.startswith(" ") else text
 
     def piece(self, before: Sequence[int], token_id: int) -> str:
         """One token after those `before` it, for display: a special token by name, part of a character as U+FFFD."""
@@ -88,6 +88,37 @@ class TokenText:
         if name is not None or self._spell is None:
             return self._in_context(before, [int(token_id)], name is None)
         return self._spell(int(token_id)).decode("utf-8", "replace")
+
+    def special(self, token_id: int) -> str | None:
+        """The name of a special token; None if it is none."""
+        return self._special.get(int(token_id))
+
+    def bytes_of(self, token_id: int) -> bytes | None:
+        """The bytes of one token inside a text; None where they depend on its neighbours."""
+        return None if self._spell is None else self._spell(int(token_id))
+
+    def settled(self, before: Sequence[int], ids: Sequence[int]) -> int:
+        """How many of `ids` have text after `before` that no later token can change: text_after of them, and then of
+        the others behind them, join to text_after of all.
+        """
+        ids = [int(i) for i in ids]
+        if self._spell is None:
+            whole = (
+                n for n in range(len(ids), 0, -1) if not self._in_context(before, ids[:n], True).endswith("\ufffd")
+            )
+            return next(whole, 0)
+        end, count = self._bytes_before_end(before), len(ids)
+        text = end + b"".join(map(self._spell, ids[:count]))
+        while count and _incomplete(text):
+            count -= 1
+            text = text[: len(text) - len(self._spell(ids[count]))]
+        return count
+
+    @functools.cached_property
+    def _strips(self) -> int:
+        """Spaces that decoding removes from the beginning of a text, at most."""
+        ids = self._backend.encode(" a", add_special_tokens=False).ids
+        return len(b"".join(map(self._spell, ids))) - len(self._decode(ids))
 
     def _decode(self, ids: list[int], skip_special: bool = True) -> str:
         shown = [i for i in ids if not (skip_special and i in self._special)]

@@ -115,3 +115,17 @@ def test_a_decoder_that_looks_at_its_neighbours_is_shown_them():
 
 def _state(decoder) -> str:
     return decoder.__getstate__().decode()
+
+
+@pytest.mark.parametrize("make", FAMILIES)
+def test_what_has_settled_can_be_read_alone(make):
+    """Whatever follows: at every cut the text of what has settled, and of the rest behind it, join to the whole."""
+    tokenizer, rng = make(), np.random.default_rng(0)
+    for text in (*TEXTS, *([None] * 20)):
+        ids = tokenizer.encode(text) if text else rng.integers(0, tokenizer.vocab_size + 2, 9).tolist()
+        for before in ([], tokenizer.encode("a")):
+            whole = tokenizer.text.text_after(before, ids)
+            for cut in range(len(ids) + 1):
+                settled = tokenizer.text.settled(before, ids[:cut])
+                first = tokenizer.text.text_after(before, ids[:settled]) if settled else ""
+                assert first + tokenizer.text.text_after([*before, *ids[:settled]], ids[settled:]) == whole

@@ -101,7 +101,7 @@ def answer_text(
     A stop text may contain special tokens. thought_end: only the text after its last occurrence is the answer.
     """
     tokens = [int(token) for token in tokens]
-    special = {token: tokenizer.id_to_token(token) for token in set(tokens) if _is_special(tokenizer, prompt, token)}
+    special = {token: name for token in set(tokens) if (name := tokenizer.text.special(token)) is not None}
     text = tokenizer.decode_after(prompt, tokens)
     parts, shown, end = [], [], 0  # the text with its special tokens, and which of its characters are shown
     for number, token in enumerate(tokens):
@@ -118,8 +118,3 @@ def answer_text(
     places = (place for stop in stops if stop and (place := written.find(stop, start)) >= 0)
     end = min(places, default=len(written))
     return "".join(itertools.compress(written[start:end], shown[start:end]))
-
-
-def _is_special(tokenizer: Tokenizer, prompt: Sequence[int], token: int) -> bool:
-    shown, written = (tokenizer.decode_after(prompt, [token], skip) for skip in (True, False))
-    return not shown and bool(written)
