@@ -1,0 +1,33 @@
+"""What the server refuses, as OpenAI's API says it: {"error": {"message", "type", "param", "code"}}."""
+
+import re
+
+from llada_jax.errors import InputError
+
+_NAMED = re.compile(r"(\w+)(?:\[|=|:| is | \d+ )")  # how messages of InputError begin that name a field
+_RENAMED = {"gen_length": "max_tokens"}
+
+
+class Refused(Exception):
+    """A request that is not served. status: of HTTP. param: the field that is wrong. headers: more of the answer's."""
+
+    def __init__(
+        self, status: int, message: str, param: str | None = None, code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ):  # fmt: skip
+        super().__init__(message)
+        self.status, self.param, self.code, self.headers = status, param, code, headers or {}
+
+    @property
+    def body(self) -> dict:
+        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(self.status)
+        kind = kind or ("invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+
+def of_input(error: InputError, fields: set[str]) -> Refused:
+    """Status 400 with the error's line, and the one of `fields` that it begins with."""
+    found = _NAMED.match(str(error))
+    name = _RENAMED.get(found[1], found[1]) if found else None
+    code = "context_length_exceeded" if "(max_length)" in str(error) else None
+    return Refused(400, " ".join(str(error).split()), name if name in fields else None, code)
