@@ -121,6 +121,7 @@ class Chat(Asked):
     chat_template_kwargs: dict[str, Any] = {}
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=20)
+    max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)  # the newer name of max_tokens
 
     @property
     def alternatives(self) -> int | None:
@@ -132,10 +133,6 @@ def read(kind: type[Completion] | type[Chat], body: bytes) -> Completion | Chat:
     fields = {name: value for name, value in _object(body).items() if value is not None}
     if kind is Chat:
         fields = _without_neutral(fields, _NEUTRAL_OF_CHATS)
-        if "max_completion_tokens" in fields:
-            if fields.setdefault("max_tokens", fields["max_completion_tokens"]) != fields["max_completion_tokens"]:
-                raise Refused(400, "max_tokens and max_completion_tokens differ", "max_completion_tokens")
-            del fields["max_completion_tokens"]
     else:
         best = {"best_of": (1, fields.get("n", 1))}  # as many as are asked for
         fields = _without_neutral(fields, _NEUTRAL_OF_COMPLETIONS | best)
@@ -143,7 +140,7 @@ def read(kind: type[Completion] | type[Chat], body: bytes) -> Completion | Chat:
         asked = kind(**fields)
     except ValidationError as error:
         raise _refused(error.errors()[0], kind) from None
-    _check_messages(asked) if kind is Chat else _check_prompts(asked)
+    _check_chat(asked) if kind is Chat else _check_prompts(asked)
     _check_probabilities(asked)
     for name in ("provisional", "stream_options"):
         if getattr(asked, name) and not asked.stream:
@@ -215,7 +212,11 @@ def _is_ids(value) -> bool:
     return isinstance(value, list) and bool(value) and all(type(x) is int and 0 <= x < 2**31 for x in value)
 
 
-def _check_messages(asked: Chat) -> None:
+def _check_chat(asked: Chat) -> None:
+    newer = asked.max_completion_tokens
+    if newer and asked.max_tokens not in (None, newer):
+        raise Refused(400, "max_tokens and max_completion_tokens differ", "max_completion_tokens")
+    asked.max_tokens = newer or asked.max_tokens
     for i, message in enumerate(asked.messages):
         message = {name: value for name, value in message.items() if value is not None}
         asked.messages[i] = message = _without_neutral(message, _NEUTRAL_OF_MESSAGES, f"messages[{i}].")

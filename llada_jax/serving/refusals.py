@@ -4,7 +4,7 @@ import re
 
 from llada_jax.errors import InputError
 
-_NAMED = re.compile(r"(\w+)(?:\[|=|:| is | \d+ )")  # how messages of InputError begin that name a field
+_NAMED = re.compile(r"\w+")  # messages of InputError that are of a field begin with its name
 _RENAMED = {"gen_length": "max_tokens"}
 
 
@@ -28,6 +28,6 @@ class Refused(Exception):
 def of_input(error: InputError, fields: set[str]) -> Refused:
     """Status 400 with the error's line, and the one of `fields` that it begins with."""
     found = _NAMED.match(str(error))
-    name = _RENAMED.get(found[1], found[1]) if found else None
+    name = _RENAMED.get(found[0], found[0]) if found else None
     code = "context_length_exceeded" if "(max_length)" in str(error) else None
     return Refused(400, " ".join(str(error).split()), name if name in fields else None, code)

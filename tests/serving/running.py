@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import socket
 import threading
 from types import SimpleNamespace
 
@@ -33,21 +34,25 @@ LONGEST = 256
 
 
 def small_model() -> Model:
-    """Random weights; what it writes are bytes, ends of sequence among them."""
+    """Random weights; it mostly writes printable ASCII, and ends of sequence."""
     config = preset("tiny").replace(num_layers=1, hidden_size=32, num_heads=2, num_kv_heads=1, intermediate_size=64)
     params = parameters.initialize(config, jax.random.key(0, impl="threefry2x32"))
     params = jax.tree.map(lambda w: 3 * w if w.ndim > 2 else w, params)
+    ids = np.arange(config.vocab_size)
+    params["head"] *= 40.0 * ((ids >= 32) & (ids < 127) | (ids == config.eos_token_id))[None]
     files = byte_tokenizer(config.eos_token_id, config.mask_token_id).files | {"chat_template.jinja": TEMPLATE}
     return Model(config, params, from_files(files), {})
 
 
 @contextlib.contextmanager
-def served(model: Model, rows: int = 4, queue: int = 64, limits=listen.Limits(), engine=None, **options):
+def served(model: Model, rows: int = 4, queue: int = 64, limits=listen.Limits(), engine=None, send_buffer=None, **options):
     """A running server: url, client (openai's), http (httpx's), engine, model."""
     engine = engine or Engine(model, rows, LONGEST, queue=queue)
     settings = Options(**({"names": ("tiny", "alias"), "defaults": DEFAULTS, "max_length": LONGEST} | options))
     server = listen.Server(make_app(engine, model, settings), limits)
     with listen.bind("127.0.0.1", 0) as bound:
+        if send_buffer:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         url = f"http://127.0.0.1:{bound.getsockname()[1]}"
         thread = threading.Thread(target=server.run, args=([bound],))
         thread.start()
