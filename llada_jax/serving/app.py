@@ -145,8 +145,9 @@ class _Service:
         body = await self._body(request)
         wanted, prepared = await asyncio.to_thread(self._prepared, kind, body)  # long texts take their time
         ends = {end for end in eos_ids_of(self._model.config, self._options.defaults) if end >= 0}
+        detailed = wanted.provisional or wanted.alternatives is not None
         choices = [
-            Choice(i, self._model.tokenizer, each.prompt.tolist(), wanted.stop, ends)
+            Choice(i, self._model.tokenizer, each.prompt.tolist(), wanted.stop, ends, detailed)
             for i, each in enumerate(prepared.requests)
         ]
         try:

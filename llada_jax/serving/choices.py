@@ -41,15 +41,19 @@ class Delta:
 
 
 class Choice:
-    """Choice `index` of a request. tokens: all that were told so far. passes: (prefill, forward, commit) so far; None:
-    not known.
+    """Choice `index` of a request. stops: texts that end it; ends: tokens that do. detailed: whether its tokens are
+    told, not only its text. tokens: all that were told so far. passes: (prefill, forward, commit) so far; None: not
+    known.
     """
 
-    def __init__(self, index: int, tokenizer: Tokenizer, prompt: Sequence[int], stops: Sequence[str], ends: set[int]):
+    def __init__(
+        self, index: int, tokenizer: Tokenizer, prompt: Sequence[int], stops: Sequence[str], ends: set[int],
+        detailed: bool = True,
+    ):  # fmt: skip
         self.index, self.tokens, self.finish_reason = index, [], None
         self.passes: tuple[int, int, int] | None = None
         self.reused_tokens = 0
-        self._text = AnswerText(tokenizer, prompt, stops)
+        self._text, self._detailed = AnswerText(tokenizer, prompt, stops, each=detailed), detailed
         self._tokenizer, self._prompt, self._ends = tokenizer, [int(i) for i in prompt], ends
         self._ids: list[int] = []
         self._steps: list[int] = []
@@ -86,7 +90,7 @@ class Choice:
         return self._delta(given)
 
     def _delta(self, given) -> Delta:
-        tokens = [self._token(i) for i in range(given.first, given.last)]
+        tokens = [self._token(i) for i in range(given.first, given.last)] if self._detailed else []
         self.tokens += tokens
         return Delta(self.index, given.text, tokens, finish_reason=self.finish_reason)
 
@@ -95,8 +99,7 @@ class Choice:
         name = text.special(token)
         before = [*self._prompt[-64:], *self._ids[max(i - 64, 0) : i]]
         piece = text.piece(before, token) if name is None else ""
-        data = piece.encode("utf-8", "replace") if name is None else name.encode()
-        data = text.bytes_of(token) or data
+        data = name.encode() if name is not None else text.bytes_of(token) or piece.encode()
         probability = self._confidence[i]
         logprob = max(math.log(probability), _LEAST) if probability > 0 else _LEAST
         return Token(piece, data, logprob, self._text.offsets[i], self._steps[i])

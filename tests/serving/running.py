@@ -45,7 +45,9 @@ def small_model() -> Model:
 
 
 @contextlib.contextmanager
-def served(model: Model, rows: int = 4, queue: int = 64, limits=listen.Limits(), engine=None, send_buffer=None, **options):
+def served(
+    model: Model, rows: int = 4, queue: int = 64, limits=listen.Limits(), engine=None, send_buffer=None, **options
+):
     """A running server: url, client (openai's), http (httpx's), engine, model."""
     engine = engine or Engine(model, rows, LONGEST, queue=queue)
     settings = Options(**({"names": ("tiny", "alias"), "defaults": DEFAULTS, "max_length": LONGEST} | options))

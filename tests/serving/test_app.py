@@ -196,7 +196,9 @@ def test_logprobs_are_of_the_steps_that_wrote_the_tokens(server, expected):
     parts = [c.choices[0].logprobs.content for c in stream if c.choices and c.choices[0].logprobs]
     assert [entry.logprob for part in parts for entry in part] == pytest.approx(logs, rel=1e-4)
     answer = expected("hello", gen_length=10)
-    found = server.client.completions.create(model="tiny", prompt="hello", max_tokens=10, logprobs=1).choices[0].logprobs
+    found = (
+        server.client.completions.create(model="tiny", prompt="hello", max_tokens=10, logprobs=1).choices[0].logprobs
+    )
     assert found.token_logprobs == pytest.approx([math.log(p) for p in answer.confidence], rel=1e-4)
     assert found.text_offset == sorted(found.text_offset) and len(found.top_logprobs) == len(found.tokens) == 10
     none = server.client.completions.create(model="tiny", prompt="hello", logprobs=0).choices[0].logprobs

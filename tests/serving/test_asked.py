@@ -131,11 +131,18 @@ def test_prompts_get_no_likelihoods():
 @pytest.mark.parametrize(
     "body, why",
     [
-        (b"", "not JSON"), (b"{", "not JSON"), (b"\xff\xfe", "not JSON"), (b"[]", "not a JSON object"),
-        (b"null", "not a JSON object"), (b"[" * 100_000, "nested too deeply"), (b'{"n": NaN}', "NaN is no number"),
-        (b'{"model": "m", "messages": [{}], "top_p": 1e999}', "top_p=inf"), (b'{"n": 1, "n": 2}', "'n' stands there twice"), (b'{"n": 1' + b"0" * 5000 + b"}", "not JSON"),
+        (b"", "not JSON"),
+        (b"{", "not JSON"),
+        (b"\xff\xfe", "not JSON"),
+        (b'{"n": 1' + b"0" * 5000 + b"}", "not JSON"),
+        (b"[]", "not a JSON object"),
+        (b"null", "not a JSON object"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"n": NaN}', "NaN is no number"),
+        (b'{"model": "m", "messages": [{}], "top_p": 1e999}', "top_p=inf"),
+        (b'{"n": 1, "n": 2}', "'n' stands there twice"),
     ],
-)  # fmt: skip
+)
 def test_a_body_that_is_no_clear_json_is_refused(body, why):
     with pytest.raises(Refused, match=why):
         read(Chat, body)

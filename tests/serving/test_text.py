@@ -53,6 +53,8 @@ def test_what_comes_joins_to_the_whole_answer_up_to_the_first_stop(case):
     assert "".join(part.text for part in every) == whole
     assert (answer.stopped, answer.count) == (by_one.stopped, by_one.count)
     assert answer.count == len(ids) if not answer.stopped else answer.count <= len(ids)
+    at_once = AnswerText(tokenizer, prompt, stops, each=False)
+    assert at_once.feed(ids).text + at_once.end().text == whole and at_once.count == answer.count
     numbers = [i for part in parts for i in range(part.first, part.last)]
     assert numbers == list(range(len(numbers))) and (answer.stopped or len(numbers) == len(ids))
     assert answer.offsets == sorted(answer.offsets) and all(answer.offsets[i] <= len(whole) for i in numbers)
