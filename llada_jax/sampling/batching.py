@@ -32,7 +32,7 @@ from llada_jax.sampling.generate import (
     decode_settings,
     eos_ids_of,
 )
-from llada_jax.sampling.prefill import is_long
+from llada_jax.sampling.prefill import is_long, num_passes
 from llada_jax.sampling.quantize import has_int8_experts
 from llada_jax.sampling.state import PREFILL_CHUNK, DecodeSettings, State, Written, empty_state, with_slots
 from llada_jax.tokenizer import Tokenizer
@@ -41,7 +41,8 @@ from llada_jax.tokenizer import Tokenizer
 class Progress(NamedTuple):
     """What a step has brought, by the numbers of requests: Written of arrays [tokens].
 
-    new: what finished blocks add to an answer, the rest of `answers` included. standing: of the requests asked for that
+    new: what finished blocks add to an answer, the rest of `answers` included; passes: for those, (prefill, denoising,
+    commit) passes of the request so far, as in Answer. standing: of the requests asked for that
     go on, the blocks that are being written, without what is prompt in them; where nothing is written yet stand the
     mask, step -1 and probability 0.
     """
@@ -49,6 +50,7 @@ class Progress(NamedTuple):
     answers: list[Answer]
     new: dict[int, Written]
     standing: dict[int, Written]
+    passes: dict[int, tuple[int, int, int]]
 
 
 class Batch:
@@ -139,7 +141,7 @@ class Batch:
         of in Progress.standing.
         """
         if not self._running:
-            return Progress([], {}, {})
+            return Progress([], {}, {}, {})
         params, config, settings, usage = self._params, self._config, self._settings(), self.usage
         state = self._prepared(settings)
         admitted, self._new = self._new, {}
@@ -192,16 +194,24 @@ class Batch:
         going = {row: run for row, run in self._running.items() if not finished[row]}
         done = [row for row in self._running if finished[row] and row not in self._filling]
         asked = {row: run for row, run in going.items() if run.index in standing}
-        news, blocks = {}, {}
+        news, blocks, passes = {}, {}, {}
         if going and (new or asked):
-            canvas = Written(*jax.device_get((state.tokens, state.written_at, state.confidence)))
+            written = state.tokens, state.written_at, state.confidence
+            *canvas, denoising, commit = jax.device_get((*written, state.denoising_passes, state.commit_passes))
+            canvas = Written(*canvas)
             news = {run.index: run.news(self._known(canvas, row, run, start[row])) for row, run in going.items()}
             blocks = _standing(state, canvas, start, asked)
+            passes = {
+                run.index: (_prefill_passes(run, settings), int(denoising[row]), int(commit[row]))
+                for row, run in going.items()
+            }
         runs = [self._running.pop(row) for row in done]
         answers = _answers(self._config, state, done, runs, settings, self._tokenizer) if done else []
         for run, answer in zip(runs, answers, strict=True):
             news[run.index] = run.news(Written(answer.tokens, answer.written_at, answer.confidence))
-        return Progress(answers, {index: found for index, found in news.items() if len(found.tokens)}, blocks)
+            passes[run.index] = answer.prefill_passes, answer.forward_passes, answer.commit_passes
+        news = {index: found for index, found in news.items() if len(found.tokens)}
+        return Progress(answers, news, blocks, {index: passes[index] for index in news})
 
     def _known(self, canvas: Written, row: int, run: Running, start: int) -> Written:
         """The answer so far: its blocks before `start`, up to an end of sequence."""
@@ -280,6 +290,10 @@ def _standing(state: State, canvas: Written, start: np.ndarray, asked: dict[int,
     return found
 
 
+def _prefill_passes(run: Running, settings: DecodeSettings) -> int:
+    return num_passes(len(run.prompt), settings) - run.reused // settings.prefill_chunk
+
+
 def _answers(config, state: State, rows: list[int], runs: list[Running], settings, tokenizer) -> list[Answer]:
     """Of `rows`, which have finished."""
     configs = [run.request.config for run in runs]
@@ -290,7 +304,7 @@ def _answers(config, state: State, rows: list[int], runs: list[Running], setting
             index=run.index,
             tokens=out.tokens[i],
             text=None if tokenizer is None else tokenizer.decode_after(run.prompt, out.tokens[i]),
-            prefill_passes=int(out.prefill_passes[i]) - run.reused // settings.prefill_chunk,
+            prefill_passes=_prefill_passes(run, settings),
             forward_passes=int(out.forward_passes[i]),
             commit_passes=int(out.commit_passes[i]),
             positions_evaluated=int(out.positions_evaluated[i]) - run.reused,

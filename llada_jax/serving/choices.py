@@ -72,7 +72,7 @@ class Choice:
             return Delta(self.index, standing=self._standing(event))
         if event.kind == "done":
             return self._end(event.answer)
-        self.passes = getattr(event, "passes", None) or self.passes
+        self.passes = event.passes
         self._ids += event.tokens.tolist()
         self._steps += event.steps.tolist()
         self._confidence += event.confidence.tolist()

@@ -238,7 +238,7 @@ class Engine:
         for number, ticket in list(self._running.items()):
             if new := progress.new.get(number):
                 self._counts["tokens"] += len(new.tokens)
-                self._send(ticket, Event("block", *new))
+                self._send(ticket, Event("block", *new, passes=progress.passes[number]))
             if answer := answers.get(number):
                 self._leave(ticket)
                 self._took.append(time.monotonic() - ticket._admitted)

@@ -31,7 +31,8 @@ class Event:
     those of the blocks that are being written, as they stand. steps: for each the step of its block that wrote it,
     int32; confidence: its probability then, float32. Where nothing is written yet stand the mask, step -1 and
     probability 0. answer: of "done"; its tokens are those of all "block" events, its text is None. error: of "error":
-    an InputError is the request's fault; Expired; Stopping; any other is the device's.
+    an InputError is the request's fault; Expired; Stopping; any other is the device's. passes: of "block", (prefill,
+    forward, commit) passes so far, as in Answer.
     """
 
     kind: str
@@ -40,6 +41,7 @@ class Event:
     confidence: np.ndarray | None = None
     answer: Answer | None = None
     error: Exception | None = None
+    passes: tuple[int, int, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

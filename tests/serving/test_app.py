@@ -135,14 +135,16 @@ def test_a_stop_text_ends_the_answer_and_frees_the_row(server, expected, stream)
         found = server.client.completions.create(
             model="tiny", prompt="abc", max_tokens=200, stop=[stop, "never there"], stream=stream
         )
-        text, end = (found.choices[0].text, found.choices[0].finish_reason) if not stream else _of(streamed(found))
+        if stream:
+            texts, ends, *_ = streamed(found)
+            text, end = texts.get(0, ""), ends[0]
+        else:
+            text, end, usage = found.choices[0].text, found.choices[0].finish_reason, found.usage
+            assert usage.completion_tokens == len(text) + len(stop) and usage.prefill_passes == answer.prefill_passes
+            assert usage.completion_tokens < usage.forward_passes + 8 < answer.forward_passes
         assert (text, end) == (answer.text.partition(stop)[0], "stop")
     wait_until(lambda: server.engine.stats().busy == 0)
     assert server.engine.stats().cancelled == cancelled + len(places)
-
-
-def _of(found) -> tuple[str, str]:
-    return found[0][0], found[1][0]
 
 
 def test_the_end_of_sequence_stops_and_is_not_shown(server, expected):
