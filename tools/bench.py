@@ -24,15 +24,17 @@ _MODEL = flags.DEFINE_string(
     "model", None, "Preset that is measured. Default: attention tiny, decode tiny_moe, train 4.3 M parameters."
 )
 _MODELS = flags.DEFINE_list("models", ["llada2_mini", "llada2_flash"], "Presets whose experts are costed.")
-_ROWS = flags.DEFINE_integer("rows", None, "Rows of the measured step. Default: 1; train: 8.", lower_bound=1)
+_ROWS = flags.DEFINE_integer("rows", None, "Rows of the batch. Default: 1; train: 8; serve: 16.", lower_bound=1)
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of activations and matrix products.")
 _LAYERS = flags.DEFINE_integer("layers", 6, "Layers of the converted checkpoint, at least 2.", lower_bound=2)
-_ROUNDS = flags.DEFINE_integer("rounds", 3, "Conversions and copies in turn; the fastest counts.", lower_bound=1)
+_ROUNDS = flags.DEFINE_integer("rounds", 3, "Measurements in turn; the fastest counts.", lower_bound=1)
 _DIRECTORY = flags.DEFINE_string("directory", ".", "Where the checkpoints to convert are made and removed.")
 _BATCHES = flags.DEFINE_list("batches", ["1", "4", "16", "64"], "Rows of a batch.")
 _PARTS = flags.DEFINE_list("parts", None, "recompute, prefix, commit, batches, continuous, cost. Default: all.")
 _COST_MODEL = flags.DEFINE_string("cost_model", "llada2_mini", "Preset of the cost model.")
 _CHIP = flags.DEFINE_string("chip", "v5p", "Chip of the cost model, v4 | v5e | v5p | v6e | tpu7x.")
+_REQUESTS = flags.DEFINE_integer("requests", 200, "Requests that the server is asked.", lower_bound=1)
+_CLIENTS = flags.DEFINE_integer("clients", 64, "Clients that ask at once.", lower_bound=1)
 _JSON = flags.DEFINE_string("json", None, "File for the rows of the table.")
 
 
@@ -119,6 +121,13 @@ def _decode() -> Iterator[dict]:
     yield report(model, parts, batches, preset(_COST_MODEL.value), CHIPS[_CHIP.value])
 
 
+def _serve() -> Iterator[dict]:
+    from llada_jax.bench import serve
+
+    model, rows = _MODEL.value or "tiny_moe", _ROWS.value or 16
+    return serve.table(model, rows, _REQUESTS.value, _CLIENTS.value, _ROUNDS.value)
+
+
 COMMANDS = {
     "attention": Command(
         """Attention of a training step or of decoding, by the compiler's estimate for a TPU, or timed on a device.
@@ -172,8 +181,25 @@ throughput and positions evaluated per token against batch (batches); 200 ragged
 --cost_model, and where it becomes compute-bound (cost).""",
         ("model", "batches", "parts", "cost_model", "chip"),
     ),
+    "serve": Command(
+        """The server under load, beside decoding the same requests without it; random weights.
+
+python tools/bench.py serve [--model=tiny_moe] [--rows=16] [--requests=200] [--clients=64] [--rounds=3]
+
+Clients in a process of their own stream ragged requests from a server, in turn with decoding them from a list. Prints
+tokens per second of both, their ratio, and the seconds until the first block comes. Needs the extra: pip install -e
+'.[serve]'.""",
+        ("model", "rows", "requests", "clients", "rounds"),
+    ),
 }
-_TABLES = {"attention": _attention, "train": _train, "experts": _experts, "convert": _convert, "decode": _decode}
+_TABLES = {
+    "attention": _attention,
+    "train": _train,
+    "experts": _experts,
+    "convert": _convert,
+    "decode": _decode,
+    "serve": _serve,
+}
 
 if __name__ == "__main__":
     command_line.run(main, commands=COMMANDS, common=("json",))

@@ -19,6 +19,7 @@ from starlette.routing import Route
 
 from llada_jax.checkpoint.weights import Model
 from llada_jax.errors import InputError
+from llada_jax.sampling.batches import requests
 from llada_jax.sampling.generate import GenerateConfig, eos_ids_of
 from llada_jax.serving import asked, refusals
 from llada_jax.serving.answers import Form
@@ -144,10 +145,9 @@ class _Service:
         kind = _KINDS[request.url.path]
         body = await self._body(request)
         wanted, prepared = await asyncio.to_thread(self._prepared, kind, body)  # long texts take their time
-        ends = {end for end in eos_ids_of(self._model.config, self._options.defaults) if end >= 0}
         detailed = wanted.provisional or wanted.alternatives is not None
         choices = [
-            Choice(i, self._model.tokenizer, each.prompt.tolist(), wanted.stop, ends, detailed)
+            Choice(i, self._model.tokenizer, each.prompt.tolist(), wanted.stop, self._ends(each), detailed)
             for i, each in enumerate(prepared.requests)
         ]
         try:
@@ -171,6 +171,9 @@ class _Service:
             return await _unless_gone(request.receive, _whole(job, form, choices, ended)) or Response(status_code=_GONE)
         finally:
             job.cancel()
+
+    def _ends(self, request: requests.Request) -> set[int]:
+        return {end for end in eos_ids_of(self._model.config, request.config) if end >= 0}
 
     async def _body(self, request: Request) -> bytes:
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":

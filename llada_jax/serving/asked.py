@@ -20,7 +20,7 @@ _ANY_TEXT = object()  # a name for the client's own records
 _NEUTRAL = {
     "presence_penalty": (0,), "frequency_penalty": (0,), "logit_bias": ({},), "user": (_ANY_TEXT,),
     "repetition_penalty": (1,), "length_penalty": (1,), "min_p": (0,), "min_tokens": (0,), "typical_p": (1,),
-    "use_beam_search": (False,), "ignore_eos": (False,), "stop_token_ids": ([],), "skip_special_tokens": (True,),
+    "use_beam_search": (False,), "stop_token_ids": ([],), "skip_special_tokens": (True,),
     "include_stop_str_in_output": (False,), "early_stopping": (False,),
     "guided_json": (), "guided_regex": (), "guided_choice": (), "guided_grammar": (), "structured_outputs": (),
 }  # fmt: skip
@@ -66,6 +66,7 @@ class Asked(_Fields):
     stream: bool = False
     stream_options: StreamOptions | None = None
     provisional: bool = False
+    ignore_eos: bool = False  # vLLM's name: write max_tokens whatever comes
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = None
     top_k: int | None = None
@@ -88,7 +89,7 @@ class Asked(_Fields):
         found = {name: getattr(self, name) for name in DECODING if getattr(self, name) is not None}
         if self.top_k in (0, -1):  # of other servers: all tokens
             found["top_k"] = None
-        return found
+        return found | ({"eos_id": -1} if self.ignore_eos else {})
 
     @property
     def include_usage(self) -> bool:

@@ -157,6 +157,9 @@ def test_the_end_of_sequence_stops_and_is_not_shown(server, expected):
     assert found.choices[ended[0]].text == answer.text and "endoftext" not in answer.text
     stream = server.client.completions.create(n=16, seed=1, stream=True, **common)
     texts, ends, *_ = streamed(stream)
+    whole = server.client.completions.create(n=16, seed=1, extra_body={"ignore_eos": True}, **common)
+    assert {choice.finish_reason for choice in whole.choices} == {"length"}
+    assert whole.usage.completion_tokens == 16 * 60
     assert texts[ended[0]] == answer.text and [i for i in sorted(ends) if ends[i] == "stop"] == ended
 
 

@@ -89,7 +89,6 @@ def test_a_wrong_value_is_refused_by_the_name_of_its_field(kind, field, wrong):
         (Chat, "reasoning_effort", None, "low"),
         (Chat, "functions", [], [{"name": "f"}]),
         (Chat, "min_p", 0, 0.1),
-        (Chat, "ignore_eos", False, True),
     ],
 )
 def test_what_is_not_honoured_is_accepted_only_where_it_asks_for_nothing(kind, field, neutral, other):
