@@ -58,6 +58,9 @@ def test_generate_a_prompt_and_draw_how_the_answer_filled(checkpoint, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("def f(") and "tokens per forward" in done.stdout and "0 commit" in done.stdout
     assert "block   2" in done.stdout and "steps" in (tmp_path / "filled.svg").read_text()
+    done = run("generate", *arguments, f"--save={tmp_path / 'filled.html'}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("filled.html\n") and '"prompt": "def f("' in (tmp_path / "filled.html").read_text()
 
 
 def test_generate_with_edits_that_delete_and_insert(checkpoint):

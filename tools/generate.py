@@ -1,12 +1,13 @@
 """Answers prompts by block diffusion.
 
-python tools/generate.py --checkpoint=DIR --prompt=TEXT [--trajectory [--save=FILE.png]]
+python tools/generate.py --checkpoint=DIR --prompt=TEXT [--trajectory] [--save=FILE.html]
 python tools/generate.py --checkpoint=DIR --chat
 python tools/generate.py --checkpoint=DIR --input=prompts.jsonl --output=answers.jsonl
 
 Text is printed as its blocks are finished. --chat alone holds a conversation; with --prompt it puts the prompt into the
 checkpoint's chat template. --trajectory shows how the answer filled: a line for each block, every token coloured by the
-step that wrote it; --save draws that as a picture (pip install -e '.[plot]').
+step that wrote it. --save writes that as a picture, FILE.png or FILE.svg (pip install -e '.[plot]'), or as a page that
+plays it, FILE.html, which needs nothing but a browser.
 
 An input line is {"prompt": TEXT} or {"messages": [{"role": ..., "content": ...}, ...]} with "tools" if there are any
 (llada_jax/data/README.md), and may set "seed" and any of "gen_length", "steps", "threshold", "temperature", "top_k",
@@ -52,7 +53,7 @@ _TEMPLATE_DATE = flags.DEFINE_string(
 _TRAJECTORY = flags.DEFINE_bool("trajectory", False, "Show how the answer filled.")
 _REPLAY = flags.DEFINE_bool("replay", False, "Write the answer's whole last block, for --input.")
 _HISTORY = flags.DEFINE_bool("history", False, "Write all that was written, edits included, for --input.")
-_SAVE = flags.DEFINE_string("save", None, "Picture of the trajectory, .svg or .png.")
+_SAVE = flags.DEFINE_string("save", None, "The trajectory as a picture, .svg or .png, or a page that plays it, .html.")
 
 # Settings of other programs, which would otherwise be taken for remarks.
 _ELSEWHERE = (
@@ -80,9 +81,9 @@ def main(argv) -> None:
         raise InputError("--trajectory and --save show one answer: use --prompt")
     if (_REPLAY.value or _HISTORY.value) and not _INPUT.value:
         raise InputError("--replay and --history are for the lines of --output: use --input")
-    if _SAVE.value and Path(_SAVE.value).suffix not in (".svg", ".png"):
-        raise InputError(f"--save={_SAVE.value}, expected .svg or .png")
-    if _SAVE.value and importlib.util.find_spec("matplotlib") is None:
+    if _SAVE.value and Path(_SAVE.value).suffix not in (".svg", ".png", ".html"):
+        raise InputError(f"--save={_SAVE.value}, expected .svg, .png or .html")
+    if _SAVE.value and not _saves_page() and importlib.util.find_spec("matplotlib") is None:
         raise InputError("--save: matplotlib is not installed; pip install 'llada_jax[plot]'")
     rows = _read_rows(_INPUT.value) if _INPUT.value else None
 
@@ -90,6 +91,7 @@ def main(argv) -> None:
     configs = None if rows is None else [_config_of(config, place, row) for place, row in rows]
 
     jsonl.prepare(_OUTPUT.value)
+    jsonl.prepare(_SAVE.value)
 
     # After the flags are right: jax takes seconds.
     from llada_jax.checkpoint.weights import load_checkpoint, read_config
@@ -206,6 +208,7 @@ def _answer_one(model, prompt, config):
     (answer,) = serve(
         model.params, model.config, [request], 1, length, model.tokenizer, admit_every=4,
         execution=prefill_execution(len(ids)), on_tokens=print_new,
+        history=_saves_page() and config.rule != "llada2.2",
     )  # fmt: skip
     print(answer.text[len(printed) :])
     passes = answer.forward_passes + answer.commit_passes + answer.prefill_passes
@@ -215,11 +218,15 @@ def _answer_one(model, prompt, config):
         f"{answer.tokens_per_forward:.2f} tokens per forward, {answer.positions_evaluated} positions evaluated]"
     )
     if (_TRAJECTORY.value or _SAVE.value) and len(answer.tokens):
-        _show(model, ids, answer, config)
+        _show(model, prompt.text, ids, answer, config)
     return answer
 
 
-def _show(model, prompt: list[int], answer, config) -> None:
+def _saves_page() -> bool:
+    return bool(_SAVE.value) and Path(_SAVE.value).suffix == ".html"
+
+
+def _show(model, text: str, prompt: list[int], answer, config) -> None:
     import rich
 
     from llada_jax.sampling import trajectory
@@ -229,8 +236,15 @@ def _show(model, prompt: list[int], answer, config) -> None:
     spans = trajectory.blocks(len(prompt), answer.tokens, config.block_length)
     if _TRAJECTORY.value:
         rich.print(trajectory.terminal(pieces, answer.written_at, spans))
-    if _SAVE.value:
+    if _saves_page():
+        from llada_jax.serving import page
+
+        name = Path(_CHECKPOINT.value).absolute().name
+        html = page.replay(name, text, prompt, answer, model.tokenizer, config.block_length)
+        Path(_SAVE.value).write_text(html, encoding="utf-8")
+    elif _SAVE.value:
         trajectory.draw(pieces, answer.written_at, answer.confidence, spans, _SAVE.value)
+    if _SAVE.value:
         print(_SAVE.value)
 
 

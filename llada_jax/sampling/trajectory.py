@@ -1,9 +1,13 @@
 """How an answer filled: its blocks, each token coloured by the step of its block that wrote it."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from rich.text import Text
 
 from llada_jax import plots
+from llada_jax.sampling.history import History
+from llada_jax.tokenizer import Tokenizer
 
 _COLORS = ("#440154", "#46327e", "#365c8d", "#277f8e", "#1fa187", "#4ac16d", "#a0da39", "#fde725")  # early to late
 
@@ -31,6 +35,36 @@ def terminal(pieces: list[str], steps: np.ndarray, spans: list[slice]) -> Text:
             text.append(piece.replace("\n", "⏎").replace(" ", "·") or "∅", f"{ink} on {shade}")
         text.append("\n")
     return text
+
+
+def writes(
+    ids: Sequence[int],
+    tokens: np.ndarray,
+    steps: np.ndarray,
+    confidence: np.ndarray,
+    spans: list[slice],
+    tokenizer: Tokenizer,
+    history: History | None = None,
+) -> list[list]:
+    """Returns [position in the answer, pass, step of the block, text, probability] of every write, in their order:
+    numbers from 0, the probability rounded to 2 places. What is behind the end of the answer is left out.
+
+    ids: of the prompt. tokens, steps, confidence [n]: of the answer, as in batching.Answer. history: with it drafts
+    before an edit and the passes of several blocks at once are told; without it each token is written once, and a
+    block after the other.
+    """
+    if history is None:
+        passes, before = np.array(steps), 0
+        for span in spans:
+            passes[span] += before
+            before = int(passes[span].max()) + 1
+        order = np.argsort(passes, kind="stable")
+        history = History(order, *(np.asarray(each)[order] for each in (tokens, steps, passes, confidence)))
+    known, kept = [*ids, *tokens.tolist()], history.position < len(tokens)
+    return [
+        [int(at), int(forward), int(step), tokenizer.text.piece(known[: len(ids) + at], token), round(float(p), 2)]
+        for at, token, step, forward, p in zip(*(array[kept] for array in history), strict=True)
+    ]
 
 
 def draw(pieces: list[str], steps: np.ndarray, confidence: np.ndarray, spans: list[slice], path: str) -> None:
