@@ -38,7 +38,7 @@ def replay(model: str, prompt: str, ids, answer, tokenizer: Tokenizer, block_len
             "prompt": prompt,
             "blocks": [span.stop - span.start for span in spans],
             "writes": writes,
-            "passes": max((write[1] + 1 for write in writes), default=0),
+            "passes": answer.forward_passes,
             "usage": {name: getattr(answer, name) for name in _COUNTS},
         }
     )

@@ -442,6 +442,29 @@ _REINFORCEMENT = _room(
     ("evaluation/programs.py", "randrange(100, 250)", "randrange(1)", "evaluation/test_programs.py"),
 )  # fmt: skip
 
+_BROWSER = "serving/test_page.py"
+_PAGE = _room(
+    "page",
+    # A token ends the element that holds the trajectory.
+    ("serving/page.py", '.replace("<", "\\\\u003c")', "", "serving/test_replay.py"),
+    ("sampling/trajectory.py", "passes[span] += before", "pass", "sampling/test_trajectory.py"),
+    ("sampling/trajectory.py", "history.position < len(tokens)", "history.position >= 0",
+     "sampling/test_trajectory.py"),
+    # Stopping hides the answer, and the model writes on.
+    ("serving/page.html", "abort?.abort();", "",
+     f"{_BROWSER}::test_stop_cancels_the_request_and_keeps_what_is_committed"),
+    # Boxes of a lost connection stay.
+    ("serving/page.html", "  turn.block = [];", "", _BROWSER),
+    # What may still change is read aloud.
+    ("serving/page.html", 'span.setAttribute("aria-hidden", "true")', "0", _BROWSER),
+    # The page overrules the server's own settings.
+    ("serving/page.html", "sliders().filter((s) => s.moved)", "sliders()", _BROWSER),
+    ("serving/page.html", ' || tokens[i].text.includes("\\ufffd")', "",
+     f"{_BROWSER}::test_characters_cut_between_tokens_and_text_that_comes_late"),
+    ("serving/page.html", "if (step <= last) return;", "return;", _BROWSER),
+    ("serving/page.html", "!turn.failed && ", "", f"{_BROWSER}::test_half_an_answer_is_not_sent_along"),
+)  # fmt: skip
+
 _GROUND = _room(
     "ground",
     ("errors.py", "number >= at_least", "number > at_least", "test_errors.py"),
@@ -450,5 +473,5 @@ _GROUND = _room(
 
 FAULTS: tuple[Fault, ...] = (
     *_MASK, *_KERNELS, *_MODEL, *_OBJECTIVE, *_SAMPLING, *_TRAINING, *_DATA, *_CHECKPOINT, *_CONVERTER, *_SHARDING,
-    *_ESTIMATOR, *_EVALUATION, *_REINFORCEMENT, *_GROUND,
+    *_ESTIMATOR, *_EVALUATION, *_REINFORCEMENT, *_PAGE, *_GROUND,
 )  # fmt: skip

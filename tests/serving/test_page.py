@@ -221,6 +221,15 @@ def test_a_failure_is_one_line_and_the_message_can_be_sent_again(chat, server, m
     assert [len(asked["messages"]) for asked in server.asked] == [1, 1]
 
 
+def test_half_an_answer_is_not_sent_along(chat, server):
+    seen = chat([BLOCK, HANG_UP], ANSWER)
+    seen.ask("Count")
+    seen.sees("The connection was lost.")
+    seen.ask("Again")
+    seen.finishes()
+    assert [message["content"] for message in server.asked[1]["messages"]] == ["Again"]
+
+
 def test_a_server_that_is_gone(chat, browser):
     gone = StreamServer()
     browser.emulate()
@@ -334,17 +343,19 @@ TRAJECTORY = {
 
 @pytest.fixture
 def replay(browser, tmp_path):
-    def open_replay(**features) -> Page:
+    """replay(motion, passes): the page that plays TRAJECTORY."""
+
+    def open_replay(motion: str = "reduce", passes: int = TRAJECTORY["passes"]) -> Page:
         file = tmp_path / "replay.html"
-        file.write_text(page.embed(TRAJECTORY), encoding="utf-8")
-        browser.emulate(**features)
+        file.write_text(page.embed(TRAJECTORY | {"passes": passes}), encoding="utf-8")
+        browser.emulate(prefers_reduced_motion=motion)
         return browser.open(file.as_uri())
 
     return open_replay
 
 
 def test_a_trajectory_is_replayed_by_the_keyboard(replay):
-    seen = replay(prefers_reduced_motion="reduce")
+    seen = replay()
     assert [text for _, text, _ in seen.answer()] == [*INJECTED, " b", " c", " d"]  # it does not move by itself
     assert {state for state, _, _ in seen.answer()} == {"settled"}
     assert seen.texts(".question") == [TRAJECTORY["prompt"]] and seen.driver.title == "small · llada_jax"
@@ -366,20 +377,23 @@ def test_a_trajectory_is_replayed_by_the_keyboard(replay):
 
 
 def test_a_trajectory_plays_and_pauses(replay):
-    seen = replay(prefers_reduced_motion="no-preference")
-    wait_until(lambda: seen.texts("#pass") != ["pass 0 of 5"])
+    seen = replay("no-preference", 600)
+    seen.driver.find_element("id", "speed").send_keys("4")
+    seen.run("document.activeElement.blur()")
+    wait_until(lambda: len(seen.answer()) == 5)
     seen.press(" ")
     at = seen.texts("#pass")
-    assert seen.texts("#play") == ["Play"]
-    seen.driver.find_element("id", "speed").send_keys("4")
+    assert seen.texts("#play") == ["Play"] and at != ["pass 600 of 600"]
     seen.all("#play")[0].click()
-    wait_until(lambda: seen.texts("#pass") == ["pass 5 of 5"])
-    assert at != ["pass 5 of 5"] and seen.texts("#play") == ["Play"]
+    assert seen.texts("#play") == ["Pause"]
+    wait_until(lambda: seen.texts("#pass") != at)
+    seen.press(Keys.END)
+    assert seen.texts("#play") == ["Play"] and seen.texts("#pass") == ["pass 600 of 600"]
     seen.all("#play")[0].click()  # from the beginning
-    wait_until(lambda: seen.texts("#pass") == ["pass 1 of 5"])
+    wait_until(lambda: 0 < seen.run("Number(document.querySelector('#at').value)") < 300)
 
 
 def test_replay_is_one_file(replay):
-    seen = replay(prefers_reduced_motion="reduce")
+    seen = replay()
     assert json.loads(seen.texts("#trajectory")[0]) == TRAJECTORY
     assert len(seen.run("performance.getEntriesByType('resource')")) == 0
