@@ -208,7 +208,7 @@ def _steps(run: Run, state: train_state.TrainState, first_step: int, policy: Fau
 
     Returns (steps done, the bad step to be rewound for or None).
     """
-    config, inputs, last_step = run.config, run.inputs, run.last_step
+    config, last_step = run.config, run.last_step
     rates = learning_rate(config.optimizer, last_step * updates_per_step(config))
     writer = MetricsWriter(run.workdir, first_step, run.retry)
     progress = Progress(first_step, last_step, config.batch.rows * config.data.length)
