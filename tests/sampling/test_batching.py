@@ -1,5 +1,7 @@
 """Continuous batching gives each request what it would get alone."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from llada_jax import GenerateConfig
 from llada_jax.errors import InputError
 from llada_jax.model import parameters
 from llada_jax.model.config import preset
-from llada_jax.sampling.batching import Request, Usage, in_order, serve
+from llada_jax.sampling.batching import Answer, Batch, Request, Usage, in_order, serve
 
 CONFIG = preset("tiny").replace(num_layers=1, hidden_size=32, num_heads=2, num_kv_heads=1, intermediate_size=64)
 B = 4
@@ -109,3 +111,96 @@ def test_refuses_what_cannot_be_served(params):
     with pytest.raises(InputError, match="rows=0"):
         next(serve(params, CONFIG, [], 0, 40))
     assert list(serve(params, CONFIG, [], 2, 40)) == []
+
+
+def run(batch: Batch, steps=1000, **how) -> list[Answer]:
+    """Answers of what is in the batch, by number, after at most so many steps."""
+    answers = []
+    while batch.free < batch.rows and steps:
+        answers += batch.step(**how).answers
+        steps -= 1
+    return sorted(answers, key=lambda answer: answer.index)
+
+
+def check_equal(found: Answer, expected: Answer):
+    for field in dataclasses.fields(found):
+        if field.name != "index":
+            assert np.array_equal(getattr(found, field.name), getattr(expected, field.name)), field.name
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_a_cancelled_row_is_free_and_disturbs_no_other(params, steps):
+    """Whether it has not begun, its prompt is in chunks, or it decodes. All commits are separate, as alone."""
+
+    def batch():
+        return Batch(params, CONFIG, 3, 60, admit_every=2, fuse_share=2.0, prefill_chunk=8)
+
+    rng = np.random.default_rng(0)
+    first, gone, third, late = (Request(rng.integers(0, 500, n), config(20), seed=n) for n in (5, 27, 11, 9))
+    alone = []
+    for request in (first, third, late):
+        one = batch()
+        one.admit(0, request)
+        alone += run(one)
+    together = batch()
+    for i, request in enumerate((first, gone, third)):
+        together.admit(i, request)
+    assert run(together, steps) == [] and together.free == 0
+    together.cancel(1)
+    together.cancel(1)
+    together.cancel(7)
+    assert together.free == 1
+    before = together.usage.running_row_passes
+    passes = together.usage.iterations
+    together.step(1)
+    assert together.usage.running_row_passes - before == 2 * (together.usage.iterations - passes)
+    together.admit(3, late)
+    for found, expected in zip(run(together), alone, strict=True):
+        check_equal(found, expected)
+
+
+def test_tells_of_blocks_as_they_stand(params):
+    """What is written in them is what the answer says, by the step that wrote it."""
+    batch = Batch(params, CONFIG, 2, 40)
+    batch.admit(0, Request(np.arange(6), config(9)))
+    batch.admit(1, Request(np.arange(3), config(8)))
+    seen, told = [], 0
+    while batch.free < 2:
+        progress = batch.step(1, standing={0})
+        assert 1 not in progress.standing
+        told += len(progress.new[0].tokens) if 0 in progress.new else 0
+        if 0 in progress.standing:
+            seen.append((told, progress.standing[0]))
+        answers = {answer.index: answer for answer in progress.answers}
+        if 0 in answers:
+            answer = answers[0]
+    assert {told: len(block.tokens) for told, block in seen} == {
+        0: 2,
+        2: 4,
+        6: 3,
+    }  # less the prompt, and what is beyond
+    for told, block in seen:
+        written = block.written_at >= 0
+        place = slice(told, told + len(written))
+        assert np.array_equal(block.tokens == CONFIG.mask_token_id, ~written)
+        for found, final in zip(block, (answer.tokens, answer.written_at, answer.confidence), strict=True):
+            assert np.array_equal(found[written], final[place][written])
+        assert not block.confidence[~written].any() and (block.written_at[~written] == -1).all()
+    shares = {told: [(block.written_at >= 0).sum() for at, block in seen if at == told] for told, _ in seen}
+    assert all(counts == sorted(counts) for counts in shares.values())
+
+
+def test_what_cannot_join_a_batch_leaves_it_as_it_is(params):
+    batch = Batch(params, CONFIG, 2, 40)
+    batch.admit(0, Request(np.arange(6), config()))
+    other = GenerateConfig(gen_length=8, block_length=8)
+    assert batch.fits(config(3)) and not batch.fits(other)
+    with pytest.raises(InputError, match="block_length: 4 and 8 in one batch"):
+        batch.admit(1, Request(np.arange(6), other))
+    with pytest.raises(InputError, match="request 1: seed=-1"):
+        batch.admit(1, Request(np.arange(6), config(), seed=-1))
+    assert batch.free == 1 and [answer.index for answer in run(batch)] == [0]
+    assert not batch.fits(other)  # its rows are laid out for blocks of 4
+    batch.clear()
+    batch.admit(1, Request(np.arange(6), other))
+    assert [answer.index for answer in run(batch)] == [1] and batch.step().answers == []
