@@ -249,11 +249,22 @@ _SAMPLING = _room(
     # Of a trajectory, only the last write to each position.
     ("sampling/denoise.py", "jnp.where(written, place, capacity)", "jnp.where(written, window, capacity)",
      "sampling/test_history.py"),
-    ("sampling/batching.py", "known[self.told :])", "known)",
+    ("sampling/batches/admission.py", "x[first:] for x in known", "x for x in known",
      "sampling/test_batching.py::test_tells_of_new_tokens_as_blocks_are_finished"),
     # Requests that decode wait until a long prompt is computed.
-    ("sampling/batching.py", "jnp.int32(1 if filling else admit_every)", "jnp.int32(admit_every)",
+    ("sampling/batching.py", "passes = 1 if self._filling else passes or", "passes = passes or",
      "sampling/test_prefill.py::test_rows_decode_between_two_chunks"),
+    # A cancelled row goes on.
+    ("sampling/batching.py", "self._state.finished | (np.arange(self.rows) == row)", "self._state.finished",
+     "sampling/test_batching.py::test_a_cancelled_row_is_free_and_disturbs_no_other"),
+    # A chunk is known by its own tokens, whatever came before; or whatever the blocks are. The first chunk of a prompt
+    # is given up before its last.
+    ("sampling/batches/prefixes.py", "digest.update(", "digest = hashlib.sha256(",
+     "sampling/test_prefixes.py::test_another_token_at_the_start_is_another_prompt"),
+    ("sampling/batches/prefixes.py", 'f"{settings.block_length} {size} {canvas} "', 'f"{size} {canvas} "',
+     "sampling/test_prefixes.py::test_blocks_of_another_length_are_other_keys"),
+    ("sampling/batches/prefixes.py", "reversed(keys[:count])", "keys[:count]",
+     "sampling/test_prefixes.py::test_what_was_used_least_recently_is_given_up"),
     # A chunk at the end of the canvas is written elsewhere than its tokens are.
     ("sampling/prefill.py", "jnp.minimum(first, canvas - size)", "first",
      "sampling/test_prefill.py::test_a_chunk_that_would_end_beyond_the_canvas"),
@@ -262,6 +273,22 @@ _SAMPLING = _room(
     ("sampling/quantize.py", "jnp.round(w / scale)", "jnp.trunc(w / scale)",
      "sampling/test_quantize.py::test_each_weight_is_off_by_half_a_scale_of_its_channel_at_most"),
     ("sampling/cost.py", "return two / one - 1", "return two / one", "sampling/test_cost.py"),
+)  # fmt: skip
+
+_ENGINE = "serving/test_engine.py"
+
+_SERVING = _room(
+    "serving",
+    # What was cancelled keeps its row, or hears of its end.
+    ("serving/engine.py", "self._batch.cancel(ticket._number)", "pass",
+     f"{_ENGINE}::test_a_cancelled_request_frees_its_row_and_hears_no_more"),
+    ("serving/engine.py", "if self._cancel(ticket, count):", "if self._cancel(ticket, count) or True:",
+     f"{_ENGINE}::test_a_cancelled_request_frees_its_row_and_hears_no_more"),
+    # Grace has no end.
+    ("serving/engine.py", "min(self._end_at, time.monotonic() + grace)", "self._end_at", f"{_ENGINE}::test_stopping"),
+    # An error of the device keeps the arrays of its batch.
+    ("serving/engine.py", "error = error.with_traceback(None)", "error = error",
+     f"{_ENGINE}::test_after_an_error_of_the_device_it_goes_on_with_a_fresh_batch"),
 )  # fmt: skip
 
 _TRAINING = _room(
@@ -472,6 +499,6 @@ _GROUND = _room(
 )
 
 FAULTS: tuple[Fault, ...] = (
-    *_MASK, *_KERNELS, *_MODEL, *_OBJECTIVE, *_SAMPLING, *_TRAINING, *_DATA, *_CHECKPOINT, *_CONVERTER, *_SHARDING,
-    *_ESTIMATOR, *_EVALUATION, *_REINFORCEMENT, *_PAGE, *_GROUND,
+    *_MASK, *_KERNELS, *_MODEL, *_OBJECTIVE, *_SAMPLING, *_SERVING, *_TRAINING, *_DATA, *_CHECKPOINT, *_CONVERTER,
+    *_SHARDING, *_ESTIMATOR, *_EVALUATION, *_REINFORCEMENT, *_PAGE, *_GROUND,
 )  # fmt: skip

@@ -56,9 +56,9 @@ def batch_of(config, params, prefixes=None, rows=1, usage=None, **how) -> Batch:
     return Batch(params, config, rows, LENGTH, usage=usage, prefill_chunk=CHUNK, prefixes=prefixes, **how)
 
 
-def check_equal(found, expected, work=False):
-    """All that an answer has; of work only what decoding has done."""
-    apart = () if work else ("reused_tokens", "prefill_passes", "positions_evaluated")
+def check_equal(found, expected):
+    """All that an answer has, but the work of its prefill."""
+    apart = ("index", "reused_tokens", "prefill_passes", "positions_evaluated")
     for a, b in zip(found, expected, strict=True):
         for field in dataclasses.fields(a):
             if field.name not in apart:
@@ -94,8 +94,11 @@ def test_another_token_at_the_start_is_another_prompt():
     params, prefixes = params_of(TINY), Prefixes(PLENTY)
     one = request(44)
     other = dataclasses.replace(one, prompt=np.concatenate([[1 + one.prompt[0]], one.prompt[1:]]))
-    batch = batch_of(TINY, params, prefixes)
-    assert run(batch, [one, other])[1].reused_tokens == 0
+    (expected,) = run(batch_of(TINY, params), [other])
+    _, first, second = run(batch_of(TINY, params, prefixes), [one, other, other])
+    assert (first.reused_tokens, second.reused_tokens) == (0, 40)  # its own chunks, not those of equal tokens
+    for found in (first, second):
+        check_equal([found], [expected])
 
 
 def test_blocks_of_another_length_are_other_keys():
