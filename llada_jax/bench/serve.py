@@ -48,11 +48,9 @@ def table(name: str, rows: int, count: int, at_once: int, rounds: int) -> Iterat
     with _served(model, rows, at_once) as port, _process() as pool:
         for number in range(-2, rounds):
             alone = _alone(model, requests, rows)
-            print(number, alone, flush=True)
             asked, seconds = pool.submit(clients.ask_all, port, bodies, at_once).result()
             if (tokens := sum(each.tokens for each in asked)) != alone[0]:
                 raise RuntimeError(f"{tokens} tokens by the server, {alone[0]} without")
-            print(number, seconds, flush=True)
             if number >= 0:
                 found.append((alone[1], seconds, [each.first_block for each in asked]))
     without, by_server = min(each[0] for each in found), min(each[1] for each in found)

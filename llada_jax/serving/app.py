@@ -7,7 +7,6 @@ import math
 import secrets
 import time
 from collections.abc import Coroutine, Sequence
-from importlib import resources
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -21,7 +20,7 @@ from llada_jax.checkpoint.weights import Model
 from llada_jax.errors import InputError
 from llada_jax.sampling.batches import requests
 from llada_jax.sampling.generate import GenerateConfig, eos_ids_of
-from llada_jax.serving import asked, refusals
+from llada_jax.serving import asked, page, refusals
 from llada_jax.serving.answers import Form
 from llada_jax.serving.choices import Choice, usage
 from llada_jax.serving.engine import Engine
@@ -35,6 +34,7 @@ from llada_jax.serving.wire import answer, as_json
 
 _PAUSE = 15.0  # seconds between signs of life, that proxies do not take a stream for dead
 _GONE = 499  # as nginx has it; nobody reads it, but metrics count it
+_OF_PAGE = {"Content-Security-Policy": "frame-ancestors 'none'", "X-Content-Type-Options": "nosniff"}
 _KINDS = {"/v1/completions": asked.Completion, "/v1/chat/completions": asked.Chat}
 
 
@@ -60,20 +60,13 @@ def make_app(engine: Engine, model: Model, options: Options) -> Starlette:
         raise InputError("the checkpoint has no tokenizer, which a server needs")
     service = _Service(engine, model, options)
     routes = [
+        Route("/", service.page),
         *(Route(path, service.complete, methods=["POST"]) for path in _KINDS),
         Route("/v1/models", service.models),
         Route("/v1/models/{name:path}", service.models),
         Route("/health", service.health),
         Route("/metrics", service.metrics),
     ]
-    page = resources.files("llada_jax.serving") / "page.html"
-    if page.is_file():
-        text = page.read_text(encoding="utf-8")
-
-        async def front(_: Request) -> Response:
-            return Response(text, media_type="text/html")
-
-        routes.append(Route("/", front))
     guard = Middleware(
         Guard, keys=options.keys, open_to_all=("/", "/health"), answered=service.told.answered,
         paths={route.path for route in routes},
@@ -118,6 +111,10 @@ class _Service:
         self._engine, self._model, self._options = engine, model, options
         self._began = int(time.time())
         self.told = Metrics(engine.stats)
+        self._page = Response(page.read(), headers=_OF_PAGE, media_type="text/html")
+
+    async def page(self, _: Request) -> Response:
+        return self._page
 
     async def models(self, request: Request) -> Response:
         options = self._options

@@ -13,7 +13,7 @@ import pytest
 
 from llada_jax.errors import InputError
 from llada_jax.sampling.batches.requests import Answer
-from llada_jax.serving import guard
+from llada_jax.serving import guard, page
 from llada_jax.serving.engine import Engine
 from llada_jax.serving.events import Event, Expired, QueueFull, Stats, Stopping
 from llada_jax.serving.listen import Limits, bind
@@ -158,7 +158,10 @@ def test_only_who_has_a_key_is_served(server):
     for key in ("sesame", "second"):
         assert httpx.get(f"{server.url}/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code == 200
     assert httpx.get(f"{server.url}/health").status_code == 200
-    assert httpx.get(f"{server.url}/").status_code in (200, 404)  # whether or not there is a page
+    found = httpx.get(f"{server.url}/")
+    assert (
+        found.status_code == 200 and found.headers["content-type"].startswith("text/html") and found.text == page.read()
+    )
     assert httpx.post(f"{server.url}/v1/completions", json=ASKED).status_code == 401
     with pytest.raises(openai.AuthenticationError):
         server.client.with_options(api_key="wrong").models.list()
@@ -279,7 +282,7 @@ def test_garbage_is_refused_fast_and_the_server_goes_on(server, model):
         assert 400 <= found.status_code < 500, (body, found.text)
         assert found.json()["error"]["message"] and "Traceback" not in found.text and "/llada" not in found.text
     assert time.monotonic() - began < 10
-    for path in ("/../../etc/passwd", "/v1/models/..%2f..%2fetc%2fpasswd", "/page.html", "//", "/%00", "/v1/models/"):
+    for path in ("/../../etc/passwd", "/v1/models/..%2f..%2fetc%2fpasswd", "/page.html", "/%00", "/v1/models/"):
         assert server.http.get(path).status_code == 404
     assert post(server, ASKED).json()["choices"][0]["text"] == alone(model, list(b"abc")).text
 
