@@ -143,16 +143,17 @@ class Engine:
     def stats(self) -> Stats:
         """Counts at this moment."""
         with self._changed:
-            prefixes = self._prefixes
+            known = self._prefixes
+            counts = (0, 0, 0) if known is None else (known.hits, known.misses, known.bytes)
+            prefixes = dict(zip(("prefix_hits", "prefix_misses", "prefix_bytes"), counts, strict=True))
             names = ("submitted", "rejected", "finished", "cancelled", "expired", "failed", "resets", "tokens")
             usage = self._usage
             return Stats(
                 rows=self._rows, busy=len(self._running), queue=self._limit, queued=len(self._queue),
                 **{name: self._counts[name] for name in (*names, "prompt_tokens")}, passes=usage.iterations,
                 row_passes=usage.row_passes, running_row_passes=usage.running_row_passes,
-                prefill_passes=usage.prefill_passes,
-                prefix_hits=prefixes.hits if prefixes else 0, prefix_misses=prefixes.misses if prefixes else 0,
-                prefix_bytes=prefixes.bytes if prefixes else 0, alive=self._thread.is_alive(), stopping=self._stopping,
+                prefill_passes=usage.prefill_passes, **prefixes,
+                alive=self._thread.is_alive(), stopping=self._stopping,
             )  # fmt: skip
 
     def stop(self, grace: float | None = None) -> None:

@@ -330,4 +330,4 @@ def test_a_prompt_that_begins_like_another_is_not_computed_again(model):
             reused.append(client.last().answer.reused_tokens)
         stats = engine.stats()
     assert reused == [0, 24] and (stats.prefix_hits, stats.prefix_misses) == (3, 3) and stats.prefix_bytes > 0
-    assert engine.stats().prefix_bytes == 0  # given back at the end
+    assert (engine.stats().prefix_hits, engine.stats().prefix_bytes) == (3, 0)  # all is given back at the end
