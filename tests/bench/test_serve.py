@@ -16,5 +16,6 @@ def test_clients_tell_what_requests_took():
 
 def test_the_table_has_both_throughputs(capsys):
     (row,) = serve.table("tiny", rows=2, count=4, at_once=2, rounds=1)
-    assert row["alone"] > 0 and row["ratio"] == pytest.approx(row["served"] / row["alone"]) and row["first_block_p50"] > 0
+    assert row["alone"] > 0 and row["first_block_p50"] > 0
+    assert row["ratio"] == pytest.approx(row["served"] / row["alone"])
     assert "4 requests, 2 rows, 2 clients" in capsys.readouterr().out
