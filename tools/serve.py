@@ -36,7 +36,7 @@ _ORIGINS = flags.DEFINE_list("allow_origins", [], "Sites whose pages in browsers
 _DEADLINE = flags.DEFINE_float("deadline", 600.0, "Seconds for a request, its wait included.", lower_bound=0.1)
 _GRACE = flags.DEFINE_float("grace", None, "Seconds for what runs to finish at the end. Default: as it takes.", 0)
 _MOST_BYTES = flags.DEFINE_integer("max_body", 4 << 20, "Most bytes of a request's body.", lower_bound=1)
-_WARM_UP = flags.DEFINE_bool("warm_up", True, "Answer a first request before it listens: compiling takes its time.")
+_WARM_UP = flags.DEFINE_bool("warm_up", True, "Answer a few requests before it listens: compiling takes its time.")
 decoding_flags.define(gen_length=256)
 
 
@@ -80,13 +80,15 @@ def _serve(bound, keys: list[str], defaults) -> None:
     with engine:
         app = make_app(engine, model, options)
         if _WARM_UP.value:
-            _answer_one(engine, defaults, canvas)
+            _warm_up(engine, defaults, canvas)
         limits = listen.Limits(grace=_GRACE.value)
         listen.run(app, bound, limits, lambda: print(_ready_line(bound, names, canvas), flush=True))
 
 
-def _answer_one(engine, defaults, canvas: int) -> None:
-    """Has the engine answer a request, and so compile. Raises the request's error."""
+def _warm_up(engine, defaults, canvas: int) -> None:
+    """Has the engine answer requests without and with a prompt to compute, and so compile; one more, since over a mesh
+    the first one's results are laid out in their own way. Raises a request's error.
+    """
     import dataclasses
     import queue
 
@@ -94,12 +96,13 @@ def _answer_one(engine, defaults, canvas: int) -> None:
 
     from llada_jax.sampling.batches.requests import Request
 
-    events = queue.SimpleQueue()
-    config = dataclasses.replace(defaults, gen_length=min(defaults.gen_length, defaults.block_length, canvas - 1))
-    engine.submit(Request(np.zeros(1, np.int32), config, 0), events.put)
-    while (event := events.get()).kind != "done":
-        if event.kind == "error":
-            raise event.error
+    block, events = defaults.block_length, queue.SimpleQueue()
+    config = dataclasses.replace(defaults, gen_length=min(defaults.gen_length, block, canvas - 1))
+    for length in (1, 1, min(block, canvas - config.gen_length)):
+        engine.submit(Request(np.zeros(length, np.int32), config, 0), events.put)
+        while (event := events.get()).kind != "done":
+            if event.kind == "error":
+                raise event.error
 
 
 def _ready_line(bound, names: list[str], canvas: int) -> str:
