@@ -469,6 +469,25 @@ _REINFORCEMENT = _room(
     ("evaluation/programs.py", "randrange(100, 250)", "randrange(1)", "evaluation/test_programs.py"),
 )  # fmt: skip
 
+_TEXT, _LIMITS, _ASKED = "serving/test_text.py", "serving/test_limits.py", "serving/test_asked.py"
+_HTTP = _room(
+    "http",
+    # Text that a stop text begins with is given out.
+    ("serving/text.py", "else min(may_begin, stop)", "else len(self._written)", _TEXT),
+    ("serving/text.py", "max(size - longest + 1, 0)", "size", _TEXT),
+    # A character is cut.
+    ("token_text.py", "while count and _incomplete(text):", "while False:", _TEXT),
+    # Who leaves keeps the row.
+    ("serving/job.py", "            ticket.cancel()", "            pass",
+     f"{_LIMITS}::test_a_client_that_leaves_a_stream_frees_the_row"),
+    ("serving/guard.py", "and any(found)", "and all(found)", f"{_LIMITS}::test_only_who_has_a_key_is_served"),
+    ("serving/guard.py", "scope[\"path\"] not in self._open and ", "", f"{_LIMITS}::test_only_who_has_a_key_is_served"),
+    # A field that asks for something is dropped.
+    ("serving/asked.py", "if name in neutral and not any", "if False and not any", _ASKED),
+    ("serving/listen.py", "socket.socket(family, kind, protocol)", "socket.socket(family, kind)",
+     f"{_LIMITS}::test_garbage_is_refused_fast_and_the_server_goes_on"),
+)  # fmt: skip
+
 _BROWSER = "serving/test_page.py"
 _PAGE = _room(
     "page",
@@ -499,6 +518,6 @@ _GROUND = _room(
 )
 
 FAULTS: tuple[Fault, ...] = (
-    *_MASK, *_KERNELS, *_MODEL, *_OBJECTIVE, *_SAMPLING, *_SERVING, *_TRAINING, *_DATA, *_CHECKPOINT, *_CONVERTER,
-    *_SHARDING, *_ESTIMATOR, *_EVALUATION, *_REINFORCEMENT, *_PAGE, *_GROUND,
+    *_MASK, *_KERNELS, *_MODEL, *_OBJECTIVE, *_SAMPLING, *_SERVING, *_HTTP, *_TRAINING, *_DATA, *_CHECKPOINT,
+    *_CONVERTER, *_SHARDING, *_ESTIMATOR, *_EVALUATION, *_REINFORCEMENT, *_PAGE, *_GROUND,
 )  # fmt: skip
