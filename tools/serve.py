@@ -29,6 +29,9 @@ _QUEUE = flags.DEFINE_integer("queue", 64, "Most requests that wait; more are re
 _PREFIX_MB = flags.DEFINE_integer(
     "prefix_mb", 0, "Memory of each device for beginnings of long prompts, MB.", lower_bound=0
 )
+_CHUNK = flags.DEFINE_integer(
+    "prefill_chunk", None, "Tokens of a longer prompt that are computed, and known, at once.", lower_bound=1
+)
 _NAME = flags.DEFINE_list("model_name", None, "What requests call the model, first its name. Default: the folder's.")
 _KEYS = flags.DEFINE_string("api_key_file", None, "File of the keys that clients may have, one a line.")
 _ANYONE = flags.DEFINE_bool("allow_anyone", False, "Serve other machines without keys.")
@@ -60,6 +63,7 @@ def main(argv) -> None:
 def _serve(bound, keys: list[str], defaults) -> None:
     # After the flags are right: jax takes seconds.
     from llada_jax.checkpoint.weights import load_checkpoint, read_config
+    from llada_jax.sampling.state import PREFILL_CHUNK
     from llada_jax.serving import listen
     from llada_jax.serving.app import Options, make_app
     from llada_jax.serving.engine import Engine
@@ -76,7 +80,10 @@ def _serve(bound, keys: list[str], defaults) -> None:
     with decoding_flags.mesh(config, _ROWS.value) as mesh:
         model = decoding_flags.with_bos(load_checkpoint(_CHECKPOINT.value, mesh=mesh))
         model = decoding_flags.with_experts_dtype(model)
-    engine = Engine(model, _ROWS.value, canvas, queue=_QUEUE.value, prefix_bytes=_PREFIX_MB.value * 10**6, mesh=mesh)
+    engine = Engine(
+        model, _ROWS.value, canvas, queue=_QUEUE.value, prefix_bytes=_PREFIX_MB.value * 10**6,
+        prefill_chunk=_CHUNK.value or PREFILL_CHUNK, mesh=mesh,
+    )  # fmt: skip
     with engine:
         app = make_app(engine, model, options)
         if _WARM_UP.value:

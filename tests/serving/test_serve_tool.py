@@ -45,12 +45,14 @@ def test_it_serves_until_a_signal_and_finishes_what_runs(checkpoint, tmp_path):
     flags = "--port=0", "--max_rows=2", "--canvas=256", "--block_length=4", "--steps=4", "--threshold=2.0"
     (tmp_path / "keys").write_text("sesame\n")
     for number, more in (
-        (signal.SIGTERM, ()),
+        (signal.SIGTERM, ("--prefix_mb=1", "--prefill_chunk=8")),
         (signal.SIGINT, (f"--api_key_file={tmp_path / 'keys'}", "--model_name=a,b")),
     ):
         with started(tmp_path, f"--checkpoint={checkpoint}", *flags, *more) as (process, url, served):
-            name = "a" if more else "small"
+            name = "a" if "--model_name=a,b" in more else "small"
             assert served == (name, "2", "256")
+            if "--prefix_mb=1" in more:
+                assert chunks_known(url) == 1  # the last chunk is always computed
             lines, read = [], threading.Event()
 
             def ask(url=url, name=name, lines=lines, read=read):
@@ -72,6 +74,15 @@ def test_it_serves_until_a_signal_and_finishes_what_runs(checkpoint, tmp_path):
             with pytest.raises(httpx.ConnectError):
                 httpx.get(f"{url}/health")
         (tmp_path / "out").unlink()
+
+
+def chunks_known(url: str) -> int:
+    """Of a prompt of 18 tokens that is asked with twice."""
+    for _ in range(2):
+        fields = {"model": "small", "prompt": "def f(x): return x", "max_tokens": 4}
+        httpx.post(f"{url}/v1/completions", json=fields, timeout=60).raise_for_status()
+    (hits,) = re.findall(r"prefix_hits\w* (\d+)", httpx.get(f"{url}/metrics").text.replace("# ", "#"))
+    return int(hits)
 
 
 KEY = {"Authorization": "Bearer sesame"}
