@@ -457,6 +457,10 @@ _REINFORCEMENT = _room(
     ("reinforcement/copies.py", "(written & (rounds >= index))", "(written & (rounds > index))", _POLICY),
     ("reinforcement/scoring.py", "((logp * weights).sum(axis=1) * slope).sum()", "(logp * weights).sum()",
      "reinforcement/test_scoring.py"),
+    ("reinforcement/passes.py", "weights[len(row) - empty :] = 0", "weights[len(row) :] = 0",
+     "reinforcement/test_passes.py"),
+    ("reinforcement/passes.py", "(rows.weights > 0).any(axis=2).T", "(rows.weights > 0).all(axis=2).T",
+     "reinforcement/test_passes.py"),
     # A question that is held out is trained on.
     ("reinforcement/questions.py", "not in self._refused", "not in ()", _QUESTIONS),
     ("reinforcement/questions.py", "rows[: len(rows) - held_out]", "rows", _QUESTIONS),

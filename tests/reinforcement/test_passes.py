@@ -34,12 +34,12 @@ def test_rows_without_advantage_are_left_out():
 
 def scored_rows(seed: int, rows: int, copies: int, length: int = 5) -> ScoredRows:
     random = np.random.default_rng(seed)
-    weights = random.random((rows, copies, length)) * (random.random((rows, copies, 1)) < 0.4)
+    scored = (random.random((rows, copies, 1)) < 0.4) & (random.random((rows, copies, length)) < 0.6)
     return ScoredRows(
         tokens=random.integers(0, 9, (rows, length)),
         segment_ids=random.integers(0, 2, (rows, length)),
         hidden=random.random((rows, copies, length)) < 0.5,
-        weights=weights.astype(np.float32),
+        weights=(scored * random.random(scored.shape)).astype(np.float32),
         advantage=random.normal(size=rows).astype(np.float32),
         tokens_scored=random.random(rows).astype(np.float32),
     )
