@@ -6,7 +6,7 @@ command -v chromium >/dev/null && command -v chromedriver >/dev/null && exit
 
 install() {
   export DEBIAN_FRONTEND=noninteractive
-  apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium chromium-driver
+  timeout 120 apt-get update -qq && timeout 300 apt-get install -qq -y --no-install-recommends chromium chromium-driver
 }
 if [ -n "${CI:-}" ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && install </dev/null >/dev/null 2>&1; then
   exit
