@@ -23,9 +23,7 @@ def as_passes(rows: ScoredRows, micro_rows: int, least: int) -> ScoredRows:
     that score none. Their number is a multiple of `least`, and of micro_rows if it is more than micro_rows.
     """
     copy, row = np.nonzero((rows.weights > 0).any(axis=2).T)
-    count = max(len(row), 1)
-    unit, most = (least, micro_rows) if count <= micro_rows else (micro_rows, rows.weights[:, :, 0].size + micro_rows)
-    empty = few_sizes(count, unit, most) - len(row)
+    empty = num_passes(max(len(row), 1), micro_rows, least) - len(row)
     copy, row = (np.pad(index, (0, empty)) for index in (copy, row))
     weights = rows.weights[row, copy]
     weights[len(row) - empty :] = 0
@@ -33,6 +31,13 @@ def as_passes(rows: ScoredRows, micro_rows: int, least: int) -> ScoredRows:
         rows.tokens[row], rows.segment_ids[row], rows.hidden[row, copy][:, None], weights[:, None],
         rows.advantage[row], rows.tokens_scored[row],
     )  # fmt: skip
+
+
+def num_passes(number: int, micro_rows: int, least: int) -> int:
+    """Rows for so many passes, those that score nothing included; micro_rows is a multiple of least."""
+    if number <= micro_rows:
+        return few_sizes(number, least, micro_rows)
+    return few_sizes(number, micro_rows, 2 * number)  # never so many: whole micro-batches
 
 
 def with_gradient(part: np.ndarray, advantage: np.ndarray, least: int) -> np.ndarray:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llada_jax.reinforcement.passes import as_passes, few_sizes, with_gradient
+from llada_jax.reinforcement.passes import as_passes, few_sizes, num_passes, with_gradient
 from llada_jax.reinforcement.scoring import ScoredRows
 
 
@@ -30,6 +30,13 @@ def test_rows_without_advantage_are_left_out():
     assert with_gradient(part, advantage, 12).tolist() == [3, 1, *range(47, 37, -1)]
     assert len(with_gradient(part, np.zeros(48), 2)) == 2
     assert sorted(with_gradient(part, np.ones(48), 1)) == list(range(48))
+
+
+@given(st.integers(1, 2000), st.integers(1, 6), st.integers(1, 6))
+def test_passes_are_whole_micro_batches(number, least, many):
+    micro_rows = least * many
+    rows = num_passes(number, micro_rows, least)
+    assert number <= rows and rows % (micro_rows if rows > micro_rows else least) == 0
 
 
 def scored_rows(seed: int, rows: int, copies: int, length: int = 5) -> ScoredRows:

@@ -36,7 +36,7 @@ from llada_jax.pod.lower import (
 from llada_jax.pod.rehearse import Packing, Rehearsal, check_balance, estimate, mean_pairs
 from llada_jax.pod.step_cost import Line
 from llada_jax.reinforcement.own_devices import logical_axes
-from llada_jax.reinforcement.passes import few_sizes
+from llada_jax.reinforcement.passes import num_passes
 from llada_jax.reinforcement.scoring import ScoredRows
 from llada_jax.sampling import meshes
 from llada_jax.training import run_model
@@ -229,8 +229,8 @@ def _rows(config: ConfigDict, mesh, copies: int, old: bool = False, reference: b
     """
     rows, length = config.batch.rows, config.data.length
     if config.rl.estimator == "trajectory":
-        parts = config.batch.micro_batches
-        rows, copies = rows // parts * few_sizes(parts * copies, 1, 2 * parts * copies), 1
+        micro_rows = rows // config.batch.micro_batches
+        rows, copies = num_passes(rows * copies, micro_rows, micro_rows), 1
     array = abstract_rows(rows, mesh)
     tokens, scalar, of_copies = array(jnp.int32, length), array(jnp.float32), array(jnp.float32, copies, length)
     scores = scalar if config.rl.estimator == "elbo" else of_copies
