@@ -174,10 +174,8 @@ class Batch:
                 in_int8 = has_int8_experts(self._params)
                 fuse_share = second_block_price(config, self.rows, block, int8_experts=in_int8)
             dtype = settings.execution.dtype or str(self._params["embedding"].dtype)
-            shared, canvas = (
-                dataclasses.replace(settings, sample=False, cut=False),
-                -(-self._max_length // block) * block,
-            )
+            shared = dataclasses.replace(settings, sample=False, cut=False)
+            canvas = -(-self._max_length // block) * block
             return empty_state(config, shared, self.rows, canvas, dtype, fuse_share)
         if self._state.masked.shape[1] != settings.slots:
             return with_slots(self._state, settings.slots)

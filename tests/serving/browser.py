@@ -3,10 +3,10 @@
 import shutil
 
 import pytest
+from selenium import webdriver
 
 from tests.helpers.waiting import wait_until
 
-webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 Keys = webdriver.Keys
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 if not (BROWSER and DRIVER):
