@@ -189,7 +189,7 @@ def test_no_process_is_left(questions, by_file, folder):
         pids = pool.score([(0, "pid"), (0, "slow")] * 2).rewards.astype(int).tolist()
         assert all(is_running(pid) for pid in pids if pid)
         pool.score([(0, "starts")])  # a process of the reward's own
-        assert not is_running(int((folder / "pid").read_text()))
+        wait_until(lambda: not is_running(int((folder / "pid").read_text())))  # killed, but nobody's to wait for
     assert not any(is_running(pid) for pid in pids if pid)
     with pytest.raises(RuntimeError, match="closed"):
         pool.score([(0, "1")])
