@@ -26,6 +26,9 @@ _CANVAS = flags.DEFINE_integer(
     "canvas", None, "Most tokens of a prompt and its answer. Default: the model's maximum, at most 4096.", lower_bound=2
 )
 _QUEUE = flags.DEFINE_integer("queue", 64, "Most requests that wait; more are refused.", lower_bound=1)
+_ADMIT_EVERY = flags.DEFINE_integer(
+    "admit_every", 1, "Passes between two looks at who has come, left or finished; more are less work of the host.", 1
+)
 _PREFIX_MB = flags.DEFINE_integer(
     "prefix_mb", 0, "Memory of each device for beginnings of long prompts, MB.", lower_bound=0
 )
@@ -81,8 +84,8 @@ def _serve(bound, keys: list[str], defaults) -> None:
         model = decoding_flags.with_bos(load_checkpoint(_CHECKPOINT.value, mesh=mesh))
         model = decoding_flags.with_experts_dtype(model)
     engine = Engine(
-        model, _ROWS.value, canvas, queue=_QUEUE.value, prefix_bytes=_PREFIX_MB.value * 10**6,
-        prefill_chunk=_CHUNK.value or PREFILL_CHUNK, mesh=mesh,
+        model, _ROWS.value, canvas, queue=_QUEUE.value, admit_every=_ADMIT_EVERY.value,
+        prefix_bytes=_PREFIX_MB.value * 10**6, prefill_chunk=_CHUNK.value or PREFILL_CHUNK, mesh=mesh,
     )  # fmt: skip
     with engine:
         app = make_app(engine, model, options)

@@ -13,7 +13,6 @@ from collections.abc import Callable, Container, Iterable, Iterator
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from llada_jax.errors import InputError
@@ -151,7 +150,7 @@ class Batch:
             state = admit(params, config, settings, state, group, usage)
         state = fill(params, config, settings, state, self._filling, usage, self._prefixes)
         passes = 1 if self._filling else passes or self._admit_every
-        self._state = decode.advance(params, config, settings, state, jnp.int32(passes))
+        self._state = decode.advance(params, config, settings, state, np.int32(passes))
         return self._progress(settings, new, standing)
 
     def _settings(self, joining: GenerateConfig | None = None) -> DecodeSettings:
@@ -184,16 +183,18 @@ class Batch:
     def _progress(self, settings: DecodeSettings, new: bool, standing: Container[int]) -> Progress:
         """What the last step has brought. Frees the rows that have finished."""
         state, usage = self._state, self.usage
-        finished, start = np.asarray(state.finished), np.asarray(state.start)
-        usage.iterations += int(state.iterations)
-        usage.row_passes += int(state.iterations) * self.rows
-        usage.running_row_passes += int(state.busy)
-        usage.decoding_positions += int(state.batch_positions)
+        counts = state.iterations, state.busy, state.batch_positions
+        finished, start, (iterations, busy, positions) = jax.device_get((state.finished, state.start, counts))
+        usage.iterations += int(iterations)
+        usage.row_passes += int(iterations) * self.rows
+        usage.running_row_passes += int(busy)
+        usage.decoding_positions += int(positions)
         going = {row: run for row, run in self._running.items() if not finished[row]}
         done = [row for row in self._running if finished[row] and row not in self._filling]
         asked = {row: run for row, run in going.items() if run.index in standing}
         news, blocks, passes = {}, {}, {}
-        if going and (new or asked):
+        # What it costs to look into the rows matters when it is done after each pass.
+        if asked or new and any(start[row] > len(run.prompt) + run.told for row, run in going.items()):
             written = state.tokens, state.written_at, state.confidence
             *canvas, denoising, commit = jax.device_get((*written, state.denoising_passes, state.commit_passes))
             canvas = Written(*canvas)

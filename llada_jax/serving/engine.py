@@ -63,7 +63,7 @@ class Engine:
 
     model: its tokenizer is not used, requests and events hold tokens. rows: requests decoded together. max_length: most
     tokens of a prompt and its answer together. queue: most requests that wait for a row. admit_every: passes between
-    two looks at the batch; one while a running request wants provisional events. prefix_bytes: of each device, for keys
+    two looks at who has come, left or finished; one while a running request wants provisional events. prefix_bytes: of each device, for keys
     and values of the beginnings of prompts of more than prefill_chunk tokens, in whole chunks of so many; 0: none.
     prefill_chunk, execution, fuse_share: as in sampling.batching.serve; execution None is the fastest on this device.
     mesh: that the model is laid out over. Raises InputError on a number that is too low.
@@ -83,7 +83,7 @@ class Engine:
     """
 
     def __init__(
-        self, model: Model, rows: int, max_length: int, queue: int = 64, admit_every: int = 8, prefix_bytes: int = 0,
+        self, model: Model, rows: int, max_length: int, queue: int = 64, admit_every: int = 1, prefix_bytes: int = 0,
         prefill_chunk: int = PREFILL_CHUNK, execution: Execution | None = None, fuse_share: float | None = None,
         mesh: Mesh | None = None,
     ):  # fmt: skip

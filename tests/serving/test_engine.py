@@ -171,6 +171,23 @@ def test_a_cancelled_request_frees_its_row_and_hears_no_more(model):
     assert np.array_equal(after.answer(), *alone(model, request()))
 
 
+def test_a_row_is_free_after_the_pass_in_which_its_client_left(model, monkeypatch):
+    advance, passes, ticket = decode.advance, [], queue.Queue()
+
+    def leaves_in_the_third(*arguments):
+        passes.append(None)
+        if len(passes) == 3:
+            ticket.get(timeout=20).cancel()
+        return advance(*arguments)
+
+    monkeypatch.setattr(decode, "advance", leaves_in_the_third)
+    with engine_of(model, rows=1) as engine:
+        ticket.put(engine.submit(request(6, 30), Client()))
+        engine.submit(request(), after := Client())
+        after.last()
+        assert engine.stats().passes == 3 + after.last().answer.forward_passes + after.last().answer.commit_passes
+
+
 def test_cancelled_from_its_own_callback(model):
     tickets, heard = queue.Queue(), []
 
@@ -228,7 +245,7 @@ def test_after_an_error_of_the_device_it_goes_on_with_a_fresh_batch(model, monke
 
     monkeypatch.setattr(decode, "advance", fails_once)
     clients = [Client() for _ in range(6)]
-    with engine_of(model, rows=2, admit_every=1) as engine:
+    with engine_of(model, rows=2) as engine:
         for client in clients:
             engine.submit(request(6, 12), client)
     (expected,) = alone(model, request(6, 12))
