@@ -30,7 +30,7 @@ _LAYERS = flags.DEFINE_integer("layers", 6, "Layers of the converted checkpoint,
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Measurements in turn; the fastest counts.", lower_bound=1)
 _DIRECTORY = flags.DEFINE_string("directory", ".", "Where the checkpoints to convert are made and removed.")
 _BATCHES = flags.DEFINE_list("batches", ["1", "4", "16", "64"], "Rows of a batch.")
-_PARTS = flags.DEFINE_list("parts", None, "recompute, prefix, commit, batches, continuous, cost. Default: all.")
+_PARTS = flags.DEFINE_list("parts", None, "recompute, prefix, known, commit, batches, continuous, cost. Default: all.")
 _COST_MODEL = flags.DEFINE_string("cost_model", "llada2_mini", "Preset of the cost model.")
 _CHIP = flags.DEFINE_string("chip", "v5p", "Chip of the cost model, v4 | v5e | v5p | v6e | tpu7x.")
 _REQUESTS = flags.DEFINE_integer("requests", 200, "Requests that the server is asked.", lower_bound=1)
@@ -172,10 +172,11 @@ again.""",
     "decode": Command(
         """Decoding, timed on the device at hand with random weights, and its cost model.
 
-python tools/bench.py decode [--model=tiny_moe] [--batches=1,4,16,64] [--parts=recompute,prefix,commit,batches,...]
+python tools/bench.py decode [--model=tiny_moe] [--batches=1,4,16,64] [--parts=recompute,prefix,known,commit,...]
 
 Times 512 tokens, one per forward, with the cache and with the prefix computed again at every step (recompute); a step
-after a prefix of 512 tokens against one after none (prefix); a pass over windows of one and of two blocks (commit);
+after a prefix of 512 tokens against one after none (prefix); the first block after a prompt of which 2,048 tokens are
+known, against all computed (known); a pass over windows of one and of two blocks (commit);
 throughput and positions evaluated per token against batch (batches); 200 ragged requests, batched continuously
 (continuous); and the cost model, with the experts that a batch reaches: bytes, FLOPs and roofline time of a pass of
 --cost_model, and where it becomes compute-bound (cost).""",

@@ -15,8 +15,9 @@ from llada_jax.model import experts, head
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.forward import Execution, hidden_states
 from llada_jax.sampling import accept, decode
-from llada_jax.sampling.batching import Request, Usage, serve
-from llada_jax.sampling.generate import GenerateConfig, decode_settings, generate, pad, requests_of
+from llada_jax.sampling.batches.prefixes import Prefixes
+from llada_jax.sampling.batching import Batch, Request, Usage, serve
+from llada_jax.sampling.generate import GenerateConfig, decode_settings, generate, pad, prefill_execution, requests_of
 from llada_jax.sampling.state import KEYS, empty_state
 
 BLOCK = 32
@@ -91,6 +92,36 @@ def cached_against_recomputed(params, config: ModelConfig, tokens: int = 512) ->
     differs = np.append(recomputed() != cached(), True)
     seconds = [(least_seconds(cached, 1), least_seconds(recomputed, 1)) for _ in range(3)]  # in turn
     return min(pair[0] for pair in seconds), min(pair[1] for pair in seconds), float(differs.argmax() / (tokens - 1))
+
+
+def question_seconds(
+    params, config: ModelConfig, chunk: int, shared: int = 2048, own: int = 64, rounds: int = 9
+) -> tuple[float, float]:
+    """Seconds to the first block of an answer: (all of the prompt computed, its first `shared` tokens known).
+
+    Medians, in turn. Every prompt ends in `own` tokens that no other has. A block takes 4 steps. Raises RuntimeError if
+    the answers differ.
+    """
+    rng = np.random.default_rng(chunk)
+    g = GenerateConfig(gen_length=BLOCK, block_length=BLOCK, steps=4, threshold=2.0, eos_id=-1)
+    length, vocab = shared + own + BLOCK, config.vocab_size - 16
+    how = dict(execution=prefill_execution(length), prefill_chunk=chunk)
+    batches = [Batch(params, config, 1, length, prefixes=known, **how) for known in (None, Prefixes(2**40))]
+    common, seconds = rng.integers(0, vocab, shared), []
+    for number in range(-1, rounds):  # the first one compiles, and makes the prompt known
+        request = Request(np.concatenate([common, rng.integers(0, vocab, own)]), g, 0)
+        seconds.append([])
+        answers = []
+        for batch in batches:
+            begin = time.perf_counter()
+            batch.admit(number, request)
+            while not (done := batch.step(1).answers):
+                pass
+            seconds[-1].append(time.perf_counter() - begin)
+            answers.append(done[0].tokens)
+        if not np.array_equal(*answers):
+            raise RuntimeError("a known prompt has another answer")
+    return tuple(np.median(seconds[1:], axis=0).tolist())
 
 
 def step_seconds(params, config: ModelConfig, prefixes=(0, 512)) -> dict[int, float]:

@@ -12,6 +12,7 @@ from llada_jax.sampling import cost
 
 GEN_LENGTH, STEPS = 128, 12  # 2.7 tokens per step, as LLaDA2.0-mini at threshold 0.95 (its paper, Figure 4)
 REQUESTS, SLOTS = 200, 16
+CHUNKS = 32, 64, 128  # tokens of a long prompt that are computed, and known, at once
 
 
 def report(name: str, parts: list[str], batches: list[int], cost_config: ModelConfig, chip: Chip) -> dict:
@@ -39,6 +40,16 @@ def _prefix(params, config, **_) -> dict:
     none, long = seconds[0], seconds[512]
     print(f"\na step: {none * 1e3:.2f} ms after no prefix, {long * 1e3:.2f} ms after 512 tokens: {long / none:.2f}x")
     return {str(prefix): value for prefix, value in seconds.items()}
+
+
+def _known(params, config, **_) -> list[dict]:
+    print("\nseconds to the first block after 2,048 tokens and 64 more: all computed, and the 2,048 known")
+    result = []
+    for chunk in CHUNKS:
+        computed, known = decode.question_seconds(params, config, chunk)
+        print(f"chunks of {chunk:4}: {computed:.3f}, {known:.3f}: {computed / known:.1f} times as fast", flush=True)
+        result.append({"chunk": chunk, "computed": computed, "known": known})
+    return result
 
 
 def _commit(params, config, batches, **_) -> list[dict]:
@@ -118,6 +129,7 @@ def _cost(params, config, batches, cost_config, chip, **_) -> dict:
 PARTS = {
     "recompute": _recompute,
     "prefix": _prefix,
+    "known": _known,
     "commit": _commit,
     "batches": _batches,
     "continuous": _continuous,

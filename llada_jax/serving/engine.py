@@ -63,10 +63,10 @@ class Engine:
 
     model: its tokenizer is not used, requests and events hold tokens. rows: requests decoded together. max_length: most
     tokens of a prompt and its answer together. queue: most requests that wait for a row. admit_every: passes between
-    two looks at who has come, left or finished; one while a running request wants provisional events. prefix_bytes: of each device, for keys
-    and values of the beginnings of prompts of more than prefill_chunk tokens, in whole chunks of so many; 0: none.
-    prefill_chunk, execution, fuse_share: as in sampling.batching.serve; execution None is the fastest on this device.
-    mesh: that the model is laid out over. Raises InputError on a number that is too low.
+    two looks at who has come, left or finished; one while a running request wants provisional events. prefix_bytes: of
+    each device, for keys and values of the beginnings of prompts of more than prefill_chunk tokens, in whole chunks of
+    so many; 0: none. prefill_chunk, execution, fuse_share: as in sampling.batching.serve; execution None is the fastest
+    on this device. mesh: that the model is laid out over. Raises InputError on a number that is too low.
 
     Also a context manager: leaving it stops the engine, after an exception at once.
 
