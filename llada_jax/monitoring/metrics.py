@@ -33,7 +33,7 @@ class MetricsWriter:
         if not self._writes:
             return
         self._path = workdir / "metrics.jsonl"
-        _truncate(self._path, resume_step)
+        drop_later_rows(self._path, resume_step)
         self._retry = retry
         self._file = open(self._path, "ab", buffering=0)
         self._events = Events(workdir, purge_step=resume_step + 1)
@@ -95,7 +95,8 @@ def read_rows(workdir: str | os.PathLike) -> list[dict]:
     return rows
 
 
-def _truncate(path: Path, step: int) -> None:
+def drop_later_rows(path: Path, step: int) -> None:
+    """Leaves the lines of a JSONL file with "step" up to `step`, and none that is half written."""
     if path.exists():
         lines = path.read_text(encoding="utf-8").splitlines()
         earlier = [line for line in lines if (row := _row(line)) is not None and row["step"] <= step]

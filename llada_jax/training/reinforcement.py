@@ -31,7 +31,7 @@ from llada_jax.evaluation.tasks import answer_questions
 from llada_jax.model import parameters
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.lora import Lora
-from llada_jax.monitoring.metrics import MetricsWriter
+from llada_jax.monitoring.metrics import MetricsWriter, drop_later_rows
 from llada_jax.reinforcement import scoring
 from llada_jax.reinforcement.copies import Copies, elbo_copies, trajectory_copies
 from llada_jax.reinforcement.own_devices import decoding_mesh, logical_axes, on_own_devices
@@ -95,6 +95,8 @@ class Reinforcement:
     def batches(self, first_step: int, last_step: int, offset: int) -> Iterator[tuple[int, Asked]]:
         """Yields (step, the numbers of its questions); a generator."""
         del offset  # such a run is not rewound
+        if jax.process_index() == 0:
+            drop_later_rows(self.workdir / ANSWERS, first_step)  # they come again
         group = self.config.rl.group
         for step in range(first_step, last_step):
             numbers = self.inputs.rows.numbers(step, self.config.batch.rows // group)
@@ -210,7 +212,7 @@ class Reinforcement:
         ]
 
     def _write_answers(self, step: int, numbers, texts: list[str], rewards, answers: Rollouts) -> None:
-        """Appends the first group's. Steps that are done again after a kill stand there twice."""
+        """Appends the first group's."""
         with open(self.workdir / ANSWERS, "a", encoding="utf-8") as file:
             for row in range(self.config.rl.group):
                 record = {

@@ -141,6 +141,8 @@ def test_a_run_that_is_killed_in_a_step_ends_as_if_it_was_not(whole, folder, tmp
     train(config, tmp_path / "cut")
     last = [path / "checkpoints" / "3" for path in (tmp_path / "cut", whole[estimator][0])]
     assert_same_checkpoint(*last)
+    texts = [(run / reinforcement.ANSWERS).read_text() for run in (tmp_path / "cut", whole[estimator][0])]
+    assert texts[0] == texts[1]
 
 
 def test_sigterm_in_a_rollout_saves_the_steps_before_it(whole, folder, tmp_path, monkeypatch, capsys):
