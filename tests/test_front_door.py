@@ -124,7 +124,7 @@ def check_answers_without_jax(lines, message):
     """Each command line [path, argument, ...] ends with exit code 2 and the one message, and imports nothing slow."""
     env = {"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"]}
     done = subprocess.run(
-        [sys.executable, "-c", _DRIVER], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120,
+        [sys.executable, "-c", _DRIVER], cwd=ROOT, env=env, capture_output=True, text=True, timeout=500,
         input="".join(json.dumps(line) + "\n" for line in lines),
     )  # fmt: skip
     results = [json.loads(line) for line in done.stdout.splitlines()]
@@ -159,7 +159,7 @@ def test_nor_before_the_fields_of_its_config_are_there(arguments, message):
 def test_lm_evals_own_flags_are_read_before_jax():
     command = [sys.executable, "-X", "importtime", "-m", "llada_jax.evaluation.lm_eval", "run", "--nosuchflag"]
     env = {"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"]}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)
     assert done.returncode == 2 and "unrecognized arguments: --nosuchflag" in done.stderr
     modules = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     assert "lm_eval._cli" in modules and not {"jax", "torch", "transformers"} & modules

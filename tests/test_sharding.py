@@ -2,7 +2,6 @@
 
 import json
 import re
-import socket
 import subprocess
 import sys
 
@@ -24,6 +23,7 @@ from llada_jax.pod.topology import slice_devices
 from llada_jax.runtime.xla_options import xla_options
 from llada_jax.training.step import denoising_loss
 from tests.helpers.environment import process_environment
+from tests.helpers.processes import free_port
 
 ROWS, LENGTH = 8, 32
 SMALL = dict(hidden_size=64, num_layers=2, num_heads=8, num_kv_heads=4, head_dim=8, intermediate_size=64)
@@ -177,9 +177,7 @@ print(json.dumps([float(loss), [leaf.tolist() for leaf in jax.tree.leaves(gradie
 
 
 def test_two_processes_compute_what_one_device_does():
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+    address = f"localhost:{free_port()}"
     env = process_environment(devices=4)
     processes = [
         subprocess.Popen([sys.executable, "-c", PROCESS, address, str(i)], env=env, text=True, stdout=subprocess.PIPE)

@@ -1,5 +1,4 @@
 import json
-import os
 import textwrap
 
 import jax
@@ -16,6 +15,7 @@ from llada_jax.model import parameters
 from llada_jax.model.config import PRESETS
 from tests.helpers.command_lines import Process
 from tests.helpers.environment import process_environment
+from tests.helpers.processes import free_port
 
 CONFIG = PRESETS["tiny_moe"].replace(vocab_size=64, mask_token_id=63, eos_token_id=62, pad_token_id=62)
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3, mu_dtype=jnp.bfloat16))
@@ -269,11 +269,11 @@ TWO_PROCESSES = """
 
 
 def test_two_processes(tmp_path):
-    code = textwrap.dedent(TWO_PROCESSES.format(port=20000 + os.getpid() % 20000, directory=tmp_path))
+    code = textwrap.dedent(TWO_PROCESSES.format(port=free_port(), directory=tmp_path))
     env = process_environment(devices=2)
     outs = [tmp_path / f"{rank}.out" for rank in range(2)]
     processes = [Process(["-c", code, rank], env, out, out) for rank, out in enumerate(outs)]
-    assert [process.wait(120) for process in processes] == [0, 0], "\n".join(out.read_text() for out in outs)
+    assert [process.wait() for process in processes] == [0, 0], "\n".join(out.read_text() for out in outs)
     assert all("good" in out.read_text() for out in outs)
     assert weights.verify(tmp_path / "2") == []
     assert json.loads((tmp_path / "2" / "train_state.json").read_text()) == {

@@ -82,11 +82,14 @@ def test_two_hosts_make_up_the_whole_batch(packed):
     assert nothing.ids.shape == (0, LENGTH)
 
 
+@pytest.fixture
 def prefetch_threads():
-    return [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+    """prefetch_threads(): those of this test."""
+    before = threading.enumerate()
+    return lambda: [each for each in threading.enumerate() if each.name.startswith("prefetch") and each not in before]
 
 
-def test_prefetch_yields_the_steps_in_order(packed):
+def test_prefetch_yields_the_steps_in_order(packed, prefetch_threads):
     rows = order.Rows(str(packed), seed=1)
     for first, last in ((0, 9), (4, 5), (3, 3)):
         steps = list(order.prefetch(rows, first, last, 4, offset=2, which=slice(1, 3)))
@@ -96,7 +99,7 @@ def test_prefetch_yields_the_steps_in_order(packed):
     assert not prefetch_threads()
 
 
-def test_closing_prefetch_stops_its_thread(packed):
+def test_closing_prefetch_stops_its_thread(packed, prefetch_threads):
     rows = order.Rows(str(packed), seed=1)
     steps = order.prefetch(rows, 0, 10**9, 4)
     assert next(steps)[0] == 0
@@ -105,7 +108,7 @@ def test_closing_prefetch_stops_its_thread(packed):
     assert not prefetch_threads()
 
 
-def test_prefetch_raises_in_the_consumer_at_the_step_that_failed():
+def test_prefetch_raises_in_the_consumer_at_the_step_that_failed(prefetch_threads):
     def batch(step, *_):
         if step == 3:
             raise InputError("step 3")

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -28,6 +27,7 @@ from tests.helpers.data_helpers import (
     write_saved_dataset,
     write_tokenizer,
 )
+from tests.helpers.waiting import wait_until
 
 LENGTH = 64
 
@@ -144,6 +144,21 @@ def alive_in(group):
     return count
 
 
+# A script that packs, and stands still in the fourth shard of 2048 rows.
+HELD = """
+import itertools, runpy, sys, time
+from llada_jax.data import pack
+advance, rows = pack._advance, itertools.count()
+def held(*arguments):
+    if next(rows) == 3 * 2048 + 100:
+        time.sleep(600)
+    return advance(*arguments)
+pack._advance = held
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def test_killed_in_the_middle_and_started_again_with_other_processes(tmp_path):
     """kill -9 of the packing process ends its readers too; the next run ends in the bytes of an uninterrupted one."""
     rows = [{"text": "some words of text " * (i % 40)} for i in range(24_000)]
@@ -159,20 +174,15 @@ def test_killed_in_the_middle_and_started_again_with_other_processes(tmp_path):
         length=512,
         rows_per_shard=2048,
     )
-    command = [sys.executable, str(ROOT / "tools" / "pack_data.py"), "--processes=2"]
+    command = [sys.executable, "-c", HELD, str(ROOT / "tools" / "pack_data.py"), "--processes=2"]
     command += [f"--{name}={value}" for name, value in flags.items()]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     packing = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
-    while not (out / "rows-00002.array_record").exists():
-        assert packing.poll() is None
-        time.sleep(0.005)
+    wait_until(lambda: (out / "rows-00003.array_record.tmp").exists() or packing.poll() is not None)
     assert alive_in(packing.pid) >= 3
     packing.kill()
     packing.wait()
-    deadline = time.monotonic() + 20
-    while alive_in(packing.pid):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: not alive_in(packing.pid))
     assert (out / "progress.json").exists() and not (out / "dataset.json").exists()
     assert run_tool(**flags, processes=3).returncode == 0
     assert contents(out) == contents(tmp_path / "whole")

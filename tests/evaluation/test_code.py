@@ -82,13 +82,14 @@ def test_results_that_equal_what_is_expected_pass(expected, answer):
 
 
 def test_an_iterator_is_no_list(monkeypatch):
-    monkeypatch.setattr(code, "_SECONDS", 1)
     for form, right in (("candidate()", False), ("list(candidate())", True)):
         test = f"def check(candidate):\n    assert {form} == [0, 1]\n"
         problem = {"prompt": "def f():\n", "test": test, "entry_point": "f"}
         assert code.passes(problem, "    yield 0\n    yield 1\n") == right
         assert code.passes(problem, "    return map(int, '01')\n") == right
-        assert not code.passes(problem, "    while True: yield 0\n" if right else "    return [0, 2]\n")
+        assert not code.passes(problem, "    return [0, 2]\n")
+    monkeypatch.setattr(code, "_SECONDS", 1)
+    assert not code.passes(problem, "    while True: yield 0\n")
 
 
 def test_the_tests_use_what_the_prompt_defines_and_a_program_may_print_and_read():

@@ -36,9 +36,9 @@ def test_the_fence_lets_through_what_is_harmless():
 def test_time_is_limited_asleep_or_busy_and_children_end_with_it():
     begin = time.monotonic()
     assert not programs.run_program("while True: pass", seconds=1)
-    assert not programs.run_program("import time; time.sleep(60)", seconds=1)
-    assert not programs.run_program("import os, time\nif os.fork(): os.wait()\nelse: time.sleep(60)", seconds=1)
-    assert time.monotonic() - begin < 15
+    assert not programs.run_program("import time; time.sleep(600)", seconds=1)
+    assert not programs.run_program("import os, time\nif os.fork(): os.wait()\nelse: time.sleep(600)", seconds=1)
+    assert time.monotonic() - begin < 200
 
 
 SUM = "def add(a, b):\n    return a + b\n"
@@ -70,8 +70,8 @@ def test_a_system_without_the_fence_is_named(monkeypatch):
 def test_a_program_ends_with_the_process_that_started_it(tmp_path):
     """Even when that one is killed."""
     begun = tmp_path / "begun"
-    asleep = f"import os, time\nopen({str(begun)!r}, 'w').write(str(os.getpid()))\ntime.sleep(60)"
-    starts = f"from llada_jax.evaluation import programs\nprograms.run_program({asleep!r}, seconds=60)"
+    asleep = f"import os, time\nopen({str(begun)!r}, 'w').write(str(os.getpid()))\ntime.sleep(1000)"
+    starts = f"from llada_jax.evaluation import programs\nprograms.run_program({asleep!r}, seconds=1000)"
     process = subprocess.Popen([sys.executable, "-c", starts])
     wait_until(lambda: begun.exists() and begun.read_text())
     process.kill()

@@ -5,12 +5,12 @@ import re
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.command_lines import run_all
+from tests.helpers.waiting import PATIENCE, wait_until
 
 ROOT = Path(__file__).parents[2]
 GOLDENS = Path(__file__).parents[1] / "data" / "launch"
@@ -248,7 +248,7 @@ def test_supervisor_starts_again_until_it_has_finished(tmp_path):
     script = COUNTED + 'echo "start $n"; [ $n = 1 ] && kill -9 $$; [ $n = 2 ] && exit 1\n'
     script += '[ $n = 3 ] && { echo "SIGTERM: saving a checkpoint" >&2; exit 0; }; echo "finished at step 9: DIR"'
     process = supervise(tmp_path, script)
-    printed, _ = process.communicate(timeout=60)
+    printed, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, printed
     log = (tmp_path / "logs" / "train.log").read_text()
     for text in (printed, log):
@@ -259,12 +259,12 @@ def test_supervisor_starts_again_until_it_has_finished(tmp_path):
 
 def test_supervisor_stops_at_bad_input_and_after_so_many_failures(tmp_path):
     process = supervise(tmp_path, COUNTED + "exit 2")
-    process.communicate(timeout=60)
+    process.communicate(timeout=PATIENCE)
     assert process.returncode == 2 and (tmp_path / "count").read_text() == "x\n"
     assert (tmp_path / "logs" / "exit_code").read_text() == "2\n"
     (tmp_path / "count").unlink()
     process = supervise(tmp_path, COUNTED + "exit 3", SUPERVISE_ATTEMPTS="3")
-    printed, _ = process.communicate(timeout=60)
+    printed, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 3 and (tmp_path / "count").read_text() == "x\n" * 3 and "gave up: 3 starts" in printed
     assert (tmp_path / "logs" / "exit_code").read_text() == "3\n"
 
@@ -273,12 +273,9 @@ def test_supervisor_passes_sigterm_on_and_waits_for_the_save(tmp_path):
     script = "trap 'sleep 1; echo \"stopped at step 5: DIR\"; exit 0' TERM\necho ready\nwhile true; do sleep 0.1; done"
     process = supervise(tmp_path, script)
     log = tmp_path / "logs" / "train.log"
-    deadline = time.monotonic() + 30
-    while not (log.exists() and "ready" in log.read_text()):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: log.exists() and "ready" in log.read_text())
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    process.communicate(timeout=PATIENCE)
     assert process.returncode == 143 and "stopped at step 5" in log.read_text()
     assert not (tmp_path / "logs" / "exit_code").exists()
 
@@ -333,7 +330,7 @@ def worker(tmp_path):
 
     def run(*arguments, **settings):
         process = start(*arguments, **settings)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=PATIENCE)
         return subprocess.CompletedProcess([], process.returncode, out, err)
 
     run.start, run.folder = start, tmp_path
@@ -414,11 +411,8 @@ def test_worker_says_whether_another_start_may_help(worker, trainer, code, recor
 def test_worker_told_to_stop_saves_and_ends_with_143(worker):
     script = """trap 'echo saved >>"$CALLS"; exit 0' TERM; echo ready >>"$CALLS"; while true; do sleep 0.1; done"""
     process = worker.start(f'case "$*" in *llada_jax.train*) {script};; esac')
-    deadline = time.monotonic() + 30
-    while not (worker.folder / "calls").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until((worker.folder / "calls").exists)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    process.communicate(timeout=PATIENCE)
     assert process.returncode == 143 and (worker.folder / "calls").read_text() == "ready\nsaved\n"
     assert not (worker.folder / "logs" / "exit_code").exists()

@@ -5,12 +5,12 @@ import shlex
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.command_lines import run_all
+from tests.helpers.waiting import PATIENCE, wait_until
 from tests.helpers.xpk_tool import manifest, xpk  # noqa: F401
 
 ROOT = Path(__file__).parents[2]
@@ -70,7 +70,7 @@ def test_its_script_saves_at_sigterm_and_ends_so_that_it_is_restarted(job, tmp_p
     process = start(script, tmp_path)
     await_file(process, tmp_path / "saved.ready")
     process.send_signal(signal.SIGTERM)
-    printed, _ = process.communicate(timeout=60)
+    printed, _ = process.communicate(timeout=PATIENCE)
     assert (tmp_path / "saved").read_text() == "5\n", printed
     assert process.returncode == 143 and "stopped at step 5" in printed
     assert (tmp_path / "saved.arguments").read_text().splitlines() == [
@@ -84,7 +84,7 @@ def test_its_script_saves_at_sigterm_and_ends_so_that_it_is_restarted(job, tmp_p
     try:
         await_file(process, tmp_path / "saved.ready")
         process.send_signal(signal.SIGTERM)
-        process.wait(timeout=60)
+        process.wait(timeout=PATIENCE)
         assert not (tmp_path / "saved").exists()
     finally:
         os.killpg(process.pid, signal.SIGKILL)
@@ -108,7 +108,5 @@ def start(script, folder):
 
 
 def await_file(process, path):
-    deadline = time.monotonic() + 60
-    while not path.exists():
-        assert time.monotonic() < deadline and process.poll() is None, process.poll()
-        time.sleep(0.05)
+    wait_until(lambda: path.exists() or process.poll() is not None)
+    assert process.poll() is None, process.poll()

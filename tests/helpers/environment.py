@@ -25,6 +25,8 @@ def xla_flags(devices: int) -> str:
 def process_environment(devices: int = 1, **more: str) -> dict[str, str]:
     """The environment of a process with so many devices that imports this package."""
     own = {"PYTHONPATH": str(ROOT), "XLA_FLAGS": xla_flags(devices), "PYTHONHASHSEED": "0"}  # no program starts again
+    # One that another process is just writing: it is compiled then. Tests read what processes say.
+    own |= {"PYTHONWARNINGS": "ignore:Error reading persistent compilation cache entry"}
     return os.environ | own | more
 
 

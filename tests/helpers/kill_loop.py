@@ -22,6 +22,7 @@ from llada_jax.runtime import distributed
 from tests.helpers.command_lines import Process
 from tests.helpers.environment import process_environment
 
+TRAINER = Path(__file__).with_name("paced_trainer.py")
 # How processes end when another is struck: all save and stop, one says that the other is gone, or JAX does.
 ENDED_WITH_THEM = {0, distributed.LOST_PEER, -signal.SIGABRT}
 
@@ -51,9 +52,9 @@ class Tally:
             self.codes[code] = self.codes.get(code, 0) + count
 
 
-def spawn(arguments: Sequence[str], log: Path) -> Process:
-    """Starts `python -m llada_jax.train` on one fake CPU device, its output appended to `log`."""
-    return Process(["-m", "llada_jax.train", *arguments], process_environment(), log, log)
+def spawn(arguments: Sequence[str], log: Path, pace: float = 0.0) -> Process:
+    """Starts llada_jax.train on one fake CPU device, its output appended to `log`. pace: least seconds of a step."""
+    return Process([TRAINER, *arguments], process_environment(PACE=str(pace)), log, log)
 
 
 def run_to_end(start: Callable[[], list[Process]], seconds: float = 300) -> None:

@@ -489,7 +489,7 @@ _HTTP = _room(
     # A field that asks for something is dropped.
     ("serving/asked.py", "if name in neutral and not any", "if False and not any", _ASKED),
     ("serving/listen.py", "socket.socket(family, kind, protocol)", "socket.socket(family, kind)",
-     f"{_LIMITS}::test_garbage_is_refused_fast_and_the_server_goes_on"),
+     f"{_LIMITS}::test_small_pieces_are_sent_at_once"),
 )  # fmt: skip
 
 _BROWSER = "serving/test_page.py"

@@ -1,5 +1,7 @@
 """Trainers of several processes, each with fake CPU devices of its own."""
 
+import contextlib
+import random
 import re
 import socket
 import subprocess
@@ -41,17 +43,18 @@ def start(
     devices: int = 2,
     program: Sequence[str] = TRAINER,
     own: dict[int, Sequence[str]] | None = None,
+    missing: Sequence[int] = (),
     **environment: str,
 ) -> list[Process]:
     """Starts the processes of one run. Process i appends to LOGS/i.out and LOGS/i.err; own: more arguments of some.
 
-    devices: of each process.
+    devices: of each process. missing: processes that are not started.
     """
     logs.mkdir(parents=True, exist_ok=True)
     env = process_environment(devices, **environment)
     peers = [f"--coordinator=localhost:{free_port()}", f"--processes={processes}"] if processes > 1 else []
     running = []
-    for i in range(processes):
+    for i in sorted({*range(processes)} - {*missing}):
         which = [f"--process={i}"] if processes > 1 else []
         command = [*program, *arguments, *peers, *which, *(own or {}).get(i, ())]
         running.append(Process(command, env, logs / f"{i}.out", logs / f"{i}.err"))
@@ -71,12 +74,15 @@ def run(*arguments, **more) -> list[int]:
 
 
 def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
+    """None of those that the system gives to whoever asks for any, and so perhaps to another test meanwhile."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("localhost", port))
+            return port
 
 
-def codes(running: Sequence[Process], seconds: float = 120) -> list[int]:
+def codes(running: Sequence[Process], seconds: float = 300) -> list[int]:
     """Exit codes; what is left after `seconds` is killed and counts as -9."""
     try:
         return [process.wait(seconds) for process in running]

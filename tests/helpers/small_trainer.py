@@ -6,7 +6,6 @@ least; FAIL: the process that cannot read those of step 5.
 """
 
 import os
-import time
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ from llada_jax.data.order import Rows
 from llada_jax.model.config import PRESETS, preset
 from llada_jax.train import main
 from llada_jax.training import supervised
+from tests.helpers.paced_trainer import paced
 
 MODEL = PRESETS["tiny_hosts"] = preset("tiny").replace(
     hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, rotary_dim=8, intermediate_size=64
@@ -53,7 +53,6 @@ def lanes(tree) -> jax.Array:
 
 def hindered(read):
     def batch(self, step, *arguments):
-        time.sleep(float(os.environ.get("PACE", "0")))
         if step == 5 and str(jax.process_index()) == os.environ.get("FAIL"):
             raise errors.InputError("rows.array_record: record 7 is corrupt")
         return read(self, step, *arguments)
@@ -68,6 +67,6 @@ def write_program(key, seconds, name, backend, executable, *callbacks):
 
 if __name__ == "__main__":
     compiler._cache_write = write_program
-    Rows.batch = hindered(Rows.batch)
+    Rows.batch = hindered(paced(Rows.batch))
     supervised.train_loss = with_digests(supervised.train_loss)
     command_line.run(main)

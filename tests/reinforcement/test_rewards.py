@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from llada_jax.errors import InputError
+from llada_jax.reinforcement import rewards
 from llada_jax.reinforcement.questions import open_questions
 from llada_jax.reinforcement.rewards import RewardPool
 from tests.helpers.data_helpers import write_rows
@@ -47,6 +49,7 @@ def hangs(question):
     time.sleep(600)
 
 def searches(question):
+    open(question["file"] + ".searches", "w").close()
     re.search("(a+)+b", "a" * 60)
 
 def forks(question):
@@ -113,8 +116,8 @@ def by_file(folder):
 
 @pytest.fixture(scope="module")
 def pool(folder, questions):
-    """One for all tests that kill no more than workers."""
-    with RewardPool(questions, f"{folder}/rewards_of_tests.py:reward", seconds=1.0, default=-1.0) as pool:
+    """One for all tests that kill no more than workers. Its limit is far more than the other answers take."""
+    with RewardPool(questions, f"{folder}/rewards_of_tests.py:reward", seconds=5.0, default=-1.0) as pool:
         yield pool
 
 
@@ -136,8 +139,8 @@ FAULTS = {
     "leaves": "raised SystemExit: 0",
     "exits": "ended its process with exit code 7",
     "killed": "ended its process by SIGKILL, perhaps for lack of memory",
-    "hangs": r"took more than 1 s",
-    "searches": r"took more than 1 s",
+    "hangs": r"took more than 5 s",
+    "searches": r"took more than 5 s",
     "shuts": "closed its channel",
     "nan": "gave nan, expected a finite number",
     "inf": "gave -inf, expected a finite number",
@@ -176,7 +179,7 @@ def test_a_worker_imports_neither_jax_nor_numpy_for_a_reward_that_does_not(quest
 def test_an_answer_that_hangs_costs_its_limit_and_not_that_of_all(pool):
     begin = time.monotonic()
     found = pool.score([(0, "hangs"), *((i, "1") for i in range(200))])
-    assert len(found.faults) == 1 and 1 <= time.monotonic() - begin < 20  # not 200, on a machine that is busy
+    assert len(found.faults) == 1 and 5 <= time.monotonic() - begin < 100  # not 1000, on a machine that is busy
 
 
 def test_long_questions_and_answers_pass(pool):
@@ -185,7 +188,7 @@ def test_long_questions_and_answers_pass(pool):
 
 
 def test_no_process_is_left(questions, by_file, folder):
-    with RewardPool(questions, by_file, seconds=0.5, workers=2) as pool:
+    with RewardPool(questions, by_file, seconds=5.0, workers=2) as pool:
         pids = pool.score([(0, "pid"), (0, "slow")] * 2).rewards.astype(int).tolist()
         assert all(is_running(pid) for pid in pids if pid)
         pool.score([(0, "starts")])  # a process of the reward's own
@@ -210,8 +213,9 @@ def test_an_interrupt_ends_the_workers(questions, by_file, monkeypatch):
 
 
 @pytest.mark.parametrize("answer", ["searches", "0"])
-def test_workers_end_when_their_parent_is_killed(folder, by_file, answer):
+def test_workers_end_when_their_parent_is_killed(by_file, tmp_path, answer):
     """Even when one is in the middle of a regular expression, which lets no other thread run."""
+    began = tmp_path / "began"
     program = f"""
 import time
 from llada_jax.evaluation.questions import Question
@@ -219,20 +223,21 @@ from llada_jax.reinforcement.rewards import RewardPool
 class Source:
     scoring = {{}}
     def question(self, number):
-        return Question(None, "a", None, record={{"worth": 0}})
-pool = RewardPool(Source(), {by_file!r}, 60, workers=1)
+        return Question(None, "a", None, record={{"worth": 0, "file": {str(began)!r}}})
+pool = RewardPool(Source(), {by_file!r}, 600, workers=1)
 print(int(pool.score([(0, "pid")]).rewards[0]), flush=True)
 pool.score([(0, {answer!r})])
-time.sleep(60)
+open({f"{began}.{answer}"!r}, "w").close()
+time.sleep(600)
 """
     parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, cwd=ROOT)
     worker = int(parent.stdout.readline())
-    time.sleep(0.1)
+    wait_until(Path(f"{began}.{answer}").exists)
     assert is_running(worker)
     parent.kill()
     parent.communicate()
     try:
-        wait_until(lambda: not is_running(worker), 5)
+        wait_until(lambda: not is_running(worker))
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.kill(worker, signal.SIGKILL)
@@ -312,17 +317,20 @@ def test_reasoning_gym_scores_as_in_this_process():
         assert pool.score(pairs).rewards.tolist() == expected and sum(expected) >= 6
 
 
-def test_programs_are_run_against_the_tests_of_their_row(tmp_path):
+def test_programs_are_run_against_the_tests_of_their_row(tmp_path, monkeypatch):
     tests = "assert add(1, 2) == 3"
     row = {"prompt": "Write add(a, b).", "tests": tests}
     rows = open_questions(write_rows(tmp_path / "q.jsonl", [row, row | {"function": "add"}]), tests=True)
     right = "def add(a, b):\n    return a + b"
     answers = {
         right: 1, f"Here:\n```python\n{right}\n```\nIt adds.": 1, f"```\n1/0\n```\nno:\n```\n{right}": 1,
-        right.replace("+", "-"): 0, f"```\n{right}\n```\nor\n```\nraise SystemExit(0)\n```": 0,
-        "import time; time.sleep(60)": 0, "while 1: pass": 0, "": 0,
+        right.replace("+", "-"): 0, f"```\n{right}\n```\nor\n```\nraise SystemExit(0)\n```": 0, "": 0,
     }  # fmt: skip
-    with RewardPool(rows, "code", seconds=0.5, workers=2) as pool:
+    with RewardPool(rows, "code", workers=2) as pool:
         found = pool.score([*((0, answer) for answer in answers), *((1, answer) for answer in list(answers)[:5])])
     assert found.rewards.tolist() == [*answers.values()] + list(answers.values())[:5] and not found.faults
     assert [rows.question(0).score(said) for said in list(answers)[:5]] == list(answers.values())[:5]
+    monkeypatch.setattr(rewards, "_GRACE_SECONDS", 100.0)  # it is the programs that are late, whatever else is
+    with RewardPool(rows, "code", seconds=0.5, default=-1.0, workers=2) as pool:
+        found = pool.score([(0, "import time; time.sleep(600)"), (0, "while 1: pass")])
+    assert found.rewards.tolist() == [0, 0] and not found.faults

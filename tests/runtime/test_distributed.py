@@ -52,7 +52,7 @@ def mesh_flags(sizes):
     return [f"--config.mesh.{axis}={size}" for axis, size in sizes.items()]
 
 
-def wait_for_step(step, logs, running, seconds=90):
+def wait_for_step(step, logs, running, seconds=300):
     """Kills the run when it does not get there."""
     end = time.monotonic() + seconds
     while not re.search(rf"^step {step}/", text(logs, 0, "out"), re.M):
@@ -112,22 +112,21 @@ def test_every_mesh_goes_on_where_every_other_was(small, whole, tmp_path):
 
 
 def test_a_run_that_is_stopped_and_then_loses_a_process_ends_as_if_it_had_not(small, whole, tmp_path):
-    arguments = [*small_run(), *small, *mesh_flags(MESHES[2, 2]), "--peer_timeout=8"]
-    arguments += [f"--workdir={tmp_path / 'run'}"]
+    arguments = [*small_run(), *small, *mesh_flags(MESHES[2, 2]), f"--workdir={tmp_path / 'run'}"]
     logs, again = tmp_path / "logs", tmp_path / "again"
-    running = start(arguments, logs, PACE="0.4")
+    running = start(arguments, logs, PACE="2")
     wait_for_step(2, logs, running)
     running[1].send_signal(signal.SIGTERM)  # process 0 hears of it
     assert codes(running) == [0, 0], text(logs, 0, "err") + text(logs, 1, "err")
     (stopped,) = re.findall(r"^stopped at step (\d+)", text(logs, 0, "out"), re.M)
     assert saver.steps(tmp_path / "run" / "checkpoints")[-1] == int(stopped) < 14
 
-    running = start(arguments, again, PACE="0.4")
+    running = start([*arguments, "--peer_timeout=20"], again, PACE="2")
     wait_for_step(int(stopped) + 1, again, running)
     assert f"resuming at step {stopped}" in text(again, 0, "out")
     running[1].kill()
-    assert codes(running, 30) == [distributed.LOST_PEER, -signal.SIGKILL], text(again, 0, "err")
-    said = r"^error: (process 1: no sign of life for 8 seconds|lost touch with another process).* the last checkpoint$"
+    assert codes(running) == [distributed.LOST_PEER, -signal.SIGKILL], text(again, 0, "err")
+    said = r"^error: (process 1: no sign of life for 20 seconds|lost touch with another process).* the last checkpoint$"
     assert re.search(said, text(again, 0, "err"), re.M)
 
     assert run(arguments, tmp_path / "last") == [0, 0], text(tmp_path / "last", 0, "err")
@@ -151,11 +150,9 @@ def test_an_error_of_one_process_ends_all(small, tmp_path):
 def test_processes_that_do_not_come_are_waited_for_and_named(small, tmp_path):
     for i, missing in enumerate(((1,), (0,))):
         arguments = [*small_run(), *small, f"--workdir={tmp_path / 'run'}", "--start_timeout=4"]
-        running = start(arguments, tmp_path / str(i))
-        for process in missing:
-            running[process].kill()
+        running = start(arguments, tmp_path / str(i), missing=missing)
         (there,) = {0, 1} - set(missing)
-        assert codes(running, 60)[there] == distributed.LOST_PEER
+        assert codes(running) == [distributed.LOST_PEER]
         assert f"error: process {there} of 2: the others were not all at localhost:" in text(
             tmp_path / str(i), there, "err"
         )

@@ -13,22 +13,25 @@ from tests.training.test_loop import text  # noqa: F401 (a fixture)
 STEPS = 400
 
 
-def soak(text, folder, kills: int, seed: int, steps: int, longest: float) -> Tally:
-    """Kills runs of `steps` steps, one after the other, until `kills` have hit; compares each with the whole run."""
+def soak(text, folder, kills: int, seed: int, steps: int, longest: float, pace: float = 0.0) -> Tally:
+    """Kills runs of `steps` steps, one after the other, until `kills` have hit; compares each with the whole run.
 
-    def trainer(workdir):
+    pace: least seconds of a step of a run that is killed: it must not be at its end before the blow falls.
+    """
+
+    def trainer(workdir, pace=0.0):
         arguments = [
             f"--config=tests/helpers/soak_config.py:{steps}",
             f"--workdir={workdir}",
             f"--config.data.source={text}",
         ]
-        return lambda: [spawn(arguments, folder / f"{workdir.name}.log")]
+        return lambda: [spawn(arguments, folder / f"{workdir.name}.log", pace)]
 
     run_to_end(trainer(folder / "whole"))
     total, chooser = Tally(), random.Random(seed)
     for number in range(kills):
         workdir = folder / f"killed{number}"
-        total.add(run_killed(trainer(workdir), workdir, chooser, kills - total.strikes, longest=longest))
+        total.add(run_killed(trainer(workdir, pace), workdir, chooser, kills - total.strikes, longest=longest))
         assert_same_end(workdir, folder / "whole")
         if total.strikes == kills:
             break
@@ -37,7 +40,7 @@ def soak(text, folder, kills: int, seed: int, steps: int, longest: float) -> Tal
 
 
 def test_killed_while_a_step_is_saved_and_stopped_after_one(text, tmp_path):
-    total = soak(text, tmp_path, kills=2, seed=182, steps=80, longest=0.5)
+    total = soak(text, tmp_path, kills=2, seed=182, steps=80, longest=0.5, pace=0.1)
     assert (total.kills, total.terms, total.saving) == (1, 1, 1)
 
 

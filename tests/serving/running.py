@@ -21,7 +21,7 @@ from llada_jax.serving import listen
 from llada_jax.serving.app import Options, make_app
 from llada_jax.serving.engine import Engine
 from llada_jax.tokenizer import from_files
-from tests.helpers.waiting import wait_until
+from tests.helpers.waiting import PATIENCE, wait_until
 
 TEMPLATE = (
     b"{% if messages[0].content == 'raise' %}{{ raise_exception('not so') }}{% endif %}"
@@ -60,8 +60,8 @@ def served(
         thread.start()
         wait_until(lambda: server.started)
         key = settings.keys[0] if settings.keys else "none"
-        client = openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=60)
-        http = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=60)
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=PATIENCE)
+        http = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=PATIENCE)
         try:
             yield SimpleNamespace(url=url, client=client, http=http, engine=engine, model=model, server=server)
         finally:

@@ -4,7 +4,7 @@ import json
 import select
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from llada_jax.serving import page
@@ -46,8 +46,7 @@ class StreamServer:
     """
 
     def __init__(self):
-        self.answers, self.asked, self.keys, self.left = [], [], [], threading.Event()
-        self._steps = threading.Semaphore(0)
+        self.forget()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._server.daemon_threads = True
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
@@ -56,20 +55,23 @@ class StreamServer:
     def go_on(self) -> None:
         self._steps.release()
 
-    def may_go_on(self, connection: socket.socket) -> bool:
-        """Waits for the test. False if the client went away."""
-        while not self._steps.acquire(timeout=0.02):
-            if select.select([connection], [], [], 0)[0] and not connection.recv(1, socket.MSG_PEEK):
-                self.left.set()
-                return False
-        return True
+    def pause_of(self, connection: socket.socket) -> Callable[[], bool]:
+        """A function that waits for the test; False if the client went away."""
+        steps, left = self._steps, self.left  # of this test: the next one begins before its page is gone
+
+        def may_go_on() -> bool:
+            while not steps.acquire(timeout=0.02):
+                if select.select([connection], [], [], 0)[0] and not connection.recv(1, socket.MSG_PEEK):
+                    left.set()
+                    return False
+            return True
+
+        return may_go_on
 
     def forget(self, *answers) -> None:
         """Begins anew, with these answers to come."""
         self.answers, self.asked, self.keys = list(answers), [], []
-        self.left.clear()
-        while self._steps.acquire(blocking=False):
-            pass
+        self.left, self._steps = threading.Event(), threading.Semaphore(0)
 
     def close(self) -> None:
         self._server.shutdown()
@@ -102,8 +104,9 @@ def _handler(server: StreamServer):
                 self.wfile.flush()
 
         def _data(self, answer) -> Iterator[str]:
+            may_go_on = server.pause_of(self.connection)
             for item in answer:
-                if item is HANG_UP or (item is PAUSE and not server.may_go_on(self.connection)):
+                if item is HANG_UP or (item is PAUSE and not may_go_on()):
                     return
                 if item is not PAUSE:
                     yield "[DONE]" if item is DONE else json.dumps(item)

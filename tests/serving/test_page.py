@@ -6,7 +6,7 @@ import json
 import pytest
 
 from llada_jax.serving import page
-from tests.helpers.waiting import wait_until
+from tests.helpers.waiting import PATIENCE, wait_until
 from tests.serving.browser import Keys, Page, browser  # noqa: F401
 from tests.serving.stream_server import DONE, HANG_UP, PAUSE, StreamServer, committed, end, provisional
 
@@ -102,6 +102,7 @@ def test_earlier_turns_are_sent_along_and_only_moved_settings(chat, server):
     assert seen.texts(".sliders output") == ["default", "16", "default", "default"]
     seen.all("#input")[0].send_keys("And", Keys.SHIFT, Keys.ENTER, Keys.NULL, "then?", Keys.ENTER)
     seen.sees("Cut off")
+    seen.finishes()
     first, second = server.asked
     said = [("user", "Count"), ("assistant", "One two three four five"), ("user", "And\nthen?")]
     assert [(message["role"], message["content"]) for message in second["messages"]] == said
@@ -120,7 +121,7 @@ def test_stop_cancels_the_request_and_keeps_what_is_committed(chat, server, by):
     seen.ask("Count")
     wait_until(lambda: len(seen.answer()) == 6)
     seen.all("#stop")[0].click() if by == "button" else seen.press(Keys.ESCAPE)
-    assert server.left.wait(10)
+    assert server.left.wait(PATIENCE)
     seen.sees("Stopped.")
     assert [state for state, _, _ in seen.answer()] == ["settled"] * 4
     assert seen.focused() == "input"
@@ -306,20 +307,20 @@ def test_a_trajectory_is_replayed_by_the_keyboard(replay):
 
 
 def test_a_trajectory_plays_and_pauses(replay):
-    seen = replay("no-preference", 600)
+    seen = replay("no-preference", 100_000)  # hours
     seen.driver.find_element("id", "speed").send_keys("4")
     seen.run("document.activeElement.blur()")
     wait_until(lambda: len(seen.answer()) == 5)
     seen.press(" ")
     at = seen.texts("#pass")
-    assert seen.texts("#play") == ["Play"] and at != ["pass 600 of 600"]
+    assert seen.texts("#play") == ["Play"] and at != ["pass 100000 of 100000"]
     seen.all("#play")[0].click()
     assert seen.texts("#play") == ["Pause"]
     wait_until(lambda: seen.texts("#pass") != at)
     seen.press(Keys.END)
-    assert seen.texts("#play") == ["Play"] and seen.texts("#pass") == ["pass 600 of 600"]
+    assert seen.texts("#play") == ["Play"] and seen.texts("#pass") == ["pass 100000 of 100000"]
     seen.all("#play")[0].click()  # from the beginning
-    wait_until(lambda: 0 < seen.run("Number(document.querySelector('#at').value)") < 300)
+    wait_until(lambda: 0 < seen.run("Number(document.querySelector('#at').value)") < 50_000)
 
 
 def test_replay_is_one_file(replay):

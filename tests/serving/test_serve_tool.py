@@ -14,7 +14,7 @@ from llada_jax.checkpoint.weights import save_params
 from tests.helpers import command_lines
 from tests.helpers.environment import process_environment
 from tests.helpers.paths import ROOT
-from tests.helpers.waiting import wait_until
+from tests.helpers.waiting import PATIENCE, wait_until
 from tests.serving.running import alone, small_model
 
 TOOL = ROOT / "tools" / "serve.py"
@@ -33,7 +33,7 @@ def started(folder, *arguments):
     out, err = folder / "out", folder / "err"
     process = command_lines.Process([TOOL, *arguments], process_environment(), out, err)
     try:
-        wait_until(lambda: "serves" in out.read_text() or process.poll() is not None, 120)
+        wait_until(lambda: out.read_text().endswith("\n") or process.poll() is not None)
         found = re.fullmatch(r"(http://\S+) serves (\S+): (\d+) at once, (\d+) tokens each\n", out.read_text())
         assert found, err.read_text()
         yield process, found[1], found.groups()[1:]
@@ -64,7 +64,7 @@ def test_it_serves_until_a_signal_and_finishes_what_runs(checkpoint, tmp_path):
 
             client = threading.Thread(target=ask)
             client.start()
-            assert read.wait(30)
+            assert read.wait(PATIENCE)
             process.send_signal(number)
             client.join()
             assert process.wait(60) == 0 and (tmp_path / "err").read_text() == ""

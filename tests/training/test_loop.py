@@ -22,6 +22,7 @@ from llada_jax.training import loop, stages
 from llada_jax.training.config import default_config
 from tests.helpers.environment import process_environment
 from tests.helpers.kill_loop import metrics_of
+from tests.helpers.waiting import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 
@@ -270,9 +271,9 @@ def test_fsdp_splits_weights_and_moments():
 
 def test_sigterm_saves_and_a_second_run_goes_on(tmp_path):
     command = [
-        sys.executable, "-m", "llada_jax.train", f"--config={ROOT}/configs/ar.py:tiny,length=64,steps=400",
+        sys.executable, "-m", "llada_jax.train", f"--config={ROOT}/configs/ar.py:tiny,length=64,steps=1000000",
         f"--workdir={tmp_path}", "--config.batch.rows=1", "--config.log_every_steps=1",
-        "--config.evaluation.every_steps=1000", "--config.checkpoint.every_steps=1000",
+        "--config.evaluation.every_steps=1000000", "--config.checkpoint.every_steps=1000000",
     ]  # fmt: skip
     env = process_environment()
     process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -280,7 +281,7 @@ def test_sigterm_saves_and_a_second_run_goes_on(tmp_path):
         if line.startswith("step 3/"):
             process.send_signal(signal.SIGTERM)
             break
-    rest, _ = process.communicate(timeout=120)
+    rest, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0 and "stopped at step" in rest
     (step,) = (tmp_path / "checkpoints").iterdir()
     assert int(step.name) >= 3
@@ -330,7 +331,7 @@ def test_bad_configs_name_the_field_and_write_nothing(text, tmp_path, changes, m
 def run_command(*arguments):
     env = process_environment()
     command = [sys.executable, "-m", "llada_jax.train", *arguments]
-    return subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    return subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT, timeout=PATIENCE)
 
 
 @pytest.mark.parametrize(
