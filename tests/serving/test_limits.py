@@ -360,6 +360,7 @@ def test_errors_of_the_engine_are_told_without_their_details(scripted, says, sta
 
 
 def test_a_deadline_ends_a_request_even_if_the_engine_says_nothing(impatient):
+    impatient.engine.cancelled, impatient.engine.requests = 0, []
     began = time.monotonic()
     assert post(impatient, ASKED).status_code == 504 and impatient.engine.cancelled == 1
     ((_, deadline),) = impatient.engine.requests
