@@ -96,6 +96,7 @@ class Client:
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(60 * MINUTES + 600)
 def test_it_outlives_its_clients(tmp_path):
     model = small_model()
     save_params(tmp_path / "small", model.params, model.config, model.tokenizer)
