@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from llada_jax.serving.asked import Asked, Chat
 from llada_jax.serving.choices import Choice, Delta, Token
+from llada_jax.serving.tool_calls import Call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +30,9 @@ class Form:
             entry["finish_reason"] = choice.finish_reason
             if self._is_chat:
                 entry["message"] = {"role": "assistant", "content": text, "refusal": None}
+                if choice.calls:
+                    calls = [self._call(choice.index, call) for call in choice.calls]
+                    entry["message"] |= {"content": text or None, "tool_calls": calls}
             else:
                 entry["text"] = self.echoes[choice.index] + text
             found.append(entry)
@@ -44,7 +48,7 @@ class Form:
         return self._chunk([self._choice(index, self.echoes[index])]) if self.echoes[index] else None
 
     def chunks(self, delta: Delta) -> list[dict]:
-        """Those of what is new: the text, the block that is being written, the end."""
+        """Those of what is new: the text, the calls, the block that is being written, the end."""
         found = []
         if delta.text or delta.tokens:
             content = {"content": delta.text} if self._is_chat else delta.text
@@ -52,6 +56,9 @@ class Form:
             if self.asked.provisional:
                 chunk["committed"] = _pieces(delta.index, [(token.text, token.step) for token in delta.tokens])
             found.append(chunk)
+        if delta.calls:
+            calls = [{"index": call.index} | self._call(delta.index, call) for call in delta.calls]
+            found.append(self._chunk([self._choice(delta.index, {"tool_calls": calls})]))
         if delta.standing is not None:
             empty = self._chunk([self._choice(delta.index, {} if self._is_chat else "")])
             found.append(empty | {"provisional": _pieces(delta.index, delta.standing)})
@@ -67,6 +74,11 @@ class Form:
     def _choice(self, index: int, content, logprobs: dict | None = None) -> dict:
         name = "delta" if self._is_chat else "text"
         return {"index": index, name: content, "logprobs": logprobs, "finish_reason": None}
+
+    def _call(self, index: int, call: Call) -> dict:
+        """A call of choice `index`. No other has its id: the answer's name is drawn."""
+        name = f"call_{self.name.rpartition('-')[2]}_{index}_{call.index}"
+        return {"id": name, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
     def _chunk(self, choices: list[dict]) -> dict:
         chunk = self._head("chat.completion.chunk" if self._is_chat else "text_completion") | {"choices": choices}

@@ -30,6 +30,7 @@ from llada_jax.serving.job import Job
 from llada_jax.serving.metrics import CONTENT_TYPE, Metrics
 from llada_jax.serving.prepare import Prepared, prepare
 from llada_jax.serving.refusals import Refused
+from llada_jax.serving.tool_calls import markers_of
 from llada_jax.serving.wire import answer, as_json
 
 _PAUSE = 15.0  # seconds between signs of life, that proxies do not take a stream for dead
@@ -109,7 +110,7 @@ def _refusal(error: Exception) -> Refused:
 class _Service:
     def __init__(self, engine: Engine, model: Model, options: Options):
         self._engine, self._model, self._options = engine, model, options
-        self._began = int(time.time())
+        self._began, self._markers = int(time.time()), markers_of(model.tokenizer)
         self.told = Metrics(engine.stats)
         self._page = Response(page.read(), headers=_OF_PAGE, media_type="text/html")
 
@@ -143,8 +144,9 @@ class _Service:
         body = await self._body(request)
         wanted, prepared = await asyncio.to_thread(self._prepared, kind, body)  # long texts take their time
         detailed = wanted.provisional or wanted.alternatives is not None
+        markers = self._markers if kind is asked.Chat and wanted.offered else None
         choices = [
-            Choice(i, self._model.tokenizer, each.prompt.tolist(), wanted.stop, self._ends(each), detailed)
+            Choice(i, self._model.tokenizer, each.prompt.tolist(), wanted.stop, self._ends(each), detailed, markers)
             for i, each in enumerate(prepared.requests)
         ]
         try:

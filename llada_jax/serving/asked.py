@@ -128,6 +128,11 @@ class Chat(Asked):
     def alternatives(self) -> int | None:
         return self.top_logprobs if self.logprobs else None
 
+    @property
+    def offered(self) -> list[dict]:
+        """The tools that the model is told of, and may call."""
+        return self.tools if self.tool_choice == "auto" else []
+
 
 def read(kind: type[Completion] | type[Chat], body: bytes) -> Completion | Chat:
     """The request in a body. Raises Refused (400) naming the field."""

@@ -9,6 +9,7 @@ import numpy as np
 from llada_jax.sampling.batches.requests import Answer
 from llada_jax.serving.events import Event
 from llada_jax.serving.text import AnswerText
+from llada_jax.serving.tool_calls import Call, Markers, Reader
 from llada_jax.tokenizer import Tokenizer
 
 _LEAST = -9999.0  # log of a probability of 0, which JSON cannot hold; OpenAI's
@@ -30,30 +31,34 @@ class Token:
 @dataclasses.dataclass(frozen=True)
 class Delta:
     """What is new of a choice. Its tokens are those whose text begins in it, or before it and was not told. standing:
-    the blocks that are being written, (text or None where masked, step) of each token. finish_reason: at the end.
+    the blocks that are being written, (text or None where masked, step) of each token. calls: of tools, each as soon as
+    it is whole. finish_reason: at the end.
     """
 
     index: int
     text: str = ""
     tokens: Sequence[Token] = ()
     standing: Sequence[tuple[str | None, int]] | None = None
+    calls: Sequence[Call] = ()
     finish_reason: str | None = None
 
 
 class Choice:
     """Choice `index` of a request. stops: texts that end it; ends: tokens that do. detailed: whether its tokens are
-    told, not only its text. tokens: all that were told so far. passes: (prefill, forward, commit) so far; None: not
-    known.
+    told, not only its text. markers: of calls of tools, None where they are text. tokens, calls: all that were told so
+    far. passes: (prefill, forward, commit) so far; None: not known.
     """
 
     def __init__(
         self, index: int, tokenizer: Tokenizer, prompt: Sequence[int], stops: Sequence[str], ends: set[int],
-        detailed: bool = True,
+        detailed: bool = True, markers: Markers | None = None,
     ):  # fmt: skip
-        self.index, self.tokens, self.finish_reason = index, [], None
+        self.index, self.tokens, self.calls, self.finish_reason = index, [], [], None
         self.passes: tuple[int, int, int] | None = None
         self.reused_tokens = 0
-        self._text, self._detailed = AnswerText(tokenizer, prompt, stops, each=detailed), detailed
+        named = markers.special if markers else ()
+        self._text, self._detailed = AnswerText(tokenizer, prompt, stops, detailed, named), detailed
+        self._reader = Reader(markers) if markers else None
         self._tokenizer, self._prompt, self._ends = tokenizer, [int(i) for i in prompt], ends
         self._ids: list[int] = []
         self._steps: list[int] = []
@@ -79,7 +84,7 @@ class Choice:
         given = self._text.feed(event.tokens.tolist())
         self.finish_reason = "stop" if self._text.stopped else None
         delta = self._delta(given)
-        return delta if delta.text or delta.tokens or delta.finish_reason else None
+        return delta if delta.text or delta.tokens or delta.calls or delta.finish_reason else None
 
     def _end(self, answer: Answer) -> Delta:
         self.passes = answer.prefill_passes, answer.forward_passes, answer.commit_passes
@@ -92,7 +97,21 @@ class Choice:
     def _delta(self, given) -> Delta:
         tokens = [self._token(i) for i in range(given.first, given.last)] if self._detailed else []
         self.tokens += tokens
-        return Delta(self.index, given.text, tokens, finish_reason=self.finish_reason)
+        text, calls = self._parted(given.text)
+        return Delta(self.index, text, tokens, calls=calls, finish_reason=self.finish_reason)
+
+    def _parted(self, text: str) -> tuple[str, list[Call]]:
+        """What of the text is sure to be beside calls, and the calls."""
+        if self._reader is None:
+            return text, []
+        text, calls = self._reader.feed(text)
+        if self.finish_reason is not None:
+            rest, more = self._reader.end()
+            text, calls = text + rest, calls + more
+        self.calls += calls
+        if self.calls and self.finish_reason == "stop":
+            self.finish_reason = "tool_calls"
+        return text, calls
 
     def _token(self, i: int) -> Token:
         token, text = self._ids[i], self._tokenizer.text

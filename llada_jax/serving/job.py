@@ -69,7 +69,7 @@ class Job:
             self._told = True
             self._on_first()
         delta = choice.take(event)
-        if choice.finish_reason == "stop" and event.kind == "block":  # a stop text: the rest is not wanted
+        if choice.finish_reason is not None and event.kind == "block":  # a stop text: the rest is not wanted
             self._tickets[index].cancel()
         return delta
 

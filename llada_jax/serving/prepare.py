@@ -48,9 +48,7 @@ def prepare(asked: Asked, tokenizer: Tokenizer, defaults: GenerateConfig, max_le
 
 
 def _chat(asked: Chat, tokenizer: Tokenizer) -> tuple[list[list[int]], list[str]]:
-    row = {"messages": asked.messages, "chat_template_kwargs": asked.chat_template_kwargs}
-    if asked.tool_choice == "auto":
-        row["tools"] = asked.tools
+    row = {"messages": asked.messages, "chat_template_kwargs": asked.chat_template_kwargs, "tools": asked.offered}
     return [chat.prompt(row, tokenizer).ids(tokenizer)], [""]
 
 

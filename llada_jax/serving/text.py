@@ -5,7 +5,7 @@ tokens, all that is given out joins to the answer's whole text up to the first s
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from llada_jax.tokenizer import Tokenizer
 
@@ -22,11 +22,11 @@ class Given:
 
 
 class AnswerText:
-    """The text that tokens add to a prompt, up to the first of `stops`, without special tokens.
+    """The text that tokens add to a prompt, up to the first of `stops`, without special tokens but those of `named`.
 
-    prompt: its ids. A stop text may hold the names of special tokens. offsets: of each token that was fed and has
-    settled, where its text begins, in characters of the answer's text; with `each` false and no stops, where that of
-    those that it settled with begins, which takes less time.
+    prompt: its ids. A stop text may hold the names of special tokens. named: such names that are text. offsets: of each
+    token that was fed and has settled, where its text begins, in characters of the answer's text; with `each` false and
+    neither stops nor `named`, where that of those that it settled with begins, which takes less time.
 
     Example:
         >>> from llada_jax.data.byte_tokenizer import byte_tokenizer
@@ -35,8 +35,12 @@ class AnswerText:
         (['one ', 'Egg ', ''], True)
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stops: Sequence[str] = (), each: bool = True):
-        self._tokens, self._stops, self._each = tokenizer.text, tuple(stops), each or bool(stops)
+    def __init__(
+        self, tokenizer: Tokenizer, prompt: Sequence[int], stops: Sequence[str] = (), each: bool = True,
+        named: Collection[str] = (),
+    ):  # fmt: skip
+        self._tokens, self._stops, self._named = tokenizer.text, tuple(stops), named
+        self._each = each or bool(stops) or bool(named)
         self._before = [int(i) for i in prompt]
         self._held: list[int] = []  # tokens whose text may still change
         self._written = ""  # text that has not been given, with the names of special tokens
@@ -76,11 +80,12 @@ class AnswerText:
         self.offsets += [self._shown + self._pending] * len(tokens)
         self._pending += len(text)
         end = 0
-        for i, token in enumerate(tokens if self._stops else ()):
+        for i, token in enumerate(tokens if self._stops or self._named else ()):
             if (name := self._tokens.special(token)) is not None:
                 place = len(self._tokens.text_after(self._before, tokens[:i])) if i else 0
                 self._write(text[end:place], False)
-                self._write(name, True)
+                self._write(name, name not in self._named)
+                self._pending += len(name) if name in self._named else 0
                 end = place
         self._write(text[end:], False)
         self._before += tokens
@@ -93,9 +98,9 @@ class AnswerText:
         if self.stopped:
             return Given("", self._given, self._given)
         stop, size = self._first_stop()
-        may_begin = len(self._written) if last else self._begins_a_stop()
-        self.stopped = stop is not None and stop <= may_begin
-        end = stop if self.stopped else may_begin if stop is None else min(may_begin, stop)
+        sure = len(self._written) if last else may_begin(self._written, self._stops)
+        self.stopped = stop is not None and stop <= sure
+        end = stop if self.stopped else sure if stop is None else min(sure, stop)
         text = "".join(c for c, hidden in zip(self._written[:end], self._hidden, strict=False) if not hidden)
         at, first = self._gone + end, self._given
         if self.stopped:
@@ -111,9 +116,9 @@ class AnswerText:
         found = [(at, len(stop)) for stop in self._stops if (at := self._written.find(stop)) >= 0]
         return min(found, default=(None, 0))
 
-    def _begins_a_stop(self) -> int:
-        """Where the first end of what is written begins that a stop text could begin with; else the length."""
-        size = len(self._written)
-        longest = max(map(len, self._stops), default=0)
-        ends = range(max(size - longest + 1, 0), size)
-        return next((i for i in ends if any(stop.startswith(self._written[i:]) for stop in self._stops)), size)
+
+def may_begin(text: str, marks: Sequence[str]) -> int:
+    """Where the first end of a text begins that one of the marks could begin with; else its length."""
+    size, longest = len(text), max(map(len, marks), default=0)
+    ends = range(max(size - longest + 1, 0), size)
+    return next((i for i in ends if any(mark.startswith(text[i:]) for mark in marks)), size)

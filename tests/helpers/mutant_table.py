@@ -477,10 +477,14 @@ _TEXT, _LIMITS, _ASKED = "serving/test_text.py", "serving/test_limits.py", "serv
 _HTTP = _room(
     "http",
     # Text that a stop text begins with is given out.
-    ("serving/text.py", "else min(may_begin, stop)", "else len(self._written)", _TEXT),
+    ("serving/text.py", "else min(sure, stop)", "else len(self._written)", _TEXT),
     ("serving/text.py", "max(size - longest + 1, 0)", "size", _TEXT),
     # A character is cut.
     ("token_text.py", "while count and _incomplete(text):", "while False:", _TEXT),
+    # Half of a marker is given out as text.
+    ("serving/tool_calls.py", "may_begin(held, [begin])", "len(held)", "serving/test_tool_calls.py"),
+    # A call of an object with more members loses them.
+    ("serving/tool_calls.py", "len(members) != 2 or ", "", "serving/test_tool_calls.py"),
     # Who leaves keeps the row.
     ("serving/job.py", "            ticket.cancel()", "            pass",
      f"{_LIMITS}::test_a_client_that_leaves_a_stream_frees_the_row"),

@@ -13,6 +13,7 @@ import openai
 
 from llada_jax.checkpoint.weights import Model
 from llada_jax.data.byte_tokenizer import byte_tokenizer
+from llada_jax.errors import InputError
 from llada_jax.model import parameters
 from llada_jax.model.config import preset
 from llada_jax.sampling.batching import Request, serve
@@ -20,6 +21,7 @@ from llada_jax.sampling.generate import GenerateConfig
 from llada_jax.serving import listen
 from llada_jax.serving.app import Options, make_app
 from llada_jax.serving.engine import Engine
+from llada_jax.serving.events import Event, Expired, Stats
 from llada_jax.tokenizer import from_files
 from tests.helpers.waiting import PATIENCE, wait_until
 
@@ -77,3 +79,28 @@ def alone(model: Model, ids, seed=0, **changes):
     request = Request(np.asarray(ids, np.int32), dataclasses.replace(DEFAULTS, **changes), seed)
     (answer,) = serve(model.params, model.config, [request], 1, LONGEST, model.tokenizer)
     return answer
+
+
+class Scripted:
+    """In place of an engine: answers what it is told to. A request that nothing is said of waits."""
+
+    def __init__(self):
+        self.says, self.submitted, self.cancelled, self.requests = None, 0, 0, []
+
+    def submit(self, request, on_event, provisional=False, deadline=None):
+        if isinstance(self.says, Exception) and not isinstance(self.says, Expired | InputError | RuntimeError):
+            raise self.says
+        self.submitted += 1
+        self.requests.append((request, deadline))
+        for event in [Event("error", error=self.says)] if isinstance(self.says, Exception) else self.says or ():
+            on_event(event)
+        return self
+
+    def cancel(self):
+        self.cancelled += 1
+
+    def stats(self):
+        return Stats(**dict.fromkeys(Stats.__dataclass_fields__, 0) | {"alive": True, "stopping": False, "queue": 8})
+
+    def stop(self, grace=None):
+        pass

@@ -16,10 +16,10 @@ from llada_jax.errors import InputError
 from llada_jax.sampling.batches.requests import Answer
 from llada_jax.serving import guard, page
 from llada_jax.serving.engine import Engine
-from llada_jax.serving.events import Event, Expired, QueueFull, Stats, Stopping
+from llada_jax.serving.events import Event, Expired, QueueFull, Stopping
 from llada_jax.serving.listen import Limits, bind
 from tests.helpers.waiting import PATIENCE, wait_until
-from tests.serving.running import LONGEST, alone, served, small_model
+from tests.serving.running import LONGEST, Scripted, alone, served, small_model
 
 ASKED = {"model": "tiny", "prompt": "abc"}
 LONG = ASKED | {"max_tokens": 250}
@@ -45,31 +45,6 @@ class HeldEngine(Engine):
         super()._tell(progress)
         if progress.new:
             self._free.wait(PATIENCE)
-
-
-class Scripted:
-    """In place of an engine: answers what it is told to. A request that nothing is said of waits."""
-
-    def __init__(self):
-        self.says, self.submitted, self.cancelled, self.requests = None, 0, 0, []
-
-    def submit(self, request, on_event, provisional=False, deadline=None):
-        if isinstance(self.says, Exception) and not isinstance(self.says, Expired | InputError | RuntimeError):
-            raise self.says
-        self.submitted += 1
-        self.requests.append((request, deadline))
-        for event in [Event("error", error=self.says)] if isinstance(self.says, Exception) else self.says or ():
-            on_event(event)
-        return self
-
-    def cancel(self):
-        self.cancelled += 1
-
-    def stats(self):
-        return Stats(**dict.fromkeys(Stats.__dataclass_fields__, 0) | {"alive": True, "stopping": False, "queue": 8})
-
-    def stop(self, grace=None):
-        pass
 
 
 @pytest.fixture(scope="module")
