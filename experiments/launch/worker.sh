@@ -13,16 +13,13 @@ set -euo pipefail
 workdir=${1:?usage: worker.sh WORKDIR ROWS TRAIN_FLAGS...}
 rows=${2?usage: worker.sh WORKDIR ROWS TRAIN_FLAGS...}
 shift 2
-tries=${WORKER_TRIES:-4}
-first_wait=${WORKER_WAIT:-3} # seconds before the second try
-again=42
 cd "$(dirname "$0")/../.."
 folder=${LLADA_JAX_LOGS:-/tmp/llada_jax}
-lock=experiments/launch/requirements.lock
+log=$folder/train.log
 mkdir -p "$folder"
 rm -f "$folder/exit_code"
 
-say() { printf '%s worker: %s\n' "$(date -u +%FT%TZ)" "$1" | tee -a "$folder/train.log" >&2; }
+say() { printf '%s worker: %s\n' "$(date -u +%FT%TZ)" "$1" | tee -a "$log" >&2; }
 
 report() { # the end of this host's run, where launch.py --action=watch looks for it
   if command -v gcloud >/dev/null; then
@@ -38,38 +35,9 @@ bad_input() { # WORDS
   exit 2
 }
 
-retried() { # COMMAND...: its exit code is in $code, 0 or the last try's; 2 is not tried again where $final says so
-  local wait=$first_wait try
-  for ((try = 1; ; try++)); do
-    "$@" 2> >(tee -a "$folder/train.log" >&2) && code=0 || code=$?
-    if [ "$code" = 0 ] || [ "$code" = "${final:-0}" ]; then return; fi
-    say "$1 ended with $code, try $try of $tries"
-    [ "$try" -lt "$tries" ] || exit "$again"
-    sleep "$wait"
-    wait=$((wait * 2))
-  done
-}
-
-# shellcheck disable=SC2329 # install and environment are run by retried, stop by the trap
-environment() {
-  # Images have other Pythons than 3.11, TPU VMs 3.10, or one without ensurepip.
-  { command -v python3.11 >/dev/null && python3.11 -m venv .venv; } || {
-    PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet uv &&
-      python3 -m uv venv --quiet --clear --seed --python 3.11 .venv
-  }
-}
-
-# shellcheck disable=SC2329
-install() {
-  local pip=".venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps"
-  environment && $pip --requirement "$lock" && $pip --editable . && touch "$stamp"
-}
-
-stamp=.venv/installed-$(cksum <"$lock" | cut -d' ' -f1)
-if [ ! -e "$stamp" ]; then
-  if ! command -v python3.11 python3 >/dev/null; then bad_input "neither python3.11 nor python3 on this image"; fi
-  retried install
-fi
+# shellcheck source=experiments/launch/install.sh
+. experiments/launch/install.sh
+installed || bad_input "neither python3.11 nor python3 on this image"
 
 if [ -n "$rows" ]; then
   final=2 retried .venv/bin/python experiments/launch/fetch.py --source="$rows" --out="$folder/rows"
