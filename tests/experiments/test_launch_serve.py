@@ -97,3 +97,41 @@ def test_the_balancer_waits_longer_than_the_servers():
     )
     assert '"deadline", 600.0' in flags and "proxy_read_timeout 630s;" in text
     assert '"max_body", 4 << 20' in flags and "client_max_body_size 8m;" in text
+
+
+def create(tmp_path, *arguments, there=False):
+    """serve_vm.sh with a gcloud that writes down its calls and what it is sent."""
+    gcloud = tmp_path / "gcloud"
+    describe = f'[ "$4" != describe ] || exit {int(not there)}'
+    take = f'case "$*" in *tar*) tar tz >{tmp_path}/sent;; esac'
+    gcloud.write_text(f'#!/usr/bin/env bash\necho "$*" >>{tmp_path}/calls\n{describe}\n{take}\n')
+    gcloud.chmod(0o755)
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PROJECT": "P", "ZONE": "Z"}
+    script = str(ROOT / "experiments" / "launch" / "serve_vm.sh")
+    done = subprocess.run(["bash", script, *arguments], env=env, capture_output=True, text=True, timeout=60)
+    calls = tmp_path / "calls"
+    return done, calls.read_text().splitlines() if calls.exists() else []
+
+
+def test_a_vm_is_created_sent_the_code_and_told_to_serve(tmp_path):
+    (tmp_path / "keys").write_text("sesame\n")
+    done, calls = create(tmp_path, "llada-1", "v6e-8", "gs://B/m", str(tmp_path / "keys"), "--max_rows=32")
+    assert done.returncode == 0, done.stderr
+    verbs = [call.removeprefix("compute tpus tpu-vm ").split()[0] for call in calls]
+    assert verbs == ["describe", "create", "ssh", "scp", "ssh"]
+    assert all("--project=P --zone=Z" in call for call in calls)
+    assert "--accelerator-type=v6e-8 --version=v2-alpha-tpuv6e" in calls[1]
+    assert "serve.sh gs://B/m ~/llada_jax.keys --max_rows=32" in calls[-1]
+    sent = (tmp_path / "sent").read_text().split()
+    assert {"tools/serve.py", "experiments/launch/requirements.lock", "pyproject.toml"} <= set(sent)
+    _, calls = create(tmp_path, "llada-1", "v6e-8", "gs://B/m", str(tmp_path / "keys"), there=True)
+    assert sum("tpu-vm create" in call for call in calls) == 1
+    assert calls[-1].endswith("--command=cd /opt/llada_jax && sudo bash experiments/launch/serve.sh gs://B/m "
+                              "~/llada_jax.keys --project=P --zone=Z")  # fmt: skip
+
+
+def test_a_vm_that_cannot_be_is_not_asked_for(tmp_path):
+    (tmp_path / "keys").write_text("sesame\n")
+    for arguments in (("a", "h100-8", "gs://B/m", str(tmp_path / "keys")), ("a", "v6e-8", "gs://B/m", "/nowhere")):
+        done, calls = create(tmp_path, *arguments)
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and not calls
