@@ -74,7 +74,9 @@ def make_app(engine: Engine, model: Model, options: Options) -> Starlette:
     )  # fmt: skip
     cors = Middleware(CORSMiddleware, allow_origins=options.origins, allow_methods=["*"], allow_headers=["*"])
     handlers = {Refused: _refused, HTTPException: _unknown, Exception: _failed}
-    return Starlette(False, routes, [cors, guard] if options.origins else [guard], handlers)
+    app = Starlette(False, routes, [cors, guard] if options.origins else [guard], handlers)
+    app.router.redirect_slashes = False  # a path is one of these, or there is nothing
+    return app
 
 
 async def _refused(_: Request, error: Refused) -> Response:

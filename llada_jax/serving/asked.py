@@ -44,6 +44,7 @@ DECODING = (
 _Texts = Annotated[
     list[Annotated[str, Field(min_length=1, max_length=1000)]], BeforeValidator(lambda x: [x] if type(x) is str else x)
 ]
+_Int = Annotated[int, Field(gt=-(2**31), lt=2**31)]
 
 
 class _Fields(BaseModel):
@@ -69,17 +70,17 @@ class Asked(_Fields):
     ignore_eos: bool = False  # vLLM's name: write max_tokens whatever comes
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = None
-    top_k: int | None = None
-    block_length: int | None = None
-    steps: int | None = None
+    top_k: _Int | None = None
+    block_length: _Int | None = None
+    steps: _Int | None = None
     threshold: float | None = None
     rule: str | None = None
     editing_threshold: float | None = None
-    max_post_steps: int | None = None
-    max_steps_per_block: int | None = None
+    max_post_steps: _Int | None = None
+    max_steps_per_block: _Int | None = None
     entropy_bound: float | None = None
     eos_early_stop: bool | None = None
-    active_blocks: int | None = None
+    active_blocks: _Int | None = None
     add_block_threshold: float | None = None
     semi_complete_threshold: float | None = None
 
@@ -156,7 +157,7 @@ def read(kind: type[Completion] | type[Chat], body: bytes) -> Completion | Chat:
 
 def _object(body: bytes) -> dict:
     try:
-        value = json.loads(body, object_pairs_hook=_once, parse_constant=_no_constant)
+        value = json.loads(body.decode("utf-8-sig"), object_pairs_hook=_once, parse_constant=_no_constant)
     except Refused:
         raise
     except (ValueError, RecursionError) as error:
@@ -230,6 +231,10 @@ def _check_chat(asked: Chat) -> None:
             raise Refused(400, f"messages[{i}]: unknown field {_shown(unknown[0])}", f"messages[{i}]", "unknown_field")
         if not isinstance(message.get("role"), str):
             raise Refused(400, f"messages[{i}]: role is {'no text' if 'role' in message else 'missing'}", "messages")
+    for i, tool in enumerate(asked.tools):
+        function = tool.get("function", tool)
+        if not isinstance(function, dict) or not isinstance(name := function.get("name"), str) or not name.strip():
+            raise Refused(400, f"tools[{i}]: no function with a name", "tools", "invalid_value")
     if asked.top_logprobs and not asked.logprobs:
         raise Refused(400, "top_logprobs is for logprobs: set logprobs too", "top_logprobs")
 

@@ -12,6 +12,8 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from llada_jax.errors import InputError
+from llada_jax.serving.refusals import Refused
+from llada_jax.serving.wire import as_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +83,7 @@ class Server(uvicorn.Server):
 
 
 def _protocol(limits: Limits) -> type[H11Protocol]:
-    """uvicorn's protocol with the two timeouts, which it does not have."""
+    """uvicorn's protocol with the two timeouts, which it does not have, and OpenAI's form for what is no HTTP."""
 
     class Protocol(H11Protocol):
         _reading = _writing = None  # timers
@@ -91,7 +93,9 @@ def _protocol(limits: Limits) -> type[H11Protocol]:
             self._reading = self.loop.call_later(limits.read_seconds, transport.abort)
 
         def data_received(self, data: bytes) -> None:
-            super().data_received(data)
+            for at in range(0, len(data), limits.header_bytes):  # h11 takes whole headers of any length at once
+                if not self.transport.is_closing():
+                    super().data_received(data[at : at + limits.header_bytes])
             state = self.conn.their_state
             unfinished = state is h11.SEND_BODY or (state is h11.IDLE and self.conn.trailing_data[0])
             if not unfinished:
@@ -106,6 +110,14 @@ def _protocol(limits: Limits) -> type[H11Protocol]:
         def resume_writing(self) -> None:
             super().resume_writing()
             self._writing = _cancelled(self._writing)
+
+        def send_400_response(self, msg: str) -> None:
+            body = as_json(Refused(400, "this is no HTTP/1.1 request, or its headers are too long").body)
+            headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
+            begin = h11.Response(status_code=400, headers=list(headers.items()))
+            for event in (begin, h11.Data(data=body), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event))
+            self.transport.close()
 
         def connection_lost(self, error: Exception | None) -> None:
             self._reading, self._writing = _cancelled(self._reading), _cancelled(self._writing)

@@ -5,6 +5,7 @@ import re
 from llada_jax.errors import InputError
 
 _NAMED = re.compile(r"\w+")  # messages of InputError that are of a field begin with its name
+_LONGEST = 400  # characters
 _RENAMED = {"gen_length": "max_tokens"}
 
 
@@ -26,8 +27,10 @@ class Refused(Exception):
 
 
 def of_input(error: InputError, fields: set[str]) -> Refused:
-    """Status 400 with the error's line, and the one of `fields` that it begins with."""
-    found = _NAMED.match(str(error))
+    """Status 400 with the error's line, cut if it is long, and the one of `fields` that it begins with."""
+    line = " ".join(str(error).split())
+    line = line if len(line) <= _LONGEST else f"{line[: _LONGEST - 3]}..."
+    found = _NAMED.match(line)
     name = _RENAMED.get(found[0], found[0]) if found else None
     code = "context_length_exceeded" if "(max_length)" in str(error) else None
-    return Refused(400, " ".join(str(error).split()), name if name in fields else None, code)
+    return Refused(400, line, name if name in fields else None, code)

@@ -492,6 +492,7 @@ _HTTP = _room(
     ("serving/guard.py", "scope[\"path\"] not in self._open and ", "", f"{_LIMITS}::test_only_who_has_a_key_is_served"),
     # A field that asks for something is dropped.
     ("serving/asked.py", "if name in neutral and not any", "if False and not any", _ASKED),
+    ("serving/app.py", "app.router.redirect_slashes = False", "pass", "serving/test_garbage.py"),
     ("serving/listen.py", "socket.socket(family, kind, protocol)", "socket.socket(family, kind)",
      f"{_LIMITS}::test_small_pieces_are_sent_at_once"),
 )  # fmt: skip

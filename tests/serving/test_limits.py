@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import random
 import socket
 import threading
 import time
@@ -257,7 +256,9 @@ def test_small_pieces_are_sent_at_once(scripted):
 
 
 def test_headers_are_limited(server):
-    assert raw(server, HEAD + b"X: " + b"y" * 10_000).startswith(b"HTTP/1.1 400 ")
+    for end in (b"", b"\r\n\r\n"):
+        found = raw(server, HEAD + b"X: " + b"y" * 10_000 + end)
+        assert found.startswith(b"HTTP/1.1 400 ") and b'"type":"invalid_request_error"' in found
     assert raw(server, b"\x16\x03\x01 no http\r\n\r\n").startswith(b"HTTP/1.1 400 ")
 
 
@@ -276,37 +277,9 @@ def test_a_client_that_does_not_read_is_cut_off(scripted, model):
             wait_until(lambda: slow.engine.cancelled == 1)
 
 
-GARBAGE = [
-    b"", b"{}", b"[]", b"null", b"\xff\xfe", b'{"model": "tiny"}', b'{"model": "tiny", "prompt": NaN}',
-    b'{"model": "tiny", "prompt": "a", "max_tokens": 1e400}', b'{"model": "\\ud800", "prompt": "a"}',
-    b'{"model": "tiny", "prompt": "\\ud800"}', b'{"model": "tiny", "prompt": ""}', b'{"model": ["tiny"]}',
-    b'{"model": "tiny", "prompt": "a", "\\ud800": 1}', b'{"model": "../../etc/passwd", "prompt": "a"}',
-]  # fmt: skip
-
-
-def test_garbage_is_refused_fast_and_the_server_goes_on(server, model):
-    """Hundreds of bodies that are wrong: known ones, and good ones with bytes changed, left out and put in."""
-    draw, good = random.Random(0), json.dumps(ASKED | {"temperature": 0.5, "stop": ["x"], "n": 1}).encode()
-    chat = json.dumps({"model": "tiny", "messages": [{"role": "user", "content": "a"}], "tools": []}).encode()
-    bodies = [(path, body) for body in GARBAGE for path in ("/v1/completions", "/v1/chat/completions")]
-    for _ in range(300):
-        path, body = draw.choice([("/v1/completions", bytearray(good)), ("/v1/chat/completions", bytearray(chat))])
-        for _ in range(draw.randint(1, 3)):
-            at = draw.randrange(len(body))
-            body[at : at + draw.randint(0, 4)] = bytes(draw.choices(range(256), k=draw.randint(0, 3)))
-        with contextlib.suppress(ValueError):
-            json.loads(bytes(body))
-            body = body[:-1]  # one that is still JSON may well be good
-        bodies.append((path, bytes(body)))
-    began = time.monotonic()
-    for path, body in bodies:
-        found = server.http.post(path, content=body, headers={"Content-Type": "application/json"})
-        assert 400 <= found.status_code < 500, (body, found.text)
-        assert found.json()["error"]["message"] and "Traceback" not in found.text and "/llada" not in found.text
-    assert time.monotonic() - began < 60
+def test_other_paths_are_not_there(server):
     for path in ("/../../etc/passwd", "/v1/models/..%2f..%2fetc%2fpasswd", "/page.html", "/%00", "/v1/models/"):
         assert server.http.get(path).status_code == 404
-    assert post(server, ASKED).json()["choices"][0]["text"] == alone(model, list(b"abc")).text
 
 
 @pytest.mark.parametrize(
